@@ -1,0 +1,42 @@
+//! Exact, deterministic placement of shared-expert rows over the ranks of an expert-parallel group.
+//!
+//! A mixture-of-experts layer ends when its slowest rank ends. Every rank holds the shared expert, so
+//! each token's shared row may run anywhere: [`Planner::live`] finds how many rows each source should
+//! send to each rank, from the live counts of that very layer.
+//!
+//! ```
+//! use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed};
+//!
+//! let placement = Placement::contiguous(4, 16)?;
+//! let mut plan = Plan::new();
+//! let problem = Problem {
+//!     placement: &placement,
+//!     cost: &CostModel::Rows,
+//!     routed: Routed::PerRank(&[90, 60, 50, 40]),
+//!     tokens: &[10, 10, 10, 10],
+//!     visits: None,
+//!     eligible: None,
+//! };
+//! Planner::new().live(&problem, &mut plan)?;
+//! assert_eq!(plan.optimum(), 90); // the hottest rank's routed rows: nobody ends later
+//! assert_eq!(plan.shared_rows()[0], 0); // and it runs no shared row
+//! # Ok::<(), waterfill_core::Error>(())
+//! ```
+#![forbid(unsafe_code)]
+
+mod cost;
+mod error;
+mod joint;
+mod level;
+#[cfg(feature = "oracle")]
+pub mod oracle;
+mod placement;
+mod plan;
+mod problem;
+mod transport;
+
+pub use cost::{CostModel, Roofline, Table};
+pub use error::{Error, Result};
+pub use placement::{MAX_RANKS, Placement};
+pub use plan::{Plan, Planner, Transfer};
+pub use problem::{Problem, Routed};

@@ -1,0 +1,58 @@
+//! The slow, obvious optimum, sharing nothing with the planner: what tests and fuzzers compare against.
+
+use crate::cost::CostModel;
+
+/// The smallest slowest-rank cost that any placement of `rows` shared rows reaches.
+///
+/// Every cost at which some rank could end is tried in order: a rank with cost `bases[r]` and `k` rows
+/// ends at `bases[r] + cost(k)`. `bases` is `[R]`; `eligible` `[R]`. O((R x rows) log(R x rows)).
+#[must_use]
+pub fn optimum(cost: &CostModel, bases: &[u64], eligible: &[bool], rows: u64) -> u64 {
+    let slowest = bases.iter().copied().max().unwrap_or(0);
+    // (cost at which one more row fits, in all): one entry for each row on each rank.
+    let mut steps: Vec<u64> = Vec::new();
+    for (rank, &base) in bases.iter().enumerate() {
+        if eligible[rank] {
+            steps.extend((1..=rows).map(|k| base + cost.cost(k)));
+        }
+    }
+    steps.sort_unstable();
+    if rows == 0 { slowest } else { slowest.max(steps[rows as usize - 1]) }
+}
+
+/// The fewest tokens that end neither on their own rank nor on one they visit, among all placements in
+/// which rank `d` takes at most `room[d]` tokens and source `s` uses at most `visits[s * R + d]` of its
+/// visits: total minus a maximum flow, one unit at a time (Ford and Fulkerson, 1956).
+#[must_use]
+pub fn fewest_extra_copies(tokens: &[u32], room: &[u32], visits: &[u32]) -> u64 {
+    let ranks = tokens.len();
+    let (source, sink, nodes) = (2 * ranks, 2 * ranks + 1, 2 * ranks + 2);
+    let mut capacity = vec![vec![0u32; nodes]; nodes];
+    for s in 0..ranks {
+        capacity[source][s] = tokens[s];
+        capacity[ranks + s][sink] = room[s];
+        for d in 0..ranks {
+            capacity[s][ranks + d] = if s == d { tokens[s] } else { visits[s * ranks + d] };
+        }
+    }
+    let mut free = 0;
+    while push_one(&mut capacity, source, sink, &mut vec![false; nodes]) {
+        free += 1;
+    }
+    tokens.iter().map(|&n| u64::from(n)).sum::<u64>() - free
+}
+
+fn push_one(capacity: &mut [Vec<u32>], from: usize, sink: usize, seen: &mut [bool]) -> bool {
+    if from == sink {
+        return true;
+    }
+    seen[from] = true;
+    for to in 0..capacity.len() {
+        if !seen[to] && capacity[from][to] > 0 && push_one(capacity, to, sink, seen) {
+            capacity[from][to] -= 1;
+            capacity[to][from] += 1;
+            return true;
+        }
+    }
+    false
+}

@@ -1,0 +1,167 @@
+//! The plan: how many shared rows each source sends to each rank, so that the slowest rank is as fast as can be.
+
+use crate::error::{Error, Result};
+use crate::joint::Sweeps;
+use crate::level::{level, room};
+use crate::problem::{Problem, Routed};
+use crate::transport::Transport;
+
+/// Shared rows that go from one source rank to one destination rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transfer {
+    /// The rank whose tokens they are.
+    pub source: u16,
+    /// The rank that runs the shared expert for them.
+    pub destination: u16,
+    /// How many.
+    pub rows: u32,
+}
+
+impl Transfer {
+    pub(crate) fn new(source: usize, destination: usize, rows: u32) -> Self {
+        Self { source: source as u16, destination: destination as u16, rows }
+    }
+}
+
+/// What [`Planner`] decided for one layer and step.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    ranks: usize,
+    optimum: u64,
+    shared_rows: Vec<u32>,
+    transfers: Vec<Transfer>,
+    replica_rows: Vec<u32>,
+}
+
+impl Plan {
+    /// An empty plan, to be filled; reused, it allocates nothing.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The slowest rank's cost under this plan, in the cost model's unit.
+    #[must_use]
+    pub fn optimum(&self) -> u64 {
+        self.optimum
+    }
+
+    /// `[R]` shared rows that each rank gets.
+    #[must_use]
+    pub fn shared_rows(&self) -> &[u32] {
+        &self.shared_rows
+    }
+
+    /// Every quota above zero, sorted by source, then destination; rows that stay at home included.
+    #[must_use]
+    pub fn transfers(&self) -> &[Transfer] {
+        &self.transfers
+    }
+
+    /// `[P]` routed rows of each physical expert: as split by [`Planner::joint`], else as given.
+    /// Empty if the problem had counts per rank.
+    #[must_use]
+    pub fn replica_rows(&self) -> &[u32] {
+        &self.replica_rows
+    }
+
+    /// Write the quotas of one source, `[R]`: how many of its tokens go to each rank.
+    ///
+    /// # Errors
+    /// `source` outside the plan's ranks, or `out` of another length.
+    pub fn quotas_of(&self, source: usize, out: &mut [u32]) -> Result<()> {
+        if source >= self.ranks {
+            return Err(Error::Rank { name: "source", rank: source as i64, ranks: self.ranks });
+        }
+        if out.len() != self.ranks {
+            return Err(Error::Length { name: "quotas", found: out.len(), expected: self.ranks });
+        }
+        out.fill(0);
+        let first = self.transfers.partition_point(|t| usize::from(t.source) < source);
+        for t in self.transfers[first..].iter().take_while(|t| usize::from(t.source) == source) {
+            out[usize::from(t.destination)] = t.rows;
+        }
+        Ok(())
+    }
+}
+
+/// Makes plans. It holds only workspace: the same problem gives the same plan on every rank, always.
+#[derive(Clone, Debug, Default)]
+pub struct Planner {
+    bases: Vec<u64>,
+    eligible_bases: Vec<u64>,
+    transport: Transport,
+    sweeps: Sweeps,
+}
+
+impl Planner {
+    /// A planner whose workspace grows to the largest problem it meets; then it allocates nothing.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Place the shared rows alone: the exact optimum of the slowest rank's cost, then the fewest
+    /// extra copies that the counts allow.
+    ///
+    /// A rank that knows its own counts only makes its plan here too: a problem whose routed rows and
+    /// tokens are its own.
+    ///
+    /// # Errors
+    /// Arrays of other lengths than the placement's, sums of 2^32 rows or more, a cost model that
+    /// needs counts per expert without them, rows but no eligible rank. `plan` is untouched then.
+    pub fn live(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
+        problem.check()?;
+        problem.base_costs(&mut self.bases);
+        plan.replica_rows.clear();
+        if let Routed::PerExpert(rows) = problem.routed {
+            plan.replica_rows.extend_from_slice(rows);
+        }
+        self.place_shared(problem, plan);
+        Ok(())
+    }
+
+    /// Split every replicated expert's rows over its replicas and place the shared rows, as one plan.
+    ///
+    /// Counts of one expert's replicas are added up and split anew. Within a fraction of a percent of
+    /// the optimum (see `docs/algorithm.md`); the shared rows are optimal for the split.
+    ///
+    /// # Errors
+    /// As [`live`](Self::live), and [`Error::NeedsExpertCounts`] for counts per rank.
+    pub fn joint(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
+        problem.check()?;
+        let Routed::PerExpert(routed) = problem.routed else {
+            return Err(Error::NeedsExpertCounts);
+        };
+        plan.replica_rows.clear();
+        plan.replica_rows.extend_from_slice(routed);
+        problem.base_costs(&mut self.bases);
+        self.sweeps.run(problem, &mut self.bases, &mut plan.replica_rows);
+        self.place_shared(problem, plan);
+        Ok(())
+    }
+
+    /// The last job of every plan: the shared rows over the eligible ranks, on top of `self.bases`.
+    fn place_shared(&mut self, problem: &Problem, plan: &mut Plan) {
+        let rows = problem.shared_rows();
+        self.eligible_bases.clear();
+        let bases = self.bases.iter().enumerate();
+        self.eligible_bases.extend(bases.filter(|&(r, _)| problem.is_eligible(r)).map(|(_, &b)| b));
+        let level = level(problem.cost, &self.eligible_bases, rows);
+        // Below the slowest rank's routed cost everything is free: use it to keep tokens at home.
+        plan.optimum = level.max(self.bases.iter().copied().max().unwrap_or(0));
+        plan.ranks = problem.placement.ranks();
+        let optimum = plan.optimum;
+        let rooms = self.bases.iter().enumerate().map(|(rank, &base)| {
+            let room =
+                if problem.is_eligible(rank) { room(problem.cost, base, optimum) } else { 0 };
+            room.min(rows) as u32
+        });
+        self.transport.solve(problem.tokens, rooms, problem.visits, &mut plan.transfers);
+        plan.shared_rows.clear();
+        plan.shared_rows.resize(plan.ranks, 0);
+        for t in &plan.transfers {
+            plan.shared_rows[usize::from(t.destination)] += t.rows;
+        }
+    }
+}
