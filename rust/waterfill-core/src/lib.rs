@@ -24,8 +24,10 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod assign;
 mod cost;
 mod error;
+mod expand;
 mod joint;
 mod level;
 #[cfg(feature = "oracle")]
@@ -33,10 +35,13 @@ pub mod oracle;
 mod placement;
 mod plan;
 mod problem;
+pub mod score;
 mod transport;
 
+pub use assign::{Assigner, NO_RANK, count};
 pub use cost::{CostModel, Roofline, Table};
 pub use error::{Error, Result};
+pub use expand::{Bf16, Id, Weight, expand};
 pub use placement::{MAX_RANKS, Placement};
 pub use plan::{Plan, Planner, Transfer};
 pub use problem::{Problem, Routed};

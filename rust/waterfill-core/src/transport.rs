@@ -47,9 +47,9 @@ impl Transport {
         self.start(tokens, room);
         transfers.clear();
         match visits {
-            None => self.to_any(tokens, transfers),
+            None => self.send_anywhere(tokens, transfers),
             Some(visits) => {
-                self.to_visited(tokens, visits, transfers);
+                self.send_to_visited(tokens, visits, transfers);
                 if self.left.iter().any(|&left| left > 0) {
                     self.improve(tokens, visits, transfers);
                 }
@@ -74,7 +74,7 @@ impl Transport {
     }
 
     /// Without knowing who visits whom: the open destinations in order.
-    fn to_any(&mut self, tokens: &[u32], transfers: &mut Vec<Transfer>) {
+    fn send_anywhere(&mut self, tokens: &[u32], transfers: &mut Vec<Transfer>) {
         let mut open = self.open.iter().map(|&d| d as usize).peekable();
         for (source, &tokens) in tokens.iter().enumerate() {
             let own = Transfer::new(source, source, tokens - self.left[source]);
@@ -95,7 +95,7 @@ impl Transport {
 
     /// Each source spreads what is left over the ranks it visits, in proportion to its visits there:
     /// visits overlap on the same tokens, so filling one destination to its visits starves the next.
-    fn to_visited(&mut self, tokens: &[u32], visits: &[u32], transfers: &mut Vec<Transfer>) {
+    fn send_to_visited(&mut self, tokens: &[u32], visits: &[u32], transfers: &mut Vec<Transfer>) {
         let ranks = tokens.len();
         self.row.clear();
         self.row.resize(ranks, 0);
@@ -235,13 +235,13 @@ impl Search {
         let mut next = 0;
         while let Some(&from) = self.queue.get(next) {
             next += 1;
-            for to in 0..ranks {
+            for (to, &room) in room.iter().enumerate() {
                 let seen = self.reached_from[to] != NOBODY;
                 if seen || free(from as usize, to, tokens, visits, rows) == 0 {
                     continue;
                 }
                 self.reached_from[to] = from;
-                if room[to] > 0 {
+                if room > 0 {
                     return Some(to);
                 }
                 self.visit_sources_at(source, to, rows, ranks);

@@ -1,0 +1,281 @@
+//! From routed ids and weights `[N, K]` to `[N, K + 1]`, the shared expert in the last column.
+//!
+//! Each rank has one more expert after the expansion, the shared one, so every id moves up by its rank.
+
+use crate::error::{Error, Result};
+use crate::placement::Placement;
+use crate::problem::check_length;
+
+/// An expert id: `i32` or `i64`. A negative one names no expert.
+pub trait Id: Copy + Ord + Into<i64> + Send + Sync + 'static {
+    /// The id of no expert.
+    const NONE: Self;
+    /// The low 32 bits, all that the id of an expert needs.
+    fn low(self) -> u32;
+    /// An id from a value below 2^31.
+    fn from_low(value: u32) -> Self;
+}
+
+impl Id for i32 {
+    const NONE: Self = -1;
+    #[inline(always)]
+    fn low(self) -> u32 {
+        self as u32
+    }
+    #[inline(always)]
+    fn from_low(value: u32) -> Self {
+        value as Self
+    }
+}
+
+impl Id for i64 {
+    const NONE: Self = -1;
+    #[inline(always)]
+    fn low(self) -> u32 {
+        self as u32
+    }
+    #[inline(always)]
+    fn from_low(value: u32) -> Self {
+        Self::from(value)
+    }
+}
+
+/// The weight of an expert in a token's sum: `f32` or [`Bf16`].
+pub trait Weight: Copy + Send + Sync + 'static {
+    /// The weight of no expert.
+    const ZERO: Self;
+    /// The nearest weight, ties to even.
+    fn from_f32(value: f32) -> Self;
+}
+
+impl Weight for f32 {
+    const ZERO: Self = 0.0;
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+/// A bfloat16, by its bits: the upper half of a `f32`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Bf16(pub u16);
+
+impl Weight for Bf16 {
+    const ZERO: Self = Self(0);
+    fn from_f32(value: f32) -> Self {
+        let bits = value.to_bits();
+        if value.is_nan() {
+            // Rounding could carry a NaN into infinity; a quiet NaN stays one.
+            return Self((bits >> 16) as u16 | 0x40);
+        }
+        let round_to_even = 0x7fff + ((bits >> 16) & 1);
+        Self(((bits + round_to_even) >> 16) as u16)
+    }
+}
+
+/// Division of values below 2^31 by one divisor, as a multiplication that vectorises.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Divisor {
+    multiplier: u64,
+    shift: u32,
+}
+
+impl Divisor {
+    /// `divisor` is from 1 to 2^31.
+    pub(crate) fn new(divisor: usize) -> Self {
+        // ceil(2^shift / divisor) is off by less than one part in 2^31 of a quotient, which cannot
+        // carry a value below 2^31 over the next multiple of the divisor; and it fits 32 bits.
+        let divisor = divisor as u64;
+        let shift = 31 + divisor.next_power_of_two().trailing_zeros();
+        Self { multiplier: (1u64 << shift).div_ceil(divisor), shift }
+    }
+
+    #[inline(always)]
+    pub(crate) fn divide(self, value: u32) -> u32 {
+        ((u64::from(value) * self.multiplier) >> self.shift) as u32
+    }
+}
+
+/// Widen one source's routed ids and weights by the shared expert.
+///
+/// `ids` and `weights` are `[N, top_k]`, `shared_rank` is `[N]`, `out_ids` and `out_weights` are
+/// `[N, top_k + 1]`, all row-major. A routed id `e` becomes `e + e / experts_per_rank`; the last
+/// column is the shared expert's id on the row's shared rank, with `shared_weight`. A negative id
+/// stays as it is, with weight 0. A row without a valid id is padding: its last column is -1 with
+/// weight 0, whatever its shared rank.
+///
+/// # Errors
+/// Arrays of other lengths, an id at or above the number of physical experts, a shared rank outside
+/// the group on a row that is not padding. Nothing is written then.
+#[allow(clippy::too_many_arguments)] // Flat arrays, as the bindings hold them.
+pub fn expand<I: Id, W: Weight>(
+    placement: &Placement,
+    ids: &[I],
+    weights: &[W],
+    top_k: usize,
+    shared_rank: &[i32],
+    shared_weight: f32,
+    out_ids: &mut [I],
+    out_weights: &mut [W],
+) -> Result<()> {
+    let rows = check_rows(ids.len(), top_k)?;
+    check_length("shared_rank", shared_rank.len(), rows)?;
+    check_expansion(placement, rows, top_k, weights, out_ids, out_weights)?;
+    check_ids(placement, ids, top_k)?;
+    check_shared_ranks(placement, ids, top_k, shared_rank)?;
+    expand_checked(
+        placement,
+        (ids, weights, top_k),
+        (shared_rank, W::from_f32(shared_weight)),
+        (out_ids, out_weights),
+    );
+    Ok(())
+}
+
+/// [`expand`] on arguments that were checked.
+pub(crate) fn expand_checked<I: Id, W: Weight>(
+    placement: &Placement,
+    (ids, weights, top_k): (&[I], &[W], usize),
+    (shared_rank, shared_weight): (&[i32], W),
+    (out_ids, out_weights): (&mut [I], &mut [W]),
+) {
+    expand_ids(placement, ids, top_k, shared_rank, out_ids);
+    // A literal number of columns unrolls the rows; these are the models' usual ones.
+    match top_k {
+        6 => expand_weights(ids, weights, 6, shared_weight, out_weights),
+        8 => expand_weights(ids, weights, 8, shared_weight, out_weights),
+        _ => expand_weights(ids, weights, top_k, shared_weight, out_weights),
+    }
+}
+
+fn expand_ids<I: Id>(
+    placement: &Placement,
+    ids: &[I],
+    top_k: usize,
+    shared_rank: &[i32],
+    out: &mut [I],
+) {
+    match top_k {
+        6 => expand_id_rows(placement, ids, 6, shared_rank, out),
+        8 => expand_id_rows(placement, ids, 8, shared_rank, out),
+        _ => expand_id_rows(placement, ids, top_k, shared_rank, out),
+    }
+}
+
+#[inline(always)]
+fn expand_id_rows<I: Id>(
+    placement: &Placement,
+    ids: &[I],
+    top_k: usize,
+    shared_rank: &[i32],
+    out: &mut [I],
+) {
+    let experts_per_rank = placement.experts_per_rank() as u32;
+    let rank_of = Divisor::new(placement.experts_per_rank());
+    let rows = ids.chunks_exact(top_k).zip(out.chunks_exact_mut(top_k + 1));
+    for ((row, out), &rank) in rows.zip(shared_rank) {
+        let mut largest = I::NONE;
+        for (&id, out) in row.iter().zip(&mut out[..top_k]) {
+            let moved = I::from_low(id.low().wrapping_add(rank_of.divide(id.low())));
+            *out = if id > I::NONE { moved } else { id };
+            largest = largest.max(id);
+        }
+        let shared = (rank as u32).wrapping_mul(experts_per_rank + 1) + experts_per_rank;
+        out[top_k] = if largest > I::NONE { I::from_low(shared) } else { I::NONE };
+    }
+}
+
+#[inline(always)]
+fn expand_weights<I: Id, W: Weight>(
+    ids: &[I],
+    weights: &[W],
+    top_k: usize,
+    shared_weight: W,
+    out: &mut [W],
+) {
+    let rows = ids.chunks_exact(top_k).zip(weights.chunks_exact(top_k));
+    for ((ids, weights), out) in rows.zip(out.chunks_exact_mut(top_k + 1)) {
+        let mut largest = I::NONE;
+        for ((&id, &weight), out) in ids.iter().zip(weights).zip(&mut out[..top_k]) {
+            *out = if id > I::NONE { weight } else { W::ZERO };
+            largest = largest.max(id);
+        }
+        out[top_k] = if largest > I::NONE { shared_weight } else { W::ZERO };
+    }
+}
+
+/// The number of rows that `ids` values make at `top_k` a row.
+pub(crate) fn check_rows(ids: usize, top_k: usize) -> Result<usize> {
+    if top_k == 0 {
+        return Err(Error::Length { name: "a row of ids", found: 0, expected: 1 });
+    }
+    let rows = ids / top_k;
+    check_length("ids", ids, rows * top_k)?;
+    Ok(rows)
+}
+
+/// The arrays of an expansion have the lengths of `rows` rows, and its ids fit 31 bits.
+pub(crate) fn check_expansion<I, W>(
+    placement: &Placement,
+    rows: usize,
+    top_k: usize,
+    weights: &[W],
+    out_ids: &[I],
+    out_weights: &[W],
+) -> Result<()> {
+    check_length("weights", weights.len(), rows * top_k)?;
+    check_length("out_ids", out_ids.len(), rows * (top_k + 1))?;
+    check_length("out_weights", out_weights.len(), rows * (top_k + 1))?;
+    let value = (placement.physical_experts() + placement.ranks()) as u64;
+    let limit = i32::MAX as u64;
+    if value > limit {
+        return Err(Error::TooLarge { name: "number of routed and shared experts", value, limit });
+    }
+    Ok(())
+}
+
+/// No id is at or above the number of physical experts.
+pub(crate) fn check_ids<I: Id>(placement: &Placement, ids: &[I], top_k: usize) -> Result<()> {
+    let largest = ids.iter().fold(I::NONE, |largest, &id| largest.max(id)).into();
+    check_largest_id(placement, ids, top_k, largest)
+}
+
+/// [`check_ids`] where the largest id is known.
+pub(crate) fn check_largest_id<I: Id>(
+    placement: &Placement,
+    ids: &[I],
+    top_k: usize,
+    largest: i64,
+) -> Result<()> {
+    let physical_experts = placement.physical_experts();
+    if largest < physical_experts as i64 {
+        return Ok(());
+    }
+    let first = ids.iter().position(|&id| id.into() >= physical_experts as i64).unwrap_or(0);
+    Err(Error::ExpertId {
+        row: first / top_k,
+        column: first % top_k,
+        value: ids[first].into(),
+        physical_experts,
+    })
+}
+
+fn check_shared_ranks<I: Id>(
+    placement: &Placement,
+    ids: &[I],
+    top_k: usize,
+    shared_rank: &[i32],
+) -> Result<()> {
+    let ranks = placement.ranks();
+    // Only a padding row may have no rank, so most calls need not look at the ids.
+    if shared_rank.iter().all(|&rank| (rank as u32 as usize) < ranks) {
+        return Ok(());
+    }
+    for (row, &rank) in ids.chunks_exact(top_k).zip(shared_rank) {
+        let padding = row.iter().all(|&id| id <= I::NONE);
+        if !padding && rank as u32 as usize >= ranks {
+            return Err(Error::Rank { name: "shared_rank", rank: rank.into(), ranks });
+        }
+    }
+    Ok(())
+}

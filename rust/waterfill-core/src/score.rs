@@ -1,0 +1,82 @@
+//! How good a placement is: the one definition that tests, benches, the replay and the demo use.
+
+use crate::cost::CostModel;
+use crate::error::{Error, Result};
+use crate::expand::{Id, check_ids, check_rows};
+use crate::placement::Placement;
+use crate::problem::check_length;
+
+/// The ranks' finishing costs, in the cost model's unit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Level {
+    /// The slowest rank's: what the layer takes.
+    pub max: u64,
+    /// The mean over all ranks.
+    pub mean: f64,
+}
+
+/// What the shared rows of one source cost on the wire.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// DeepEP's normal mode sends a token once to each rank it visits: shared rows on a rank that is
+    /// neither the token's own nor one that it visits.
+    pub extra_copies: u64,
+    /// DeepEP's low-latency mode sends every row by itself: shared rows on another rank than their own.
+    pub extra_messages: u64,
+}
+
+/// Each rank's cost: its routed rows (`[P]`, per physical expert) and `shared` rows (`[R]`).
+///
+/// # Errors
+/// Arrays of other lengths.
+pub fn level(
+    placement: &Placement,
+    cost: &CostModel,
+    routed: &[u32],
+    shared: &[u32],
+) -> Result<Level> {
+    check_length("routed", routed.len(), placement.physical_experts())?;
+    check_length("shared", shared.len(), placement.ranks())?;
+    let (mut max, mut sum) = (0, 0);
+    for (experts, &shared) in routed.chunks_exact(placement.experts_per_rank()).zip(shared) {
+        let rank: u64 = experts.iter().chain([&shared]).map(|&rows| cost.cost(rows.into())).sum();
+        max = max.max(rank);
+        sum += rank;
+    }
+    Ok(Level { max, mean: sum as f64 / placement.ranks() as f64 })
+}
+
+/// Count what one source's shared rows cost: `ids` `[N, top_k]` physical, `shared_rank` `[N]`.
+///
+/// # Errors
+/// Arrays of other lengths, `source` outside the group, an id at or above the number of physical
+/// experts, a shared rank outside the group on a row with a valid id.
+pub fn traffic<I: Id>(
+    placement: &Placement,
+    source: usize,
+    ids: &[I],
+    top_k: usize,
+    shared_rank: &[i32],
+) -> Result<Traffic> {
+    let ranks = placement.ranks();
+    let rows = check_rows(ids.len(), top_k)?;
+    check_length("shared_rank", shared_rank.len(), rows)?;
+    check_ids(placement, ids, top_k)?;
+    if source >= ranks {
+        return Err(Error::Rank { name: "source", rank: source as i64, ranks });
+    }
+    let mut traffic = Traffic::default();
+    for (row, &shared) in ids.chunks_exact(top_k).zip(shared_rank) {
+        let mut visited =
+            row.iter().filter(|&&id| id > I::NONE).map(|id| placement.rank_of(id.low() as usize));
+        if row.iter().all(|&id| id <= I::NONE) || usize::try_from(shared) == Ok(source) {
+            continue;
+        }
+        let Some(shared) = usize::try_from(shared).ok().filter(|&shared| shared < ranks) else {
+            return Err(Error::Rank { name: "shared_rank", rank: shared.into(), ranks });
+        };
+        traffic.extra_messages += 1;
+        traffic.extra_copies += u64::from(!visited.any(|rank| rank == shared));
+    }
+    Ok(traffic)
+}

@@ -1,0 +1,203 @@
+//! Assignment, expansion and score against plain definitions, on thousands of random batches.
+
+use waterfill_core::{Assigner, Bf16, Error, Id, NO_RANK, Placement, Weight, count, expand, score};
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % n
+    }
+}
+
+/// Rows of ids, some slots and whole rows without an expert.
+fn batch<I: Id>(random: &mut Random, placement: &Placement, rows: usize, top_k: usize) -> Vec<I> {
+    let mut ids = Vec::new();
+    for _ in 0..rows {
+        let padding = random.below(9) == 0;
+        for _ in 0..top_k {
+            let none = padding || random.below(12) == 0;
+            let id = random.below(placement.physical_experts()) as u32;
+            ids.push(if none { I::NONE } else { I::from_low(id) });
+        }
+    }
+    ids
+}
+
+fn visited<I: Id>(placement: &Placement, row: &[I]) -> Vec<usize> {
+    row.iter()
+        .map(|&id| id.into())
+        .filter(|&id: &i64| id >= 0)
+        .map(|id| placement.rank_of(id as usize))
+        .collect()
+}
+
+/// The most tokens that can be free, by trying to match one token at a time (Kuhn's algorithm).
+fn most_free(free_on: &[Vec<usize>], quotas: &[u32]) -> usize {
+    fn place(
+        token: usize,
+        free_on: &[Vec<usize>],
+        quotas: &[u32],
+        at: &mut [Vec<usize>],
+        seen: &mut [bool],
+    ) -> bool {
+        for &rank in &free_on[token] {
+            if std::mem::replace(&mut seen[rank], true) {
+                continue;
+            }
+            if at[rank].len() < quotas[rank] as usize {
+                at[rank].push(token);
+                return true;
+            }
+            for slot in 0..at[rank].len() {
+                if place(at[rank][slot], free_on, quotas, at, seen) {
+                    at[rank][slot] = token;
+                    return true;
+                }
+            }
+        }
+        false
+    }
+    let mut at = vec![Vec::new(); quotas.len()];
+    (0..free_on.len())
+        .filter(|&token| place(token, free_on, quotas, &mut at, &mut vec![false; quotas.len()]))
+        .count()
+}
+
+fn check_batch<I: Id>(random: &mut Random, assigner: &mut Assigner, ranks: usize, rows: usize) {
+    let top_k = 1 + random.below(9);
+    let placement = Placement::contiguous(ranks, ranks * (1 + random.below(5))).unwrap();
+    let ids: Vec<I> = batch(random, &placement, rows, top_k);
+    let source = random.below(ranks);
+
+    let (mut counts, mut visits) = (vec![0; placement.physical_experts()], vec![0; ranks]);
+    let tokens = count(&placement, &ids, top_k, &mut counts, &mut visits).unwrap();
+    let each: Vec<Vec<usize>> = ids.chunks(top_k).map(|row| visited(&placement, row)).collect();
+    assert_eq!(tokens as usize, each.iter().filter(|v| !v.is_empty()).count());
+    for (rank, &visits) in visits.iter().enumerate() {
+        assert_eq!(visits as usize, each.iter().filter(|v| v.contains(&rank)).count());
+    }
+    let routed = counts.iter().sum::<u32>() as usize;
+    assert_eq!(routed, ids.iter().filter(|&&id| id > I::NONE).count());
+
+    let mut quotas = vec![0; ranks];
+    for _ in 0..tokens {
+        quotas[if random.below(3) == 0 { source } else { random.below(ranks) }] += 1;
+    }
+    let mut shared = vec![7777; rows];
+    assigner.assign(&placement, source, &ids, top_k, &quotas, &mut shared).unwrap();
+    let mut met = vec![0; ranks];
+    for (&rank, visited) in shared.iter().zip(&each) {
+        assert_eq!(rank == NO_RANK, visited.is_empty());
+        if rank != NO_RANK {
+            met[rank as usize] += 1;
+        }
+    }
+    assert_eq!(met, quotas, "every quota exactly");
+
+    let traffic = score::traffic(&placement, source, &ids, top_k, &shared).unwrap();
+    let mut free_on = each.clone();
+    free_on.retain(|v| !v.is_empty());
+    free_on.iter_mut().for_each(|v| v.push(source));
+    let paid = tokens as usize - most_free(&free_on, &quotas);
+    assert_eq!(traffic.extra_copies as usize, paid, "as few copies as the quotas allow");
+    assert_eq!(traffic.extra_messages, u64::from(tokens - quotas[source]));
+
+    check_expansion::<I, f32>(random, &placement, &ids, top_k, &shared);
+    check_expansion::<I, Bf16>(random, &placement, &ids, top_k, &shared);
+}
+
+fn check_expansion<I: Id, W: Weight + PartialEq + std::fmt::Debug>(
+    random: &mut Random,
+    placement: &Placement,
+    ids: &[I],
+    top_k: usize,
+    shared: &[i32],
+) {
+    let weights: Vec<W> =
+        ids.iter().map(|_| W::from_f32(random.below(1000) as f32 / 999.0)).collect();
+    let rows = shared.len();
+    let mut out_ids = vec![I::from_low(55); rows * (top_k + 1)];
+    let mut out_weights = vec![W::from_f32(5.0); rows * (top_k + 1)];
+    expand(placement, ids, &weights, top_k, shared, 0.4, &mut out_ids, &mut out_weights).unwrap();
+    let per_rank = placement.experts_per_rank() as i64;
+    for row in 0..rows {
+        let padding = shared[row] == NO_RANK;
+        for column in 0..=top_k {
+            let (id, weight): (i64, W) = if column == top_k {
+                let id = i64::from(shared[row]) * (per_rank + 1) + per_rank;
+                if padding { (-1, W::ZERO) } else { (id, W::from_f32(0.4)) }
+            } else {
+                let id: i64 = ids[row * top_k + column].into();
+                if id < 0 {
+                    (id, W::ZERO)
+                } else {
+                    (id + id / per_rank, weights[row * top_k + column])
+                }
+            };
+            let at = row * (top_k + 1) + column;
+            assert_eq!(
+                (out_ids[at].into(), out_weights[at]),
+                (id, weight),
+                "row {row} column {column}"
+            );
+        }
+    }
+}
+
+#[test]
+fn batches_of_every_shape_keep_the_contract() {
+    let mut assigner = Assigner::new();
+    for seed in 0..3_000 {
+        let mut random = Random(seed);
+        let ranks = 1 + random.below(if seed % 10 == 0 { 140 } else { 9 });
+        let rows = random.below(60);
+        if seed % 2 == 0 {
+            check_batch::<i32>(&mut random, &mut assigner, ranks, rows);
+        } else {
+            check_batch::<i64>(&mut random, &mut assigner, ranks, rows);
+        }
+    }
+}
+
+#[test]
+fn bf16_rounds_to_nearest_even() {
+    let bits = |value: f32| Bf16::from_f32(value).0;
+    assert_eq!(bits(1.0), 0x3f80);
+    assert_eq!(bits(0.4), 0x3ecd);
+    assert_eq!(bits(f32::from_bits(0x3f80_8000)), 0x3f80); // a tie goes to the even one
+    assert_eq!(bits(f32::from_bits(0x3f81_8000)), 0x3f82);
+    assert_eq!(bits(f32::INFINITY), 0x7f80);
+    assert!(bits(f32::NAN) & 0x7f > 0);
+}
+
+#[test]
+fn bad_input_is_refused_with_its_numbers_and_nothing_is_written() {
+    let placement = Placement::contiguous(4, 16).unwrap();
+    let mut assigner = Assigner::new();
+    let mut shared = [99; 2];
+    let mut assign = |ids: &[i32], source: usize, quotas: &[u32]| {
+        let result = assigner.assign(&placement, source, ids, 3, quotas, &mut shared);
+        assert_eq!(shared, [99; 2]);
+        result.unwrap_err()
+    };
+    let good = [0, 1, 2, 3, 4, 5];
+    assert!(matches!(assign(&good, 4, &[2, 0, 0, 0]), Error::Rank { rank: 4, ranks: 4, .. }));
+    assert!(matches!(assign(&good, 0, &[2, 0, 0]), Error::Length { found: 3, expected: 4, .. }));
+    assert!(matches!(assign(&good[..5], 0, &[2, 0, 0, 0]), Error::Length { .. }));
+    assert!(matches!(assign(&good, 0, &[2, 1, 0, 0]), Error::Quotas { quotas: 3, tokens: 2, .. }));
+    let wrong = Error::ExpertId { row: 1, column: 2, value: 16, physical_experts: 16 };
+    assert_eq!(assign(&[0, 1, 2, 3, 4, 16], 0, &[2, 0, 0, 0]), wrong);
+    assert!(wrong.to_string().contains("expert id 16 in row 1, column 2"));
+
+    let (mut out_ids, mut out_weights) = ([7i32; 8], [7f32; 8]);
+    let refused =
+        expand(&placement, &good, &[0.5; 6], 3, &[0, 4], 1.0, &mut out_ids, &mut out_weights);
+    assert!(matches!(refused, Err(Error::Rank { rank: 4, .. })));
+    assert_eq!((out_ids, out_weights), ([7; 8], [7.0; 8]));
+    let short =
+        expand(&placement, &good, &[0.5; 5], 3, &[0, 1], 1.0, &mut out_ids, &mut out_weights);
+    assert!(matches!(short, Err(Error::Length { found: 5, expected: 6, .. })));
+}
