@@ -1,0 +1,82 @@
+"""Which expert-parallel rank runs each token's shared expert, so that the slowest rank finishes soonest.
+
+Plans from plain sequences of integers are here; tensors are in ``waterfill_rs.torch``, the wiring into
+sglang in ``waterfill_rs.sglang``. Importing this package imports neither numpy nor torch nor sglang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from waterfill_rs._native import CostModel, Plan, __version__
+from waterfill_rs import _native
+
+__all__ = ["CostModel", "Plan", "__version__", "level", "plan"]
+
+Integers = Any
+"""A sequence of integers, or anything with ``tolist()`` (numpy arrays, CPU tensors), of any shape."""
+
+
+def plan(
+    routed: Integers,
+    tokens: Integers,
+    *,
+    ranks: int,
+    physical_experts: int | None = None,
+    physical_to_logical: Integers | None = None,
+    visits: Integers | None = None,
+    eligible: Sequence[bool] | None = None,
+    cost_model: CostModel | None = None,
+    policy: Literal["live", "joint"] = "live",
+) -> Plan:
+    """Plan where shared rows run: the slowest rank's exact optimum, then the fewest extra copies.
+
+    Args:
+        routed: rows (token, expert pairs) over all sources: ``[physical_experts]``, or its short form ``[ranks]``.
+        tokens: ``[ranks]``, each source rank's tokens: its rows with at least one valid id.
+        ranks: EP size, 1 to 1024, a power of two or not.
+        physical_experts: routed experts over all ranks, redundant ones included; the length of
+            ``physical_to_logical`` or of ``routed`` if not given.
+        physical_to_logical: ``[physical_experts]``, which logical expert each one computes; for ``joint``.
+        visits: ``[ranks, ranks]``, how many of source s's tokens have a routed expert on rank d.
+        eligible: ``[ranks]``, ranks that may take shared rows; all if not given. Leave a rank of
+            which nothing is known out: its missing counts would make it look empty.
+        cost_model: what rows cost; rows themselves if not given.
+        policy: ``live`` places the shared rows, ``joint`` splits replicated experts' rows too.
+
+    A rank that knows its own counts only passes those as ``routed`` and ``tokens``.
+
+    Raises:
+        ValueError: with the offending numbers, for lengths or values that do not fit.
+    """
+    routed = _flat(routed)
+    mapping = None if physical_to_logical is None else _flat(physical_to_logical)
+    if physical_experts is None:
+        physical_experts = len(routed if mapping is None else mapping)
+    return _native.plan(
+        routed,
+        _flat(tokens),
+        ranks=ranks,
+        physical_experts=physical_experts,
+        physical_to_logical=mapping,
+        visits=None if visits is None else _flat(visits),
+        eligible=None if eligible is None else [bool(allowed) for allowed in _flat(eligible)],
+        cost_model=CostModel.rows() if cost_model is None else cost_model,
+        policy=policy,
+    )
+
+
+def level(
+    routed: Integers, shared_rows: Integers, *, ranks: int, cost_model: CostModel | None = None
+) -> tuple[int, float]:
+    """The slowest and the mean rank's cost of ``routed`` ``[physical_experts]`` and ``shared_rows`` ``[ranks]``."""
+    model = CostModel.rows() if cost_model is None else cost_model
+    return _native.level(_flat(routed), _flat(shared_rows), ranks=ranks, cost_model=model)
+
+
+def _flat(values: Integers) -> list[int]:
+    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    if values and isinstance(values[0], list):
+        return [value for row in values for value in row]
+    return values

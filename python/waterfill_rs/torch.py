@@ -1,0 +1,123 @@
+"""The plan applied to torch tensors on the CPU, without copies; the GIL is released meanwhile.
+
+Ids are physical routed ids ``[N, K]``, int32 or int64, negative for none; weights ``[N, K]``, float32
+or bfloat16. Errors are ``ValueError`` with the numbers, raised before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import waterfill_rs
+from waterfill_rs import _native
+
+__all__ = ["assign", "count", "expand_topk", "traffic"]
+
+_ID_BITS = {torch.int32: 32, torch.int64: 64}
+_WEIGHT_BITS = {torch.float32: 32, torch.bfloat16: 16}
+
+
+def count(
+    topk_ids: Tensor, *, physical_experts: int, ranks: int
+) -> tuple[list[int], list[int], int]:
+    """Routed rows per physical expert, tokens that visit each rank, and the number of tokens."""
+    return _native.unsafe_count_ptr(_ids(topk_ids), physical_experts, ranks)
+
+
+def assign(topk_ids: Tensor, quotas: Sequence[int], *, physical_experts: int, rank: int) -> Tensor:
+    """Each row's shared rank, int32 ``[N]``: ``quotas`` (``[R]``) met exactly, visited ranks preferred.
+
+    A row without a valid id gets -1.
+    """
+    ids = _ids(topk_ids)
+    shared_rank = torch.empty(topk_ids.shape[0], dtype=torch.int32)
+    _native.unsafe_assign_ptr(ids, quotas, physical_experts, rank, shared_rank.data_ptr())
+    return shared_rank
+
+
+def traffic(
+    topk_ids: Tensor, shared_rank: Tensor, *, physical_experts: int, ranks: int, rank: int
+) -> tuple[int, int]:
+    """Extra copies (DeepEP normal mode) and extra messages (low-latency mode) of one source's shared rows."""
+    ids = _ids(topk_ids)
+    _check("shared_rank", shared_rank, {torch.int32: 32}, (topk_ids.shape[0],))
+    return _native.unsafe_traffic_ptr(ids, shared_rank.data_ptr(), physical_experts, ranks, rank)
+
+
+def expand_topk(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    physical_experts: int,
+    ranks: int,
+    rank: int,
+    shared_weight: float,
+    quotas: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Widen ids and weights ``[N, K]`` to ``[N, K + 1]``: the last column is the shared expert.
+
+    With ``e = physical_experts // ranks``, a routed id ``i`` becomes ``i + i // e``, and the shared
+    expert on rank ``r`` is ``r * (e + 1) + e``. An invalid slot keeps its id and gets weight 0; a row
+    without a valid id gets shared id -1 and weight 0. Inputs are untouched.
+
+    Args:
+        shared_weight: weight of the shared expert's row: 1 / routed_scaling_factor, or 1.0 where the
+            factor is in the routed weights already.
+        quotas: ``[ranks]``, this rank's quotas from a plan; the plan from its own counts if not given.
+    """
+    ids = _ids(topk_ids)
+    rows, top_k = topk_ids.shape
+    _check("topk_weights", topk_weights, _WEIGHT_BITS, (rows, top_k))
+    if quotas is None:
+        quotas = _own_quotas(topk_ids, physical_experts, ranks, rank)
+    shared_rank = assign(topk_ids, quotas, physical_experts=physical_experts, rank=rank)
+    out_ids = torch.empty((rows, top_k + 1), dtype=topk_ids.dtype)
+    out_weights = torch.empty((rows, top_k + 1), dtype=topk_weights.dtype)
+    _native.unsafe_expand_ptr(
+        ids,
+        (topk_weights.data_ptr(), _WEIGHT_BITS[topk_weights.dtype]),
+        shared_rank.data_ptr(),
+        out_ids.data_ptr(),
+        out_weights.data_ptr(),
+        physical_experts,
+        len(quotas),
+        shared_weight,
+    )
+    return out_ids, out_weights
+
+
+def _own_quotas(topk_ids: Tensor, physical_experts: int, ranks: int, rank: int) -> list[int]:
+    """Quotas when nobody else's counts are known: level the rows that this rank itself sends."""
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank}: give a rank from 0 to {ranks - 1}")
+    counts, visits, tokens = count(topk_ids, physical_experts=physical_experts, ranks=ranks)
+    own_tokens = [0] * ranks
+    own_tokens[rank] = tokens
+    own_visits = [0] * (ranks * ranks)
+    own_visits[rank * ranks : (rank + 1) * ranks] = visits
+    plan = waterfill_rs.plan(counts, own_tokens, ranks=ranks, visits=own_visits)
+    return plan.quotas_of(rank)
+
+
+def _ids(topk_ids: Tensor) -> tuple[int, int, int, int]:
+    """Address, rows, top-k and bits of ids that were checked."""
+    if topk_ids.dim() != 2 or topk_ids.shape[1] == 0:
+        raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}: give [N, K], K at least 1")
+    rows, top_k = topk_ids.shape
+    _check("topk_ids", topk_ids, _ID_BITS, (rows, top_k))
+    return topk_ids.data_ptr(), rows, top_k, _ID_BITS[topk_ids.dtype]
+
+
+def _check(name: str, tensor: Tensor, dtypes: dict[torch.dtype, int], shape: tuple[int, ...]) -> None:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}: give a CPU tensor")
+    if tensor.dtype not in dtypes:
+        known = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} is {tensor.dtype}: give {known}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: give {shape}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}: call .contiguous() first")

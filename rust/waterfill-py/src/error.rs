@@ -1,0 +1,23 @@
+//! Errors and panics of the core as Python exceptions: one table.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+
+/// Run a call into the core. A refusal is a `ValueError` with the core's text; a panic is a
+/// `RuntimeError`, because pyo3's own `PanicException` is no `Exception` and would end a server that
+/// merely has the package installed.
+pub fn guarded<T>(call: impl FnOnce() -> waterfill_core::Result<T>) -> PyResult<T> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| PyValueError::new_err(error.to_string())),
+        Err(_) => Err(PyRuntimeError::new_err(
+            "waterfill-rs: a defect in the Rust core (its panic message is on stderr); please report it",
+        )),
+    }
+}
+
+/// A refusal by the binding itself.
+pub fn refused(text: String) -> PyErr {
+    PyValueError::new_err(text)
+}

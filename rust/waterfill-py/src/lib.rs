@@ -1,0 +1,14 @@
+//! `waterfill_rs._native`: the core as Python sees it. Its docstrings are in `_native.pyi`.
+
+use pyo3::prelude::*;
+
+mod error;
+mod plan;
+mod tensors;
+
+#[pymodule(gil_used = false)]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    plan::init(module)?;
+    tensors::init(module)
+}

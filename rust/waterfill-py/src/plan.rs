@@ -1,0 +1,134 @@
+//! Plans and levels from plain sequences of integers.
+
+use pyo3::prelude::*;
+use waterfill_core::{CostModel, Placement, Planner, Problem, Roofline, Routed, Table, score};
+
+use crate::error::{guarded, refused};
+
+pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<PyCostModel>()?;
+    module.add_class::<PyPlan>()?;
+    module.add_function(wrap_pyfunction!(plan, module)?)?;
+    module.add_function(wrap_pyfunction!(level, module)?)
+}
+
+#[pyclass(name = "CostModel", frozen)]
+struct PyCostModel {
+    inner: CostModel,
+}
+
+#[pymethods]
+impl PyCostModel {
+    #[staticmethod]
+    fn rows() -> Self {
+        Self { inner: CostModel::Rows }
+    }
+
+    #[staticmethod]
+    fn roofline(weights_us: f64, row_us: f64, tile: u32) -> PyResult<Self> {
+        guarded(|| {
+            Ok(Self { inner: CostModel::Roofline(Roofline::new(weights_us, row_us, tile)?) })
+        })
+    }
+
+    #[staticmethod]
+    fn table(points: Vec<(u64, f64)>) -> PyResult<Self> {
+        guarded(|| Ok(Self { inner: CostModel::Table(Table::new(&points)?) }))
+    }
+
+    fn cost(&self, rows: u64) -> u64 {
+        self.inner.cost(rows)
+    }
+}
+
+#[pyclass(name = "Plan", frozen)]
+struct PyPlan {
+    ranks: usize,
+    inner: waterfill_core::Plan,
+}
+
+#[pymethods]
+impl PyPlan {
+    #[getter]
+    fn optimum(&self) -> u64 {
+        self.inner.optimum()
+    }
+
+    #[getter]
+    fn shared_rows(&self) -> Vec<u32> {
+        self.inner.shared_rows().to_vec()
+    }
+
+    #[getter]
+    fn replica_rows(&self) -> Vec<u32> {
+        self.inner.replica_rows().to_vec()
+    }
+
+    fn quotas_of(&self, source: usize) -> PyResult<Vec<u32>> {
+        let mut quotas = vec![0; self.ranks];
+        guarded(|| self.inner.quotas_of(source, &mut quotas))?;
+        Ok(quotas)
+    }
+}
+
+/// The arguments of a plan that own their memory, so that the GIL can be released.
+#[pyfunction]
+#[pyo3(signature = (routed, tokens, *, ranks, physical_experts, physical_to_logical, visits, eligible, cost_model, policy))]
+#[allow(clippy::too_many_arguments)] // Keyword arguments, each with a name of its own in Python.
+fn plan(
+    py: Python<'_>,
+    routed: Vec<u32>,
+    tokens: Vec<u32>,
+    ranks: usize,
+    physical_experts: usize,
+    physical_to_logical: Option<Vec<u32>>,
+    visits: Option<Vec<u32>>,
+    eligible: Option<Vec<bool>>,
+    cost_model: &PyCostModel,
+    policy: &str,
+) -> PyResult<PyPlan> {
+    let joint = match policy {
+        "live" => false,
+        "joint" => true,
+        other => return Err(refused(format!("policy '{other}': give 'live' or 'joint'"))),
+    };
+    let cost = &cost_model.inner;
+    // A plan for 1024 ranks takes tens of microseconds: others may run meanwhile.
+    py.detach(|| {
+        guarded(|| {
+            let placement = match &physical_to_logical {
+                Some(map) => Placement::replicated(ranks, map)?,
+                None => Placement::contiguous(ranks, physical_experts)?,
+            };
+            let per_rank = routed.len() == ranks && physical_experts != ranks;
+            let routed =
+                if per_rank { Routed::PerRank(&routed) } else { Routed::PerExpert(&routed) };
+            let (tokens, visits, eligible) = (&tokens[..], visits.as_deref(), eligible.as_deref());
+            let problem = Problem { placement: &placement, cost, routed, tokens, visits, eligible };
+            let mut inner = waterfill_core::Plan::new();
+            let mut planner = Planner::new();
+            if joint {
+                planner.joint(&problem, &mut inner)
+            } else {
+                planner.live(&problem, &mut inner)
+            }?;
+            Ok(PyPlan { ranks, inner })
+        })
+    })
+}
+
+/// `(max, mean)` of the ranks' costs.
+#[pyfunction]
+#[pyo3(signature = (routed, shared, *, ranks, cost_model))]
+fn level(
+    routed: Vec<u32>,
+    shared: Vec<u32>,
+    ranks: usize,
+    cost_model: &PyCostModel,
+) -> PyResult<(u64, f64)> {
+    guarded(|| {
+        let placement = Placement::contiguous(ranks, routed.len())?;
+        let level = score::level(&placement, &cost_model.inner, &routed, &shared)?;
+        Ok((level.max, level.mean))
+    })
+}
