@@ -1,0 +1,59 @@
+"""The balancer that stands in for sglang's ``WaterfillBalancer``: same constructor, same contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+from waterfill_rs.torch import expand_topk
+
+__all__ = ["WaterfillBalancer"]
+
+
+class WaterfillBalancer:
+    """Widens one MoE layer's top-k by the shared expert, level by this rank's own counts."""
+
+    def __init__(
+        self, num_routed_experts: int, world_size: int, rank: int, layer_id: int | None, shared_weight: float
+    ) -> None:
+        """
+        Args:
+            num_routed_experts: physical routed experts over all ranks, redundant ones included.
+            world_size: EP size.
+            rank: this EP rank.
+            layer_id: for messages only: hash layers and draft layers share ids or have none.
+            shared_weight: weight of a shared row.
+
+        Raises:
+            ValueError: experts that do not divide over the ranks, a rank outside the group.
+        """
+        if world_size < 1 or num_routed_experts < 1 or num_routed_experts % world_size:
+            raise ValueError(
+                f"Waterfill: {num_routed_experts} physical routed experts do not divide over "
+                f"{world_size} EP ranks (layer {layer_id}): change --ep-size or --ep-num-redundant-experts"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"Waterfill: EP rank {rank} is outside 0 to {world_size - 1} (layer {layer_id})")
+        self.num_routed_experts = num_routed_experts
+        self.world_size = world_size
+        self.rank = rank
+        self.layer_id = layer_id
+        self.shared_weight = shared_weight
+
+    def expand_topk(
+        self, topk_output: StandardTopKOutput, num_tokens: int, *, is_decode: bool | None = None
+    ) -> StandardTopKOutput:
+        """``[N, K]`` to ``[N, K + 1]``; ``num_tokens`` is N, 0 on an idle rank. ``is_decode`` changes nothing."""
+        topk_ids: Any = topk_output.topk_ids
+        if topk_ids.shape[0] != num_tokens:
+            raise ValueError(f"Waterfill: {num_tokens} tokens, and topk_ids has {topk_ids.shape[0]} rows")
+        ids, weights = expand_topk(
+            topk_ids.contiguous(),
+            topk_output.topk_weights.contiguous(),
+            physical_experts=self.num_routed_experts,
+            ranks=self.world_size,
+            rank=self.rank,
+            shared_weight=self.shared_weight,
+        )
+        return topk_output._replace(topk_ids=ids, topk_weights=weights)
