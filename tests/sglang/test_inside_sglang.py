@@ -1,0 +1,154 @@
+"""The real sglang, on the CPU, with the package entering through its plugin entry point."""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
+
+import torch
+
+RANKS, RANK, EXPERTS, TOP_K, TOKENS = 8, 3, 64, 6, 200
+
+
+@pytest.fixture(scope="module")
+def sglang():
+    """sglang with plugins loaded, as its launcher and scheduler do, and a model's context published."""
+    os.environ["SGLANG_OPT_USE_FUSED_HASH_TOPK"] = "0"
+    from sglang.srt.configs.shared_experts import SharedExpertsConfig
+    from sglang.srt.layers.moe import hash_topk, topk, waterfill
+    from sglang.srt.plugins import load_plugins
+
+    original = hash_topk.HashTopK
+    load_plugins()
+    from sglang.srt.model_executor.model_runner_components import moe_ep_setup
+    from sglang.srt.runtime_context import get_context, get_model, get_parallel
+
+    get_context().override_server_args(model_path="dummy").install()
+    shared = SharedExpertsConfig(use_waterfill=True)
+    parallel = dict(tp_size=RANKS, tp_rank=RANK, moe_ep_size=RANKS, moe_ep_rank=RANK)
+    with get_model().override(shared_experts=shared), get_parallel().override(**parallel):
+        yield types.SimpleNamespace(
+            hash_topk=hash_topk, topk=topk, waterfill=waterfill, setup=moe_ep_setup, original=original
+        )
+
+
+def prepare(sglang, *modules, experts=EXPERTS):
+    config = types.SimpleNamespace(hf_config=types.SimpleNamespace(n_routed_experts=experts))
+    sglang.setup.prepare_moe_topk(model=torch.nn.ModuleList(modules), model_config=config)
+
+
+def hash_layer(sglang):
+    return sglang.setup.HashTopK(TOP_K, EXPERTS, vocab_size=1000, layer_id=0)
+
+
+def routed_only(sglang, layer, *inputs):
+    """What the same layer gives without Waterfill: the input of the expansion."""
+    balancer, layer.waterfill_balancer, layer.enable_waterfill = layer.waterfill_balancer, None, False
+    try:
+        return layer(*inputs)
+    finally:
+        layer.waterfill_balancer, layer.enable_waterfill = balancer, True
+
+
+def check_expansion(sglang, routed, expanded, shared_weight):
+    from sglang.srt.layers.moe.waterfill import expand_topk_with_shared_expert
+
+    ids, weights = expand_topk_with_shared_expert.__wrapped__(
+        routed.topk_ids, routed.topk_weights, EXPERTS, RANKS, RANK, shared_weight
+    )
+    assert expanded.topk_ids.dtype == routed.topk_ids.dtype
+    assert torch.equal(expanded.topk_ids[:, :-1], ids[:, :-1])
+    assert torch.equal(expanded.topk_weights, weights)
+    slot = EXPERTS // RANKS
+    shared = expanded.topk_ids[:, -1]
+    assert torch.equal(shared % (slot + 1), torch.full_like(shared, slot))
+    received = torch.bincount(expanded.topk_ids.flatten() // (slot + 1), minlength=RANKS)
+    before = torch.bincount(routed.topk_ids.flatten() // slot, minlength=RANKS)
+    # The exact level of these counts, by definition: rows rise until they are all placed.
+    level = int(before.max())
+    while int((level - before).clamp(min=0).sum()) < TOKENS:
+        level += 1
+    assert int(received.max()) == level
+
+
+def test_every_name_of_the_two_classes_is_ours(sglang):
+    from waterfill_rs.sglang.balancer import WaterfillBalancer
+    from waterfill_rs.sglang.topk import WaterfillHashTopK
+
+    assert sglang.waterfill.WaterfillBalancer is WaterfillBalancer
+    assert sglang.hash_topk.HashTopK is WaterfillHashTopK
+    assert sglang.setup.HashTopK is WaterfillHashTopK
+    assert issubclass(WaterfillHashTopK, sglang.original)
+
+
+def test_hash_layer_refuses_to_run_before_preparation(sglang):
+    layer = hash_layer(sglang)
+    with pytest.raises(RuntimeError, match="must be prepared by ModelRunner"):
+        layer(torch.zeros(4, 8), torch.randn(4, EXPERTS), torch.arange(4))
+    with pytest.raises(RuntimeError, match="must be prepared by ModelRunner"):
+        layer.empty_topk_output(torch.device("cpu"))
+
+
+def test_hash_layer_expands_with_our_balancer(sglang):
+    layer = hash_layer(sglang)
+    prepare(sglang, layer)
+    torch.manual_seed(0)
+    # Few distinct tokens: their table rows are near each other, so the ranks' counts are uneven.
+    inputs = torch.zeros(TOKENS, 8), torch.randn(TOKENS, EXPERTS), torch.randint(0, 40, (TOKENS,))
+    routed = routed_only(sglang, layer, *inputs)
+    assert routed.topk_ids.shape == (TOKENS, TOP_K)
+    check_expansion(sglang, routed, layer(*inputs), 1 / 1.5)
+
+
+def test_idle_rank_gets_an_empty_expansion(sglang):
+    layer = hash_layer(sglang)
+    prepare(sglang, layer)
+    empty = layer.empty_topk_output(torch.device("cpu"))
+    assert empty.topk_ids.shape == empty.topk_weights.shape == (0, TOP_K + 1)
+
+
+def test_v3_layer_goes_through_the_same_balancer(sglang):
+    layer = sglang.topk.TopK(TOP_K, layer_id=2, routed_scaling_factor=2.5)
+    prepare(sglang, layer)
+    torch.manual_seed(1)
+    inputs = torch.zeros(TOKENS, 8), torch.randn(TOKENS, EXPERTS) + torch.linspace(0, 2, EXPERTS)
+    forward = layer.forward_native
+    expanded = forward(*inputs)
+    balancer, layer.waterfill_balancer, layer.enable_waterfill = layer.waterfill_balancer, None, False
+    routed = forward(*inputs)
+    layer.waterfill_balancer, layer.enable_waterfill = balancer, True
+    check_expansion(sglang, routed, expanded, balancer.shared_weight)
+
+
+def test_experts_that_do_not_divide_are_refused_with_the_numbers(sglang):
+    with pytest.raises(ValueError, match="63 physical routed experts do not divide over 8"):
+        prepare(sglang, hash_layer(sglang), experts=63)
+
+
+def run_plugins(**environment):
+    """A fresh process that loads plugins and prints what it then has."""
+    code = (
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "from sglang.srt.layers.moe import hash_topk, waterfill\n"
+        "import sys; print(hash_topk.HashTopK.__module__, waterfill.WaterfillBalancer.__module__,"
+        " 'waterfill_rs.torch' in sys.modules)"
+    )
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+
+
+def test_off_leaves_sglang_untouched():
+    done = run_plugins(WATERFILL_RS="off")
+    assert done.stdout.split()[-3:] == [
+        "sglang.srt.layers.moe.hash_topk", "sglang.srt.layers.moe.waterfill", "False"
+    ], done.stderr
+
+
+def test_a_wrong_value_stops_the_process_and_says_which():
+    done = run_plugins(WATERFILL_RS="on")
+    assert done.returncode == 1
+    assert "WATERFILL_RS='on': give one of auto, rust, upstream, off" in done.stderr
