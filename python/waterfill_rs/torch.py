@@ -73,6 +73,8 @@ def expand_topk(
     _check("topk_weights", topk_weights, _WEIGHT_BITS, (rows, top_k))
     if quotas is None:
         quotas = _own_quotas(topk_ids, physical_experts, ranks, rank)
+    if len(quotas) != ranks:
+        raise ValueError(f"quotas has {len(quotas)} entries: give {ranks}, one a rank")
     shared_rank = assign(topk_ids, quotas, physical_experts=physical_experts, rank=rank)
     out_ids = torch.empty((rows, top_k + 1), dtype=topk_ids.dtype)
     out_weights = torch.empty((rows, top_k + 1), dtype=topk_weights.dtype)
@@ -83,7 +85,7 @@ def expand_topk(
         out_ids.data_ptr(),
         out_weights.data_ptr(),
         physical_experts,
-        len(quotas),
+        ranks,
         shared_weight,
     )
     return out_ids, out_weights

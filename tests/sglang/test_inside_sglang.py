@@ -29,7 +29,7 @@ def sglang():
 
     get_context().override_server_args(model_path="dummy").install()
     shared = SharedExpertsConfig(use_waterfill=True)
-    parallel = dict(tp_size=RANKS, tp_rank=RANK, moe_ep_size=RANKS, moe_ep_rank=RANK)
+    parallel = dict(tp_size=RANKS, tp_rank=RANK, attn_tp_size=RANKS, attn_tp_rank=RANK, moe_ep_size=RANKS, moe_ep_rank=RANK)
     with get_model().override(shared_experts=shared), get_parallel().override(**parallel):
         yield types.SimpleNamespace(
             hash_topk=hash_topk, topk=topk, waterfill=waterfill, setup=moe_ep_setup, original=original

@@ -1,0 +1,55 @@
+# The one table of commands. `make` prints it; CI calls the same ones.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name Cargo.toml)
+
+help: ## print this table
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/base: requirements/run.txt
+	@echo "== virtual environment in .venv"
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python {sys.version}: 3.10 or newer is needed; make PYTHON=..."'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/run.txt
+	@touch $@
+
+.venv/native: .venv/base $(SOURCES)
+	@echo "== building the Rust core and its binding"
+	@VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/maturin develop --release --uv --quiet
+	@touch $@
+
+.venv/test: .venv/base requirements/test.txt
+	@echo "== installing the real sglang and its dependencies (about 10 GB)"
+	@$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), f"Python {sys.version}: sglang 0.5.23 needs 3.11 or newer; make PYTHON=..."'
+	@VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --require-hashes -r requirements/test.txt
+	@touch $@
+
+.venv/lint: .venv/base requirements/lint.txt
+	@VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --require-hashes -r requirements/lint.txt
+	@touch $@
+
+build: .venv/native ## build the package into .venv
+run: .venv/native ## compare placements on real text: no GPU, no sglang
+	@$(BIN)/waterfill-rs demo --plot out/demo.png
+test: test-rust test-python ## all tests, with the real sglang 0.5.23
+test-rust: ## the core against its oracle
+	cargo test --release --package waterfill-core --all-features -- --nocapture
+test-python: .venv/test .venv/native ## the package, its wheel alone, and sglang
+	$(BIN)/python -m pytest -W ignore
+lint: .venv/lint .venv/native ## formatting, clippy, ruff, mypy, stubtest
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --all-features -- -D warnings
+	$(BIN)/ruff check python tests
+	$(BIN)/ruff format --check python tests
+	$(BIN)/mypy
+	$(BIN)/stubtest waterfill_rs._native
+bench: ## cargo bench
+	cargo bench
+wheel: .venv/base ## build the wheel into dist
+	$(BIN)/maturin build --release --quiet --out dist
+clean: ## remove what was built
+	rm -rf .venv target dist out python/waterfill_rs/_native*.so
+.PHONY: help build run test test-rust test-python lint bench wheel clean

@@ -1,0 +1,26 @@
+"""The command ``waterfill-rs``. Bad input ends it with one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import waterfill_rs
+from waterfill_rs import demo
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="waterfill-rs", description=waterfill_rs.__doc__)
+    parser.add_argument("--version", action="version", version=waterfill_rs.__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    demo.add_command(commands)
+    parsed = parser.parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except (ValueError, OSError) as error:
+        print(f"waterfill-rs: {error}", file=sys.stderr)
+        return 2
+    return 0

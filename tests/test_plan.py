@@ -1,0 +1,78 @@
+"""Plans through the binding, against a plain definition of the level."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+import waterfill_rs
+
+
+def smallest_level(loads, rows, eligible):
+    level = max(loads)
+    while sum(max(0, level - load) for load, ok in zip(loads, eligible, strict=True) if ok) < rows:
+        level += 1
+    return level
+
+
+def test_optimum_is_the_smallest_level_on_2000_problems():
+    rng = random.Random(7)
+    for _ in range(2000):
+        ranks = rng.randint(1, 40)
+        loads = [rng.randint(0, 90) for _ in range(ranks)]
+        tokens = [rng.randint(0, 20) for _ in range(ranks)]
+        eligible = [rng.random() < 0.8 for _ in range(ranks)]
+        eligible[rng.randrange(ranks)] = True
+        plan = waterfill_rs.plan(loads, tokens, ranks=ranks, eligible=eligible)
+        assert plan.optimum == smallest_level(loads, sum(tokens), eligible)
+        quotas = [plan.quotas_of(source) for source in range(ranks)]
+        assert [sum(row) for row in quotas] == tokens
+        assert [sum(column) for column in zip(*quotas, strict=True)] == plan.shared_rows
+        assert all(ok or rows == 0 for ok, rows in zip(eligible, plan.shared_rows, strict=True))
+        assert waterfill_rs.level(loads, plan.shared_rows, ranks=ranks)[0] == plan.optimum
+
+
+def test_joint_levels_what_shared_rows_alone_cannot():
+    # Expert 0 is hot and has a replica on the idle rank.
+    mapping = [0, 1, 2, 3, 4, 0]
+    routed = [60, 10, 10, 10, 10, 0]
+    live = waterfill_rs.plan(routed, [10] * 3, ranks=3, physical_to_logical=mapping)
+    joint = waterfill_rs.plan(
+        routed, [10] * 3, ranks=3, physical_to_logical=mapping, policy="joint"
+    )
+    assert live.optimum == 70
+    assert joint.optimum == -(-(100 + 30) // 3)
+    assert joint.replica_rows[0] + joint.replica_rows[5] == 60
+    assert joint.replica_rows[1:5] == routed[1:5]
+
+
+REFUSED = [
+    (dict(routed=[1, 2], tokens=[1], ranks=2), "tokens has 1 entries: give 2"),
+    (dict(routed=[1, 2, 3], tokens=[1, 1], ranks=2), "3 physical experts over 2 ranks leave 1"),
+    (dict(routed=[], tokens=[], ranks=0), "0 ranks"),
+    (dict(routed=[1] * 1025, tokens=[1] * 1025, ranks=1025), "1025 ranks"),
+    (dict(routed=[1, 2], tokens=[1, 1], ranks=2, visits=[1, 2, 3]), "visits has 3 entries: give 4"),
+    (dict(routed=[1, 2], tokens=[1, 1], ranks=2, eligible=[True]), "eligible has 1 entries"),
+    (dict(routed=[1, 2], tokens=[1, 1], ranks=2, eligible=[False] * 2), "none of the 2 ranks"),
+    (dict(routed=[2**32 - 1] * 2, tokens=[1, 1], ranks=2), "the sum of routed rows is 8589934590"),
+    (dict(routed=[1, 2], tokens=[1, 1], ranks=2, policy="best"), "policy 'best'"),
+    (dict(routed=[1, 2], tokens=[1, 1], ranks=2, physical_to_logical=[0, 2]), "logical expert 1 of 3"),
+]
+
+
+@pytest.mark.parametrize("arguments, text", REFUSED, ids=[text for _, text in REFUSED])
+def test_bad_input_is_refused_with_its_numbers(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        waterfill_rs.plan(**arguments)
+
+
+@pytest.mark.parametrize("points", [[], [(0, 1.0)], [(8, float("nan"))], [(8, 2.0), (9, 1.0)]])
+def test_cost_tables_that_make_no_sense_are_refused(points):
+    with pytest.raises(ValueError, match="cost|table"):
+        waterfill_rs.CostModel.table(points)
+
+
+def test_import_needs_neither_numpy_nor_torch_nor_sglang():
+    code = "import sys, waterfill_rs; print({'numpy', 'torch', 'sglang'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
