@@ -39,7 +39,7 @@ test-rust: ## the core against its oracle
 	cargo test --release --package waterfill-core --all-features -- --nocapture
 test-python: .venv/test .venv/native ## the package, its wheel alone, and sglang
 	$(BIN)/python -m pytest -W ignore
-lint: .venv/lint .venv/native ## formatting, clippy, ruff, mypy, stubtest
+lint: .venv/test .venv/lint .venv/native ## formatting, clippy, ruff, mypy, stubtest
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
 	$(BIN)/ruff check python tests

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 import waterfill_rs
 
 
@@ -56,7 +57,10 @@ REFUSED = [
     (dict(routed=[1, 2], tokens=[1, 1], ranks=2, eligible=[False] * 2), "none of the 2 ranks"),
     (dict(routed=[2**32 - 1] * 2, tokens=[1, 1], ranks=2), "the sum of routed rows is 8589934590"),
     (dict(routed=[1, 2], tokens=[1, 1], ranks=2, policy="best"), "policy 'best'"),
-    (dict(routed=[1, 2], tokens=[1, 1], ranks=2, physical_to_logical=[0, 2]), "logical expert 1 of 3"),
+    (
+        dict(routed=[1, 2], tokens=[1, 1], ranks=2, physical_to_logical=[0, 2]),
+        "logical expert 1 of 3",
+    ),
 ]
 
 
@@ -68,7 +72,7 @@ def test_bad_input_is_refused_with_its_numbers(arguments, text):
 
 @pytest.mark.parametrize("points", [[], [(0, 1.0)], [(8, float("nan"))], [(8, 2.0), (9, 1.0)]])
 def test_cost_tables_that_make_no_sense_are_refused(points):
-    with pytest.raises(ValueError, match="cost|table"):
+    with pytest.raises(ValueError, match=r"cost|table"):
         waterfill_rs.CostModel.table(points)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
 
-from waterfill_rs.torch import assign, count, expand_topk, traffic  # noqa: E402
+from waterfill_rs.torch import assign, count, expand_topk, traffic
 
 
 def batch(rows, top_k, experts, dtype, seed):
@@ -17,7 +17,9 @@ def batch(rows, top_k, experts, dtype, seed):
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("ranks, rows, top_k", [(1, 9, 2), (8, 300, 6), (12, 50, 8), (72, 128, 6), (144, 64, 3)])
+@pytest.mark.parametrize(
+    "ranks, rows, top_k", [(1, 9, 2), (8, 300, 6), (12, 50, 8), (72, 128, 6), (144, 64, 3)]
+)
 def test_expansion_keeps_the_contract(ranks, rows, top_k, id_dtype, weight_dtype):
     per_rank = 3
     experts, rank = ranks * per_rank, ranks // 2

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from waterfill_rs._native import CostModel, Plan, __version__
 from waterfill_rs import _native
+from waterfill_rs._native import CostModel, Plan, __version__
 
 __all__ = ["CostModel", "Plan", "__version__", "level", "plan"]
 
@@ -76,7 +76,7 @@ def level(
 
 
 def _flat(values: Integers) -> list[int]:
-    values = values.tolist() if hasattr(values, "tolist") else list(values)
-    if values and isinstance(values[0], list):
-        return [value for row in values for value in row]
-    return values
+    items: list[Any] = values.tolist() if hasattr(values, "tolist") else list(values)
+    if items and isinstance(items[0], list):
+        return [value for row in items for value in row]
+    return items

@@ -3,6 +3,18 @@
 from collections.abc import Sequence
 from typing import final
 
+__all__ = [
+    "CostModel",
+    "Plan",
+    "__version__",
+    "level",
+    "plan",
+    "unsafe_assign_ptr",
+    "unsafe_count_ptr",
+    "unsafe_expand_ptr",
+    "unsafe_traffic_ptr",
+]
+
 __version__: str
 
 @final

@@ -79,7 +79,15 @@ def compare(batches: list[Batch], layer: int, step: int) -> Iterator[Result]:
         slowest, mean = waterfill_rs.level(routed, shared, ranks=ranks)
         copies = sum(b.extra_copies(quotas[policy][r], r) for r, b in enumerate(batches))
         yield Result(
-            layer, step, policy, sum(tokens), routed_max, slowest, mean, live.optimum, copies / sum(tokens)
+            layer,
+            step,
+            policy,
+            sum(tokens),
+            routed_max,
+            slowest,
+            mean,
+            live.optimum,
+            copies / sum(tokens),
         )
 
 
@@ -93,7 +101,9 @@ def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo", help="compare placements on real text: no GPU, no model", description=__doc__
     )
-    parser.add_argument("paths", nargs="*", help="files or folders of text (default: Python's own sources)")
+    parser.add_argument(
+        "paths", nargs="*", help="files or folders of text (default: Python's own sources)"
+    )
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--top-k", type=int, default=6)
@@ -108,12 +118,16 @@ def add_command(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     for name in ("ranks", "experts", "top_k", "tokens", "layers", "steps"):
         if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1"
+            )
     results = _route_and_compare(arguments)
     _print_table(results, arguments)
     if arguments.json:
         header = {"ranks": arguments.ranks, "experts": arguments.experts, "top_k": arguments.top_k}
-        _write(arguments.json, json.dumps({**header, "rows": [asdict(r) for r in results]}, indent=1))
+        _write(
+            arguments.json, json.dumps({**header, "rows": [asdict(r) for r in results]}, indent=1)
+        )
     if arguments.plot:
         _plot(results, arguments)
 
@@ -121,7 +135,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _route_and_compare(arguments: argparse.Namespace) -> list[Result]:
     ranks, steps = arguments.ranks, arguments.steps
     streams = _streams(documents(arguments.paths), ranks, arguments.tokens * steps)
-    results = []
+    results: list[Result] = []
     for layer in range(arguments.layers):
         router = Router(arguments.experts, arguments.top_k, layer)
         for step in range(steps):
@@ -170,8 +184,12 @@ def _print_table(results: list[Result], arguments: argparse.Namespace) -> None:
     print(f"{'bound':<12}{bound:>10.4f}")
     home, own, best = (_mean(results, policy)[0] for policy in POLICIES)
     met = sum(result.max == result.optimum for result in live)
-    print(f"\nThe slowest rank has {home - 1:.1%} more rows than the mean with shared experts at home,")
-    print(f"{own - 1:.1%} from own counts, {best - 1:.1%} from live counts: the optimum in {met} of {len(live)} layers.")
+    print(
+        f"\nThe slowest rank has {home - 1:.1%} more rows than the mean with shared experts at home,"
+    )
+    print(
+        f"{own - 1:.1%} from own counts, {best - 1:.1%} from live counts: the optimum in {met} of {len(live)} layers."
+    )
 
 
 def _plot(results: list[Result], arguments: argparse.Namespace) -> None:
@@ -188,12 +206,20 @@ def _plot(results: list[Result], arguments: argparse.Namespace) -> None:
         ratios = [r.max / r.mean for r in results if r.policy == policy]
         axes.plot(ratios, marker, color=colour, markersize=5, label=policy)
     live = [r for r in results if r.policy == "live"]
-    axes.step(range(len(live)), [r.optimum / r.mean for r in live], where="mid", color="black", label="bound")
+    axes.step(
+        range(len(live)),
+        [r.optimum / r.mean for r in live],
+        where="mid",
+        color="black",
+        label="bound",
+    )
     for layer in range(1, arguments.layers):
         axes.axvline(layer * arguments.steps - 0.5, color="#cccccc", linewidth=1)
     axes.set_xlabel("layer and step")
     axes.set_ylabel("rows of the slowest rank / mean")
-    axes.set_title(f"{arguments.ranks} ranks, {arguments.tokens} tokens a rank, whole documents a rank")
+    axes.set_title(
+        f"{arguments.ranks} ranks, {arguments.tokens} tokens a rank, whole documents a rank"
+    )
     axes.legend(frameon=False)
     arguments.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.plot, dpi=150)

@@ -113,7 +113,9 @@ def _ids(topk_ids: Tensor) -> tuple[int, int, int, int]:
     return topk_ids.data_ptr(), rows, top_k, _ID_BITS[topk_ids.dtype]
 
 
-def _check(name: str, tensor: Tensor, dtypes: dict[torch.dtype, int], shape: tuple[int, ...]) -> None:
+def _check(
+    name: str, tensor: Tensor, dtypes: dict[torch.dtype, int], shape: tuple[int, ...]
+) -> None:
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} is on {tensor.device}: give a CPU tensor")
     if tensor.dtype not in dtypes:

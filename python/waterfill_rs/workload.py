@@ -22,7 +22,9 @@ _WORD = re.compile(r"[A-Za-z]+|[0-9]+|\n *| +|[^\w\s]|\w")
 
 def tokenize(text: str) -> list[int]:
     """Words, numbers, indents and signs as token ids: a stable hash of each into the vocabulary."""
-    return [crc32(word.encode("utf-8", "surrogatepass")) % VOCABULARY for word in _WORD.findall(text)]
+    return [
+        crc32(word.encode("utf-8", "surrogatepass")) % VOCABULARY for word in _WORD.findall(text)
+    ]
 
 
 def documents(paths: Sequence[str]) -> Iterator[list[int]]:

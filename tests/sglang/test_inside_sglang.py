@@ -29,10 +29,21 @@ def sglang():
 
     get_context().override_server_args(model_path="dummy").install()
     shared = SharedExpertsConfig(use_waterfill=True)
-    parallel = dict(tp_size=RANKS, tp_rank=RANK, attn_tp_size=RANKS, attn_tp_rank=RANK, moe_ep_size=RANKS, moe_ep_rank=RANK)
+    parallel = dict(
+        tp_size=RANKS,
+        tp_rank=RANK,
+        attn_tp_size=RANKS,
+        attn_tp_rank=RANK,
+        moe_ep_size=RANKS,
+        moe_ep_rank=RANK,
+    )
     with get_model().override(shared_experts=shared), get_parallel().override(**parallel):
         yield types.SimpleNamespace(
-            hash_topk=hash_topk, topk=topk, waterfill=waterfill, setup=moe_ep_setup, original=original
+            hash_topk=hash_topk,
+            topk=topk,
+            waterfill=waterfill,
+            setup=moe_ep_setup,
+            original=original,
         )
 
 
@@ -47,7 +58,11 @@ def hash_layer(sglang):
 
 def routed_only(sglang, layer, *inputs):
     """What the same layer gives without Waterfill: the input of the expansion."""
-    balancer, layer.waterfill_balancer, layer.enable_waterfill = layer.waterfill_balancer, None, False
+    balancer, layer.waterfill_balancer, layer.enable_waterfill = (
+        layer.waterfill_balancer,
+        None,
+        False,
+    )
     try:
         return layer(*inputs)
     finally:
@@ -118,7 +133,11 @@ def test_v3_layer_goes_through_the_same_balancer(sglang):
     inputs = torch.zeros(TOKENS, 8), torch.randn(TOKENS, EXPERTS) + torch.linspace(0, 2, EXPERTS)
     forward = layer.forward_native
     expanded = forward(*inputs)
-    balancer, layer.waterfill_balancer, layer.enable_waterfill = layer.waterfill_balancer, None, False
+    balancer, layer.waterfill_balancer, layer.enable_waterfill = (
+        layer.waterfill_balancer,
+        None,
+        False,
+    )
     routed = forward(*inputs)
     layer.waterfill_balancer, layer.enable_waterfill = balancer, True
     check_expansion(sglang, routed, expanded, balancer.shared_weight)
@@ -144,7 +163,9 @@ def run_plugins(**environment):
 def test_off_leaves_sglang_untouched():
     done = run_plugins(WATERFILL_RS="off")
     assert done.stdout.split()[-3:] == [
-        "sglang.srt.layers.moe.hash_topk", "sglang.srt.layers.moe.waterfill", "False"
+        "sglang.srt.layers.moe.hash_topk",
+        "sglang.srt.layers.moe.waterfill",
+        "False",
     ], done.stderr
 
 

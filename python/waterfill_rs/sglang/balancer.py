@@ -15,7 +15,12 @@ class WaterfillBalancer:
     """Widens one MoE layer's top-k by the shared expert, level by this rank's own counts."""
 
     def __init__(
-        self, num_routed_experts: int, world_size: int, rank: int, layer_id: int | None, shared_weight: float
+        self,
+        num_routed_experts: int,
+        world_size: int,
+        rank: int,
+        layer_id: int | None,
+        shared_weight: float,
     ) -> None:
         """
         Args:
@@ -34,7 +39,9 @@ class WaterfillBalancer:
                 f"{world_size} EP ranks (layer {layer_id}): change --ep-size or --ep-num-redundant-experts"
             )
         if not 0 <= rank < world_size:
-            raise ValueError(f"Waterfill: EP rank {rank} is outside 0 to {world_size - 1} (layer {layer_id})")
+            raise ValueError(
+                f"Waterfill: EP rank {rank} is outside 0 to {world_size - 1} (layer {layer_id})"
+            )
         self.num_routed_experts = num_routed_experts
         self.world_size = world_size
         self.rank = rank
@@ -47,7 +54,9 @@ class WaterfillBalancer:
         """``[N, K]`` to ``[N, K + 1]``; ``num_tokens`` is N, 0 on an idle rank. ``is_decode`` changes nothing."""
         topk_ids: Any = topk_output.topk_ids
         if topk_ids.shape[0] != num_tokens:
-            raise ValueError(f"Waterfill: {num_tokens} tokens, and topk_ids has {topk_ids.shape[0]} rows")
+            raise ValueError(
+                f"Waterfill: {num_tokens} tokens, and topk_ids has {topk_ids.shape[0]} rows"
+            )
         ids, weights = expand_topk(
             topk_ids.contiguous(),
             topk_output.topk_weights.contiguous(),

@@ -75,7 +75,9 @@ def _reasons_not_to_serve() -> list[str]:
     import torch
 
     if torch.cuda.is_available():
-        reasons.append("the model will run on CUDA, and this version of waterfill-rs expands on the CPU only")
+        reasons.append(
+            "the model will run on CUDA, and this version of waterfill-rs expands on the CPU only"
+        )
     return reasons
 
 
@@ -99,7 +101,9 @@ def _cannot_serve(config: Config, reasons: list[str]) -> None:
 
 def _stop(reasons: list[str]) -> NoReturn:
     # SystemExit, because sglang swallows every Exception of a plugin and serves without it.
-    raise SystemExit("waterfill-rs cannot serve:\n" + "\n".join(f"- {reason}" for reason in reasons))
+    raise SystemExit(
+        "waterfill-rs cannot serve:\n" + "\n".join(f"- {reason}" for reason in reasons)
+    )
 
 
 def _verify_and_prepare(prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -108,12 +112,19 @@ def _verify_and_prepare(prepare: Callable[..., Any], *args: Any, **kwargs: Any) 
     from waterfill_rs.sglang.topk import WaterfillHashTopK
 
     hooks = {BALANCER: WaterfillBalancer, HASH_TOPK: WaterfillHashTopK}
-    missing = [f"{name} is not ours after registration" for name, ours in hooks.items() if _resolve(name) is not ours]
+    missing = [
+        f"{name} is not ours after registration"
+        for name, ours in hooks.items()
+        if _resolve(name) is not ours
+    ]
     if missing:
         _stop(missing)
     result = prepare(*args, **kwargs)
-    model = kwargs.get("model", args[0] if args else None)
-    layers = sum(isinstance(getattr(m, "waterfill_balancer", None), WaterfillBalancer) for m in model.modules())
+    model: Any = kwargs.get("model", args[0] if args else None)
+    layers = sum(
+        isinstance(getattr(m, "waterfill_balancer", None), WaterfillBalancer)
+        for m in model.modules()
+    )
     if layers:
         logger.info("waterfill-rs active: %d MoE layers, own counts, on the CPU", layers)
     return result

@@ -13,7 +13,9 @@ __all__ = ["WaterfillHashTopK"]
 class WaterfillHashTopK(HashTopK):  # type: ignore[misc]
     """sglang's hash router; ``forward`` and ``empty_topk_output`` both end in ``_apply_waterfill``."""
 
-    def _apply_waterfill(self, topk_output: StandardTopKOutput, num_tokens: int) -> StandardTopKOutput:
+    def _apply_waterfill(
+        self, topk_output: StandardTopKOutput, num_tokens: int
+    ) -> StandardTopKOutput:
         """Expand if Waterfill is on.
 
         Raises:
@@ -21,5 +23,7 @@ class WaterfillHashTopK(HashTopK):  # type: ignore[misc]
         """
         balancer = self.waterfill_balancer
         if balancer is not None and not isinstance(balancer, WaterfillBalancer):
-            raise RuntimeError(f"Waterfill HashTopK was prepared with {type(balancer)}, not with waterfill-rs's")
+            raise RuntimeError(
+                f"Waterfill HashTopK was prepared with {type(balancer)}, not with waterfill-rs's"
+            )
         return super()._apply_waterfill(topk_output, num_tokens)
