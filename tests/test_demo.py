@@ -30,7 +30,7 @@ def comparison(tmp_path_factory):
 
 def test_json_has_every_layer_step_and_policy(comparison):
     assert (comparison["ranks"], comparison["experts"], comparison["top_k"]) == (4, 32, 3)
-    found = {(row["layer"], row["step"], row["policy"]) for row in comparison["rows"]}
+    found = {(row["layer"], row["pass"], row["policy"]) for row in comparison["rows"]}
     wanted = {(i, j, p) for i in range(2) for j in range(3) for p in ("home", "own-counts", "live")}
     assert found == wanted and len(comparison["rows"]) == len(wanted)
 
