@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import waterfill_rs
-from waterfill_rs import demo
+from waterfill_rs import demo, replay
 
 __all__ = ["main"]
 
@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=waterfill_rs.__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
     demo.add_command(commands)
+    replay.add_command(commands)
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)

@@ -1,0 +1,167 @@
+"""The replay: numbers against a plain computation, and every broken dump refused by name."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
+
+from waterfill_rs.cli import main
+
+RANKS, EXPERTS, TOP_K, LAYERS, TOKENS = 4, 16, 3, 3, 40
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def ids_of(rank, pass_id):
+    """``[L, tokens, 8]``; layer 0 is dense, two columns of eight rows are padding."""
+    generator = torch.Generator().manual_seed(rank * 10 + pass_id)
+    ids = torch.full((LAYERS, TOKENS, 8), -1, dtype=torch.int32)
+    drawn = torch.rand(LAYERS - 1, TOKENS, EXPERTS, generator=generator) + torch.linspace(
+        0, 0.4, EXPERTS
+    )
+    ids[1:, :, :TOP_K] = drawn.topk(TOP_K).indices.int()
+    ids[:, :2] = -1
+    return ids
+
+
+def dump(rank, **changes):
+    records = [
+        dict(forward_pass_id=p, rank=rank, topk_ids_of_layer=ids_of(rank, p)) for p in (100, 101)
+    ]
+    mapping = torch.arange(EXPERTS).repeat(LAYERS, 1)
+    return {**dict(records=records, last_physical_to_logical_map=mapping), **changes}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for rank in range(RANKS):
+        torch.save(dump(rank), tmp_path / f"expert_distribution_recorder_0_{rank}.pt")
+    return tmp_path
+
+
+def test_numbers_are_those_of_a_plain_computation(folder, tmp_path, capsys):
+    out = tmp_path / "out" / "replay.json"
+    assert main(["replay", str(folder), "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert (found["ranks"], found["experts"], found["top_k"]) == (RANKS, EXPERTS, TOP_K)
+    rows = {(row["layer"], row["pass"], row["policy"]): row for row in found["rows"]}
+    assert len(rows) == (LAYERS - 1) * 2 * 3
+    for (layer, pass_id, policy), row in rows.items():
+        routed = torch.zeros(RANKS, dtype=torch.int64)
+        for rank in range(RANKS):
+            ids = ids_of(rank, pass_id)[layer].flatten()
+            routed += torch.bincount(ids[ids >= 0] // (EXPERTS // RANKS), minlength=RANKS)
+        tokens = RANKS * (TOKENS - 2)
+        assert row["tokens"] == tokens and row["routed_max"] == int(routed.max())
+        assert row["mean"] == tokens * (TOP_K + 1) / RANKS
+        level = int(routed.max())
+        while int((level - routed).sum()) < tokens:
+            level += 1
+        assert row["optimum"] == level
+        if policy == "home":
+            assert row["max"] == int(routed.max()) + TOKENS - 2 and row["extra_copies"] == 0
+        if policy == "live":
+            assert row["max"] == level and 0 <= row["extra_copies"] < 0.2
+        assert row["max"] >= level
+    assert "the optimum in 4 of 4 layers" in capsys.readouterr().out
+
+
+def change(record_field, value):
+    def apply(content):
+        content["records"][1][record_field] = value
+
+    return apply
+
+
+def drop(field):
+    return lambda content: content["records"][0].pop(field)
+
+
+def too_large(content):
+    content["records"][0]["topk_ids_of_layer"][2, 5, 1] = EXPERTS
+
+
+BROKEN = {
+    "no records": (lambda c: c.pop("records"), "no 'records'"),
+    "no map": (
+        lambda c: c.pop("last_physical_to_logical_map"),
+        "last_physical_to_logical_map must",
+    ),
+    "flat map": (
+        lambda c: c.update(last_physical_to_logical_map=torch.arange(4)),
+        "last_physical_to_logical_map must",
+    ),
+    "no pass id": (drop("forward_pass_id"), "record 0 has no 'forward_pass_id'"),
+    "no rank": (drop("rank"), "record 0 has no 'rank'"),
+    "no tokens": (drop("topk_ids_of_layer"), "record 0 has no 'topk_ids_of_layer'"),
+    "pass twice": (change("forward_pass_id", 100), "forward_pass_id 100 is there twice"),
+    "another pass": (change("forward_pass_id", 7), "forward_pass_id 7: ranks"),
+    "two ranks": (change("rank", 1), "records of ranks [1, 2]"),
+    "float ids": (change("topk_ids_of_layer", torch.zeros(2, 3, 8)), "must be an int32 tensor"),
+    "flat ids": (
+        change("topk_ids_of_layer", torch.zeros(8, dtype=torch.int32)),
+        "must be an int32 tensor",
+    ),
+    "id too large": (too_large, "has id 16 of 16 experts"),
+    "rank of another file": (
+        lambda c: [record.update(rank=3) for record in c["records"]],
+        "rank 3 is in another file too",
+    ),
+    "other experts": (
+        lambda c: c.update(last_physical_to_logical_map=torch.zeros(3, 18)),
+        "18 physical experts",
+    ),
+}
+
+
+def refused(arguments, text, capsys, out):
+    assert main(["replay", *map(str, arguments), "--json", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1, error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_dumps_are_refused_by_file_field_and_number(name, folder, capsys, tmp_path):
+    spoil, text = BROKEN[name]
+    content = dump(2)
+    spoil(content)
+    torch.save(content, folder / "expert_distribution_recorder_0_2.pt")
+    refused([folder], text, capsys, tmp_path / "out.json")
+
+
+def test_broken_files_are_refused(folder, capsys, tmp_path):
+    out = tmp_path / "out.json"
+    first = folder / "expert_distribution_recorder_0_0.pt"
+    whole = first.read_bytes()
+    refused([folder / "nothing"], "there is no such file", capsys, out)
+    refused([folder, "--ep", 6], "ranks [0, 1, 2, 3] of 6", capsys, out)
+    for content, text in [
+        (b"", "empty (0 bytes)"),
+        (whole[:500], "500 bytes"),
+        (b"x" * 99, "99 bytes"),
+    ]:
+        first.write_bytes(content)
+        refused([folder], text, capsys, out)
+    first.unlink()
+    refused([folder, "--ep", 4], "[0] missing", capsys, out)
+    refused([tmp_path / "out"], "no such file", capsys, out)
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the routing data of shared/data is not here")
+@pytest.mark.parametrize("shape", ["8 1024", "8 8 --decode", "16 256", "32 64"])
+def test_live_is_the_optimum_on_real_routing(shape, tmp_path):
+    ranks, tokens, *decode = shape.split()
+    make = [sys.executable, DATA / "make_dumps.py", tmp_path / "dump", "--packed", *decode]
+    subprocess.run([*make, "--ranks", ranks, "--tokens", tokens], check=True, capture_output=True)
+    out = tmp_path / "replay.json"
+    assert main(["replay", str(tmp_path / "dump"), "--json", str(out)]) == 0
+    live = [row for row in json.loads(out.read_text())["rows"] if row["policy"] == "live"]
+    assert len(live) == 26 * 4
+    assert all(row["max"] == row["optimum"] for row in live)
+    copies = sum(row["extra_copies"] for row in live) / len(live)
+    print(f"EP{shape}: {copies:.4f} extra copies a token")
+    assert copies <= 0.03
