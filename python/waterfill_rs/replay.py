@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,8 @@ def _run(arguments: argparse.Namespace) -> None:
         f"{len(dump.passes)} passes"
     )
     report.print_table(results, title)
+    if all(result.policy != "sglang-static" for result in results):
+        print(f"sglang-static is left out: its kernel does not take {dump.ranks} ranks.")
     _print_layers(results, dump)
     if arguments.json:
         shape = {"ranks": dump.ranks, "experts": dump.experts, "top_k": dump.top_k}
@@ -62,7 +65,21 @@ def _results(dump: Dump) -> Iterator[Result]:
                     Batch.of(own, address, rows, dump.top_k, experts=dump.experts, ranks=dump.ranks)
                 )
             if any(batch.tokens for batch in batches):  # else a dense layer
-                yield from compare(batches, layer, pass_id)
+                yield from compare(batches, layer, pass_id, _static(batches, dump))
+
+
+def _static(batches: list[Batch], dump: Dump) -> list[array[int]] | None:
+    """What sglang's static mode would choose; None for an EP size that it does not take."""
+    from waterfill_rs import sglang_static
+
+    if not sglang_static.serves(dump.ranks):
+        return None
+    shape = {"physical_experts": dump.experts, "ranks": dump.ranks}
+    chosen = (
+        sglang_static.shared_ranks(batch.owner, rank=rank, **shape)
+        for rank, batch in enumerate(batches)
+    )
+    return [array("i", shared.tolist()) for shared in chosen]
 
 
 def _with_progress(results: Iterator[Result], passes: int) -> Iterator[Result]:

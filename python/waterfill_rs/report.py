@@ -10,6 +10,11 @@ from waterfill_rs.comparison import POLICIES, Result
 __all__ = ["plot", "print_table", "write_json"]
 
 
+def _present(results: list[Result]) -> list[str]:
+    found = {result.policy for result in results}
+    return [policy for policy in POLICIES if policy in found]
+
+
 def _mean(results: list[Result], policy: str) -> tuple[float, float, float]:
     """Mean and largest max/mean over layers and steps, and mean extra copies a token."""
     mine = [result for result in results if result.policy == policy]
@@ -20,14 +25,15 @@ def _mean(results: list[Result], policy: str) -> tuple[float, float, float]:
 def print_table(results: list[Result], title: str) -> None:
     """The policies, the bound, and two lines that say what was seen."""
     print(title)
-    print(f"{'policy':<12}{'max/mean':>10}{'worst':>9}{'extra copies a token':>23}")
-    for policy in POLICIES:
+    print(f"{'policy':<14}{'max/mean':>10}{'worst':>9}{'extra copies a token':>23}")
+    policies = _present(results)
+    for policy in policies:
         mean, worst, copies = _mean(results, policy)
-        print(f"{policy:<12}{mean:>10.4f}{worst:>9.4f}{copies:>23.4f}")
+        print(f"{policy:<14}{mean:>10.4f}{worst:>9.4f}{copies:>23.4f}")
     live = [result for result in results if result.policy == "live"]
     bound = sum(r.optimum / r.mean for r in live) / len(live)
-    print(f"{'bound':<12}{bound:>10.4f}")
-    home, own, best = (_mean(results, policy)[0] for policy in POLICIES)
+    print(f"{'bound':<14}{bound:>10.4f}")
+    home, own, best = (_mean(results, p)[0] for p in ("home", "own-counts", "live"))
     met = sum(result.max == result.optimum for result in live)
     print(
         f"\nThe slowest rank has {home - 1:.1%} more rows than the mean with shared experts at home,"
@@ -47,10 +53,10 @@ def plot(results: list[Result], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    looks = zip(POLICIES, ("#888888", "#E69F00", "#0072B2"), ("o", "s", "D"), strict=True)
-    for policy, colour, marker in looks:
+    colours = dict(zip(POLICIES, ("#888888", "#D55E00", "#E69F00", "#0072B2"), strict=True))
+    for policy in _present(results):
         ratios = [r.max / r.mean for r in results if r.policy == policy]
-        axes.plot(ratios, marker, color=colour, markersize=5, label=policy)
+        axes.plot(ratios, ".", color=colours[policy], markersize=7, label=policy)
     live = [r for r in results if r.policy == "live"]
     axes.step(
         range(len(live)),
