@@ -22,11 +22,21 @@ pub struct Assigner {
     visited: Vec<u64>,
     /// Words of 64 ranks in a row of `visited`.
     words: usize,
+    quotas: Quotas,
+    search: Search,
+}
+
+/// What is left of the quotas while tokens are assigned.
+#[derive(Clone, Debug, Default)]
+struct Quotas {
     /// `[R]` rows of each quota still to be met.
     left: Vec<u32>,
     /// `[words]` destinations other than the source with rows left.
     open: Vec<u64>,
-    search: Search,
+    /// `[words]` those of them with the most rows left.
+    urgent: Vec<u64>,
+    /// A destination with at most so many rows left is not urgent any more.
+    urgent_above: u32,
 }
 
 /// Breadth-first search over ranks: which token could move on from which rank to which.
@@ -71,9 +81,9 @@ impl Assigner {
             return Err(Error::Rank { name: "source", rank: source as i64, ranks });
         }
         check_ids(placement, ids, top_k)?;
-        self.look_up_visits(placement, ids, top_k);
-        self.check_quotas(source, quotas)?;
-        self.start(source, quotas);
+        let tokens = self.look_up_visits(placement, ids, top_k);
+        check_quotas(source, quotas, tokens)?;
+        self.quotas.start(source, quotas, self.words);
         if self.greedy(source, shared_rank) {
             self.augment_pending(source, shared_rank);
             self.place_rest(shared_rank);
@@ -81,69 +91,67 @@ impl Assigner {
         Ok(())
     }
 
-    fn look_up_visits<I: Id>(&mut self, placement: &Placement, ids: &[I], top_k: usize) {
+    /// The ranks that each token visits; gives the number of tokens.
+    fn look_up_visits<I: Id>(&mut self, placement: &Placement, ids: &[I], top_k: usize) -> u64 {
         self.words = placement.ranks().div_ceil(64);
         self.visited.clear();
-        let rank_of = Divisor::new(placement.experts_per_rank());
         if self.words == 1 {
-            self.visited.extend(ids.chunks_exact(top_k).map(|row| {
-                row.iter().fold(0, |visited, &id| {
-                    let bit = u64::from(id > I::NONE) << (rank_of.divide(id.low()) & 63);
-                    visited | bit
-                })
-            }));
-            return;
+            // A literal number of columns unrolls the rows; these are the models' usual ones.
+            return match top_k {
+                6 => self.look_up_words(placement, ids, 6),
+                8 => self.look_up_words(placement, ids, 8),
+                _ => self.look_up_words(placement, ids, top_k),
+            };
         }
         self.visited.resize(ids.len() / top_k * self.words, 0);
+        let rank_of = Divisor::new(placement.experts_per_rank());
         let rows = ids.chunks_exact(top_k).zip(self.visited.chunks_exact_mut(self.words));
+        let mut tokens = 0;
         for (row, visited) in rows {
             for &id in row.iter().filter(|&&id| id > I::NONE) {
-                let rank = rank_of.divide(id.low()) as usize;
-                visited[rank / 64] |= 1 << (rank % 64);
+                visited[rank_of.divide(id.low()) as usize / 64] |= placement.rank_bit(id.low());
             }
+            tokens += u64::from(visited.iter().any(|&word| word != 0));
         }
+        tokens
     }
 
-    fn check_quotas(&self, source: usize, quotas: &[u32]) -> Result<()> {
-        let is_token = |visited: &&[u64]| visited.iter().any(|&word| word != 0);
-        let tokens = self.visited.chunks_exact(self.words).filter(is_token).count() as u64;
-        let quotas = quotas.iter().map(|&quota| u64::from(quota)).sum();
-        if quotas == tokens { Ok(()) } else { Err(Error::Quotas { source, quotas, tokens }) }
+    #[inline(always)]
+    fn look_up_words<I: Id>(&mut self, placement: &Placement, ids: &[I], top_k: usize) -> u64 {
+        let mut tokens = 0;
+        self.visited.extend(ids.chunks_exact(top_k).map(|row| {
+            let visited = visits_word(placement, row);
+            tokens += u64::from(visited != 0);
+            visited
+        }));
+        tokens
     }
 
-    fn start(&mut self, source: usize, quotas: &[u32]) {
-        self.left.clear();
-        self.left.extend_from_slice(quotas);
-        self.open.clear();
-        self.open.resize(self.words, 0);
-        for (rank, _) in
-            quotas.iter().enumerate().filter(|&(rank, &quota)| quota > 0 && rank != source)
-        {
-            self.open[rank / 64] |= 1 << (rank % 64);
-        }
-    }
-
-    /// Each token to the visited destination with the most rows left, else home; true if any is pending.
+    /// Each token to a visited destination that is among those with the most rows left, else home; true
+    /// if any is pending.
     fn greedy(&mut self, source: usize, shared_rank: &mut [i32]) -> bool {
+        // A literal one makes loops over words straight code.
+        match self.words {
+            1 => self.greedy_words(1, source, shared_rank),
+            words => self.greedy_words(words, source, shared_rank),
+        }
+    }
+
+    #[inline(always)]
+    fn greedy_words(&mut self, words: usize, source: usize, shared_rank: &mut [i32]) -> bool {
         let mut pending = false;
-        for (token, shared_rank) in shared_rank.iter_mut().enumerate() {
-            let visited = &self.visited[token * self.words..][..self.words];
-            let wanted = neediest(visited, &self.open, &self.left);
-            *shared_rank = match wanted {
-                Some(rank) => {
-                    self.left[rank] -= 1;
-                    self.open[rank / 64] &= !(u64::from(self.left[rank] == 0) << (rank % 64));
-                    rank as i32
-                }
-                None if visited.iter().all(|&word| word == 0) => NO_RANK,
-                None if self.left[source] > 0 => {
-                    self.left[source] -= 1;
-                    source as i32
-                }
-                None => {
-                    pending = true;
-                    PENDING
-                }
+        for (visited, shared_rank) in self.visited.chunks_exact(words).zip(shared_rank) {
+            *shared_rank = if let Some(rank) = self.quotas.wanted(visited) {
+                self.quotas.take(rank);
+                rank as i32
+            } else if visited.iter().all(|&word| word == 0) {
+                NO_RANK
+            } else if self.quotas.left[source] > 0 {
+                self.quotas.left[source] -= 1;
+                source as i32
+            } else {
+                pending = true;
+                PENDING
             };
         }
         pending
@@ -158,7 +166,7 @@ impl Assigner {
                 continue;
             }
             if let Some(end) = self.find_path(source, token, shared_rank) {
-                self.left[end] -= 1;
+                self.quotas.left[end] -= 1;
                 let mut rank = end;
                 loop {
                     let mover = self.search.mover[rank] as usize;
@@ -181,7 +189,7 @@ impl Assigner {
     fn find_path(&mut self, source: usize, start: usize, shared_rank: &[i32]) -> Option<usize> {
         self.search.queue.clear();
         self.search.mover.clear();
-        self.search.mover.resize(self.left.len(), NOBODY);
+        self.search.mover.resize(self.quotas.left.len(), NOBODY);
         if let Some(end) = self.reach(source, start) {
             return Some(end);
         }
@@ -211,7 +219,7 @@ impl Assigner {
                 }
                 self.search.mover[rank] = token as u32;
                 self.search.queue.push(rank as u32);
-                if self.left[rank] > 0 {
+                if self.quotas.left[rank] > 0 {
                     return Some(rank);
                 }
             }
@@ -223,29 +231,88 @@ impl Assigner {
     fn place_rest(&mut self, shared_rank: &mut [i32]) {
         let mut rank = 0;
         for shared_rank in shared_rank.iter_mut().filter(|rank| **rank == PENDING) {
-            while self.left[rank] == 0 {
+            while self.quotas.left[rank] == 0 {
                 rank += 1;
             }
-            self.left[rank] -= 1;
+            self.quotas.left[rank] -= 1;
             *shared_rank = rank as i32;
         }
     }
 }
 
-/// The visited open destination with the most rows left; the lowest rank of equals.
-fn neediest(visited: &[u64], open: &[u64], left: &[u32]) -> Option<usize> {
-    let mut best = None;
-    for (word, (&visited, &open)) in visited.iter().zip(open).enumerate() {
-        let mut ranks = visited & open;
-        while ranks != 0 {
-            let rank = word * 64 + ranks.trailing_zeros() as usize;
-            ranks &= ranks - 1;
-            if best.is_none_or(|best: usize| left[rank] > left[best]) {
-                best = Some(rank);
-            }
+impl Quotas {
+    fn start(&mut self, source: usize, quotas: &[u32], words: usize) {
+        self.left.clear();
+        self.left.extend_from_slice(quotas);
+        self.open.clear();
+        self.open.resize(words, 0);
+        self.urgent.clear();
+        self.urgent.resize(words, 0);
+        for (rank, &quota) in quotas.iter().enumerate() {
+            let open = quota > 0 && rank != source;
+            self.open[rank / 64] |= u64::from(open) << (rank % 64);
         }
     }
-    best
+
+    /// The visited open destination that takes a token: the first urgent one, else the first.
+    #[inline(always)]
+    fn wanted(&mut self, visited: &[u64]) -> Option<usize> {
+        if let Some(rank) = first_common(visited, &self.urgent[..visited.len()]) {
+            return Some(rank);
+        }
+        let rank = first_common(visited, &self.open[..visited.len()])?;
+        if self.urgent.iter().any(|&word| word != 0) {
+            return Some(rank);
+        }
+        self.renew_urgent();
+        first_common(visited, &self.urgent).or(Some(rank))
+    }
+
+    #[inline(always)]
+    fn take(&mut self, rank: usize) {
+        self.left[rank] -= 1;
+        let bit = 1 << (rank % 64);
+        if self.left[rank] <= self.urgent_above {
+            self.urgent[rank / 64] &= !bit;
+        }
+        if self.left[rank] == 0 {
+            self.open[rank / 64] &= !bit;
+        }
+    }
+
+    /// Urgent are the open destinations whose rows left are within an eighth of the most. The eighth
+    /// lets the quotas shrink together without a search for the largest at every token.
+    #[cold]
+    fn renew_urgent(&mut self) {
+        let open = |rank: usize| self.open[rank / 64] >> (rank % 64) & 1 == 1;
+        let most = (0..self.left.len()).filter(|&r| open(r)).map(|r| self.left[r]).max();
+        let Some(most) = most else { return };
+        self.urgent_above = most - most.div_ceil(8);
+        for rank in (0..self.left.len()).filter(|&rank| open(rank)) {
+            let urgent = self.left[rank] > self.urgent_above;
+            self.urgent[rank / 64] |= u64::from(urgent) << (rank % 64);
+        }
+    }
+}
+
+fn check_quotas(source: usize, quotas: &[u32], tokens: u64) -> Result<()> {
+    let quotas = quotas.iter().map(|&quota| u64::from(quota)).sum();
+    if quotas == tokens { Ok(()) } else { Err(Error::Quotas { source, quotas, tokens }) }
+}
+
+/// The lowest rank that is in both.
+#[inline(always)]
+fn first_common(visited: &[u64], ranks: &[u64]) -> Option<usize> {
+    visited.iter().zip(ranks).enumerate().find_map(|(word, (visited, ranks))| {
+        let common = visited & ranks;
+        (common != 0).then(|| word * 64 + common.trailing_zeros() as usize)
+    })
+}
+
+/// The ranks that a token visits, where all ranks fit one word.
+#[inline(always)]
+fn visits_word<I: Id>(placement: &Placement, row: &[I]) -> u64 {
+    row.iter().fold(0, |visited, &id| visited | placement.rank_bit(id.low()))
 }
 
 /// Count one source's routed rows: `counts` `[P]` per physical expert and `visits` `[R]`, how many of
@@ -266,6 +333,70 @@ pub fn count<I: Id>(
     check_ids(placement, ids, top_k)?;
     counts.fill(0);
     visits.fill(0);
+    let one_word = placement.ranks() <= 64;
+    Ok(match top_k {
+        6 if one_word => count_rows(placement, ids, 6, counts, visits),
+        8 if one_word => count_rows(placement, ids, 8, counts, visits),
+        _ if one_word => count_rows(placement, ids, top_k, counts, visits),
+        _ => count_wide_rows(placement, ids, top_k, counts, visits),
+    })
+}
+
+#[inline(always)]
+fn count_rows<I: Id>(
+    placement: &Placement,
+    ids: &[I],
+    top_k: usize,
+    counts: &mut [u32],
+    visits: &mut [u32],
+) -> u32 {
+    let mut tokens = 0;
+    // Eight ranks' counters share a word, a byte each, and are emptied before any could overflow.
+    let mut lanes = [0u64; 8];
+    let words = visits.len().div_ceil(8);
+    for rows in ids.chunks(255 * top_k) {
+        for row in rows.chunks_exact(top_k) {
+            for id in row {
+                if let Some(count) = counts.get_mut(id.low() as usize) {
+                    *count += 1;
+                }
+            }
+            let visited = visits_word(placement, row);
+            tokens += u32::from(visited != 0);
+            for (word, lane) in lanes[..words].iter_mut().enumerate() {
+                *lane += BYTE_OF_BIT[(visited >> (8 * word) & 255) as usize];
+            }
+        }
+        for (rank, visits) in visits.iter_mut().enumerate() {
+            *visits += (lanes[rank / 8] >> (8 * (rank % 8)) & 255) as u32;
+        }
+        lanes = [0; 8];
+    }
+    tokens
+}
+
+/// Byte i of an entry is bit i of its index.
+static BYTE_OF_BIT: [u64; 256] = {
+    let mut table = [0; 256];
+    let mut bits = 0;
+    while bits < 256 {
+        let mut bit = 0;
+        while bit < 8 {
+            table[bits] |= (bits as u64 >> bit & 1) << (8 * bit);
+            bit += 1;
+        }
+        bits += 1;
+    }
+    table
+};
+
+fn count_wide_rows<I: Id>(
+    placement: &Placement,
+    ids: &[I],
+    top_k: usize,
+    counts: &mut [u32],
+    visits: &mut [u32],
+) -> u32 {
     let mut tokens = 0;
     for row in ids.chunks_exact(top_k) {
         for (column, &id) in row.iter().enumerate().filter(|&(_, &id)| id > I::NONE) {
@@ -278,5 +409,5 @@ pub fn count<I: Id>(
         }
         tokens += u32::from(row.iter().any(|&id| id > I::NONE));
     }
-    Ok(tokens)
+    tokens
 }

@@ -10,11 +10,14 @@ use crate::problem::check_length;
 pub trait Id: Copy + Ord + Into<i64> + Send + Sync + 'static {
     /// The id of no expert.
     const NONE: Self;
-    /// The low 32 bits, all that the id of an expert needs.
+    /// The low 32 bits, all that the id of an expert needs; [`NO_EXPERT`] or more for no expert.
     fn low(self) -> u32;
     /// An id from a value below 2^31.
     fn from_low(value: u32) -> Self;
 }
+
+/// Ids of experts are below it, in their low 32 bits.
+const NO_EXPERT: u32 = 1 << 31;
 
 impl Id for i32 {
     const NONE: Self = -1;
@@ -32,7 +35,8 @@ impl Id for i64 {
     const NONE: Self = -1;
     #[inline(always)]
     fn low(self) -> u32 {
-        self as u32
+        // The sign over all bits: a negative value may have the low bits of an expert.
+        (self | self >> 63) as u32
     }
     #[inline(always)]
     fn from_low(value: u32) -> Self {
@@ -136,71 +140,50 @@ pub fn expand<I: Id, W: Weight>(
 pub(crate) fn expand_checked<I: Id, W: Weight>(
     placement: &Placement,
     (ids, weights, top_k): (&[I], &[W], usize),
+    shared: (&[i32], W),
+    out: (&mut [I], &mut [W]),
+) {
+    // A literal number of columns unrolls the rows; these are the models' usual ones.
+    match top_k {
+        6 => expand_rows(placement, (ids, weights, 6), shared, out),
+        8 => expand_rows(placement, (ids, weights, 8), shared, out),
+        _ => expand_rows(placement, (ids, weights, top_k), shared, out),
+    }
+}
+
+#[inline(always)]
+fn expand_rows<I: Id, W: Weight>(
+    placement: &Placement,
+    (ids, weights, top_k): (&[I], &[W], usize),
     (shared_rank, shared_weight): (&[i32], W),
     (out_ids, out_weights): (&mut [I], &mut [W]),
 ) {
-    expand_ids(placement, ids, top_k, shared_rank, out_ids);
-    // A literal number of columns unrolls the rows; these are the models' usual ones.
-    match top_k {
-        6 => expand_weights(ids, weights, 6, shared_weight, out_weights),
-        8 => expand_weights(ids, weights, 8, shared_weight, out_weights),
-        _ => expand_weights(ids, weights, top_k, shared_weight, out_weights),
-    }
-}
-
-fn expand_ids<I: Id>(
-    placement: &Placement,
-    ids: &[I],
-    top_k: usize,
-    shared_rank: &[i32],
-    out: &mut [I],
-) {
-    match top_k {
-        6 => expand_id_rows(placement, ids, 6, shared_rank, out),
-        8 => expand_id_rows(placement, ids, 8, shared_rank, out),
-        _ => expand_id_rows(placement, ids, top_k, shared_rank, out),
-    }
-}
-
-#[inline(always)]
-fn expand_id_rows<I: Id>(
-    placement: &Placement,
-    ids: &[I],
-    top_k: usize,
-    shared_rank: &[i32],
-    out: &mut [I],
-) {
     let experts_per_rank = placement.experts_per_rank() as u32;
     let rank_of = Divisor::new(placement.experts_per_rank());
-    let rows = ids.chunks_exact(top_k).zip(out.chunks_exact_mut(top_k + 1));
-    for ((row, out), &rank) in rows.zip(shared_rank) {
-        let mut largest = I::NONE;
-        for (&id, out) in row.iter().zip(&mut out[..top_k]) {
-            let moved = I::from_low(id.low().wrapping_add(rank_of.divide(id.low())));
-            *out = if id > I::NONE { moved } else { id };
-            largest = largest.max(id);
-        }
+    let moved = |id: I| I::from_low(id.low().wrapping_add(rank_of.divide(id.low())));
+    let rows = ids.chunks_exact(top_k).zip(weights.chunks_exact(top_k)).zip(shared_rank);
+    let out = out_ids.chunks_exact_mut(top_k + 1).zip(out_weights.chunks_exact_mut(top_k + 1));
+    for (((ids, weights), &rank), (out_ids, out_weights)) in rows.zip(out) {
         let shared = (rank as u32).wrapping_mul(experts_per_rank + 1) + experts_per_rank;
-        out[top_k] = if largest > I::NONE { I::from_low(shared) } else { I::NONE };
-    }
-}
-
-#[inline(always)]
-fn expand_weights<I: Id, W: Weight>(
-    ids: &[I],
-    weights: &[W],
-    top_k: usize,
-    shared_weight: W,
-    out: &mut [W],
-) {
-    let rows = ids.chunks_exact(top_k).zip(weights.chunks_exact(top_k));
-    for ((ids, weights), out) in rows.zip(out.chunks_exact_mut(top_k + 1)) {
+        out_ids[top_k] = I::from_low(shared);
+        out_weights[top_k] = shared_weight;
+        // Nearly every row has no invalid slot and needs no selection.
+        if ids.iter().fold(0, |all, id| all | id.low()) < NO_EXPERT {
+            out_ids.iter_mut().zip(ids).for_each(|(out, &id)| *out = moved(id));
+            out_weights[..top_k].copy_from_slice(weights);
+            continue;
+        }
         let mut largest = I::NONE;
-        for ((&id, &weight), out) in ids.iter().zip(weights).zip(&mut out[..top_k]) {
-            *out = if id > I::NONE { weight } else { W::ZERO };
+        for (column, (&id, &weight)) in ids.iter().zip(weights).enumerate() {
+            let valid = id > I::NONE;
+            out_ids[column] = if valid { moved(id) } else { id };
+            out_weights[column] = if valid { weight } else { W::ZERO };
             largest = largest.max(id);
         }
-        out[top_k] = if largest > I::NONE { shared_weight } else { W::ZERO };
+        if largest == I::NONE {
+            out_ids[top_k] = I::NONE;
+            out_weights[top_k] = W::ZERO;
+        }
     }
 }
 

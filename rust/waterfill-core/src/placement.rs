@@ -16,6 +16,8 @@ pub struct Placement {
     experts_per_rank: usize,
     logical_experts: usize,
     jobs: Vec<Vec<u32>>,
+    /// `[P + 1]` the bit of each physical expert's rank in its word of 64 ranks; the last is of no expert.
+    rank_bits: Vec<u64>,
 }
 
 impl Placement {
@@ -24,11 +26,13 @@ impl Placement {
     /// # Errors
     /// `ranks` outside `1..=1024`, or `physical_experts` not a positive multiple of it.
     pub fn contiguous(ranks: usize, physical_experts: usize) -> Result<Self> {
+        let experts_per_rank = experts_per_rank(ranks, physical_experts)?;
         Ok(Self {
             ranks,
-            experts_per_rank: experts_per_rank(ranks, physical_experts)?,
+            experts_per_rank,
             logical_experts: physical_experts,
             jobs: Vec::new(),
+            rank_bits: rank_bits(ranks, experts_per_rank),
         })
     }
 
@@ -45,6 +49,7 @@ impl Placement {
             experts_per_rank,
             logical_experts: replicas.len(),
             jobs: replicas.into_iter().filter(|r| r.len() > 1).collect(),
+            rank_bits: rank_bits(ranks, experts_per_rank),
         })
     }
 
@@ -83,6 +88,12 @@ impl Placement {
         physical + self.rank_of(physical)
     }
 
+    /// The bit of a physical expert's rank in its word of 64 ranks; none for the id of no expert.
+    #[inline(always)]
+    pub(crate) fn rank_bit(&self, id: u32) -> u64 {
+        self.rank_bits[(id as usize).min(self.rank_bits.len() - 1)]
+    }
+
     /// The replicated logical experts, in order: the physical replicas of each, ascending.
     pub fn jobs(&self) -> impl ExactSizeIterator<Item = &[u32]> + Clone {
         self.jobs.iter().map(Vec::as_slice)
@@ -97,6 +108,15 @@ fn experts_per_rank(ranks: usize, physical_experts: usize) -> Result<usize> {
         return Err(Error::Indivisible { ranks, physical_experts });
     }
     Ok(physical_experts / ranks)
+}
+
+fn rank_bits(ranks: usize, experts_per_rank: usize) -> Vec<u64> {
+    let mut bits = Vec::with_capacity(ranks * experts_per_rank + 1);
+    for rank in 0..ranks {
+        bits.extend(std::iter::repeat_n(1 << (rank % 64), experts_per_rank));
+    }
+    bits.push(0);
+    bits
 }
 
 fn replicas_by_logical(physical_to_logical: &[u32]) -> Result<Vec<Vec<u32>>> {
