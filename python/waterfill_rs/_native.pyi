@@ -85,11 +85,11 @@ def unsafe_assign_ptr(
 def unsafe_expand_ptr(
     ids: tuple[int, int, int, int],
     weights: tuple[int, int],
-    shared_rank: int,
+    quotas: Sequence[int],
     out_ids: int,
     out_weights: int,
     physical_experts: int,
-    ranks: int,
+    rank: int,
     shared_weight: float,
 ) -> None:
     """Write ids and weights ``[rows, top_k + 1]``; ``weights`` is (address, bits)."""

@@ -75,17 +75,16 @@ def expand_topk(
         quotas = _own_quotas(topk_ids, physical_experts, ranks, rank)
     if len(quotas) != ranks:
         raise ValueError(f"quotas has {len(quotas)} entries: give {ranks}, one a rank")
-    shared_rank = assign(topk_ids, quotas, physical_experts=physical_experts, rank=rank)
     out_ids = torch.empty((rows, top_k + 1), dtype=topk_ids.dtype)
     out_weights = torch.empty((rows, top_k + 1), dtype=topk_weights.dtype)
     _native.unsafe_expand_ptr(
         ids,
         (topk_weights.data_ptr(), _WEIGHT_BITS[topk_weights.dtype]),
-        shared_rank.data_ptr(),
+        quotas,
         out_ids.data_ptr(),
         out_weights.data_ptr(),
         physical_experts,
-        ranks,
+        rank,
         shared_weight,
     )
     return out_ids, out_weights

@@ -4,7 +4,7 @@ use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use waterfill_core::{
-    Assigner, CostModel, Placement, Plan, Planner, Problem, Routed, Table, count, expand,
+    Assigner, CostModel, Placement, Plan, Planner, Problem, Routed, Rows, RowsMut, Table, count,
 };
 
 /// Splitmix64 of an index: the same skewed layer every time.
@@ -93,13 +93,12 @@ fn expansion(criterion: &mut Criterion) {
     let ids = ids(ROWS as u64, 256, 0);
     let weights = vec![0.25f32; ids.len()];
     let (mut out_ids, mut out_weights) = (vec![0; ROWS * 7], vec![0.0; ROWS * 7]);
-    let (mut assigner, mut shared) = (Assigner::new(), vec![0; ROWS]);
+    let mut assigner = Assigner::new();
     criterion.bench_function("assign+expand/4096x6", |b| {
         b.iter(|| {
-            let ids = black_box(&ids);
-            assigner.assign(&placement, 0, ids, 6, &quotas, &mut shared).unwrap();
-            expand(&placement, ids, &weights, 6, &shared, 0.4, &mut out_ids, &mut out_weights)
-                .unwrap();
+            let routed = Rows { ids: black_box(&ids), weights: &weights, top_k: 6 };
+            let out = RowsMut { ids: &mut out_ids, weights: &mut out_weights };
+            assigner.expand(&placement, 0, routed, &quotas, 0.4, out).unwrap();
         });
     });
 }

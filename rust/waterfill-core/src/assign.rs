@@ -5,7 +5,9 @@
 //! augmenting paths for the few that are left (a maximum matching of tokens and quotas).
 
 use crate::error::{Error, Result};
-use crate::expand::{Divisor, Id, check_ids, check_rows};
+use crate::expand::{
+    Divisor, Id, Rows, RowsMut, Weight, check_expansion, check_ids, check_rows, expand_checked,
+};
 use crate::placement::Placement;
 use crate::problem::check_length;
 
@@ -24,6 +26,8 @@ pub struct Assigner {
     words: usize,
     quotas: Quotas,
     search: Search,
+    /// `[N]` of [`expand`](Self::expand), which does not give it away.
+    shared_rank: Vec<i32>,
 }
 
 /// What is left of the quotas while tokens are assigned.
@@ -73,9 +77,46 @@ impl Assigner {
         quotas: &[u32],
         shared_rank: &mut [i32],
     ) -> Result<()> {
-        let ranks = placement.ranks();
         let rows = check_rows(ids.len(), top_k)?;
         check_length("shared_rank", shared_rank.len(), rows)?;
+        self.start(placement, source, ids, top_k, quotas)?;
+        self.give_ranks(source, shared_rank);
+        Ok(())
+    }
+
+    /// [`assign`](Self::assign) and [`expand`](crate::expand()) in one: the ids are checked once.
+    ///
+    /// # Errors
+    /// Those of the two. Nothing is written then.
+    pub fn expand<I: Id, W: Weight>(
+        &mut self,
+        placement: &Placement,
+        source: usize,
+        routed: Rows<I, W>,
+        quotas: &[u32],
+        shared_weight: f32,
+        out: RowsMut<I, W>,
+    ) -> Result<()> {
+        check_expansion(routed, &out)?;
+        self.start(placement, source, routed.ids, routed.top_k, quotas)?;
+        let mut shared_rank = std::mem::take(&mut self.shared_rank);
+        shared_rank.resize(routed.ids.len() / routed.top_k, NO_RANK);
+        self.give_ranks(source, &mut shared_rank);
+        expand_checked(placement, routed, &shared_rank, W::from_f32(shared_weight), out);
+        self.shared_rank = shared_rank;
+        Ok(())
+    }
+
+    /// Check everything, look the visits up, and open the quotas.
+    fn start<I: Id>(
+        &mut self,
+        placement: &Placement,
+        source: usize,
+        ids: &[I],
+        top_k: usize,
+        quotas: &[u32],
+    ) -> Result<()> {
+        let ranks = placement.ranks();
         check_length("quotas", quotas.len(), ranks)?;
         if source >= ranks {
             return Err(Error::Rank { name: "source", rank: source as i64, ranks });
@@ -84,11 +125,14 @@ impl Assigner {
         let tokens = self.look_up_visits(placement, ids, top_k);
         check_quotas(source, quotas, tokens)?;
         self.quotas.start(source, quotas, self.words);
+        Ok(())
+    }
+
+    fn give_ranks(&mut self, source: usize, shared_rank: &mut [i32]) {
         if self.greedy(source, shared_rank) {
             self.augment_pending(source, shared_rank);
             self.place_rest(shared_rank);
         }
-        Ok(())
     }
 
     /// The ranks that each token visits; gives the number of tokens.

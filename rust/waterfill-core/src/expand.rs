@@ -2,18 +2,22 @@
 //!
 //! Each rank has one more expert after the expansion, the shared one, so every id moves up by its rank.
 
+use std::ops::BitOr;
+
 use crate::error::{Error, Result};
 use crate::placement::Placement;
 use crate::problem::check_length;
 
 /// An expert id: `i32` or `i64`. A negative one names no expert.
-pub trait Id: Copy + Ord + Into<i64> + Send + Sync + 'static {
+pub trait Id: Copy + Ord + Into<i64> + BitOr<Output = Self> + Send + Sync + 'static {
     /// The id of no expert.
     const NONE: Self;
     /// The low 32 bits, all that the id of an expert needs; [`NO_EXPERT`] or more for no expert.
     fn low(self) -> u32;
     /// An id from a value below 2^31.
     fn from_low(value: u32) -> Self;
+    /// `self - other`, wrapping.
+    fn minus(self, other: Self) -> Self;
 }
 
 /// Ids of experts are below it, in their low 32 bits.
@@ -29,6 +33,10 @@ impl Id for i32 {
     fn from_low(value: u32) -> Self {
         value as Self
     }
+    #[inline(always)]
+    fn minus(self, other: Self) -> Self {
+        self.wrapping_sub(other)
+    }
 }
 
 impl Id for i64 {
@@ -41,6 +49,10 @@ impl Id for i64 {
     #[inline(always)]
     fn from_low(value: u32) -> Self {
         Self::from(value)
+    }
+    #[inline(always)]
+    fn minus(self, other: Self) -> Self {
+        self.wrapping_sub(other)
     }
 }
 
@@ -100,69 +112,81 @@ impl Divisor {
     }
 }
 
-/// Widen one source's routed ids and weights by the shared expert.
+/// Routed ids and weights, each `[N, top_k]`, row-major.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a, I, W> {
+    /// Physical ids; negative for none.
+    pub ids: &'a [I],
+    /// Their weights.
+    pub weights: &'a [W],
+    /// Ids in a row.
+    pub top_k: usize,
+}
+
+/// Where expanded ids and weights go, each `[N, top_k + 1]`, row-major.
+#[derive(Debug)]
+pub struct RowsMut<'a, I, W> {
+    /// Ids that count one shared expert a rank.
+    pub ids: &'a mut [I],
+    /// Their weights.
+    pub weights: &'a mut [W],
+}
+
+/// Widen one source's routed ids and weights by the shared expert; `shared_rank` is `[N]`.
 ///
-/// `ids` and `weights` are `[N, top_k]`, `shared_rank` is `[N]`, `out_ids` and `out_weights` are
-/// `[N, top_k + 1]`, all row-major. A routed id `e` becomes `e + e / experts_per_rank`; the last
-/// column is the shared expert's id on the row's shared rank, with `shared_weight`. A negative id
-/// stays as it is, with weight 0. A row without a valid id is padding: its last column is -1 with
-/// weight 0, whatever its shared rank.
+/// A routed id `e` becomes `e + e / experts_per_rank`; the last column is the shared expert's id on
+/// the row's shared rank, with `shared_weight`. A negative id stays as it is, with weight 0. A row
+/// without a valid id is padding: its last column is -1 with weight 0, whatever its shared rank.
 ///
 /// # Errors
 /// Arrays of other lengths, an id at or above the number of physical experts, a shared rank outside
 /// the group on a row that is not padding. Nothing is written then.
-#[allow(clippy::too_many_arguments)] // Flat arrays, as the bindings hold them.
 pub fn expand<I: Id, W: Weight>(
     placement: &Placement,
-    ids: &[I],
-    weights: &[W],
-    top_k: usize,
+    routed: Rows<I, W>,
     shared_rank: &[i32],
     shared_weight: f32,
-    out_ids: &mut [I],
-    out_weights: &mut [W],
+    out: RowsMut<I, W>,
 ) -> Result<()> {
-    let rows = check_rows(ids.len(), top_k)?;
+    let rows = check_expansion(routed, &out)?;
     check_length("shared_rank", shared_rank.len(), rows)?;
-    check_expansion(placement, rows, top_k, weights, out_ids, out_weights)?;
-    check_ids(placement, ids, top_k)?;
-    check_shared_ranks(placement, ids, top_k, shared_rank)?;
-    expand_checked(
-        placement,
-        (ids, weights, top_k),
-        (shared_rank, W::from_f32(shared_weight)),
-        (out_ids, out_weights),
-    );
+    check_ids(placement, routed.ids, routed.top_k)?;
+    check_shared_ranks(placement, routed.ids, routed.top_k, shared_rank)?;
+    expand_checked(placement, routed, shared_rank, W::from_f32(shared_weight), out);
     Ok(())
 }
 
 /// [`expand`] on arguments that were checked.
 pub(crate) fn expand_checked<I: Id, W: Weight>(
     placement: &Placement,
-    (ids, weights, top_k): (&[I], &[W], usize),
-    shared: (&[i32], W),
-    out: (&mut [I], &mut [W]),
+    routed: Rows<I, W>,
+    shared_rank: &[i32],
+    shared_weight: W,
+    out: RowsMut<I, W>,
 ) {
     // A literal number of columns unrolls the rows; these are the models' usual ones.
-    match top_k {
-        6 => expand_rows(placement, (ids, weights, 6), shared, out),
-        8 => expand_rows(placement, (ids, weights, 8), shared, out),
-        _ => expand_rows(placement, (ids, weights, top_k), shared, out),
+    match routed.top_k {
+        6 => expand_rows(placement, routed, 6, shared_rank, shared_weight, out),
+        8 => expand_rows(placement, routed, 8, shared_rank, shared_weight, out),
+        top_k => expand_rows(placement, routed, top_k, shared_rank, shared_weight, out),
     }
 }
 
 #[inline(always)]
 fn expand_rows<I: Id, W: Weight>(
     placement: &Placement,
-    (ids, weights, top_k): (&[I], &[W], usize),
-    (shared_rank, shared_weight): (&[i32], W),
-    (out_ids, out_weights): (&mut [I], &mut [W]),
+    routed: Rows<I, W>,
+    top_k: usize,
+    shared_rank: &[i32],
+    shared_weight: W,
+    out: RowsMut<I, W>,
 ) {
     let experts_per_rank = placement.experts_per_rank() as u32;
     let rank_of = Divisor::new(placement.experts_per_rank());
     let moved = |id: I| I::from_low(id.low().wrapping_add(rank_of.divide(id.low())));
-    let rows = ids.chunks_exact(top_k).zip(weights.chunks_exact(top_k)).zip(shared_rank);
-    let out = out_ids.chunks_exact_mut(top_k + 1).zip(out_weights.chunks_exact_mut(top_k + 1));
+    let weights = routed.weights.chunks_exact(top_k);
+    let rows = routed.ids.chunks_exact(top_k).zip(weights).zip(shared_rank);
+    let out = out.ids.chunks_exact_mut(top_k + 1).zip(out.weights.chunks_exact_mut(top_k + 1));
     for (((ids, weights), &rank), (out_ids, out_weights)) in rows.zip(out) {
         let shared = (rank as u32).wrapping_mul(experts_per_rank + 1) + experts_per_rank;
         out_ids[top_k] = I::from_low(shared);
@@ -197,44 +221,30 @@ pub(crate) fn check_rows(ids: usize, top_k: usize) -> Result<usize> {
     Ok(rows)
 }
 
-/// The arrays of an expansion have the lengths of `rows` rows, and its ids fit 31 bits.
-pub(crate) fn check_expansion<I, W>(
-    placement: &Placement,
-    rows: usize,
-    top_k: usize,
-    weights: &[W],
-    out_ids: &[I],
-    out_weights: &[W],
-) -> Result<()> {
-    check_length("weights", weights.len(), rows * top_k)?;
-    check_length("out_ids", out_ids.len(), rows * (top_k + 1))?;
-    check_length("out_weights", out_weights.len(), rows * (top_k + 1))?;
-    let value = (placement.physical_experts() + placement.ranks()) as u64;
-    let limit = i32::MAX as u64;
-    if value > limit {
-        return Err(Error::TooLarge { name: "number of routed and shared experts", value, limit });
-    }
-    Ok(())
+/// The arrays of an expansion fit each other; gives the number of rows.
+pub(crate) fn check_expansion<I: Id, W: Weight>(
+    routed: Rows<I, W>,
+    out: &RowsMut<I, W>,
+) -> Result<usize> {
+    let rows = check_rows(routed.ids.len(), routed.top_k)?;
+    check_length("weights", routed.weights.len(), routed.ids.len())?;
+    check_length("out_ids", out.ids.len(), routed.ids.len() + rows)?;
+    check_length("out_weights", out.weights.len(), routed.ids.len() + rows)?;
+    Ok(rows)
 }
 
 /// No id is at or above the number of physical experts.
 pub(crate) fn check_ids<I: Id>(placement: &Placement, ids: &[I], top_k: usize) -> Result<()> {
-    let largest = ids.iter().fold(I::NONE, |largest, &id| largest.max(id)).into();
-    check_largest_id(placement, ids, top_k, largest)
-}
-
-/// [`check_ids`] where the largest id is known.
-pub(crate) fn check_largest_id<I: Id>(
-    placement: &Placement,
-    ids: &[I],
-    top_k: usize,
-    largest: i64,
-) -> Result<()> {
     let physical_experts = placement.physical_experts();
-    if largest < physical_experts as i64 {
+    let last = I::from_low(physical_experts as u32 - 1);
+    // A difference is negative for an id above the last one, and by overflow for some far below zero,
+    // which the search tells apart. Two instructions an id, where a maximum takes twice that.
+    if ids.iter().fold(last, |signs, &id| signs | last.minus(id)) > I::NONE {
         return Ok(());
     }
-    let first = ids.iter().position(|&id| id.into() >= physical_experts as i64).unwrap_or(0);
+    let Some(first) = ids.iter().position(|&id| id.into() >= physical_experts as i64) else {
+        return Ok(());
+    };
     Err(Error::ExpertId {
         row: first / top_k,
         column: first % top_k,

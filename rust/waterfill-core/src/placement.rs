@@ -4,6 +4,9 @@ use crate::error::{Error, Result};
 
 /// The largest number of ranks supported.
 pub const MAX_RANKS: usize = 1024;
+/// The largest number of physical experts supported: ids fit 31 bits with room to spare, and a
+/// placement's tables stay small whatever a caller asks for.
+pub const MAX_EXPERTS: usize = 1 << 20;
 
 /// Which rank holds each physical expert, and which logical expert each one computes.
 ///
@@ -24,7 +27,7 @@ impl Placement {
     /// Each physical expert is a logical expert of its own.
     ///
     /// # Errors
-    /// `ranks` outside `1..=1024`, or `physical_experts` not a positive multiple of it.
+    /// `ranks` outside `1..=1024`, or `physical_experts` not a positive multiple of it, up to 2^20.
     pub fn contiguous(ranks: usize, physical_experts: usize) -> Result<Self> {
         let experts_per_rank = experts_per_rank(ranks, physical_experts)?;
         Ok(Self {
@@ -106,6 +109,10 @@ fn experts_per_rank(ranks: usize, physical_experts: usize) -> Result<usize> {
     }
     if physical_experts == 0 || !physical_experts.is_multiple_of(ranks) {
         return Err(Error::Indivisible { ranks, physical_experts });
+    }
+    if physical_experts > MAX_EXPERTS {
+        let (value, limit) = (physical_experts as u64, MAX_EXPERTS as u64);
+        return Err(Error::TooLarge { name: "number of physical experts", value, limit });
     }
     Ok(physical_experts / ranks)
 }

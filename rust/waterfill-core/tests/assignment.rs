@@ -1,6 +1,8 @@
 //! Assignment, expansion and score against plain definitions, on thousands of random batches.
 
-use waterfill_core::{Assigner, Bf16, Error, Id, NO_RANK, Placement, Weight, count, expand, score};
+use waterfill_core::{
+    Assigner, Bf16, Error, Id, NO_RANK, Placement, Rows, RowsMut, Weight, count, expand, score,
+};
 
 struct Random(u64);
 
@@ -105,8 +107,30 @@ fn check_batch<I: Id>(random: &mut Random, assigner: &mut Assigner, ranks: usize
     assert_eq!(traffic.extra_copies as usize, paid, "as few copies as the quotas allow");
     assert_eq!(traffic.extra_messages, u64::from(tokens - quotas[source]));
 
+    check_expansion_of_one_call(&placement, source, &ids, top_k, &quotas, &shared);
     check_expansion::<I, f32>(random, &placement, &ids, top_k, &shared);
     check_expansion::<I, Bf16>(random, &placement, &ids, top_k, &shared);
+}
+
+/// Assigning and expanding in one call is the same as one after the other.
+fn check_expansion_of_one_call<I: Id>(
+    placement: &Placement,
+    source: usize,
+    ids: &[I],
+    top_k: usize,
+    quotas: &[u32],
+    shared: &[i32],
+) {
+    let weights: Vec<f32> = (0..ids.len()).map(|i| i as f32).collect();
+    let routed = Rows { ids, weights: &weights, top_k };
+    let length = ids.len() + shared.len();
+    let (mut apart, mut apart_weights) = (vec![I::NONE; length], vec![0.0; length]);
+    let out = RowsMut { ids: &mut apart, weights: &mut apart_weights };
+    expand(placement, routed, shared, 0.4, out).unwrap();
+    let (mut one, mut one_weights) = (vec![I::NONE; length], vec![0.0; length]);
+    let out = RowsMut { ids: &mut one, weights: &mut one_weights };
+    Assigner::new().expand(placement, source, routed, quotas, 0.4, out).unwrap();
+    assert!(one == apart && one_weights == apart_weights);
 }
 
 fn check_expansion<I: Id, W: Weight + PartialEq + std::fmt::Debug>(
@@ -121,7 +145,9 @@ fn check_expansion<I: Id, W: Weight + PartialEq + std::fmt::Debug>(
     let rows = shared.len();
     let mut out_ids = vec![I::from_low(55); rows * (top_k + 1)];
     let mut out_weights = vec![W::from_f32(5.0); rows * (top_k + 1)];
-    expand(placement, ids, &weights, top_k, shared, 0.4, &mut out_ids, &mut out_weights).unwrap();
+    let routed = Rows { ids, weights: &weights, top_k };
+    let out = RowsMut { ids: &mut out_ids, weights: &mut out_weights };
+    expand(placement, routed, shared, 0.4, out).unwrap();
     let per_rank = placement.experts_per_rank() as i64;
     for row in 0..rows {
         let padding = shared[row] == NO_RANK;
@@ -193,11 +219,14 @@ fn bad_input_is_refused_with_its_numbers_and_nothing_is_written() {
     assert!(wrong.to_string().contains("expert id 16 in row 1, column 2"));
 
     let (mut out_ids, mut out_weights) = ([7i32; 8], [7f32; 8]);
-    let refused =
-        expand(&placement, &good, &[0.5; 6], 3, &[0, 4], 1.0, &mut out_ids, &mut out_weights);
+    let mut expand = |weights: &[f32], shared: &[i32]| {
+        let routed = Rows { ids: &good, weights, top_k: 3 };
+        let out = RowsMut { ids: &mut out_ids, weights: &mut out_weights };
+        expand(&placement, routed, shared, 1.0, out)
+    };
+    let refused = expand(&[0.5; 6], &[0, 4]);
     assert!(matches!(refused, Err(Error::Rank { rank: 4, .. })));
-    assert_eq!((out_ids, out_weights), ([7; 8], [7.0; 8]));
-    let short =
-        expand(&placement, &good, &[0.5; 5], 3, &[0, 1], 1.0, &mut out_ids, &mut out_weights);
+    let short = expand(&[0.5; 5], &[0, 1]);
     assert!(matches!(short, Err(Error::Length { found: 5, expected: 6, .. })));
+    assert_eq!((out_ids, out_weights), ([7; 8], [7.0; 8]));
 }

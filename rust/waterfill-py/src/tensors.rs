@@ -5,7 +5,7 @@
 use std::slice;
 
 use pyo3::prelude::*;
-use waterfill_core::{Assigner, Bf16, Id, Placement, Weight, count, expand, score};
+use waterfill_core::{Assigner, Bf16, Id, Placement, Rows, RowsMut, Weight, count, score};
 
 use crate::error::{guarded, refused};
 
@@ -138,75 +138,69 @@ fn unsafe_assign_ptr(
     })
 }
 
-/// Addresses of one expansion: weights in; shared ranks in; ids and weights out.
+/// Addresses of one expansion: weights in; ids and weights out.
 #[derive(Clone, Copy)]
-struct Expansion {
+struct Expansion<'a> {
     ids: Ids,
     weights: usize,
-    shared_rank: usize,
+    quotas: &'a [u32],
     out_ids: usize,
     out_weights: usize,
     physical_experts: usize,
-    ranks: usize,
+    rank: usize,
     shared_weight: f32,
 }
 
-impl Expansion {
+impl Expansion<'_> {
     fn run<I: Id, W: Weight>(self) -> PyResult<()> {
-        let (rows, top_k) = (self.ids.rows, self.ids.top_k);
-        let (routed, expanded) = (rows * top_k, rows * (top_k + 1));
+        let Ids { rows, top_k, .. } = self.ids;
+        let expanded = rows * (top_k + 1);
         // SAFETY: `waterfill_rs.torch` gives live contiguous CPU tensors of these shapes and dtypes,
         // the outputs freshly made and shared with nobody.
-        let (ids, weights, shared, out_ids, out_weights) = unsafe {
+        let (ids, weights, out_ids, out_weights) = unsafe {
             (
                 self.ids.get::<I>()?,
-                array::<W>("topk_weights", self.weights, routed)?,
-                array::<i32>("shared_rank", self.shared_rank, rows)?,
+                array::<W>("topk_weights", self.weights, rows * top_k)?,
                 array_mut::<I>("out_ids", self.out_ids, expanded)?,
                 array_mut::<W>("out_weights", self.out_weights, expanded)?,
             )
         };
         guarded(|| {
-            let placement = Placement::contiguous(self.ranks, self.physical_experts)?;
-            expand(
-                &placement,
-                ids,
-                weights,
-                top_k,
-                shared,
-                self.shared_weight,
-                out_ids,
-                out_weights,
-            )
+            let placement = Placement::contiguous(self.quotas.len(), self.physical_experts)?;
+            let routed = Rows { ids, weights, top_k };
+            let out = RowsMut { ids: out_ids, weights: out_weights };
+            let weight = self.shared_weight;
+            Assigner::new().expand(&placement, self.rank, routed, self.quotas, weight, out)
         })
     }
 }
 
-/// Write ids and weights `[rows, top_k + 1]` from `[rows, top_k]` and the shared ranks `[rows]`.
+/// Write ids and weights `[rows, top_k + 1]` from `[rows, top_k]` and this rank's quotas `[ranks]`.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)] // One caller, `waterfill_rs.torch`, in the order of the shapes.
 fn unsafe_expand_ptr(
     py: Python<'_>,
     ids: (usize, usize, usize, usize),
     weights: (usize, usize),
-    shared_rank: usize,
+    quotas: Vec<u32>,
     out_ids: usize,
     out_weights: usize,
     physical_experts: usize,
-    ranks: usize,
+    rank: usize,
     shared_weight: f32,
 ) -> PyResult<()> {
     let (address, rows, top_k, id_bits) = ids;
     let (weights, weight_bits) = weights;
     let ids = Ids { address, rows, top_k };
+    let quotas = &quotas[..];
     let call = Expansion {
         ids,
         weights,
-        shared_rank,
+        quotas,
         out_ids,
         out_weights,
         physical_experts,
-        ranks,
+        rank,
         shared_weight,
     };
     // The tensors stay alive in the caller; other threads may run meanwhile.
