@@ -12,7 +12,7 @@ from typing import Any, Literal
 from waterfill_rs import _native
 from waterfill_rs._native import CostModel, Plan, __version__
 
-__all__ = ["CostModel", "Plan", "__version__", "level", "plan"]
+__all__ = ["CostModel", "Plan", "__version__", "level", "own_quotas", "plan"]
 
 Integers = Any
 """A sequence of integers, or anything with ``tolist()`` (numpy arrays, CPU tensors), of any shape."""
@@ -45,8 +45,6 @@ def plan(
         cost_model: what rows cost; rows themselves if not given.
         policy: ``live`` places the shared rows, ``joint`` splits replicated experts' rows too.
 
-    A rank that knows its own counts only passes those as ``routed`` and ``tokens``.
-
     Raises:
         ValueError: with the offending numbers, for lengths or values that do not fit.
     """
@@ -64,6 +62,34 @@ def plan(
         eligible=None if eligible is None else [bool(allowed) for allowed in _flat(eligible)],
         cost_model=CostModel.rows() if cost_model is None else cost_model,
         policy=policy,
+    )
+
+
+def own_quotas(
+    routed: Integers,
+    visits: Integers,
+    tokens: int,
+    *,
+    ranks: int,
+    rank: int,
+    cost_model: CostModel | None = None,
+) -> list[int]:
+    """Quotas ``[ranks]`` of one rank that knows nobody else's counts: its own, shrunk towards their mean, levelled.
+
+    Args:
+        routed: ``[physical_experts]`` rows that this rank's tokens send to each expert.
+        visits: ``[ranks]`` how many of its tokens have a routed expert on each rank.
+        tokens: this rank's tokens: rows with at least one valid id.
+        ranks: EP size.
+        rank: this rank, at which ties are broken first.
+        cost_model: what rows cost; rows themselves if not given.
+
+    Raises:
+        ValueError: with the offending numbers, for lengths or values that do not fit.
+    """
+    model = CostModel.rows() if cost_model is None else cost_model
+    return _native.own_quotas(
+        _flat(routed), _flat(visits), tokens, ranks=ranks, rank=rank, cost_model=model
     )
 
 

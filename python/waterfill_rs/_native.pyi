@@ -8,6 +8,7 @@ __all__ = [
     "Plan",
     "__version__",
     "level",
+    "own_quotas",
     "plan",
     "unsafe_assign_ptr",
     "unsafe_count_ptr",
@@ -62,6 +63,17 @@ def plan(
     policy: str,
 ) -> Plan:
     """See ``waterfill_rs.plan``."""
+
+def own_quotas(
+    routed: Sequence[int],
+    visits: Sequence[int],
+    tokens: int,
+    *,
+    ranks: int,
+    rank: int,
+    cost_model: CostModel,
+) -> list[int]:
+    """See ``waterfill_rs.own_quotas``."""
 
 def level(
     routed: Sequence[int], shared: Sequence[int], *, ranks: int, cost_model: CostModel

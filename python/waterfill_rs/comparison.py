@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import waterfill_rs
-from waterfill_rs import _native
+from waterfill_rs import CostModel, _native
 
-__all__ = ["POLICIES", "Batch", "Result", "compare"]
+__all__ = ["POLICIES", "Batch", "Layer", "Result", "compare"]
 
-POLICIES = ("home", "sglang-static", "own-counts", "live")
-"""In the order of tables. ``sglang-static`` is there only where its choices are given."""
+POLICIES = ("home", "sglang-static", "own-counts", "live", "joint")
+"""In the order of tables. Each is there only where what it needs is known: see ``compare``."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,39 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One layer of one pass, as far as it is known.
+
+    ``routed`` ``[P]`` and ``tokens`` ``[R]`` always are. ``sources``, each rank's own counts ``[P]``, and
+    ``batches``, each rank's tokens, may not be; ``mapping`` ``[P]``, the logical expert of each physical
+    one, is there where some have replicas; ``static``: what sglang's static mode chose, ``[rows]`` a rank.
+    """
+
+    layer: int
+    pass_id: int
+    routed: list[int]
+    tokens: list[int]
+    sources: list[list[int]] | None = None
+    batches: list[Batch] | None = None
+    mapping: list[int] | None = None
+    static: list[array[int]] | None = None
+
+    @staticmethod
+    def of_batches(layer: int, pass_id: int, batches: list[Batch], **known: Any) -> Layer:
+        """Everything from the tokens: ``batches`` is one a rank."""
+        sources = [batch.counts for batch in batches]
+        routed = [sum(counts) for counts in zip(*sources, strict=True)]
+        tokens = [batch.tokens for batch in batches]
+        return Layer(layer, pass_id, routed, tokens, sources, batches, **known)
+
+
+@dataclass(frozen=True)
 class Result:
-    """One layer, pass and policy. ``optimum`` is the least that any placement's slowest rank can have."""
+    """One layer, pass and policy. ``optimum`` is the least that any placement's slowest rank can have.
+
+    ``routed_max``, ``max``, ``mean`` and ``optimum`` are in the cost model's unit. For ``joint`` the routed
+    rows are split anew, and the optimum is its own. ``extra_copies`` a token: None where no tokens are known.
+    """
 
     layer: int
     pass_id: int
@@ -59,7 +90,7 @@ class Result:
     max: int
     mean: float
     optimum: int
-    extra_copies: float
+    extra_copies: float | None
 
     def as_json(self) -> dict[str, object]:
         """With the key ``pass``, which Python reserves."""
@@ -68,54 +99,109 @@ class Result:
         return fields
 
 
-def compare(
-    batches: list[Batch], layer: int, pass_id: int, static: list[array[int]] | None = None
-) -> Iterator[Result]:
-    """The policies on one layer of one pass; ``batches`` is one a rank.
+@dataclass(frozen=True)
+class _Choice:
+    """Where a policy puts the shared rows, ``[R]``, and the routed rows, ``[P]``."""
 
-    ``static``: what sglang's static mode chose, each row's shared rank ``[rows]`` for each rank.
+    received: list[int]
+    routed: list[int]
+    optimum: int
+    copies: int | None
+
+
+def compare(
+    layer: Layer,
+    policies: Collection[str] = POLICIES,
+    cost_model: CostModel | None = None,
+) -> Iterator[Result]:
+    """The policies asked for, as far as they can be known.
+
+    ``own-counts`` needs each rank's counts, ``sglang-static`` its tokens, ``joint`` replicas.
     """
-    ranks = len(batches)
-    routed = [sum(counts) for counts in zip(*(b.counts for b in batches), strict=True)]
-    tokens = [batch.tokens for batch in batches]
-    visits = [visit for batch in batches for visit in batch.visits]
-    live = waterfill_rs.plan(routed, tokens, ranks=ranks, visits=visits)
-    per_rank = len(routed) // ranks
-    routed_max = max(sum(routed[r * per_rank : (r + 1) * per_rank]) for r in range(ranks))
-    home = [[n * (r == d) for d in range(ranks)] for r, n in enumerate(tokens)]
-    own = [_own_quotas(batch, rank, ranks) for rank, batch in enumerate(batches)]
-    chosen = {
-        "home": _assign(batches, home),
-        "own-counts": _assign(batches, own),
-        "live": _assign(batches, [live.quotas_of(rank) for rank in range(ranks)]),
-    }
-    if static is not None:
-        chosen["sglang-static"] = static
-    for policy in (policy for policy in POLICIES if policy in chosen):
-        everywhere = [Counter(shared) for shared in chosen[policy]]
-        received = [sum(counter[rank] for counter in everywhere) for rank in range(ranks)]
-        slowest, mean = waterfill_rs.level(routed, received, ranks=ranks)
-        choices = zip(batches, chosen[policy], strict=True)
-        copies = sum(b.extra_copies(shared, rank) for rank, (b, shared) in enumerate(choices))
+    model = CostModel.rows() if cost_model is None else cost_model
+    ranks = len(layer.tokens)
+    visits = [visit for batch in layer.batches or () for visit in batch.visits]
+    live = waterfill_rs.plan(
+        layer.routed, layer.tokens, ranks=ranks, visits=visits or None, cost_model=model
+    )
+    routed_max, _ = waterfill_rs.level(layer.routed, [0] * ranks, ranks=ranks, cost_model=model)
+    for policy in (policy for policy in POLICIES if policy in policies):
+        choice = _choose(layer, policy, live, model)
+        if choice is None:
+            continue
+        slowest, mean = waterfill_rs.level(
+            choice.routed, choice.received, ranks=ranks, cost_model=model
+        )
+        total = max(1, sum(layer.tokens))
         yield Result(
-            layer=layer,
-            pass_id=pass_id,
+            layer=layer.layer,
+            pass_id=layer.pass_id,
             policy=policy,
-            tokens=sum(tokens),
+            tokens=sum(layer.tokens),
             routed_max=routed_max,
             max=slowest,
             mean=mean,
-            optimum=live.optimum,
-            extra_copies=copies / max(1, sum(tokens)),
+            optimum=choice.optimum,
+            extra_copies=None if choice.copies is None else choice.copies / total,
         )
 
 
-def _assign(batches: list[Batch], quotas: list[list[int]]) -> list[array[int]]:
-    both = zip(batches, quotas, strict=True)
-    return [batch.assign(own, rank) for rank, (batch, own) in enumerate(both)]
+def _choose(
+    layer: Layer, policy: str, live: waterfill_rs.Plan, model: CostModel
+) -> _Choice | None:
+    ranks = len(layer.tokens)
+    if policy == "joint":
+        if layer.mapping is None:
+            return None
+        plan = waterfill_rs.plan(
+            layer.routed,
+            layer.tokens,
+            ranks=ranks,
+            physical_to_logical=layer.mapping,
+            cost_model=model,
+            policy="joint",
+        )
+        # Tokens then visit other ranks than they did, so their copies are not known.
+        return _Choice(plan.shared_rows, plan.replica_rows, plan.optimum, None)
+    if policy == "sglang-static":
+        if layer.batches is None or layer.static is None:
+            return None
+        received = [0] * ranks
+        for counter in map(Counter, layer.static):
+            received = [rows + counter[rank] for rank, rows in enumerate(received)]
+        return _Choice(received, layer.routed, live.optimum, _copies(layer.batches, layer.static))
+    quotas = _quotas(layer, policy, live, model)
+    if quotas is None:
+        return None
+    copies = None
+    if layer.batches is not None:
+        both = enumerate(zip(layer.batches, quotas, strict=True))
+        copies = _copies(layer.batches, [batch.assign(own, rank) for rank, (batch, own) in both])
+    received = [sum(column) for column in zip(*quotas, strict=True)]
+    return _Choice(received, layer.routed, live.optimum, copies)
 
 
-def _own_quotas(batch: Batch, rank: int, ranks: int) -> list[int]:
-    tokens = [batch.tokens * (r == rank) for r in range(ranks)]
-    visits = [v * (r == rank) for r in range(ranks) for v in batch.visits]
-    return waterfill_rs.plan(batch.counts, tokens, ranks=ranks, visits=visits).quotas_of(rank)
+def _quotas(
+    layer: Layer, policy: str, live: waterfill_rs.Plan, model: CostModel
+) -> list[list[int]] | None:
+    """``[R][R]``: how many of each rank's tokens go to each rank."""
+    ranks = len(layer.tokens)
+    if policy == "live":
+        return [live.quotas_of(rank) for rank in range(ranks)]
+    if policy == "home":
+        return [[n * (r == d) for d in range(ranks)] for r, n in enumerate(layer.tokens)]
+    if layer.sources is None:
+        return None
+    nowhere = [[0] * ranks] * ranks
+    visits = nowhere if layer.batches is None else [batch.visits for batch in layer.batches]
+    return [
+        waterfill_rs.own_quotas(
+            counts, visits[rank], layer.tokens[rank], ranks=ranks, rank=rank, cost_model=model
+        )
+        for rank, counts in enumerate(layer.sources)
+    ]
+
+
+def _copies(batches: list[Batch], chosen: list[array[int]]) -> int:
+    choices = enumerate(zip(batches, chosen, strict=True))
+    return sum(batch.extra_copies(shared, rank) for rank, (batch, shared) in choices)

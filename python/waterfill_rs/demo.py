@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from waterfill_rs import report
-from waterfill_rs.comparison import Batch, Result, compare
+from waterfill_rs.comparison import Batch, Layer, Result, compare
 from waterfill_rs.workload import Router, documents
 
 __all__ = ["add_command"]
@@ -61,7 +61,7 @@ def _route_and_compare(arguments: argparse.Namespace) -> list[Result]:
         for step in range(steps):
             part = slice(step * arguments.tokens, (step + 1) * arguments.tokens)
             batches = [_batch(router, stream[part], ranks) for stream in streams]
-            results += compare(batches, layer, step)
+            results += compare(Layer.of_batches(layer, step, batches))
     return results
 
 

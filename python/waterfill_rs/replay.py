@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs import report
-from waterfill_rs.comparison import Batch, Result, compare
+from waterfill_rs.comparison import Batch, Layer, Result, compare
 
 if TYPE_CHECKING:
     from waterfill_rs.dumps import Dump
@@ -65,7 +65,8 @@ def _results(dump: Dump) -> Iterator[Result]:
                     Batch.of(own, address, rows, dump.top_k, experts=dump.experts, ranks=dump.ranks)
                 )
             if any(batch.tokens for batch in batches):  # else a dense layer
-                yield from compare(batches, layer, pass_id, _static(batches, dump))
+                static = _static(batches, dump)
+                yield from compare(Layer.of_batches(layer, pass_id, batches, static=static))
 
 
 def _static(batches: list[Batch], dump: Dump) -> list[array[int]] | None:

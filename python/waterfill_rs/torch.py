@@ -91,16 +91,11 @@ def expand_topk(
 
 
 def _own_quotas(topk_ids: Tensor, physical_experts: int, ranks: int, rank: int) -> list[int]:
-    """Quotas when nobody else's counts are known: level the rows that this rank itself sends."""
+    """Quotas when nobody else's counts are known."""
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank}: give a rank from 0 to {ranks - 1}")
     counts, visits, tokens = count(topk_ids, physical_experts=physical_experts, ranks=ranks)
-    own_tokens = [0] * ranks
-    own_tokens[rank] = tokens
-    own_visits = [0] * (ranks * ranks)
-    own_visits[rank * ranks : (rank + 1) * ranks] = visits
-    plan = waterfill_rs.plan(counts, own_tokens, ranks=ranks, visits=own_visits)
-    return plan.quotas_of(rank)
+    return waterfill_rs.own_quotas(counts, visits, tokens, ranks=ranks, rank=rank)
 
 
 def _ids(topk_ids: Tensor) -> tuple[int, int, int, int]:

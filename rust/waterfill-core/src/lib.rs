@@ -32,6 +32,7 @@ mod joint;
 mod level;
 #[cfg(feature = "oracle")]
 pub mod oracle;
+mod own;
 mod placement;
 mod plan;
 mod problem;
@@ -42,6 +43,7 @@ pub use assign::{Assigner, NO_RANK, count};
 pub use cost::{CostModel, Roofline, Table};
 pub use error::{Error, Result};
 pub use expand::{Bf16, Id, Rows, RowsMut, Weight, expand};
+pub use own::{OwnCounts, OwnPlanner};
 pub use placement::{MAX_EXPERTS, MAX_RANKS, Placement};
 pub use plan::{Plan, Planner, Transfer};
 pub use problem::{Problem, Routed};

@@ -1,7 +1,9 @@
 //! Plans and levels from plain sequences of integers.
 
 use pyo3::prelude::*;
-use waterfill_core::{CostModel, Placement, Planner, Problem, Roofline, Routed, Table, score};
+use waterfill_core::{
+    CostModel, OwnCounts, OwnPlanner, Placement, Planner, Problem, Roofline, Routed, Table, score,
+};
 
 use crate::error::{guarded, refused};
 
@@ -9,6 +11,7 @@ pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyCostModel>()?;
     module.add_class::<PyPlan>()?;
     module.add_function(wrap_pyfunction!(plan, module)?)?;
+    module.add_function(wrap_pyfunction!(own_quotas, module)?)?;
     module.add_function(wrap_pyfunction!(level, module)?)
 }
 
@@ -115,6 +118,33 @@ fn plan(
             Ok(PyPlan { ranks, inner })
         })
     })
+}
+
+/// Quotas `[R]` from one rank's own counts.
+#[pyfunction]
+#[pyo3(signature = (routed, visits, tokens, *, ranks, rank, cost_model))]
+fn own_quotas(
+    routed: Vec<u32>,
+    visits: Vec<u32>,
+    tokens: u32,
+    ranks: usize,
+    rank: usize,
+    cost_model: &PyCostModel,
+) -> PyResult<Vec<u32>> {
+    let mut quotas = vec![0; ranks];
+    guarded(|| {
+        let placement = Placement::contiguous(ranks, routed.len())?;
+        let own = OwnCounts {
+            placement: &placement,
+            cost: &cost_model.inner,
+            source: rank,
+            routed: &routed,
+            visits: &visits,
+            tokens,
+        };
+        OwnPlanner::new().plan(&own, &mut quotas)
+    })?;
+    Ok(quotas)
 }
 
 /// `(max, mean)` of the ranks' costs.

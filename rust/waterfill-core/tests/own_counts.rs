@@ -1,0 +1,82 @@
+//! Quotas from one rank's own counts.
+
+use waterfill_core::{CostModel, Error, OwnCounts, OwnPlanner, Placement};
+
+const COST: CostModel = CostModel::Rows;
+
+fn quotas(
+    placement: &Placement,
+    source: usize,
+    routed: &[u32],
+    visits: &[u32],
+    n: u32,
+) -> Vec<u32> {
+    let own = OwnCounts { placement, cost: &COST, source, routed, visits, tokens: n };
+    let mut quotas = vec![7; placement.ranks()];
+    OwnPlanner::new().plan(&own, &mut quotas).unwrap();
+    quotas
+}
+
+#[test]
+fn every_token_is_placed_and_few_go_where_most_rows_are() {
+    for ranks in [1, 2, 3, 8, 12, 72, 1024] {
+        let placement = Placement::contiguous(ranks, ranks * 2).unwrap();
+        for (source, tokens) in [(0, 0), (ranks - 1, 1), (ranks / 2, 50), (0, 4096)] {
+            let routed: Vec<u32> = (0..ranks * 2).map(|e| (e as u32 * 37) % 101).collect();
+            let visits: Vec<u32> = (0..ranks).map(|r| (r as u32 * 13) % (tokens + 1)).collect();
+            let quotas = quotas(&placement, source, &routed, &visits, tokens);
+            assert_eq!(quotas.iter().sum::<u32>(), tokens, "{ranks} ranks, source {source}");
+        }
+    }
+    let placement = Placement::contiguous(4, 4).unwrap();
+    let quotas = quotas(&placement, 0, &[900, 1100, 200, 1000], &[500, 90, 400, 450], 1000);
+    assert!(quotas[1] == 0 && quotas[2] > 4 * quotas[0] && quotas[0] > quotas[3], "{quotas:?}");
+}
+
+#[test]
+fn visited_ranks_take_what_home_cannot() {
+    let placement = Placement::contiguous(4, 4).unwrap();
+    // Ranks 1 and 2 are as empty as each other; only 2 is visited.
+    assert_eq!(quotas(&placement, 0, &[9000, 0, 0, 9000], &[1024, 0, 1024, 1024], 1024)[1], 0);
+}
+
+#[test]
+fn equal_sources_do_not_all_round_up_at_the_same_rank() {
+    // Every source sees the same counts and has 40 tokens for 31 ranks below the first one.
+    let placement = Placement::contiguous(32, 32).unwrap();
+    let routed: Vec<u32> = (0..32).map(|r| if r == 0 { 200 } else { 10 }).collect();
+    let mut received = [0; 32];
+    for source in 0..32 {
+        let quotas = quotas(&placement, source, &routed, &[0; 32], 40);
+        received.iter_mut().zip(quotas).for_each(|(sum, quota)| *sum += quota);
+    }
+    let (least, most) = (received[1..].iter().min().unwrap(), received.iter().max().unwrap());
+    assert!(most - least <= 32 + 8, "one token a source at most: {received:?}");
+}
+
+#[test]
+fn refusals_name_the_numbers_and_write_nothing() {
+    let placement = Placement::contiguous(4, 8).unwrap();
+    let own = OwnCounts {
+        placement: &placement,
+        cost: &COST,
+        source: 1,
+        routed: &[1; 8],
+        visits: &[1; 4],
+        tokens: 3,
+    };
+    let refused = |own: OwnCounts, mut quotas: Vec<u32>| {
+        let before = quotas.clone();
+        let error = OwnPlanner::new().plan(&own, &mut quotas).unwrap_err();
+        assert_eq!(quotas, before);
+        error
+    };
+    let wrong = refused(OwnCounts { source: 4, ..own }, vec![9; 4]);
+    assert!(matches!(wrong, Error::Rank { rank: 4, ranks: 4, .. }));
+    let wrong = refused(OwnCounts { routed: &[1; 7], ..own }, vec![9; 4]);
+    assert!(matches!(wrong, Error::Length { found: 7, expected: 8, .. }));
+    let wrong = refused(OwnCounts { visits: &[1; 3], ..own }, vec![9; 4]);
+    assert!(matches!(wrong, Error::Length { found: 3, expected: 4, .. }));
+    let wrong = refused(own, vec![9; 5]);
+    assert!(matches!(wrong, Error::Length { found: 5, expected: 4, .. }));
+}
