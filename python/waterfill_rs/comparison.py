@@ -146,9 +146,7 @@ def compare(
         )
 
 
-def _choose(
-    layer: Layer, policy: str, live: waterfill_rs.Plan, model: CostModel
-) -> _Choice | None:
+def _choose(layer: Layer, policy: str, live: waterfill_rs.Plan, model: CostModel) -> _Choice | None:
     ranks = len(layer.tokens)
     if policy == "joint":
         if layer.mapping is None:

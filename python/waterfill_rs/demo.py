@@ -45,6 +45,7 @@ def _run(arguments: argparse.Namespace) -> None:
         f"{a.ranks} ranks, {a.experts} experts, top {a.top_k}, {a.tokens} tokens a rank, "
         f"{a.layers} hash layers x {a.steps} steps, whole documents a rank",
     )
+    report.print_verdict(results, a.top_k)
     if a.json:
         report.write_json(results, a.json, ranks=a.ranks, experts=a.experts, top_k=a.top_k)
     if a.plot:

@@ -1,14 +1,17 @@
-"""sglang's expert-distribution recorder dumps, mode per_token: one file a rank, read and checked.
+"""sglang's expert-distribution recorder dumps, read and checked.
 
-A file is ``torch.save`` of ``records`` and ``last_physical_to_logical_map`` ``[L, P]``. A record is one forward
-pass of one rank: ``forward_pass_id``, ``rank`` and ``topk_ids_of_layer`` ``[L, tokens, 8]`` int32, physical
-ids, -1 in unused columns. Neither EP size nor top-k is in it: one is the number of files, the other the
-columns that are in use.
+Modes per_token and per_pass write one ``torch.save`` file a rank: ``records`` and ``last_physical_to_logical_map``
+``[L, P]``. A record is one forward pass of one rank: ``forward_pass_id``, ``rank``, and ``topk_ids_of_layer``
+``[L, tokens, 8]`` int32, physical ids, -1 in unused columns, or ``global_physical_count`` ``[L, P]``. Modes stat
+and stat_approx write one file: ``logical_count`` ``[steps, L, E]``, summed over ranks; what
+``--init-expert-location`` reads may be ``[L, E]``, and JSON. No file holds the EP size: it is the number of
+files, or has to be said; nor top-k: it is the columns in use, or has to be said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,47 +19,242 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Dump", "read"]
+__all__ = ["Counts", "Dump", "Tokens", "read"]
 
 
 @dataclass(frozen=True)
 class Dump:
-    """All ranks' files. ``passes``: forward pass id to one ``[L, tokens, 8]`` tensor a rank, ranks in order."""
+    """What all kinds have. ``mappings``: for each layer, the logical expert of each physical one, or None
+    where none has replicas. ``notes``: what had to be assumed, a sentence each."""
 
     ranks: int
     experts: int
     top_k: int
+    mappings: list[list[int]] | None
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Tokens(Dump):
+    """``passes``: forward pass id to one ``[L, tokens, 8]`` tensor of ids a rank, ranks in order."""
+
     passes: dict[int, list[Tensor]]
 
 
-def read(paths: Sequence[Path], ranks: int | None) -> Dump:
-    """Read files, or folders of ``*.pt`` files.
+@dataclass(frozen=True)
+class Counts(Dump):
+    """``passes``: forward pass id to counts ``[R, L, P]``, or ``[1, L, P]`` where sources are not known."""
+
+    passes: dict[int, Tensor]
+
+
+def read(paths: Sequence[Path], ranks: int | None, top_k: int | None) -> Tokens | Counts:
+    """Read the files, or folders of ``*.pt`` files, of one recording.
 
     Raises:
         ValueError: naming file, field and number, for anything that is not such a dump, or not whole.
     """
     files = _files(paths)
-    ranks = len(files) if ranks is None else ranks
-    by_rank: dict[int, dict[int, Tensor]] = {}
-    experts = 0
+    contents = {file: _load(file) for file in files}
+    if all(
+        isinstance(content, dict) and "logical_count" in content for content in contents.values()
+    ):
+        if len(files) != 1:
+            raise ValueError(f"{files[1]}: a second file with 'logical_count': give one at a time")
+        return _logical_counts(files[0], contents[files[0]], ranks, top_k)
+    read_ranks = [_read_rank(file, content) for file, content in contents.items()]
+    return _join(read_ranks, len(files) if ranks is None else ranks, top_k)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """One rank's file: ``passes`` are ids ``[L, tokens, 8]`` or counts ``[L, P]``, by ``field``."""
+
+    file: Path
+    rank: int
+    field: str
+    mapping: Tensor
+    passes: dict[int, Tensor]
+
+
+def _read_rank(file: Path, content: Any) -> _Rank:
+    if not isinstance(content, dict) or "records" not in content:
+        keys = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f"{file}: found {keys}, no 'records' or 'logical_count': give a dump of sglang's expert "
+            "distribution recorder"
+        )
+    mapping = _mapping(file, content)
+    fields, ranks, passes = set(), set(), {}
+    for index, record in enumerate(content["records"]):
+        where = f"{file}: record {index}"
+        for needed in ("forward_pass_id", "rank"):
+            if not isinstance(record, dict) or needed not in record:
+                raise ValueError(f"{where} has no '{needed}'")
+        field = "topk_ids_of_layer" if "topk_ids_of_layer" in record else "global_physical_count"
+        if field not in record:
+            raise ValueError(
+                f"{where} has no 'topk_ids_of_layer' (per_token) and no 'global_physical_count' (per_pass)"
+            )
+        check = _check_ids if field == "topk_ids_of_layer" else _check_counts
+        check(where, record[field], int(mapping.shape[1]))
+        if record["forward_pass_id"] in passes:
+            raise ValueError(f"{where}: forward_pass_id {record['forward_pass_id']} is there twice")
+        fields.add(field)
+        ranks.add(record["rank"])
+        passes[record["forward_pass_id"]] = record[field]
+    if len(ranks) != 1 or len(fields) != 1:
+        raise ValueError(
+            f"{file}: records of ranks {sorted(ranks)} with {sorted(fields) or 'no fields'}: "
+            "one rank a file, and one mode, is what sglang writes"
+        )
+    return _Rank(file, ranks.pop(), fields.pop(), mapping, passes)
+
+
+def _check_ids(where: str, ids: Any, experts: int) -> None:
+    if not isinstance(ids, Tensor) or ids.dim() != 3 or ids.dtype != torch.int32:
+        raise ValueError(f"{where}: topk_ids_of_layer must be an int32 tensor [L, tokens, K]")
+    if ids.numel() and int(ids.max()) >= experts:
+        raise ValueError(f"{where}: topk_ids_of_layer has id {int(ids.max())} of {experts} experts")
+
+
+def _check_counts(where: str, counts: Any, experts: int) -> None:
+    integers = (torch.int32, torch.int64)
+    if not isinstance(counts, Tensor) or counts.dim() != 2 or counts.dtype not in integers:
+        raise ValueError(f"{where}: global_physical_count must be an integer tensor [L, P]")
+    if counts.shape[1] != experts:
+        raise ValueError(
+            f"{where}: global_physical_count has {counts.shape[1]} experts, the map has {experts}"
+        )
+    if counts.numel() and int(counts.min()) < 0:
+        raise ValueError(f"{where}: global_physical_count has {int(counts.min())}")
+
+
+def _join(files: list[_Rank], ranks: int, top_k: int | None) -> Tokens | Counts:
+    """All ranks' files as one dump: every rank there, every pass of every rank."""
+    by_rank: dict[int, _Rank] = {}
     for file in files:
-        rank, passes, experts_here = _read_file(file)
-        if rank in by_rank:
-            raise ValueError(f"{file}: rank {rank} is in another file too: give one dump at a time")
-        if experts and experts_here != experts:
-            raise ValueError(f"{file}: {experts_here} physical experts, other files have {experts}")
-        experts, by_rank[rank] = experts_here, passes
+        if file.rank in by_rank:
+            raise ValueError(
+                f"{file.file}: rank {file.rank} is in another file too: give one dump at a time"
+            )
+        if file.mapping.shape != files[0].mapping.shape:
+            raise ValueError(
+                f"{file.file}: {file.mapping.shape[1]} physical experts in {file.mapping.shape[0]} layers, "
+                f"other files have {files[0].mapping.shape[1]} in {files[0].mapping.shape[0]}"
+            )
+        if file.field != files[0].field:
+            raise ValueError(f"{file.file}: has '{file.field}', other files '{files[0].field}'")
+        by_rank[file.rank] = file
     missing = [rank for rank in range(ranks) if rank not in by_rank]
     if missing or len(by_rank) != ranks:
         raise ValueError(
             f"ranks {sorted(by_rank)} of {ranks} are here, {missing or 'none'} missing: "
             "give every rank's file, or the right --ep"
         )
-    if experts % ranks:
-        raise ValueError(
-            f"{experts} physical experts do not divide over {ranks} ranks: give the right --ep"
+    experts = int(files[0].mapping.shape[1])
+    _check_divides(experts, "physical", ranks)
+    ordered = [by_rank[rank] for rank in range(ranks)]
+    passes = dict(_passes(ordered))
+    mappings = _replicated(files[0].file, files[0].mapping)
+    if files[0].field == "topk_ids_of_layer":
+        return Tokens(ranks, experts, _columns(passes, top_k), mappings, [], passes)
+    if _are_received(passes, experts // ranks):
+        note = (
+            "The counts are what each rank received: where they came from is not known, so tokens are "
+            "taken to be spread evenly over the ranks."
         )
-    return Dump(ranks, experts, _top_k(by_rank), _join(by_rank))
+        totals = {i: torch.stack(own).sum(0, keepdim=True) for i, own in passes.items()}
+        return Counts(ranks, experts, _given(top_k), mappings, [note], totals)
+    counts = {i: torch.stack(own) for i, own in passes.items()}
+    return Counts(ranks, experts, _given(top_k), mappings, [], counts)
+
+
+def _passes(files: list[_Rank]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Passes in order, each with every rank's part."""
+    for pass_id in sorted(set().union(*(file.passes for file in files))):
+        missing = [file.rank for file in files if pass_id not in file.passes]
+        if missing:
+            raise ValueError(
+                f"forward_pass_id {pass_id}: ranks {missing} have no record of it; "
+                "dump all ranks at once"
+            )
+        parts = [file.passes[pass_id] for file in files]
+        for file, part in zip(files, parts, strict=True):
+            if part.shape[0] != file.mapping.shape[0]:
+                raise ValueError(
+                    f"{file.file}: forward_pass_id {pass_id} has {part.shape[0]} layers, "
+                    f"the map has {file.mapping.shape[0]}"
+                )
+        yield pass_id, parts
+
+
+def _are_received(passes: dict[int, list[Tensor]], experts_per_rank: int) -> bool:
+    """Counts after the dispatch: no rank has any outside its own experts (low-latency gatherer)."""
+    for parts in passes.values():
+        for rank, counts in enumerate(parts):
+            own = counts[:, rank * experts_per_rank : (rank + 1) * experts_per_rank]
+            if int(counts.sum()) != int(own.sum()):
+                return False
+    return len(next(iter(passes.values()))) > 1
+
+
+def _logical_counts(
+    file: Path, content: dict[str, Any], ranks: int | None, top_k: int | None
+) -> Counts:
+    counts = content["logical_count"]
+    if not isinstance(counts, Tensor):
+        try:
+            counts = torch.tensor(counts)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{file}: logical_count is no array of integers ({error})") from error
+    if (
+        counts.dtype not in (torch.int32, torch.int64)
+        or counts.dim() not in (2, 3)
+        or not counts.numel()
+    ):
+        raise ValueError(
+            f"{file}: logical_count is {counts.dtype} {list(counts.shape)}: "
+            "integers [L, E] or [steps, L, E] are what sglang writes"
+        )
+    if int(counts.min()) < 0:
+        raise ValueError(f"{file}: logical_count has {int(counts.min())}")
+    by_rank = content.get("logical_count_layout") == "rank_layer_expert"
+    if by_rank and ranks not in (None, counts.shape[0]):
+        raise ValueError(f"{file}: logical_count is of {counts.shape[0]} ranks, --ep is {ranks}")
+    if by_rank:
+        ranks = int(counts.shape[0])
+    if ranks is None:
+        raise ValueError(f"{file}: logical_count does not tell the EP size: give --ep")
+    experts = int(counts.shape[-1])
+    _check_divides(experts, "logical", ranks)
+    notes = [
+        "The counts are of logical experts: these are taken to lie in order, without replicas."
+    ]
+    if by_rank:
+        return Counts(ranks, experts, _given(top_k), None, notes, {0: counts})
+    notes.append("Tokens are taken to be spread evenly over the ranks.")
+    steps = counts if counts.dim() == 3 else counts[None]
+    # A ring buffer: steps that were not used are zero.
+    used = {step: one[None] for step, one in enumerate(steps) if int(one.sum())}
+    if not used:
+        raise ValueError(
+            f"{file}: logical_count is zero everywhere: record while the server serves"
+        )
+    return Counts(ranks, experts, _given(top_k), None, notes, used)
+
+
+def _check_divides(experts: int, kind: str, ranks: int) -> None:
+    if ranks < 1 or experts % ranks:
+        raise ValueError(
+            f"{experts} {kind} experts do not divide over {ranks} ranks: give the right --ep"
+        )
+
+
+def _given(top_k: int | None) -> int:
+    if top_k is None:
+        raise ValueError("counts do not tell how many experts a token has: give --top-k")
+    return top_k
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
@@ -71,77 +269,55 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _read_file(file: Path) -> tuple[int, dict[int, Tensor], int]:
-    content = _load(file)
-    if not isinstance(content, dict) or "records" not in content:
-        keys = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(
-            f"{file}: found {keys}, no 'records': give a dump of --expert-distribution-recorder-mode per_token"
-        )
-    experts = _map_shape(file, content)
-    ranks, passes = set(), {}
-    for index, record in enumerate(content["records"]):
-        where = f"{file}: record {index}"
-        for field in ("forward_pass_id", "rank", "topk_ids_of_layer"):
-            if not isinstance(record, dict) or field not in record:
-                raise ValueError(f"{where} has no '{field}': only per_token dumps hold tokens")
-        ids = record["topk_ids_of_layer"]
-        if not isinstance(ids, Tensor) or ids.dim() != 3 or ids.dtype != torch.int32:
-            raise ValueError(f"{where}: topk_ids_of_layer must be an int32 tensor [L, tokens, K]")
-        if ids.numel() and int(ids.max()) >= experts:
-            raise ValueError(
-                f"{where}: topk_ids_of_layer has id {int(ids.max())} of {experts} experts"
-            )
-        if record["forward_pass_id"] in passes:
-            raise ValueError(f"{where}: forward_pass_id {record['forward_pass_id']} is there twice")
-        ranks.add(record["rank"])
-        passes[record["forward_pass_id"]] = ids
-    if len(ranks) != 1:
-        raise ValueError(
-            f"{file}: records of ranks {sorted(ranks)}: one rank a file is what sglang writes"
-        )
-    return ranks.pop(), passes, experts
-
-
 def _load(file: Path) -> Any:
-    if file.stat().st_size == 0:
+    size = file.stat().st_size
+    if size == 0:
         raise ValueError(f"{file}: the file is empty (0 bytes)")
+    if file.suffix == ".json":
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: not JSON ({error}), {size} bytes") from error
     try:
         return torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many kinds for a broken or foreign file
         raise ValueError(
-            f"{file}: not a whole torch file ({type(error).__name__}), {file.stat().st_size} bytes"
+            f"{file}: not a whole torch file ({type(error).__name__}), {size} bytes"
         ) from error
 
 
-def _map_shape(file: Path, content: dict[str, Any]) -> int:
+def _mapping(file: Path, content: dict[str, Any]) -> Tensor:
     mapping = content.get("last_physical_to_logical_map")
     if not isinstance(mapping, Tensor) or mapping.dim() != 2 or mapping.shape[1] == 0:
         raise ValueError(f"{file}: last_physical_to_logical_map must be a tensor [L, P], P above 0")
-    return int(mapping.shape[1])
+    return mapping
 
 
-def _top_k(by_rank: dict[int, dict[int, Tensor]]) -> int:
-    """Columns in use anywhere."""
+def _replicated(file: Path, mapping: Tensor) -> list[list[int]] | None:
+    """The map by layer, if any logical expert is there more than once."""
+    mappings: list[list[int]] = mapping.tolist()
+    replicated = False
+    for layer, row in enumerate(mappings):
+        named = set(row)
+        replicated |= len(named) < len(row)
+        if named != set(range(len(named))):
+            odd = min(named ^ set(range(len(named))))
+            raise ValueError(
+                f"{file}: last_physical_to_logical_map of layer {layer}: {len(named)} logical experts "
+                f"are not 0 to {len(named) - 1}; the first that does not fit is {odd}"
+            )
+    return mappings if replicated else None
+
+
+def _columns(passes: dict[int, list[Tensor]], given: int | None) -> int:
+    """Top-k: the columns in use anywhere."""
     top_k = 0
-    for passes in by_rank.values():
-        for ids in passes.values():
+    for parts in passes.values():
+        for ids in parts:
             used = (ids >= 0).flatten(0, 1).any(dim=0).nonzero()
             top_k = max(top_k, int(used.max()) + 1 if used.numel() else 0)
     if top_k == 0:
         raise ValueError("no record holds a single routed id: record while the server serves")
+    if given not in (None, top_k):
+        raise ValueError(f"--top-k {given}: the dump's tokens have {top_k} experts")
     return top_k
-
-
-def _join(by_rank: dict[int, dict[int, Tensor]]) -> dict[int, list[Tensor]]:
-    """Passes that every rank has, in order."""
-    passes = {}
-    for pass_id in sorted(set().union(*by_rank.values())):
-        missing = [rank for rank, own in sorted(by_rank.items()) if pass_id not in own]
-        if missing:
-            raise ValueError(
-                f"forward_pass_id {pass_id}: ranks {missing} have no record of it; "
-                "dump all ranks at once"
-            )
-        passes[pass_id] = [own[pass_id] for _, own in sorted(by_rank.items())]
-    return passes

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from waterfill_rs import report
-from waterfill_rs.comparison import Batch, Layer, Result, compare
+from waterfill_rs import cost_models, report
+from waterfill_rs.comparison import POLICIES, Batch, Layer, Result, compare
 
 if TYPE_CHECKING:
-    from waterfill_rs.dumps import Dump
+    from waterfill_rs.dumps import Counts, Tokens
 
 __all__ = ["add_command"]
 
@@ -24,29 +24,44 @@ def add_command(commands: Any) -> None:
         "replay", help="compare placements on routing that sglang recorded", description=__doc__
     )
     parser.add_argument(
-        "paths", nargs="+", type=Path, help="per_token dumps of one recording, or their folder"
+        "paths", nargs="+", type=Path, help="files of one recording, of any mode, or their folder"
     )
     parser.add_argument("--ep", type=int, help="EP size (default: the number of files)")
+    parser.add_argument(
+        "--top-k", type=int, help="routed experts a token, where counts are all there is"
+    )
+    parser.add_argument(
+        "--policy", action="append", choices=POLICIES, help="only this one; may be given again"
+    )
+    parser.add_argument("--cost-model", default="rows", help=cost_models.HELP)
     parser.add_argument("--json", type=Path, help="write every layer, pass and policy")
     parser.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    for name in ("ep", "top_k"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
     try:
         from waterfill_rs import dumps
     except ImportError as error:
         raise ValueError("replay needs torch, which reads sglang's dumps: install torch") from error
-    dump = dumps.read(arguments.paths, arguments.ep)
-    results = list(_with_progress(_results(dump), len(dump.passes)))
+    cost_model = cost_models.parse(arguments.cost_model)
+    policies = arguments.policy or POLICIES
+    dump = dumps.read(arguments.paths, arguments.ep, arguments.top_k)
+    layers = _with_progress(_layers(dump, "sglang-static" in policies), len(dump.passes))
+    results = [result for layer in layers for result in compare(layer, policies, cost_model)]
+    if not results:
+        raise ValueError(f"{', '.join(policies)}: this dump does not hold what that needs")
     title = (
         f"{dump.ranks} ranks, {dump.experts} physical experts, top {dump.top_k}, "
         f"{len(dump.passes)} passes"
     )
     report.print_table(results, title)
-    if all(result.policy != "sglang-static" for result in results):
-        print(f"sglang-static is left out: its kernel does not take {dump.ranks} ranks.")
-    _print_layers(results, dump)
+    _print_left_out(results, policies, dump)
+    report.print_verdict(results, dump.top_k)
     if arguments.json:
         shape = {"ranks": dump.ranks, "experts": dump.experts, "top_k": dump.top_k}
         report.write_json(results, arguments.json, **shape)
@@ -54,7 +69,35 @@ def _run(arguments: argparse.Namespace) -> None:
         report.plot(results, title, arguments.plot)
 
 
-def _results(dump: Dump) -> Iterator[Result]:
+def _print_left_out(results: list[Result], policies: list[str], dump: Tokens | Counts) -> None:
+    """What had to be assumed, and which policies are not in the table, and why."""
+    from waterfill_rs.dumps import Tokens
+
+    reasons = {
+        "sglang-static": "this dump holds counts, not tokens"
+        if not isinstance(dump, Tokens)
+        else f"its kernel does not take {dump.ranks} ranks",
+        "own-counts": "this dump does not tell whose tokens the counts are",
+        "joint": "no expert of this dump has replicas",
+    }
+    found = {result.policy for result in results}
+    for policy in (policy for policy in policies if policy not in found):
+        print(f"{policy} is left out: {reasons[policy]}.")
+    for note in dump.notes:
+        print(note)
+
+
+def _layers(dump: Tokens | Counts, with_static: bool) -> Iterator[Layer]:
+    """Every layer of every pass in which anything was routed; the others are dense."""
+    from waterfill_rs.dumps import Tokens
+
+    if isinstance(dump, Tokens):
+        yield from _layers_of_tokens(dump, with_static)
+    else:
+        yield from _layers_of_counts(dump)
+
+
+def _layers_of_tokens(dump: Tokens, with_static: bool) -> Iterator[Layer]:
     for pass_id, tensors in dump.passes.items():
         for layer in range(tensors[0].shape[0]):
             batches = []
@@ -64,12 +107,30 @@ def _results(dump: Dump) -> Iterator[Result]:
                 batches.append(
                     Batch.of(own, address, rows, dump.top_k, experts=dump.experts, ranks=dump.ranks)
                 )
-            if any(batch.tokens for batch in batches):  # else a dense layer
-                static = _static(batches, dump)
-                yield from compare(Layer.of_batches(layer, pass_id, batches, static=static))
+            if any(batch.tokens for batch in batches):
+                static = _static(batches, dump) if with_static else None
+                mapping = dump.mappings[layer] if dump.mappings else None
+                yield Layer.of_batches(layer, pass_id, batches, mapping=mapping, static=static)
 
 
-def _static(batches: list[Batch], dump: Dump) -> list[array[int]] | None:
+def _layers_of_counts(dump: Counts) -> Iterator[Layer]:
+    for pass_id, counts in dump.passes.items():
+        for layer in range(counts.shape[1]):
+            sources = counts[:, layer].tolist()
+            routed = [sum(column) for column in zip(*sources, strict=True)]
+            if not any(routed):
+                continue
+            if len(sources) == dump.ranks:
+                tokens = [-(-sum(own) // dump.top_k) for own in sources]
+            else:
+                total = -(-sum(routed) // dump.top_k)
+                tokens = [(total + rank) // dump.ranks for rank in range(dump.ranks)]
+                sources = None
+            mapping = dump.mappings[layer] if dump.mappings else None
+            yield Layer(layer, pass_id, routed, tokens, sources, mapping=mapping)
+
+
+def _static(batches: list[Batch], dump: Tokens) -> list[array[int]] | None:
     """What sglang's static mode would choose; None for an EP size that it does not take."""
     from waterfill_rs import sglang_static
 
@@ -83,27 +144,13 @@ def _static(batches: list[Batch], dump: Dump) -> list[array[int]] | None:
     return [array("i", shared.tolist()) for shared in chosen]
 
 
-def _with_progress(results: Iterator[Result], passes: int) -> Iterator[Result]:
+def _with_progress(layers: Iterator[Layer], passes: int) -> Iterator[Layer]:
     """Say on stderr how far it is, about once a second."""
     seen: set[int] = set()
     last = time.monotonic()
-    for result in results:
-        seen.add(result.pass_id)
+    for layer in layers:
+        seen.add(layer.pass_id)
         if time.monotonic() - last > 1:
             last = time.monotonic()
-            print(f"pass {len(seen)} of {passes}, layer {result.layer}", file=sys.stderr)
-        yield result
-
-
-def _print_layers(results: list[Result], dump: Dump) -> None:
-    """Which layers can be levelled at all, and what live counts give."""
-    home = [result for result in results if result.policy == "home"]
-    live = [result for result in results if result.policy == "live"]
-    most = 1 + 1 / dump.top_k
-    routed_mean = [result.mean * dump.top_k / (dump.top_k + 1) for result in home]
-    can = [h.routed_max / mean <= most for h, mean in zip(home, routed_mean, strict=True)]
-    gain = sum(h.max / b.max for h, b in zip(home, live, strict=True)) / len(home) - 1
-    print(
-        f"{sum(can)} of {len(can)} layers can be levelled by shared rows (routed max/mean up to "
-        f"{most:.3f}). Live counts take {gain:.1%} off the slowest rank's rows, on average."
-    )
+            print(f"pass {len(seen)} of {passes}, layer {layer.layer}", file=sys.stderr)
+        yield layer
