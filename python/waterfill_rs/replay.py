@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError("replay needs torch, which reads sglang's dumps: install torch") from error
     cost_model = cost_models.parse(arguments.cost_model)
-    policies = arguments.policy or POLICIES
+    policies: Sequence[str] = arguments.policy or POLICIES
     dump = dumps.read(arguments.paths, arguments.ep, arguments.top_k)
     layers = _with_progress(_layers(dump, "sglang-static" in policies), len(dump.passes))
     results = [result for layer in layers for result in compare(layer, policies, cost_model)]
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> None:
         report.plot(results, title, arguments.plot)
 
 
-def _print_left_out(results: list[Result], policies: list[str], dump: Tokens | Counts) -> None:
+def _print_left_out(results: list[Result], policies: Sequence[str], dump: Tokens | Counts) -> None:
     """What had to be assumed, and which policies are not in the table, and why."""
     from waterfill_rs.dumps import Tokens
 
@@ -116,16 +116,16 @@ def _layers_of_tokens(dump: Tokens, with_static: bool) -> Iterator[Layer]:
 def _layers_of_counts(dump: Counts) -> Iterator[Layer]:
     for pass_id, counts in dump.passes.items():
         for layer in range(counts.shape[1]):
-            sources = counts[:, layer].tolist()
-            routed = [sum(column) for column in zip(*sources, strict=True)]
+            known: list[list[int]] = counts[:, layer].tolist()
+            routed = [sum(column) for column in zip(*known, strict=True)]
             if not any(routed):
                 continue
-            if len(sources) == dump.ranks:
+            sources = known if len(known) == dump.ranks else None
+            if sources:
                 tokens = [-(-sum(own) // dump.top_k) for own in sources]
             else:
                 total = -(-sum(routed) // dump.top_k)
                 tokens = [(total + rank) // dump.ranks for rank in range(dump.ranks)]
-                sources = None
             mapping = dump.mappings[layer] if dump.mappings else None
             yield Layer(layer, pass_id, routed, tokens, sources, mapping=mapping)
 
