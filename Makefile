@@ -37,17 +37,19 @@ run: .venv/native ## compare placements on real text: no GPU, no sglang
 test: test-rust test-python ## all tests, with the real sglang 0.5.23
 test-rust: ## the core against its oracle
 	cargo test --release --package waterfill-core --all-features -- --nocapture
+	$(PYTHON) benches/instructions.py
 test-python: .venv/test .venv/native ## the package, its wheel alone, and sglang
 	$(BIN)/python -m pytest -W ignore
 lint: .venv/test .venv/lint .venv/native ## formatting, clippy, ruff, mypy, stubtest
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
-	$(BIN)/ruff check python tests
-	$(BIN)/ruff format --check python tests
+	$(BIN)/ruff check python tests benches
+	$(BIN)/ruff format --check python tests benches
 	$(BIN)/mypy
 	$(BIN)/stubtest waterfill_rs._native
-bench: ## cargo bench
+bench: .venv/test .venv/native ## cargo bench, and the same work in numpy
 	cargo bench
+	$(BIN)/python benches/host.py
 wheel: .venv/base ## build the wheel into dist
 	$(BIN)/maturin build --release --quiet --out dist
 clean: ## remove what was built

@@ -80,3 +80,18 @@ def test_import_needs_neither_numpy_nor_torch_nor_sglang():
     code = "import sys, waterfill_rs; print({'numpy', 'torch', 'sglang'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_score_is_that_of_a_count_by_hand():
+    # 2 ranks, 2 experts each; the last row of rank 1 is padding.
+    ids = [[[0, 1], [0, 2]], [[3, 2], [0, -1], [-1, -1]]]
+    assert waterfill_rs.score(ids, [[0, 1], [1, 1, -1]], physical_experts=4) == (6, 5.5, 0, 1)
+    assert waterfill_rs.score(ids, [[1, 1], [0, 1, 99]], physical_experts=4) == (6, 5.5, 2, 3)
+    with pytest.raises(ValueError, match="3 ids and 2 shared ranks"):
+        waterfill_rs.score([[0, 1, 2]], [[0, 0]], physical_experts=4)
+    with pytest.raises(ValueError, match="shared_rank of 1 ranks, topk_ids of 2"):
+        waterfill_rs.score(ids, [[0, 0]], physical_experts=4)
+    with pytest.raises(ValueError, match="expert id 4"):
+        waterfill_rs.score([[[4, 0]], []], [[0], []], physical_experts=4)
+    with pytest.raises(ValueError, match="shared_rank 2: give a rank from 0 to 1"):
+        waterfill_rs.score(ids, [[0, 2], [1, 1, -1]], physical_experts=4)

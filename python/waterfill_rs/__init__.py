@@ -6,13 +6,14 @@ sglang in ``waterfill_rs.sglang``. Importing this package imports neither numpy 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from waterfill_rs import _native
 from waterfill_rs._native import CostModel, Plan, __version__
 
-__all__ = ["CostModel", "Plan", "__version__", "level", "own_quotas", "plan"]
+__all__ = ["CostModel", "Plan", "Score", "__version__", "level", "own_quotas", "plan", "score"]
 
 Integers = Any
 """A sequence of integers, or anything with ``tolist()`` (numpy arrays, CPU tensors), of any shape."""
@@ -99,6 +100,66 @@ def level(
     """The slowest and the mean rank's cost of ``routed`` ``[physical_experts]`` and ``shared_rows`` ``[ranks]``."""
     model = CostModel.rows() if cost_model is None else cost_model
     return _native.level(_flat(routed), _flat(shared_rows), ranks=ranks, cost_model=model)
+
+
+class Score(NamedTuple):
+    """How good a placement of one layer's shared rows is."""
+
+    max: int
+    """The slowest rank's cost, in the cost model's unit: what the layer takes."""
+    mean: float
+    """The mean rank's cost."""
+    extra_copies: int
+    """Shared rows on a rank that their token neither is on nor visits: what DeepEP's normal mode sends more."""
+    extra_messages: int
+    """Shared rows on another rank than their own: what DeepEP's low-latency mode sends more."""
+
+
+def score(
+    topk_ids: Sequence[Integers],
+    shared_rank: Sequence[Integers],
+    *,
+    physical_experts: int,
+    cost_model: CostModel | None = None,
+) -> Score:
+    """Score where every token's shared row went, all ranks together.
+
+    Args:
+        topk_ids: one ``[N, K]`` a rank, physical routed ids, negative for none.
+        shared_rank: one ``[N]`` a rank, the rank that runs each row's shared expert; any number for a row
+            without a valid id.
+        physical_experts: routed experts over all ranks, redundant ones included.
+        cost_model: what rows cost; rows themselves if not given.
+
+    Raises:
+        ValueError: with the offending numbers, for lengths, ids or ranks that do not fit.
+    """
+    ranks = len(topk_ids)
+    if len(shared_rank) != ranks:
+        raise ValueError(
+            f"shared_rank of {len(shared_rank)} ranks, topk_ids of {ranks}: give one each"
+        )
+    routed, received = [0] * physical_experts, [0] * ranks
+    copies = messages = 0
+    for rank, (ids, chosen) in enumerate(zip(topk_ids, shared_rank, strict=True)):
+        flat, shared = array("i", _flat(ids)), array("i", _flat(chosen))
+        rows = len(shared)
+        top_k = len(flat) // max(1, rows)
+        if top_k * rows != len(flat) or (rows and not top_k):
+            raise ValueError(
+                f"rank {rank}: {len(flat)} ids and {rows} shared ranks: give [N, K] and [N]"
+            )
+        address = (flat.buffer_info()[0], rows, max(1, top_k), 32)
+        counts, _, _ = _native.unsafe_count_ptr(address, physical_experts, ranks)
+        more = _native.unsafe_traffic_ptr(
+            address, shared.buffer_info()[0], physical_experts, ranks, rank
+        )
+        copies, messages = copies + more[0], messages + more[1]
+        routed = [total + own for total, own in zip(routed, counts, strict=True)]
+        for row, to in enumerate(shared):
+            if any(expert >= 0 for expert in flat[row * top_k : (row + 1) * top_k]):
+                received[to] += 1
+    return Score(*level(routed, received, ranks=ranks, cost_model=cost_model), copies, messages)
 
 
 def _flat(values: Integers) -> list[int]:

@@ -1,0 +1,82 @@
+//! One layer's work, over and over, for a counter of instructions: `instructions CASE REPETITIONS`.
+
+use std::hint::black_box;
+
+use waterfill_core::{
+    Assigner, CostModel, Placement, Plan, Planner, Problem, Routed, Rows, RowsMut, Table, count,
+};
+
+/// Ids `[rows, 6]`, low ones more popular, of one source; integers only, so that machines agree.
+fn ids(rows: u64, experts: u64, source: u64) -> Vec<i32> {
+    let mut state = source * 2 + 1;
+    let mut draw = || {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % experts
+    };
+    (0..rows * 6).map(|i| if i % 4 == 0 { draw().min(draw()) } else { draw() } as i32).collect()
+}
+
+fn plan(ranks: usize, experts: usize, cost: CostModel, with_visits: bool, times: u64) {
+    let placement = Placement::contiguous(ranks, experts).unwrap();
+    let (mut routed, mut all_visits) = (vec![0u32; experts], Vec::new());
+    let (mut counts, mut visits) = (vec![0; experts], vec![0; ranks]);
+    for source in 0..ranks as u64 {
+        let ids = ids(256, experts as u64, source);
+        count(&placement, &ids, 6, &mut counts, &mut visits).unwrap();
+        routed.iter_mut().zip(&counts).for_each(|(sum, rows)| *sum += rows);
+        all_visits.extend_from_slice(&visits);
+    }
+    let (mut planner, mut plan) = (Planner::new(), Plan::new());
+    let problem = Problem {
+        placement: &placement,
+        cost: &cost,
+        routed: Routed::PerExpert(&routed),
+        tokens: &vec![256; ranks],
+        visits: with_visits.then_some(&all_visits),
+        eligible: None,
+    };
+    for _ in 0..times {
+        planner.live(black_box(&problem), &mut plan).unwrap();
+    }
+}
+
+fn expand(times: u64) {
+    let placement = Placement::contiguous(8, 256).unwrap();
+    let ids = ids(4096, 256, 0);
+    let (weights, quotas) = (vec![0.25f32; ids.len()], [128, 384, 448, 576, 608, 640, 640, 672]);
+    let (mut out_ids, mut out_weights) = (vec![0; 4096 * 7], vec![0.0; 4096 * 7]);
+    let mut assigner = Assigner::new();
+    for _ in 0..times {
+        let routed = Rows { ids: black_box(&ids), weights: &weights, top_k: 6 };
+        let out = RowsMut { ids: &mut out_ids, weights: &mut out_weights };
+        assigner.expand(&placement, 0, routed, &quotas, 0.4, out).unwrap();
+    }
+}
+
+fn count_ids(times: u64) {
+    let placement = Placement::contiguous(8, 256).unwrap();
+    let ids = ids(4096, 256, 0);
+    let (mut counts, mut visits) = (vec![0; 256], vec![0; 8]);
+    for _ in 0..times {
+        count(&placement, black_box(&ids), 6, &mut counts, &mut visits).unwrap();
+    }
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let [_, case, times] = &arguments[..] else { panic!("give CASE REPETITIONS") };
+    let times = times.parse().expect("REPETITIONS is a number");
+    let curve = [(256, 22.0), (512, 41.0), (768, 62.0), (1024, 82.0), (4096, 330.0)];
+    match case.as_str() {
+        "plan-8" => plan(8, 8, CostModel::Rows, true, times),
+        "plan-72" => plan(72, 72, CostModel::Rows, true, times),
+        "plan-1024" => plan(1024, 1024, CostModel::Rows, false, times),
+        "plan-table-8x256" => {
+            plan(8, 256, CostModel::Table(Table::new(&curve).unwrap()), false, times);
+        }
+        "count-4096x6" => count_ids(times),
+        "expand-4096x6" => expand(times),
+        other => panic!("no case {other}"),
+    }
+}

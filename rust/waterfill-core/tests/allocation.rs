@@ -1,0 +1,90 @@
+//! A call that reuses its workspace allocates nothing.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use waterfill_core::{
+    Assigner, CostModel, OwnCounts, OwnPlanner, Placement, Plan, Planner, Problem, Roofline,
+    Routed, Rows, RowsMut, Table, count,
+};
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+// SAFETY: every call is passed on unchanged to the system's allocator; counting in a thread-local
+// without a destructor neither allocates nor unwinds.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn allocations(call: impl FnOnce()) -> u64 {
+    let before = ALLOCATIONS.get();
+    call();
+    ALLOCATIONS.get() - before
+}
+
+#[test]
+fn second_calls_allocate_nothing() {
+    assert_eq!(allocations(|| drop(std::hint::black_box(vec![1u8]))), 1, "the count counts");
+    let roofline = CostModel::Roofline(Roofline::new(20.0, 0.08, 64).unwrap());
+    let table = CostModel::Table(Table::new(&[(16, 20.0), (256, 41.0)]).unwrap());
+    for ranks in [1, 8, 72] {
+        // Two experts a rank; the last expert of each rank is a replica of the next rank's first.
+        let map: Vec<u32> = (0..2 * ranks as u32).map(|p| (p + 1) / 2 % ranks as u32).collect();
+        let placement = Placement::replicated(ranks, &map).unwrap();
+        let ids: Vec<i32> = (0..600).map(|i| i * i % 37 % (2 * ranks as i32)).collect();
+        let (mut counts, mut visits) = (vec![0; 2 * ranks], vec![0; ranks]);
+        let tokens = count(&placement, &ids, 6, &mut counts, &mut visits).unwrap();
+        let all_visits = visits.repeat(ranks);
+        let (mut planner, mut plan) = (Planner::new(), Plan::new());
+        let (mut own_planner, mut assigner) = (OwnPlanner::new(), Assigner::new());
+        let mut quotas = vec![0; ranks];
+        let weights = vec![0.5f32; ids.len()];
+        let (mut out_ids, mut out_weights) = (vec![0; 700], vec![0.0; 700]);
+        for cost in [&CostModel::Rows, &roofline, &table] {
+            let mut layer = || {
+                let every = [tokens; 72];
+                let problem = Problem {
+                    placement: &placement,
+                    cost,
+                    routed: Routed::PerExpert(&counts),
+                    tokens: &every[..ranks],
+                    visits: Some(&all_visits),
+                    eligible: None,
+                };
+                planner.joint(&problem, &mut plan).unwrap();
+                planner.live(&problem, &mut plan).unwrap();
+                let own = OwnCounts {
+                    placement: &placement,
+                    cost,
+                    source: 0,
+                    routed: &counts,
+                    visits: &visits,
+                    tokens,
+                };
+                own_planner.plan(&own, &mut quotas).unwrap();
+                plan.quotas_of(0, &mut quotas).unwrap();
+                let routed = Rows { ids: &ids, weights: &weights, top_k: 6 };
+                let out = RowsMut { ids: &mut out_ids, weights: &mut out_weights };
+                assigner.expand(&placement, 0, routed, &quotas, 0.4, out).unwrap();
+            };
+            layer();
+            assert_eq!(allocations(&mut layer), 0, "{ranks} ranks, {cost:?}");
+        }
+    }
+}
