@@ -45,7 +45,7 @@ fn second_calls_allocate_nothing() {
     let table = CostModel::Table(Table::new(&[(16, 20.0), (256, 41.0)]).unwrap());
     for ranks in [1, 8, 72] {
         // Two experts a rank; the last expert of each rank is a replica of the next rank's first.
-        let map: Vec<u32> = (0..2 * ranks as u32).map(|p| (p + 1) / 2 % ranks as u32).collect();
+        let map: Vec<u32> = (0..2 * ranks as u32).map(|p| p.div_ceil(2) % ranks as u32).collect();
         let placement = Placement::replicated(ranks, &map).unwrap();
         let ids: Vec<i32> = (0..600).map(|i| i * i % 37 % (2 * ranks as i32)).collect();
         let (mut counts, mut visits) = (vec![0; 2 * ranks], vec![0; ranks]);

@@ -1,0 +1,78 @@
+"""Placements on real routing, EP 8 to 32 by 8 to 1024 tokens a rank: ``routing.py MAKE_DUMPS``.
+
+MAKE_DUMPS writes recorder dumps: ``MAKE_DUMPS FOLDER --packed --ranks R --tokens N [--decode]``. Fails if live
+counts miss the optimum in any layer and pass, or send more than 0.03 extra copies a token on average.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RANKS = (8, 16, 32)
+TOKENS = (8, 32, 64, 128, 256, 1024)
+POLICIES = ("home", "sglang-static", "own-counts", "live")
+MOST_COPIES = 0.03
+
+
+def main() -> int:
+    make_dumps = Path(sys.argv[1])
+    failed = False
+    print(
+        "EP    N      "
+        + "".join(f"{policy:>15}" for policy in POLICIES)
+        + "   copies: static, live"
+    )
+    for ranks in RANKS:
+        for tokens in TOKENS:
+            with tempfile.TemporaryDirectory() as folder:
+                rows = replay(make_dumps, Path(folder), ranks, tokens)
+            live = rows["live"]
+            missed = sum(row["max"] != row["optimum"] for row in live)
+            failed |= missed > 0 or mean(live, "extra_copies") > MOST_COPIES
+            ratios = "".join(f"{ratio(rows[policy]):>15.4f}" for policy in POLICIES)
+            copies = f"{mean(rows['sglang-static'], 'extra_copies'):.4f}, {mean(live, 'extra_copies'):.4f}"
+            print(
+                f"{ranks:<6}{tokens:<7}{ratios}   {copies}   {missed} missed of {len(live)}",
+                flush=True,
+            )
+    return int(failed)
+
+
+def replay(make_dumps: Path, folder: Path, ranks: int, tokens: int) -> dict[str, list[dict]]:
+    """Rows by policy."""
+    # Few tokens a rank are what decoding has, as far as there are prompts for it.
+    decode = ["--decode"] if ranks * tokens <= 256 else []
+    # The data has 61,912 tokens.
+    passes = max(1, min(4, 61_912 // (ranks * tokens)))
+    shape = ["--ranks", str(ranks), "--tokens", str(tokens), "--passes", str(passes), *decode]
+    make = [sys.executable, make_dumps, folder / "dump", "--packed", *shape]
+    subprocess.run(make, check=True, capture_output=True)
+    program = "import sys; from waterfill_rs.cli import main; sys.exit(main())"
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "replay",
+        folder / "dump",
+        "--json",
+        folder / "out.json",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = json.loads((folder / "out.json").read_text())["rows"]
+    return {policy: [row for row in rows if row["policy"] == policy] for policy in POLICIES}
+
+
+def ratio(rows: list[dict]) -> float:
+    return sum(row["max"] / row["mean"] for row in rows) / len(rows)
+
+
+def mean(rows: list[dict], field: str) -> float:
+    return sum(row[field] for row in rows) / len(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
