@@ -1,6 +1,6 @@
 //! The plan from one rank's own counts, for when nobody else's are known.
 //!
-//! Own counts are a sample of the layer's: the fewer the tokens, the more of their unevenness is chance.
+//! Own counts are a sample of the layer's: the fewer the rows, the more of their unevenness is chance.
 //! So they are shrunk towards their mean before they are levelled. And every rank breaks ties from itself
 //! on: if all began at rank 0, all would round up there. Without the two, plans from own counts were
 //! worse than shared rows at home at 64 tokens on each of 32 ranks (`docs/performance.md`).
@@ -11,9 +11,9 @@ use crate::level::{level, room};
 use crate::placement::Placement;
 use crate::problem::{Problem, Routed, check_length};
 
-/// Own counts of so many tokens are trusted by half.
-const HALF_TRUSTED: u64 = 128;
-/// Least trust, in tenths: an expert's popularity shows in few tokens too.
+/// Own counts of so many routed rows a rank are trusted by half.
+const HALF_TRUSTED: u64 = 48;
+/// Least trust, in tenths: an expert's popularity shows in few rows too.
 const LEAST_TENTHS: u64 = 3;
 
 /// One rank's own counts of one layer and step.
@@ -91,9 +91,10 @@ impl OwnPlanner {
         problem.base_costs(&mut self.bases);
         self.bases.rotate_left(own.source);
         let mean = self.bases.iter().sum::<u64>() / self.bases.len() as u64;
-        let tokens = u64::from(own.tokens);
-        // tokens / (tokens + HALF_TRUSTED), but not under LEAST_TENTHS, in 1024ths.
-        let trust = (tokens * 1024 / (tokens + HALF_TRUSTED)).max(LEAST_TENTHS * 1024 / 10);
+        let rows =
+            own.routed.iter().map(|&rows| u64::from(rows)).sum::<u64>() / self.bases.len() as u64;
+        // rows / (rows + HALF_TRUSTED), but not under LEAST_TENTHS, in 1024ths.
+        let trust = (rows * 1024 / (rows + HALF_TRUSTED)).max(LEAST_TENTHS * 1024 / 10);
         for base in &mut self.bases {
             let part = |value: u64| ((u128::from(value) * u128::from(trust) + 512) / 1024) as u64;
             *base =
