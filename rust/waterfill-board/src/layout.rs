@@ -1,0 +1,93 @@
+//! Where everything is on the board, in 64-bit words: the one place that knows.
+//!
+//! A header line, then a ring of calls. Each slot of the ring holds one block of counts a rank and one
+//! block of quotas a rank. Every block has one writer and starts a cache line of its own, so that a rank
+//! (later: its GPU) polls a line that nobody else reads.
+
+use crate::error::{Error, Result};
+
+/// Words in a cache line.
+const LINE: usize = 8;
+/// Calls that may be in flight: ranks are at most one call apart, and two batches may overlap.
+pub const RING: usize = 4;
+
+/// Shape of a board. Equal shapes have equal layouts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// EP size.
+    pub ranks: usize,
+    /// Physical experts over all ranks.
+    pub experts: usize,
+}
+
+impl Shape {
+    /// A shape.
+    ///
+    /// # Errors
+    /// What [`waterfill_core::Placement::contiguous`] refuses.
+    pub fn new(ranks: usize, experts: usize) -> Result<Self> {
+        waterfill_core::Placement::contiguous(ranks, experts).map_err(Error::Core)?;
+        Ok(Self { ranks, experts })
+    }
+
+    /// Words of the whole board.
+    #[must_use]
+    pub fn words(&self) -> usize {
+        HEADER + RING * self.slot()
+    }
+
+    /// Words that a rank posts: its tokens, its visits `[R]`, its counts `[P]`.
+    #[must_use]
+    pub fn posted(&self) -> usize {
+        1 + self.ranks + self.experts
+    }
+
+    /// The first word of the counts that `rank` posts for a call with this tag.
+    pub(crate) fn counts(&self, tag: u32, rank: usize) -> usize {
+        HEADER + tag as usize % RING * self.slot() + rank * lines(self.posted())
+    }
+
+    /// The first word of the quotas of `rank` for a call with this tag, `[R]`.
+    pub(crate) fn quotas(&self, tag: u32, rank: usize) -> usize {
+        self.counts(tag, self.ranks) + rank * lines(self.ranks)
+    }
+
+    fn slot(&self) -> usize {
+        self.ranks * (lines(self.posted()) + lines(self.ranks))
+    }
+}
+
+/// Words of the header: see [`crate::header`].
+pub(crate) const HEADER: usize = 2 * LINE;
+
+/// `words`, up to whole lines.
+fn lines(words: usize) -> usize {
+    words.next_multiple_of(LINE)
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_lines_of_their_own_and_fill_the_board() {
+        for (ranks, experts) in [(1, 1), (2, 6), (8, 256), (12, 12), (72, 288)] {
+            let shape = Shape::new(ranks, experts).unwrap();
+            let mut taken = vec![false; shape.words()];
+            taken[..HEADER].fill(true);
+            for tag in 1..=RING as u32 {
+                for rank in 0..ranks {
+                    let counts = (shape.counts(tag, rank), shape.posted());
+                    let quotas = (shape.quotas(tag, rank), ranks);
+                    for (start, words) in [counts, quotas] {
+                        assert_eq!(start % LINE, 0);
+                        for word in &mut taken[start..start + lines(words)] {
+                            assert!(!std::mem::replace(word, true), "two blocks share a word");
+                        }
+                    }
+                }
+            }
+            assert!(taken.into_iter().all(|word| word), "{ranks} ranks, {experts} experts");
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! The board on which expert-parallel ranks post one layer's counts and read the plan made of them.
+//!
+//! Every word of the board has one writer and tells by itself to which call it belongs, so there is no
+//! lock, no fence and no torn read. Every wait has a cap; past it a rank goes on with its own counts.
+//!
+//! ```
+//! use std::{sync::Arc, time::Duration};
+//! use waterfill_board::{BoardPlanner, Heap, PlannerThread, Port, Posted, Shape, Source};
+//! use waterfill_core::CostModel;
+//!
+//! let shape = Shape::new(1, 4)?;
+//! let board = Arc::new(Heap::new(shape));
+//! let patience = Duration::from_millis(100);
+//! let planner = BoardPlanner::new(Arc::clone(&board), shape, CostModel::Rows, patience)?;
+//! let _thread = PlannerThread::spawn(planner).unwrap();
+//! let mut port = Port::new(board, shape, CostModel::Rows, 0)?;
+//! let posted = Posted { tokens: 3, visits: &[3], counts: &[3, 1, 1, 1] };
+//! let mut quotas = [0];
+//! let source = port.exchange(posted, Duration::from_secs(10), &mut quotas)?;
+//! assert_eq!((source, quotas), (Source::Live, [3]));
+//! # Ok::<(), waterfill_board::Error>(())
+//! ```
+
+mod error;
+mod layout;
+mod planner;
+mod port;
+mod region;
+mod sync;
+mod word;
+
+pub use error::{Error, Result};
+pub use layout::{RING, Shape};
+pub use planner::{BoardPlanner, PlannerThread, Published};
+pub use port::{Port, Posted, Source, Tally};
+pub use region::{Heap, Region};
+pub use word::Sequence;

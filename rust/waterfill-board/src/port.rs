@@ -1,0 +1,212 @@
+//! One rank's end of the board: it posts its counts and takes its quotas.
+
+use std::time::{Duration, Instant};
+
+use waterfill_core::{CostModel, OwnCounts, OwnPlanner, Placement};
+
+use crate::error::{Error, Result, check_length};
+use crate::layout::Shape;
+use crate::region::Region;
+use crate::word::{self, Sequence};
+
+/// What one rank knows of one layer and step.
+#[derive(Clone, Copy, Debug)]
+pub struct Posted<'a> {
+    /// Its tokens: rows with at least one valid id.
+    pub tokens: u32,
+    /// `[R]` how many of them visit each rank.
+    pub visits: &'a [u32],
+    /// `[P]` their rows for each physical expert.
+    pub counts: &'a [u32],
+}
+
+/// From which plan a rank's quotas are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The planner's, from all ranks' counts that came in time.
+    Live,
+    /// This rank's own counts: no plan came within the cap.
+    TimedOut,
+    /// This rank's own counts, without a wait: too many waits ended without a plan of late.
+    Broken,
+    /// This rank's own counts: the board held quotas that do not add up to its tokens.
+    Torn,
+}
+
+/// Numbers of calls by how they ended, since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Calls with a live plan.
+    pub live: u64,
+    /// Calls that waited to the cap.
+    pub timed_out: u64,
+    /// Calls that did not wait, because of the breaker.
+    pub broken: u64,
+    /// Calls that refused the quotas they found.
+    pub torn: u64,
+}
+
+/// After so many timeouts in a row a rank stops waiting.
+const BREAK_AFTER: u32 = 2;
+
+/// A rank's end of the board. One a rank: it alone writes the rank's counts.
+#[derive(Debug)]
+pub struct Port<R> {
+    region: R,
+    shape: Shape,
+    placement: Placement,
+    cost: CostModel,
+    rank: usize,
+    last: Sequence,
+    own: OwnPlanner,
+    tally: Tally,
+    failures: u32,
+    taken: Vec<u32>,
+}
+
+impl<R: Region> Port<R> {
+    /// The end of `rank`; its first call will be [`Sequence::FIRST`].
+    ///
+    /// # Errors
+    /// A region of another size than the shape's, a rank outside the group.
+    pub fn new(region: R, shape: Shape, cost: CostModel, rank: usize) -> Result<Self> {
+        check_length("region", region.words().len(), shape.words())?;
+        if rank >= shape.ranks {
+            return Err(Error::Rank { rank, ranks: shape.ranks });
+        }
+        let placement = Placement::contiguous(shape.ranks, shape.experts).map_err(Error::Core)?;
+        let (last, own, tally) = (Sequence::NONE, OwnPlanner::new(), Tally::default());
+        Ok(Self {
+            region,
+            shape,
+            placement,
+            cost,
+            rank,
+            last,
+            own,
+            tally,
+            failures: 0,
+            taken: Vec::new(),
+        })
+    }
+
+    /// How the calls so far ended.
+    pub fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    /// Go on after another call than none: tests of wrap-around do, and a rank that joins late.
+    pub fn resume_after(&mut self, sequence: Sequence) {
+        self.last = sequence;
+    }
+
+    /// Post this call's counts, wait for the plan at most `cap`, and write this rank's quotas, `[R]`.
+    ///
+    /// The quotas always add up to the tokens: where no plan came, they are from own counts.
+    ///
+    /// # Errors
+    /// Arrays of other lengths, sums of 2^32 rows or more. Nothing is posted then, and the call does
+    /// not count: make it again with what fits, or the ranks' calls are out of step.
+    pub fn exchange(
+        &mut self,
+        posted: Posted,
+        cap: Duration,
+        quotas: &mut [u32],
+    ) -> Result<Source> {
+        check_length("visits", posted.visits.len(), self.shape.ranks)?;
+        check_length("counts", posted.counts.len(), self.shape.experts)?;
+        check_length("quotas", quotas.len(), self.shape.ranks)?;
+        // First the fall-back: it checks the rest, and it is there when the wait ends.
+        self.plan_alone(posted, quotas)?;
+        let (previous, sequence) = (self.last, self.last.next());
+        self.last = sequence;
+        self.post(sequence, posted);
+        let source = self.wait(previous, sequence, cap, posted.tokens, quotas);
+        match source {
+            Source::Live => self.tally.live += 1,
+            Source::TimedOut => self.tally.timed_out += 1,
+            Source::Broken => self.tally.broken += 1,
+            Source::Torn => self.tally.torn += 1,
+        }
+        Ok(source)
+    }
+
+    fn plan_alone(&mut self, posted: Posted, quotas: &mut [u32]) -> Result<()> {
+        let own = OwnCounts {
+            placement: &self.placement,
+            cost: &self.cost,
+            source: self.rank,
+            routed: posted.counts,
+            visits: posted.visits,
+            tokens: posted.tokens,
+        };
+        self.own.plan(&own, quotas).map_err(Error::Core)
+    }
+
+    fn post(&self, sequence: Sequence, posted: Posted) {
+        let start = self.shape.counts(sequence.tag(), self.rank);
+        let words = &self.region.words()[start..start + self.shape.posted()];
+        let values = [posted.tokens];
+        let values = values.iter().chain(posted.visits).chain(posted.counts);
+        for (word, &value) in words.iter().zip(values) {
+            word::store(word, sequence, value);
+        }
+    }
+
+    /// Take the plan when it comes; leaves `quotas` as they are if none does.
+    fn wait(
+        &mut self,
+        previous: Sequence,
+        sequence: Sequence,
+        cap: Duration,
+        tokens: u32,
+        quotas: &mut [u32],
+    ) -> Source {
+        // A broken rank waits again once the plan of its last call did come, late as it was.
+        if self.failures >= BREAK_AFTER && !self.take(previous) {
+            return Source::Broken;
+        }
+        let begun = Instant::now();
+        let mut polls = 0u32;
+        while !self.take(sequence) {
+            polls = polls.wrapping_add(1);
+            // Reading the clock takes as long as a poll: not at each.
+            if polls.is_multiple_of(16) && begun.elapsed() >= cap {
+                self.failures = self.failures.saturating_add(1);
+                return Source::TimedOut;
+            }
+            pause(polls);
+        }
+        self.failures = 0;
+        // A foreign byte on the board must not become a wrong assignment.
+        if self.taken.iter().map(|&quota| u64::from(quota)).sum::<u64>() != u64::from(tokens) {
+            return Source::Torn;
+        }
+        quotas.copy_from_slice(&self.taken);
+        Source::Live
+    }
+
+    /// Read this rank's quotas of a call into `taken`; false as long as any is missing.
+    fn take(&mut self, sequence: Sequence) -> bool {
+        let start = self.shape.quotas(sequence.tag(), self.rank);
+        let words = &self.region.words()[start..start + self.shape.ranks];
+        self.taken.clear();
+        self.taken.extend(words.iter().map_while(|word| word::load(word, sequence)));
+        self.taken.len() == words.len()
+    }
+}
+
+/// Let others have the core now and then: ranks and planner may share one.
+pub(crate) fn pause(polls: u32) {
+    #[cfg(loom)]
+    {
+        let _ = polls;
+        loom::thread::yield_now();
+    }
+    #[cfg(not(loom))]
+    if polls % 4096 == 0 {
+        std::thread::yield_now();
+    } else {
+        std::hint::spin_loop();
+    }
+}

@@ -1,0 +1,82 @@
+//! A value that tells by itself to which call it belongs: value and sequence in one atomic word.
+//!
+//! Nothing else is published through a word, so there is nothing to order: a reader that finds the
+//! sequence it waits for has the value that was stored with it, in the same 64 bits. That is why every
+//! access is relaxed and no fence is needed, on the CPU or by a GPU over its link.
+
+use crate::sync::{AtomicU64, Ordering};
+
+/// A call's number in words: the ranks' calls are numbered alike, from 1 on.
+///
+/// It wraps to 1 after 2^32 - 1, because 0 is what fresh memory holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sequence(u32);
+
+impl Sequence {
+    /// Before the first call: what fresh memory holds.
+    pub(crate) const NONE: Self = Self(0);
+    /// The first call.
+    pub const FIRST: Self = Self(1);
+
+    /// The sequence of a tag; none for 0, which no call has.
+    #[must_use]
+    pub fn from_tag(tag: u32) -> Option<Self> {
+        (tag != 0).then_some(Self(tag))
+    }
+
+    /// The next call.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self(self.0.wrapping_add(1).max(1))
+    }
+
+    /// Whether it comes after `other`, for calls less than half the numbers apart.
+    pub(crate) fn is_after(self, other: Self) -> bool {
+        self != other && self.0.wrapping_sub(other.0) < 1 << 31
+    }
+
+    /// As it stands in words.
+    #[must_use]
+    pub fn tag(self) -> u32 {
+        self.0
+    }
+}
+
+/// Store `value` for the call `sequence`. A word has one writer.
+pub(crate) fn store(word: &AtomicU64, sequence: Sequence, value: u32) {
+    // Relaxed: the word guards nothing but itself (module documentation). Partner: `load`.
+    word.store(u64::from(sequence.0) << 32 | u64::from(value), Ordering::Relaxed);
+}
+
+/// The value of the call `sequence`, once it is there.
+pub(crate) fn load(word: &AtomicU64, sequence: Sequence) -> Option<u32> {
+    // Relaxed: the word guards nothing but itself (module documentation). Partner: `store`.
+    let word = word.load(Ordering::Relaxed);
+    ((word >> 32) as u32 == sequence.0).then_some(word as u32)
+}
+
+/// The call that a word is of; none for fresh memory.
+pub(crate) fn sequence(word: &AtomicU64) -> Option<Sequence> {
+    // Relaxed: as in `load`.
+    Sequence::from_tag((word.load(Ordering::Relaxed) >> 32) as u32)
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_belongs_to_one_call() {
+        let word = AtomicU64::new(0);
+        assert_eq!(load(&word, Sequence::FIRST), None);
+        store(&word, Sequence::FIRST, u32::MAX);
+        assert_eq!(load(&word, Sequence::FIRST), Some(u32::MAX));
+        assert_eq!(load(&word, Sequence::FIRST.next()), None);
+    }
+
+    #[test]
+    fn the_sequence_wraps_past_zero() {
+        assert_eq!(Sequence(u32::MAX).next(), Sequence::FIRST);
+        assert_eq!(Sequence::from_tag(0), None);
+    }
+}

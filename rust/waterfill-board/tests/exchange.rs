@@ -1,0 +1,240 @@
+//! Ranks as threads, the planner as another: every plan is the core's, and nobody waits for the gone.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use waterfill_board::{
+    BoardPlanner, Heap, PlannerThread, Port, Posted, Region, Sequence, Shape, Source,
+};
+use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed};
+
+const COST: CostModel = CostModel::Rows;
+const LONG: Duration = Duration::from_secs(20);
+const SHORT: Duration = Duration::from_millis(2);
+
+/// What a rank posts in a call, from a hash of both; some ranks are idle now and then.
+struct Batch {
+    tokens: u32,
+    visits: Vec<u32>,
+    counts: Vec<u32>,
+}
+
+impl Batch {
+    fn new(shape: Shape, rank: usize, call: u64) -> Self {
+        let mut state = (rank as u64 + 1) * 0x9e37_79b9 ^ call * 0x85eb_ca6b;
+        let mut draw = |below: u32| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99991);
+            (state >> 33) as u32 % below
+        };
+        let tokens = if draw(5) == 0 { 0 } else { draw(300) };
+        let visits = (0..shape.ranks).map(|_| draw(tokens + 1)).collect();
+        let most = tokens * 2 + 1;
+        Self { tokens, visits, counts: (0..shape.experts).map(|_| draw(most)).collect() }
+    }
+
+    fn posted(&self) -> Posted<'_> {
+        Posted { tokens: self.tokens, visits: &self.visits, counts: &self.counts }
+    }
+}
+
+/// The core's plan of a call.
+fn expected(shape: Shape, call: u64, rank: usize) -> Vec<u32> {
+    let placement = Placement::contiguous(shape.ranks, shape.experts).unwrap();
+    let batches: Vec<Batch> = (0..shape.ranks).map(|r| Batch::new(shape, r, call)).collect();
+    let routed: Vec<u32> =
+        (0..shape.experts).map(|e| batches.iter().map(|b| b.counts[e]).sum()).collect();
+    let tokens: Vec<u32> = batches.iter().map(|b| b.tokens).collect();
+    let visits: Vec<u32> = batches.iter().flat_map(|b| b.visits.clone()).collect();
+    let problem = Problem {
+        placement: &placement,
+        cost: &COST,
+        routed: Routed::PerExpert(&routed),
+        tokens: &tokens,
+        visits: Some(&visits),
+        eligible: None,
+    };
+    let (mut plan, mut quotas) = (Plan::new(), vec![0; shape.ranks]);
+    Planner::new().live(&problem, &mut plan).unwrap();
+    plan.quotas_of(rank, &mut quotas).unwrap();
+    quotas
+}
+
+fn start(shape: Shape, patience: Duration) -> (Arc<Heap>, PlannerThread) {
+    let board = Arc::new(Heap::new(shape));
+    let planner = BoardPlanner::new(Arc::clone(&board), shape, COST, patience).unwrap();
+    (board, PlannerThread::spawn(planner).unwrap())
+}
+
+fn port(board: &Arc<Heap>, shape: Shape, rank: usize) -> Port<Arc<Heap>> {
+    Port::new(Arc::clone(board), shape, COST, rank).unwrap()
+}
+
+#[test]
+fn every_plan_is_the_cores() {
+    for (ranks, experts, calls) in [(1, 4, 500), (2, 6, 1000), (3, 12, 500), (12, 12, 100)] {
+        let shape = Shape::new(ranks, experts).unwrap();
+        let (board, planner) = start(shape, LONG);
+        thread::scope(|scope| {
+            for rank in 0..ranks {
+                let mut port = port(&board, shape, rank);
+                scope.spawn(move || {
+                    let mut quotas = vec![0; ranks];
+                    for call in 0..calls {
+                        let batch = Batch::new(shape, rank, call);
+                        let source = port.exchange(batch.posted(), LONG, &mut quotas).unwrap();
+                        assert_eq!(source, Source::Live);
+                        assert_eq!(quotas, expected(shape, call, rank), "call {call}");
+                    }
+                    assert_eq!(port.tally().live, calls);
+                });
+            }
+        });
+        assert_eq!(planner.finish().unwrap().whole, calls);
+    }
+}
+
+#[test]
+fn a_gone_peer_costs_the_planners_patience_and_gets_no_token() {
+    let shape = Shape::new(3, 6).unwrap();
+    let (board, planner) = start(shape, SHORT);
+    thread::scope(|scope| {
+        for rank in [0, 2] {
+            let mut port = port(&board, shape, rank);
+            scope.spawn(move || {
+                let mut quotas = [0; 3];
+                for call in 0..50 {
+                    let batch = Batch::new(shape, rank, call);
+                    let source = port.exchange(batch.posted(), LONG, &mut quotas).unwrap();
+                    assert_eq!((source, quotas[1]), (Source::Live, 0), "{quotas:?}");
+                    assert_eq!(quotas.iter().sum::<u32>(), batch.tokens);
+                }
+            });
+        }
+    });
+    let published = planner.finish().unwrap();
+    assert_eq!((published.whole, published.partial), (0, 50));
+}
+
+#[test]
+fn without_a_planner_two_caps_are_spent_and_own_counts_go_on() {
+    let shape = Shape::new(2, 4).unwrap();
+    let board = Arc::new(Heap::new(shape));
+    let mut port = port(&board, shape, 1);
+    let batch = Batch { tokens: 100, visits: vec![60, 80], counts: vec![90, 80, 20, 10] };
+    let begun = Instant::now();
+    let sources: Vec<Source> = (0..1000)
+        .map(|_| {
+            let mut quotas = [0; 2];
+            let source = port.exchange(batch.posted(), SHORT, &mut quotas).unwrap();
+            assert_eq!(quotas.iter().sum::<u32>(), 100);
+            assert!(quotas[1] > quotas[0], "own counts say that rank 1 is the emptier: {quotas:?}");
+            source
+        })
+        .collect();
+    assert!(begun.elapsed() < SHORT * 20, "{:?}", begun.elapsed());
+    assert_eq!(sources[..2], [Source::TimedOut; 2]);
+    assert!(sources[2..].iter().all(|&source| source == Source::Broken));
+    assert_eq!((port.tally().timed_out, port.tally().broken), (2, 998));
+
+    // A planner comes, far behind: it catches up, and the breaker closes by itself.
+    let planner = BoardPlanner::new(Arc::clone(&board), shape, COST, Duration::ZERO).unwrap();
+    let planner = PlannerThread::spawn(planner).unwrap();
+    let begun = Instant::now();
+    let mut quotas = [0; 2];
+    while port.exchange(batch.posted(), LONG, &mut quotas).unwrap() != Source::Live {
+        assert!(begun.elapsed() < LONG, "never live again");
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert!(planner.finish().unwrap().partial > 0);
+}
+
+#[test]
+fn calls_go_on_over_the_wrap_of_the_sequence() {
+    let shape = Shape::new(2, 4).unwrap();
+    let board = Arc::new(Heap::new(shape));
+    let near = Sequence::from_tag(u32::MAX - 8).unwrap();
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
+    planner.resume_at(near.next());
+    let planner = PlannerThread::spawn(planner).unwrap();
+    thread::scope(|scope| {
+        for rank in 0..2 {
+            let mut port = port(&board, shape, rank);
+            port.resume_after(near);
+            scope.spawn(move || {
+                let mut quotas = [0; 2];
+                for call in 0..1000 {
+                    let batch = Batch::new(shape, rank, call);
+                    let source = port.exchange(batch.posted(), LONG, &mut quotas).unwrap();
+                    assert_eq!(source, Source::Live);
+                    assert_eq!(quotas[..], expected(shape, call, rank)[..]);
+                }
+            });
+        }
+    });
+    assert_eq!(planner.finish().unwrap().whole, 1000);
+}
+
+#[test]
+fn whatever_stands_on_the_board_quotas_add_up_and_nobody_hangs() {
+    let shape = Shape::new(2, 4).unwrap();
+    let (board, planner) = start(shape, Duration::from_micros(50));
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut state = 7u64;
+            while !done.load(Ordering::Relaxed) {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let word = (state >> 33) as usize % shape.words();
+                // Tags of calls now and then, so that values get past them.
+                let tag = (state >> 20 & 0xfff) << 32;
+                board.words()[word].store(tag | state >> 40, Ordering::Relaxed);
+            }
+        });
+        let ranks: Vec<_> = (0..2)
+            .map(|rank| {
+                let mut port = port(&board, shape, rank);
+                scope.spawn(move || {
+                    let mut quotas = [0; 2];
+                    for call in 0..4000 {
+                        let batch = Batch::new(shape, rank, call);
+                        let cap = Duration::from_micros(200);
+                        port.exchange(batch.posted(), cap, &mut quotas).unwrap();
+                        assert_eq!(quotas.iter().sum::<u32>(), batch.tokens, "call {call}");
+                    }
+                    port.tally()
+                })
+            })
+            .collect();
+        let tallies: Vec<_> = ranks.into_iter().map(|rank| rank.join()).collect();
+        done.store(true, Ordering::Relaxed);
+        for tally in tallies {
+            let tally = tally.unwrap();
+            assert_eq!(tally.live + tally.timed_out + tally.broken + tally.torn, 4000);
+        }
+    });
+    assert!(planner.finish().is_some(), "the planner did not panic");
+}
+
+#[test]
+fn refusals_name_the_numbers_and_post_nothing() {
+    let shape = Shape::new(2, 4).unwrap();
+    assert!(Shape::new(3, 4).unwrap_err().to_string().contains("4 physical experts over 3"));
+    let board = Arc::new(Heap::new(shape));
+    let other = Shape::new(4, 4).unwrap();
+    let refused = Port::new(Arc::clone(&board), other, COST, 0).unwrap_err().to_string();
+    assert!(refused.contains(&format!("give {}", other.words())), "{refused}");
+    let refused = Port::new(Arc::clone(&board), shape, COST, 2).unwrap_err().to_string();
+    assert_eq!(refused, "rank 2: give a rank from 0 to 1");
+    let mut port = port(&board, shape, 0);
+    let mut quotas = [9; 2];
+    for (visits, counts) in [(&[1][..], &[1, 0, 0, 0][..]), (&[1, 0], &[1])] {
+        let posted = Posted { tokens: 1, visits, counts };
+        assert!(port.exchange(posted, SHORT, &mut quotas).is_err());
+    }
+    let posted = Posted { tokens: 1, visits: &[1, 1], counts: &[u32::MAX, 1, 0, 0] };
+    assert!(port.exchange(posted, SHORT, &mut quotas).is_err());
+    assert_eq!(quotas, [9; 2]);
+    assert!(board.words().iter().all(|word| word.load(Ordering::Relaxed) == 0));
+}
