@@ -35,8 +35,10 @@ build: .venv/native ## build the package into .venv
 run: .venv/native ## compare placements on real text: no GPU, no sglang
 	@$(BIN)/waterfill-rs demo --plot out/demo.png
 test: test-rust test-python ## all tests, with the real sglang 0.5.23
-test-rust: ## the core against its oracle
+test-rust: ## the core against its oracle, the board with processes killed, loom
 	cargo test --release --package waterfill-core --all-features -- --nocapture
+	cargo test --release --package waterfill-board
+	RUSTFLAGS="--cfg loom" cargo test --release --package waterfill-board --test loom --target-dir target/loom
 	$(PYTHON) benches/instructions.py
 test-python: .venv/test .venv/native ## the package, its wheel alone, and sglang
 	$(BIN)/python -m pytest -W ignore

@@ -48,13 +48,6 @@ pub enum Error {
         /// Why it failed.
         source: io::Error,
     },
-    /// A child of the process that opened the board uses it.
-    Forked {
-        /// The process that opened it.
-        owner: u32,
-        /// This process.
-        here: u32,
-    },
 }
 
 impl fmt::Display for Error {
@@ -76,11 +69,6 @@ impl fmt::Display for Error {
             Self::System { path, call, source } => {
                 write!(f, "{}: {call} failed: {source}", path.display())
             }
-            Self::Forked { owner, here } => write!(
-                f,
-                "the board was opened by process {owner} and this is its child {here}: \
-                 open it anew here, or start processes with spawn"
-            ),
         }
     }
 }

@@ -57,7 +57,7 @@ impl Shape {
     }
 }
 
-/// Words of the header: see [`crate::header`].
+/// Words of the header, whose fields `shared.rs` names.
 pub(crate) const HEADER: usize = 2 * LINE;
 
 /// `words`, up to whole lines.

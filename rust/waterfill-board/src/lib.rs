@@ -26,6 +26,7 @@ mod layout;
 mod planner;
 mod port;
 mod region;
+mod shared;
 mod sync;
 mod word;
 
@@ -34,4 +35,5 @@ pub use layout::{RING, Shape};
 pub use planner::{BoardPlanner, PlannerThread, Published};
 pub use port::{Port, Posted, Source, Tally};
 pub use region::{Heap, Region};
+pub use shared::Shared;
 pub use word::Sequence;

@@ -204,7 +204,7 @@ pub(crate) fn pause(polls: u32) {
         loom::thread::yield_now();
     }
     #[cfg(not(loom))]
-    if polls % 4096 == 0 {
+    if polls.is_multiple_of(4096) {
         std::thread::yield_now();
     } else {
         std::hint::spin_loop();

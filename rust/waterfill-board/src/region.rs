@@ -15,6 +15,13 @@ impl<T: Region> Region for std::sync::Arc<T> {
     }
 }
 
+#[cfg(loom)]
+impl<T: Region> Region for loom::sync::Arc<T> {
+    fn words(&self) -> &[AtomicU64] {
+        (**self).words()
+    }
+}
+
 /// A board's memory within one process: for tests, and for ranks that are threads.
 #[derive(Debug)]
 pub struct Heap {

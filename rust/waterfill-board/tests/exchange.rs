@@ -1,4 +1,5 @@
 //! Ranks as threads, the planner as another: every plan is the core's, and nobody waits for the gone.
+#![cfg(not(loom))]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +24,7 @@ struct Batch {
 
 impl Batch {
     fn new(shape: Shape, rank: usize, call: u64) -> Self {
-        let mut state = (rank as u64 + 1) * 0x9e37_79b9 ^ call * 0x85eb_ca6b;
+        let mut state = ((rank as u64 + 1) * 0x9e37_79b9) ^ (call * 0x85eb_ca6b);
         let mut draw = |below: u32| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99991);
             (state >> 33) as u32 % below
