@@ -113,37 +113,57 @@ impl<R: Region> Port<R> {
         cap: Duration,
         quotas: &mut [u32],
     ) -> Result<Source> {
-        check_length("visits", posted.visits.len(), self.shape.ranks)?;
-        check_length("counts", posted.counts.len(), self.shape.experts)?;
         check_length("quotas", quotas.len(), self.shape.ranks)?;
-        // First the fall-back: it checks the rest, and it is there when the wait ends.
-        self.plan_alone(posted, quotas)?;
-        let (previous, sequence) = (self.last, self.last.next());
-        self.last = sequence;
-        self.post(sequence, posted);
-        let source = self.wait(previous, sequence, cap, posted.tokens, quotas);
+        self.post(posted)?;
+        self.finish(posted, cap, quotas)
+    }
+
+    /// The first half of [`exchange`](Self::exchange): post this call's counts.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn post(&mut self, posted: Posted) -> Result<()> {
+        self.own_counts(posted).check().map_err(Error::Core)?;
+        self.last = self.last.next();
+        self.write(posted);
+        Ok(())
+    }
+
+    /// The second half of [`exchange`](Self::exchange), with the counts that were posted last.
+    ///
+    /// # Errors
+    /// As there, but a call that was posted does count.
+    pub fn finish(&mut self, posted: Posted, cap: Duration, quotas: &mut [u32]) -> Result<Source> {
+        check_length("quotas", quotas.len(), self.shape.ranks)?;
+        let source = self.wait(cap, posted.tokens, quotas);
         match source {
             Source::Live => self.tally.live += 1,
             Source::TimedOut => self.tally.timed_out += 1,
             Source::Broken => self.tally.broken += 1,
             Source::Torn => self.tally.torn += 1,
         }
+        if source != Source::Live {
+            let mut own = std::mem::take(&mut self.own);
+            let planned = own.plan(&self.own_counts(posted), quotas).map_err(Error::Core);
+            self.own = own;
+            planned?;
+        }
         Ok(source)
     }
 
-    fn plan_alone(&mut self, posted: Posted, quotas: &mut [u32]) -> Result<()> {
-        let own = OwnCounts {
+    fn own_counts<'a>(&'a self, posted: Posted<'a>) -> OwnCounts<'a> {
+        OwnCounts {
             placement: &self.placement,
             cost: &self.cost,
             source: self.rank,
             routed: posted.counts,
             visits: posted.visits,
             tokens: posted.tokens,
-        };
-        self.own.plan(&own, quotas).map_err(Error::Core)
+        }
     }
 
-    fn post(&self, sequence: Sequence, posted: Posted) {
+    fn write(&self, posted: Posted) {
+        let sequence = self.last;
         let start = self.shape.counts(sequence.tag(), self.rank);
         let words = &self.region.words()[start..start + self.shape.posted()];
         let values = [posted.tokens];
@@ -153,17 +173,11 @@ impl<R: Region> Port<R> {
         }
     }
 
-    /// Take the plan when it comes; leaves `quotas` as they are if none does.
-    fn wait(
-        &mut self,
-        previous: Sequence,
-        sequence: Sequence,
-        cap: Duration,
-        tokens: u32,
-        quotas: &mut [u32],
-    ) -> Source {
+    /// Take the plan when it comes; leaves `quotas` as they are if none does that fits.
+    fn wait(&mut self, cap: Duration, tokens: u32, quotas: &mut [u32]) -> Source {
+        let sequence = self.last;
         // A broken rank waits again once the plan of its last call did come, late as it was.
-        if self.failures >= BREAK_AFTER && !self.take(previous) {
+        if self.failures >= BREAK_AFTER && !self.take(sequence.previous()) {
             return Source::Broken;
         }
         let begun = Instant::now();

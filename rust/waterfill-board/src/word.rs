@@ -30,6 +30,11 @@ impl Sequence {
         Self(self.0.wrapping_add(1).max(1))
     }
 
+    /// The call before; none before the first.
+    pub(crate) fn previous(self) -> Self {
+        Self(self.0.saturating_sub(1))
+    }
+
     /// Whether it comes after `other`, for calls less than half the numbers apart.
     pub(crate) fn is_after(self, other: Self) -> bool {
         self != other && self.0.wrapping_sub(other.0) < 1 << 31

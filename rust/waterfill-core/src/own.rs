@@ -9,7 +9,7 @@ use crate::cost::CostModel;
 use crate::error::{Error, Result};
 use crate::level::{level, room};
 use crate::placement::Placement;
-use crate::problem::{Problem, Routed, check_length};
+use crate::problem::{Problem, Routed, check_length, check_sum};
 
 /// Own counts of so many routed rows a rank are trusted by half.
 const HALF_TRUSTED: u64 = 48;
@@ -31,6 +31,34 @@ pub struct OwnCounts<'a> {
     pub visits: &'a [u32],
     /// Its tokens: rows with at least one valid id.
     pub tokens: u32,
+}
+
+impl OwnCounts<'_> {
+    /// What [`OwnPlanner::plan`] would refuse of it.
+    ///
+    /// # Errors
+    /// Arrays of other lengths, `source` outside the group, sums of 2^32 rows or more.
+    pub fn check(&self) -> Result<()> {
+        let ranks = self.placement.ranks();
+        check_length("visits", self.visits.len(), ranks)?;
+        check_length("routed", self.routed.len(), self.placement.physical_experts())?;
+        if self.source >= ranks {
+            return Err(Error::Rank { name: "source", rank: self.source as i64, ranks });
+        }
+        check_sum("the sum of routed rows", self.routed)
+    }
+
+    /// As a problem of any rank's, for the costs of its routed rows.
+    fn problem<'a>(&'a self, tokens: &'a [u32]) -> Problem<'a> {
+        Problem {
+            placement: self.placement,
+            cost: self.cost,
+            routed: Routed::PerExpert(self.routed),
+            tokens,
+            visits: None,
+            eligible: None,
+        }
+    }
 }
 
 /// Makes quotas from own counts; reused, it allocates nothing.
@@ -56,13 +84,9 @@ impl OwnPlanner {
     /// Arrays of other lengths, `source` outside the group, sums of 2^32 rows or more. Nothing is
     /// written then.
     pub fn plan(&mut self, own: &OwnCounts, quotas: &mut [u32]) -> Result<()> {
-        let ranks = own.placement.ranks();
-        check_length("visits", own.visits.len(), ranks)?;
-        check_length("quotas", quotas.len(), ranks)?;
-        if own.source >= ranks {
-            return Err(Error::Rank { name: "source", rank: own.source as i64, ranks });
-        }
-        self.estimate(own)?;
+        own.check()?;
+        check_length("quotas", quotas.len(), own.placement.ranks())?;
+        self.estimate(own);
         let level = level(own.cost, &self.bases, own.tokens.into());
         let top = level.max(self.bases.iter().copied().max().unwrap_or(0));
         self.rooms.clear();
@@ -75,20 +99,10 @@ impl OwnPlanner {
     }
 
     /// Each rank's cost as far as own counts tell it, shrunk towards the mean.
-    fn estimate(&mut self, own: &OwnCounts) -> Result<()> {
-        // Checked as any problem is; the tokens of the others are not known and not asked for.
+    fn estimate(&mut self, own: &OwnCounts) {
         self.rows.clear();
         self.rows.resize(own.placement.ranks(), 0);
-        let problem = Problem {
-            placement: own.placement,
-            cost: own.cost,
-            routed: Routed::PerExpert(own.routed),
-            tokens: &self.rows,
-            visits: None,
-            eligible: None,
-        };
-        problem.check()?;
-        problem.base_costs(&mut self.bases);
+        own.problem(&[]).base_costs(&mut self.bases);
         self.bases.rotate_left(own.source);
         let mean = self.bases.iter().sum::<u64>() / self.bases.len() as u64;
         let rows =
@@ -100,7 +114,6 @@ impl OwnPlanner {
             *base =
                 if *base < mean { mean - part(mean - *base) } else { mean + part(*base - mean) };
         }
-        Ok(())
     }
 
     /// Own rank first, then visited ranks, then any.

@@ -91,7 +91,7 @@ pub(crate) fn check_length(name: &'static str, found: usize, expected: usize) ->
 }
 
 /// Quotas are 32 bits wide, so a layer's rows must be too.
-fn check_sum(name: &'static str, rows: &[u32]) -> Result<()> {
+pub(crate) fn check_sum(name: &'static str, rows: &[u32]) -> Result<()> {
     let value = rows.iter().map(|&rows| u64::from(rows)).sum();
     let limit = u64::from(u32::MAX);
     if value > limit { Err(Error::TooLarge { name, value, limit }) } else { Ok(()) }
