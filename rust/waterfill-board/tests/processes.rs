@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use waterfill_board::{BoardPlanner, PlannerThread, Port, Posted, Shape, Shared, Source};
+use waterfill_board::{BoardPlanner, PlannerThread, Port, Posted, RING, Shape, Shared, Source};
 use waterfill_core::CostModel;
 
 const COST: CostModel = CostModel::Rows;
@@ -63,6 +63,23 @@ fn start_rank(name: &str) -> Child {
     child
 }
 
+/// `few` in the tests, `many` under `make soak`.
+fn count(few: u32, many: u32) -> u32 {
+    if std::env::var_os("WATERFILL_SOAK").is_some() { many } else { few }
+}
+
+/// A board, its planner, a rank process that is attached, and this process's end; the name is gone.
+fn start(name: &str) -> (PlannerThread, Child, Port<Shared>) {
+    let board = Shared::create(name, shape(), RUN).unwrap();
+    let planners = Shared::attach(name, shape(), RUN).unwrap();
+    let planner = BoardPlanner::new(planners, shape(), COST, CAP / 5).unwrap();
+    let planner = PlannerThread::spawn(planner).unwrap();
+    let child = start_rank(name);
+    board.unlink().unwrap();
+    assert!(!path(name).exists());
+    (planner, child, Port::new(board, shape(), COST, 0).unwrap())
+}
+
 fn signal(child: &Child, name: &str) {
     let id = child.id().to_string();
     assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
@@ -71,20 +88,16 @@ fn signal(child: &Child, name: &str) {
 #[test]
 fn a_peer_killed_at_any_moment_costs_its_share_and_nothing_else() {
     let name = name("kill");
-    for round in 0..10 {
-        let board = Shared::create(&name, shape(), RUN).unwrap();
-        let planners = Shared::attach(&name, shape(), RUN).unwrap();
-        let planner = BoardPlanner::new(planners, shape(), COST, CAP / 5).unwrap();
-        let planner = PlannerThread::spawn(planner).unwrap();
-        let mut child = start_rank(&name);
-        board.unlink().unwrap();
-        let mut port = Port::new(board, shape(), COST, 0).unwrap();
+    for round in 0..count(10, 1000) {
+        let (planner, mut child, mut port) = start(&name);
         let begun = Instant::now();
         let (mut call, mut killed, mut live_after) = (0, false, 0);
         while live_after < 200 {
             let source = exchange(&mut port, call, CAP);
             call += 1;
-            if !killed && begun.elapsed() > Duration::from_micros(3000 + 777 * round) {
+            if !killed
+                && begun.elapsed() > Duration::from_micros(u64::from(1000 + round * 777 % 5000))
+            {
                 child.kill().unwrap();
                 killed = true;
             }
@@ -93,7 +106,8 @@ fn a_peer_killed_at_any_moment_costs_its_share_and_nothing_else() {
         }
         child.wait().unwrap();
         let published = planner.finish().unwrap();
-        assert!(published.partial >= 200, "{published:?}");
+        // The killed one may have posted a few calls ahead: those plans are whole.
+        assert!(published.partial >= 200 - RING as u64, "{published:?}");
         assert!(!path(&name).exists());
     }
 }
@@ -101,23 +115,17 @@ fn a_peer_killed_at_any_moment_costs_its_share_and_nothing_else() {
 #[test]
 fn a_stopped_peer_is_waited_for_no_longer_than_the_cap_and_comes_back() {
     let name = name("stop");
-    let board = Shared::create(&name, shape(), RUN).unwrap();
-    let planners = Shared::attach(&name, shape(), RUN).unwrap();
-    let planner = BoardPlanner::new(planners, shape(), COST, CAP / 5).unwrap();
-    let planner = PlannerThread::spawn(planner).unwrap();
-    let mut child = start_rank(&name);
-    board.unlink().unwrap();
-    let mut port = Port::new(board, shape(), COST, 0).unwrap();
+    let (planner, mut child, mut port) = start(&name);
     let begun = Instant::now();
     let mut call = 0;
-    for toggle in 0..40 {
+    for toggle in 0..count(40, 10_000) {
         signal(&child, if toggle % 2 == 0 { "-STOP" } else { "-CONT" });
         for _ in 0..50 {
             exchange(&mut port, call, CAP);
             call += 1;
         }
     }
-    // 2,000 calls of at most a cap each, with room for a machine that is busy elsewhere.
+    // Calls of at most a cap each, with room for a machine that is busy elsewhere.
     assert!(begun.elapsed() < CAP * call * 10, "{:?}, {:?}", begun.elapsed(), port.tally());
     child.kill().unwrap();
     child.wait().unwrap();
