@@ -95,3 +95,17 @@ def test_a_score_is_that_of_a_count_by_hand():
         waterfill_rs.score([[[4, 0]], []], [[0], []], physical_experts=4)
     with pytest.raises(ValueError, match="shared_rank 2: give a rank from 0 to 1"):
         waterfill_rs.score(ids, [[0, 2], [1, 1, -1]], physical_experts=4)
+
+
+def test_own_quotas_refuse_with_the_numbers():
+    own = dict(routed=[3, 1], visits=[2, 1], tokens=2)
+    assert sum(waterfill_rs.own_quotas(**own, ranks=2, rank=0)) == 2
+    with pytest.raises(ValueError, match=f"{10**18}"):  # an error, not a panic
+        waterfill_rs.own_quotas(**own, ranks=10**18, rank=0)
+    with pytest.raises(ValueError, match="source 2: give a rank from 0 to 1"):
+        waterfill_rs.own_quotas(**own, ranks=2, rank=2)
+
+
+def test_more_experts_than_tables_should_hold_are_refused():
+    with pytest.raises(ValueError, match=f"number of physical experts is {2**21}"):
+        waterfill_rs.plan([1, 1], [1, 1], ranks=2, physical_experts=2**21)

@@ -10,24 +10,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// A refusal. Nothing was written to the board.
 #[derive(Debug)]
 pub enum Error {
-    /// A shape or counts that the core refuses.
+    /// A shape, counts or lengths that the core refuses, in its words.
     Core(waterfill_core::Error),
-    /// An array of another length.
-    Length {
-        /// Which array.
-        name: &'static str,
-        /// Its length.
-        found: usize,
-        /// The length it should have.
-        expected: usize,
-    },
-    /// A rank outside the group.
-    Rank {
-        /// The rank.
-        rank: usize,
-        /// The group's size.
-        ranks: usize,
-    },
     /// A segment's header or file that does not fit.
     Foreign {
         /// Where the segment is.
@@ -54,12 +38,6 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Core(error) => error.fmt(f),
-            Self::Length { name, found, expected } => {
-                write!(f, "{name} has length {found}: give {expected}")
-            }
-            Self::Rank { rank, ranks } => {
-                write!(f, "rank {rank}: give a rank from 0 to {}", ranks - 1)
-            }
             Self::Foreign { path, field, found, expected } => write!(
                 f,
                 "{}: {field} is {found:#x}, not {expected:#x}: not this server's board; \
@@ -83,6 +61,13 @@ impl std::error::Error for Error {
     }
 }
 
+impl From<waterfill_core::Error> for Error {
+    fn from(error: waterfill_core::Error) -> Self {
+        Self::Core(error)
+    }
+}
+
 pub(crate) fn check_length(name: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found == expected { Ok(()) } else { Err(Error::Length { name, found, expected }) }
+    let refusal = waterfill_core::Error::Length { name, found, expected };
+    if found == expected { Ok(()) } else { Err(refusal.into()) }
 }

@@ -1,10 +1,10 @@
 //! Where everything is on the board, in 64-bit words: the one place that knows.
 //!
-//! A header line, then a ring of calls. Each slot of the ring holds one block of counts a rank and one
+//! A header, then a ring of calls. Each slot of the ring holds one block of counts a rank and one
 //! block of quotas a rank. Every block has one writer and starts a cache line of its own, so that a rank
 //! (later: its GPU) polls a line that nobody else reads.
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Words in a cache line.
 const LINE: usize = 8;
@@ -26,7 +26,7 @@ impl Shape {
     /// # Errors
     /// What [`waterfill_core::Placement::contiguous`] refuses.
     pub fn new(ranks: usize, experts: usize) -> Result<Self> {
-        waterfill_core::Placement::contiguous(ranks, experts).map_err(Error::Core)?;
+        waterfill_core::Placement::contiguous(ranks, experts)?;
         Ok(Self { ranks, experts })
     }
 

@@ -20,6 +20,7 @@
 //! assert_eq!((source, quotas), (Source::Live, [3]));
 //! # Ok::<(), waterfill_board::Error>(())
 //! ```
+#![deny(unsafe_code)]
 
 mod error;
 mod layout;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed};
 
-use crate::error::{Error, Result, check_length};
+use crate::error::{Result, check_length};
 use crate::layout::{RING, Shape};
 use crate::port::pause;
 use crate::region::Region;
@@ -57,7 +57,7 @@ impl<R: Region> BoardPlanner<R> {
     pub fn new(region: R, shape: Shape, cost: CostModel, patience: Duration) -> Result<Self> {
         check_length("region", region.words().len(), shape.words())?;
         let (ranks, experts) = (shape.ranks, shape.experts);
-        let placement = Placement::contiguous(ranks, experts).map_err(Error::Core)?;
+        let placement = Placement::contiguous(ranks, experts)?;
         Ok(Self {
             region,
             shape,
@@ -211,7 +211,7 @@ impl PlannerThread {
         let stopped = Arc::clone(&stop);
         let run = move || {
             let mut polls = 0u32;
-            // Relaxed: a flag that guards nothing; partner: `finish`. The join orders the rest.
+            // Relaxed: a flag that guards nothing; partner: `join`. The join orders the rest.
             while !stopped.load(Ordering::Relaxed) {
                 if planner.poll() {
                     polls = 0;

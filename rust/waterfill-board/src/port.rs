@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use waterfill_core::{CostModel, OwnCounts, OwnPlanner, Placement};
 
-use crate::error::{Error, Result, check_length};
+use crate::error::{Result, check_length};
 use crate::layout::Shape;
 use crate::region::Region;
 use crate::word::{self, Sequence};
@@ -72,9 +72,10 @@ impl<R: Region> Port<R> {
     pub fn new(region: R, shape: Shape, cost: CostModel, rank: usize) -> Result<Self> {
         check_length("region", region.words().len(), shape.words())?;
         if rank >= shape.ranks {
-            return Err(Error::Rank { rank, ranks: shape.ranks });
+            let (rank, ranks) = (rank as i64, shape.ranks);
+            return Err(waterfill_core::Error::Rank { name: "rank", rank, ranks }.into());
         }
-        let placement = Placement::contiguous(shape.ranks, shape.experts).map_err(Error::Core)?;
+        let placement = Placement::contiguous(shape.ranks, shape.experts)?;
         let (last, own, tally) = (Sequence::NONE, OwnPlanner::new(), Tally::default());
         Ok(Self {
             region,
@@ -123,7 +124,7 @@ impl<R: Region> Port<R> {
     /// # Errors
     /// As there.
     pub fn post(&mut self, posted: Posted) -> Result<()> {
-        self.own_counts(posted).check().map_err(Error::Core)?;
+        self.own_counts(posted).check()?;
         self.last = self.last.next();
         self.write(posted);
         Ok(())
@@ -144,7 +145,7 @@ impl<R: Region> Port<R> {
         }
         if source != Source::Live {
             let mut own = std::mem::take(&mut self.own);
-            let planned = own.plan(&self.own_counts(posted), quotas).map_err(Error::Core);
+            let planned = own.plan(&self.own_counts(posted), quotas);
             self.own = own;
             planned?;
         }

@@ -23,6 +23,7 @@ impl<T: Region> Region for loom::sync::Arc<T> {
 }
 
 /// A board's memory within one process: for tests, and for ranks that are threads.
+/// Aligned to words, not to cache lines.
 #[derive(Debug)]
 pub struct Heap {
     words: Box<[AtomicU64]>,

@@ -125,6 +125,7 @@ impl Shared {
     }
 }
 
+#[allow(unsafe_code)] // The one place: mapped bytes as atomics.
 impl Region for Shared {
     fn words(&self) -> &[AtomicU64] {
         // SAFETY: the map is page-aligned, `words * 8` bytes long, reserved when it was created, and

@@ -9,7 +9,7 @@ use crate::cost::CostModel;
 use crate::error::{Error, Result};
 use crate::level::{level, room};
 use crate::placement::Placement;
-use crate::problem::{Problem, Routed, check_length, check_sum};
+use crate::problem::{base_costs, check_length, check_sum};
 
 /// Own counts of so many routed rows a rank are trusted by half.
 const HALF_TRUSTED: u64 = 48;
@@ -46,18 +46,6 @@ impl OwnCounts<'_> {
             return Err(Error::Rank { name: "source", rank: self.source as i64, ranks });
         }
         check_sum("the sum of routed rows", self.routed)
-    }
-
-    /// As a problem of any rank's, for the costs of its routed rows.
-    fn problem<'a>(&'a self, tokens: &'a [u32]) -> Problem<'a> {
-        Problem {
-            placement: self.placement,
-            cost: self.cost,
-            routed: Routed::PerExpert(self.routed),
-            tokens,
-            visits: None,
-            eligible: None,
-        }
     }
 }
 
@@ -100,9 +88,7 @@ impl OwnPlanner {
 
     /// Each rank's cost as far as own counts tell it, shrunk towards the mean.
     fn estimate(&mut self, own: &OwnCounts) {
-        self.rows.clear();
-        self.rows.resize(own.placement.ranks(), 0);
-        own.problem(&[]).base_costs(&mut self.bases);
+        base_costs(own.placement, own.cost, own.routed, &mut self.bases);
         self.bases.rotate_left(own.source);
         let mean = self.bases.iter().sum::<u64>() / self.bases.len() as u64;
         let rows =
@@ -118,12 +104,14 @@ impl OwnPlanner {
 
     /// Own rank first, then visited ranks, then any.
     fn fill(&mut self, own: &OwnCounts) {
+        let ranks = self.rooms.len();
+        self.rows.clear();
+        self.rows.resize(ranks, 0);
         let home = own.tokens.min(self.rooms[0]);
         self.rows[0] = home;
         self.rooms[0] -= home;
         let mut left = own.tokens - home;
         self.capacities.clear();
-        let ranks = self.rooms.len();
         let visits = (0..ranks).map(|i| own.visits[(own.source + i) % ranks]);
         self.capacities
             .extend(self.rooms.iter().zip(visits).map(|(&room, visits)| room.min(visits)));

@@ -68,17 +68,28 @@ impl Problem<'_> {
         Ok(())
     }
 
-    /// `[R]` each rank's cost of its routed rows, given the rows per physical expert if known.
+    /// `[R]` each rank's cost of its routed rows.
     pub(crate) fn base_costs(&self, bases: &mut Vec<u64>) {
-        bases.clear();
         match self.routed {
-            Routed::PerRank(rows) => bases.extend(rows.iter().map(|&rows| u64::from(rows))),
-            Routed::PerExpert(rows) => {
-                let per_rank = rows.chunks_exact(self.placement.experts_per_rank());
-                bases.extend(per_rank.map(|experts| cost_of_experts(self.cost, experts)));
+            Routed::PerRank(rows) => {
+                bases.clear();
+                bases.extend(rows.iter().map(|&rows| u64::from(rows)));
             }
+            Routed::PerExpert(rows) => base_costs(self.placement, self.cost, rows, bases),
         }
     }
+}
+
+/// `[R]` each rank's cost of its experts' rows, `[P]`.
+pub(crate) fn base_costs(
+    placement: &Placement,
+    cost: &CostModel,
+    rows: &[u32],
+    bases: &mut Vec<u64>,
+) {
+    bases.clear();
+    let per_rank = rows.chunks_exact(placement.experts_per_rank());
+    bases.extend(per_rank.map(|experts| cost_of_experts(cost, experts)));
 }
 
 /// The cost of the experts of one rank, `rows` each.

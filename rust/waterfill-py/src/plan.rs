@@ -131,9 +131,9 @@ fn own_quotas(
     rank: usize,
     cost_model: &PyCostModel,
 ) -> PyResult<Vec<u32>> {
-    let mut quotas = vec![0; ranks];
     guarded(|| {
         let placement = Placement::contiguous(ranks, routed.len())?;
+        let mut quotas = vec![0; ranks];
         let own = OwnCounts {
             placement: &placement,
             cost: &cost_model.inner,
@@ -142,9 +142,9 @@ fn own_quotas(
             visits: &visits,
             tokens,
         };
-        OwnPlanner::new().plan(&own, &mut quotas)
-    })?;
-    Ok(quotas)
+        OwnPlanner::new().plan(&own, &mut quotas)?;
+        Ok(quotas)
+    })
 }
 
 /// `(max, mean)` of the ranks' costs.
