@@ -16,7 +16,8 @@ _BOOLEANS = {"": False, "0": False, "false": False, "1": True, "true": True}
 @dataclass(frozen=True)
 class Config:
     """``backend``: auto and rust use this package where sglang's Waterfill is on; upstream and off leave
-    sglang as it is. ``required``: stop the server, with every reason, if this package cannot serve."""
+    sglang as it is. ``required``: stop the server, with every reason, if this package cannot serve; rust
+    asks for this package by name, so it always is."""
 
     backend: str = "auto"
     required: bool = False
@@ -38,4 +39,4 @@ class Config:
         required = environment.get(REQUIRE_VARIABLE, "").lower()
         if required not in _BOOLEANS:
             raise ValueError(f"{REQUIRE_VARIABLE}={required!r}: give 0 or 1")
-        return Config(backend, _BOOLEANS[required])
+        return Config(backend, backend == "rust" or _BOOLEANS[required])

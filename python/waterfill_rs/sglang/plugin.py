@@ -111,6 +111,10 @@ def _verify_and_prepare(prepare: Callable[..., Any], *args: Any, **kwargs: Any) 
     from waterfill_rs.sglang.balancer import WaterfillBalancer
     from waterfill_rs.sglang.topk import WaterfillHashTopK
 
+    model: Any = kwargs.get("model", args[0] if args else None)
+    asked = [m for m in model.modules() if getattr(m, "enable_waterfill", False)]
+    if not asked:  # Off means off: whoever replaced these classes, Waterfill is not in use here.
+        return prepare(*args, **kwargs)
     hooks = {BALANCER: WaterfillBalancer, HASH_TOPK: WaterfillHashTopK}
     missing = [
         f"{name} is not ours after registration"
@@ -120,13 +124,11 @@ def _verify_and_prepare(prepare: Callable[..., Any], *args: Any, **kwargs: Any) 
     if missing:
         _stop(missing)
     result = prepare(*args, **kwargs)
-    model: Any = kwargs.get("model", args[0] if args else None)
-    layers = sum(
-        isinstance(getattr(m, "waterfill_balancer", None), WaterfillBalancer)
-        for m in model.modules()
-    )
-    if layers:
-        logger.info("waterfill-rs active: %d MoE layers, own counts, on the CPU", layers)
+    others = [m for m in asked if not isinstance(m.waterfill_balancer, WaterfillBalancer)]
+    if others:
+        kinds = sorted({f"{type(m).__name__} with {type(m.waterfill_balancer)}" for m in others})
+        _stop([f"{len(others)} of {len(asked)} MoE layers are not balanced by ours: {kinds}"])
+    logger.info("waterfill-rs active: %d MoE layers, own counts, on the CPU", len(asked))
     return result
 
 
@@ -135,7 +137,8 @@ def _add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--waterfill-rs",
         choices=BACKENDS,
-        help=f"Who balances the shared experts where Waterfill is on (sets {BACKEND_VARIABLE}).",
+        help=f"Who balances the shared experts where Waterfill is on; 'rust' stops the server if "
+        f"waterfill-rs cannot (sets {BACKEND_VARIABLE}).",
     )
     group.add_argument(
         "--waterfill-rs-require",
@@ -153,6 +156,8 @@ def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwarg
         os.environ[BACKEND_VARIABLE] = backend
     if required:
         os.environ[REQUIRE_VARIABLE] = "1"
+    if backend == "rust" and not getattr(parsed, "enable_waterfill", False):
+        logger.warning("--waterfill-rs rust balances nothing without sglang's --enable-waterfill")
     config = Config.from_environment(os.environ)
     if config.enabled and config.required and (reasons := _reasons_not_to_serve()):
         _stop(reasons)
