@@ -139,8 +139,9 @@ def _tensor(where: object, holder: dict[str, Any], field: str, shape: str) -> Te
         or found.dim() != shape.count(",") + 1
         or 0 in (found.shape[0], found.shape[-1])
     ):
-        is_tensor = isinstance(found, Tensor)
-        what = f"{found.dtype} {list(found.shape)}" if is_tensor else type(found).__name__
+        what = type(found).__name__
+        if isinstance(found, Tensor):
+            what = f"{found.dtype} {list(found.shape)}"
         raise ValueError(f"{where}: {field} must be a dense tensor of integers {shape}, is {what}")
     return found
 
