@@ -23,8 +23,12 @@ comes for a while, or never sleeps."""
 class Exchange(Protocol):
     """One rank's end. ``reason``: why it is this one, in words."""
 
-    name: Literal["solo", "board", "group"]
     reason: str
+
+    @property
+    def name(self) -> str:
+        """``solo``, ``board`` or ``group``."""
+        ...
 
     def quotas(self, ids: Ids) -> list[int]:
         """Count, exchange, and give this rank's quotas.
@@ -46,7 +50,7 @@ class Exchange(Protocol):
 class SoloExchange:
     """Own counts only."""
 
-    name: Literal["solo"] = "solo"
+    name = "solo"
 
     def __init__(
         self, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str
@@ -71,7 +75,7 @@ class BoardExchange:
     which waits ``patience_us`` for late ranks from a call's first counts on.
     """
 
-    name: Literal["board"] = "board"
+    name = "board"
 
     def __init__(
         self,
@@ -114,7 +118,7 @@ class GroupExchange:
     the model's own collectives would hang, so does this.
     """
 
-    name: Literal["group"] = "group"
+    name = "group"
 
     def __init__(
         self, group: Any, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str

@@ -195,7 +195,10 @@ def _expand(
     view = (ids.buffer_info()[0], rows, top_k, 32)
     quotas = exchange.quotas(view)
     weights = array("f", [1 / top_k]) * (rows * top_k)
-    out_ids, out_weights = array("i", [0]) * (rows * (top_k + 1)), array("f", [0.0]) * (rows * (top_k + 1))
+    out_ids, out_weights = (
+        array("i", [0]) * (rows * (top_k + 1)),
+        array("f", [0.0]) * (rows * (top_k + 1)),
+    )
     _native.unsafe_expand_ptr(
         view,
         (weights.buffer_info()[0], 32),

@@ -137,7 +137,9 @@ def _meet(store: Store, own: _Card, rank: int) -> list[_Card]:
     return cards
 
 
-def _decide(cards: Sequence[_Card], has_group: bool) -> tuple[Literal["solo", "board", "group"], str]:
+def _decide(
+    cards: Sequence[_Card], has_group: bool
+) -> tuple[Literal["solo", "board", "group"], str]:
     """The same on every rank, because it looks at the cards only (and at what all ranks have alike)."""
     choice = cards[0].choice
     if choice == "solo":
