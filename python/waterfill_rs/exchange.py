@@ -133,7 +133,8 @@ class GroupExchange:
         self._group = group
         self._end = _native.GroupPlanner(ranks, experts, rank, cost_model)
         self._own = torch.zeros(self._end.words, dtype=torch.int32)
-        self._all = torch.zeros((ranks, self._end.words), dtype=torch.int32)
+        # Flat, because gloo takes no other shape.
+        self._all = torch.zeros(ranks * self._end.words, dtype=torch.int32)
         self._calls = 0
 
     def quotas(self, ids: Ids) -> list[int]:

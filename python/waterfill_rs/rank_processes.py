@@ -113,7 +113,10 @@ class _Watch:
         for rank, end in self._open.items():
             if not end.poll(60):
                 raise RuntimeError(f"rank {rank} did not start within 60 s")
-            end.recv()
+            try:
+                end.recv()
+            except EOFError as error:
+                raise RuntimeError(f"rank {rank} ended before it began (see above)") from error
         when_attached()
         begin = time.monotonic() + 0.05
         for end in self._open.values():
