@@ -32,8 +32,8 @@ help: ## print this table
 	@touch $@
 
 build: .venv/native ## build the package into .venv
-run: .venv/native ## compare placements on real text: no GPU, no sglang
-	@$(BIN)/waterfill-rs demo --plot out/demo.png
+run: .venv/native ## 8 live rank processes, one killed; placements compared: no GPU, no sglang
+	@$(BIN)/waterfill-rs demo --kill 5@30 --plot out/demo.png --json out/demo.json
 test: test-rust test-python ## all tests, with the real sglang 0.5.23
 test-rust: ## the core against its oracle, the board with processes killed, loom
 	cargo test --release --package waterfill-core --all-features -- --nocapture
