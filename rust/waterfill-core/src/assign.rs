@@ -154,7 +154,7 @@ impl Assigner {
                 row.wrapping_mul(STEPS[i]).wrapping_add(round.wrapping_mul(ROUND_STEPS[i]))
             });
             let level = (height >> (32 - LEVELS.ilog2())) as usize;
-            let first = (u64::from(turn) * ranks >> 32) as usize;
+            let first = ((u64::from(turn) * ranks) >> 32) as usize;
             let open = &self.levels[..words];
             let high = &self.levels[level * words..][..words];
             let rank = if let ([visited], [high], [open]) = (visited, high, open) {

@@ -85,8 +85,8 @@ fn by_rounds(visited: &[Vec<usize>], source: usize, quotas: &[u32]) -> Vec<i32> 
                 let step = (row as u32).wrapping_mul(STEPS[i]);
                 u64::from(step.wrapping_add(round.wrapping_mul(ROUND_STEPS[i])))
             };
-            let above = (spread(0) * u64::from(LEVELS) >> 32) * most / u64::from(LEVELS);
-            let first = (spread(1) * ranks as u64 >> 32) as usize;
+            let above = ((spread(0) * u64::from(LEVELS)) >> 32) * most / u64::from(LEVELS);
+            let first = ((spread(1) * ranks as u64) >> 32) as usize;
             let nearest = |above: u64| {
                 let open = visited.iter().filter(|&&rank| u64::from(start[rank]) > above);
                 open.copied().min_by_key(|rank| (rank + ranks - first) % ranks)
