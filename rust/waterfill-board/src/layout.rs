@@ -43,12 +43,14 @@ impl Shape {
     }
 
     /// The first word of the counts that `rank` posts for a call with this tag.
-    pub(crate) fn counts(&self, tag: u32, rank: usize) -> usize {
+    #[must_use]
+    pub fn counts(&self, tag: u32, rank: usize) -> usize {
         HEADER + tag as usize % RING * self.slot() + rank * lines(self.posted())
     }
 
     /// The first word of the quotas of `rank` for a call with this tag, `[R]`.
-    pub(crate) fn quotas(&self, tag: u32, rank: usize) -> usize {
+    #[must_use]
+    pub fn quotas(&self, tag: u32, rank: usize) -> usize {
         self.counts(tag, self.ranks) + rank * lines(self.ranks)
     }
 

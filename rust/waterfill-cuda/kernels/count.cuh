@@ -1,0 +1,91 @@
+// Ids to ranks, routed ids out, and this block's counts.
+
+__device__ __forceinline__ void clear(u32 *words, u32 count) {
+    for (u32 i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
+}
+
+// Each routed slot of this block: its expert is counted, its rank kept, its id moved up by its rank.
+__device__ __forceinline__ void take_slots(const Args &args, const Shared &s, u32 first, u32 rows, u32 unpadded) {
+    for (u32 i = threadIdx.x; i < rows * TOP_K; i += blockDim.x) {
+        u32 row = i / TOP_K;
+        ID id = args.ids[(u64)first * TOP_K + i];
+        if (first + row >= unpadded) id = -1;
+        bool valid = id >= 0 && id < (ID)args.experts;
+        u32 rank = (u32)(((u64)(u32)id * args.rank_multiplier) >> args.rank_shift);
+        s.slots[i] = valid ? (u16)rank : NO_RANK;
+        if (valid) atomicAdd(&s.counts[(u32)id], 1u);
+        // An id past the last expert names none, so nothing downstream may take it for one.
+        ID moved = valid ? id + (ID)rank : id < 0 ? id : (ID)-1;
+        args.out_ids[(u64)first * (TOP_K + 1) + i + row] = moved;
+    }
+}
+
+// Routed weights out; 0 in a slot without an expert. By the threads from `begin` on.
+__device__ __forceinline__ void copy_weights(const Args &args, const Shared &s, u32 first, u32 rows, u32 begin) {
+    for (u32 i = threadIdx.x - begin; i < rows * TOP_K; i += blockDim.x - begin) {
+        WEIGHT weight = args.weights[(u64)first * TOP_K + i];
+        if (s.slots[i] == NO_RANK) weight = 0;
+        args.out_weights[(u64)first * (TOP_K + 1) + i + i / TOP_K] = weight;
+    }
+}
+
+// A warp counts the visits of its 32 tokens, for few ranks: a ballot each, and one addition a rank.
+__device__ __forceinline__ void add_visits_by_ballot(const Args &args, const Shared &s, const u16 *slots, bool here) {
+    u32 visited = 0, mine = 0;
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k)
+        if (here && slots[k] != NO_RANK) visited |= 1u << slots[k];
+    for (u32 rank = 0; rank < args.ranks; ++rank) {
+        u32 count = __popc(__ballot_sync(ALL, visited >> rank & 1));
+        if (lane() == rank) mine = count;
+    }
+    if (mine > 0) atomicAdd(&s.visits[lane()], mine);
+}
+
+__device__ __forceinline__ void add_visits(const Shared &s, const u16 *slots, bool here) {
+    u16 ranks[TOP_K];
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k) {
+        ranks[k] = here ? slots[k] : NO_RANK;
+        bool seen = ranks[k] == NO_RANK;
+#pragma unroll
+        for (u32 before = 0; before < k; ++before) seen |= ranks[before] == ranks[k];
+        if (!seen) atomicAdd(&s.visits[ranks[k]], 1u);
+    }
+}
+
+// Visits and tokens of this block; every token is pending from here on.
+__device__ __forceinline__ void count_tokens(const Args &args, const Shared &s, Block &b, u32 rows) {
+    for (u32 base = warp() * WARP; base < rows; base += blockDim.x) {
+        u32 row = base + lane();
+        bool here = row < rows;
+        const u16 *slots = s.slots + (here ? row : 0) * TOP_K;
+        bool token = false;
+#pragma unroll
+        for (u32 k = 0; k < TOP_K; ++k) token |= here && slots[k] != NO_RANK;
+        if (args.ranks <= WARP) add_visits_by_ballot(args, s, slots, here);
+        else add_visits(s, slots, here);
+        if (here) s.given[row] = token ? PENDING : NOBODY;
+        u32 tokens = __popc(__ballot_sync(ALL, token));
+        if (lane() == 0) atomicAdd(&b.tokens, tokens);
+    }
+}
+
+// Rows routed to each rank, from this block's counts: a warp a rank if it has many experts, else a thread.
+__device__ __forceinline__ void add_loads(const Args &args, const Shared &s) {
+    u32 each = args.experts_per_rank;
+    if (each < 8) {
+        for (u32 rank = threadIdx.x; rank < args.ranks; rank += blockDim.x) {
+            u32 sum = 0;
+            for (u32 i = 0; i < each; ++i) sum += s.counts[rank * each + i];
+            s.loads[rank] = sum;
+        }
+        return;
+    }
+    for (u32 rank = warp(); rank < args.ranks; rank += warps()) {
+        u32 sum = 0;
+        for (u32 i = lane(); i < each; i += WARP) sum += s.counts[rank * each + i];
+        sum = warp_sum(sum);
+        if (lane() == 0) s.loads[rank] = sum;
+    }
+}
