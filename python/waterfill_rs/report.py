@@ -113,10 +113,10 @@ def plot(results: list[Result], title: str, path: Path) -> None:
     print(f"picture: {path}")
 
 
-def write_json(results: list[Result], path: Path, *, ranks: int, experts: int, top_k: int) -> None:
-    """An object with ``ranks``, ``experts``, ``top_k`` and ``rows``; the file is whole or not there."""
+def write_json(results: list[Result], path: Path, **fields: object) -> None:
+    """An object with these fields and ``rows``; the file is whole or not there."""
     rows = [result.as_json() for result in results]
-    text = json.dumps({"ranks": ranks, "experts": experts, "top_k": top_k, "rows": rows}, indent=1)
+    text = json.dumps({**fields, "rows": rows}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import waterfill_rs
 from waterfill_rs import _native
+from waterfill_rs.exchange import Exchange
 
 __all__ = ["assign", "count", "expand_topk", "traffic"]
 
@@ -56,6 +57,7 @@ def expand_topk(
     rank: int,
     shared_weight: float,
     quotas: Sequence[int] | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Widen ids and weights ``[N, K]`` to ``[N, K + 1]``: the last column is the shared expert.
 
@@ -66,12 +68,16 @@ def expand_topk(
     Args:
         shared_weight: weight of the shared expert's row: 1 / routed_scaling_factor, or 1.0 where the
             factor is in the routed weights already.
-        quotas: ``[ranks]``, this rank's quotas from a plan; the plan from its own counts if not given.
+        quotas: ``[ranks]``, this rank's quotas from a plan.
+        exchange: asks it for the quotas of these ids, where they are not given. Without either the plan is from
+            this rank's own counts.
     """
     ids = _ids(topk_ids)
     rows, top_k = topk_ids.shape
     _check("topk_weights", topk_weights, _WEIGHT_BITS, (rows, top_k))
-    if quotas is None:
+    if quotas is None and exchange is not None:
+        quotas = exchange.quotas(ids)
+    elif quotas is None:
         quotas = _own_quotas(topk_ids, physical_experts, ranks, rank)
     if len(quotas) != ranks:
         raise ValueError(f"quotas has {len(quotas)} entries: give {ranks}, one a rank")

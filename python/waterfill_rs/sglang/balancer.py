@@ -6,13 +6,18 @@ from typing import Any
 
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
+from waterfill_rs.exchange import Exchange
 from waterfill_rs.torch import expand_topk
 
 __all__ = ["WaterfillBalancer"]
 
 
 class WaterfillBalancer:
-    """Widens one MoE layer's top-k by the shared expert, level by this rank's own counts."""
+    """Widens one MoE layer's top-k by the shared expert.
+
+    ``exchange``, set once by the plugin after sglang's preparation, is shared by all layers of a model, which
+    call it in the same order on every rank. Without one, own counts decide.
+    """
 
     def __init__(
         self,
@@ -47,6 +52,7 @@ class WaterfillBalancer:
         self.rank = rank
         self.layer_id = layer_id
         self.shared_weight = shared_weight
+        self.exchange: Exchange | None = None
 
     def expand_topk(
         self, topk_output: StandardTopKOutput, num_tokens: int, *, is_decode: bool | None = None
@@ -64,5 +70,6 @@ class WaterfillBalancer:
             ranks=self.world_size,
             rank=self.rank,
             shared_weight=self.shared_weight,
+            exchange=self.exchange,
         )
         return topk_output._replace(topk_ids=ids, topk_weights=weights)

@@ -14,7 +14,17 @@ import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from waterfill_rs.config import BACKEND_VARIABLE, BACKENDS, REQUIRE_VARIABLE, Config
+from waterfill_rs.config import (
+    BACKEND_VARIABLE,
+    BACKENDS,
+    EXCHANGE_VARIABLE,
+    PACES,
+    PLANNER_VARIABLE,
+    REQUIRE_VARIABLE,
+    TIMEOUT_VARIABLE,
+    Config,
+)
+from waterfill_rs.rendezvous import CHOICES
 
 __all__ = ["register"]
 
@@ -121,22 +131,47 @@ def _verify_and_prepare(prepare: Callable[..., Any], *args: Any, **kwargs: Any) 
         _stop(missing)
     result = prepare(*args, **kwargs)
     model: Any = kwargs.get("model", args[0] if args else None)
-    layers = sum(
-        isinstance(getattr(m, "waterfill_balancer", None), WaterfillBalancer)
-        for m in model.modules()
-    )
-    if layers:
-        logger.info("waterfill-rs active: %d MoE layers, own counts, on the CPU", layers)
+    balancers = [
+        balancer
+        for module in model.modules()
+        if isinstance(balancer := getattr(module, "waterfill_balancer", None), WaterfillBalancer)
+        and balancer.exchange is None
+    ]
+    if balancers:
+        from waterfill_rs.sglang.group import connect
+
+        try:
+            exchange = connect(balancers, Config.from_environment(os.environ))
+        except (ValueError, RuntimeError) as error:
+            _stop([str(error)])
+        logger.info(
+            "waterfill-rs active: %d MoE layers on the CPU, exchange %s, because %s",
+            len(balancers),
+            exchange.name,
+            exchange.reason,
+        )
     return result
+
+
+_VALUES = {
+    "waterfill_rs": (BACKEND_VARIABLE, "Who balances the shared experts where Waterfill is on"),
+    "waterfill_rs_exchange": (EXCHANGE_VARIABLE, "How ranks learn each other's counts"),
+    "waterfill_rs_planner": (PLANNER_VARIABLE, "Who plans at the board: the leader's call or a thread"),
+    "waterfill_rs_timeout_us": (TIMEOUT_VARIABLE, "Longest wait of a layer for the plan, microseconds"),
+}
+"""Flags with a value, by their name in Python: the variable each sets, and its help."""
+_CHOICES = {
+    "waterfill_rs": BACKENDS,
+    "waterfill_rs_exchange": CHOICES,
+    "waterfill_rs_planner": PACES,
+}
 
 
 def _add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("waterfill-rs")
-    group.add_argument(
-        "--waterfill-rs",
-        choices=BACKENDS,
-        help=f"Who balances the shared experts where Waterfill is on (sets {BACKEND_VARIABLE}).",
-    )
+    for name, (variable, text) in _VALUES.items():
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, choices=_CHOICES.get(name), help=f"{text} (sets {variable}).")
     group.add_argument(
         "--waterfill-rs-require",
         action="store_true",
@@ -147,13 +182,15 @@ def _add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
 def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Flags become environment variables, which reach every process that the server starts."""
     parsed = kwargs.get("args", args[-1] if args else None)
-    backend = getattr(parsed, "waterfill_rs", None)
-    required = getattr(parsed, "waterfill_rs_require", False)
-    if backend is not None:
-        os.environ[BACKEND_VARIABLE] = backend
-    if required:
+    for name, (variable, _) in _VALUES.items():
+        if (value := getattr(parsed, name, None)) is not None:
+            os.environ[variable] = value
+    if getattr(parsed, "waterfill_rs_require", False):
         os.environ[REQUIRE_VARIABLE] = "1"
-    config = Config.from_environment(os.environ)
+    try:
+        config = Config.from_environment(os.environ)
+    except ValueError as error:
+        _stop([str(error)])
     if config.enabled and config.required and (reasons := _reasons_not_to_serve()):
         _stop(reasons)
     return from_cli_args(*args, **kwargs)

@@ -2,7 +2,9 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
 
 /// A result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -70,4 +72,8 @@ impl From<waterfill_core::Error> for Error {
 pub(crate) fn check_length(name: &'static str, found: usize, expected: usize) -> Result<()> {
     let refusal = waterfill_core::Error::Length { name, found, expected };
     if found == expected { Ok(()) } else { Err(refusal.into()) }
+}
+
+pub(crate) fn system(path: &Path, call: &'static str, error: Errno) -> Error {
+    Error::System { path: path.to_path_buf(), call, source: error.into() }
 }

@@ -1,8 +1,9 @@
 //! Where everything is on the board, in 64-bit words: the one place that knows.
 //!
-//! A header, then a ring of calls. Each slot of the ring holds one block of counts a rank and one
-//! block of quotas a rank. Every block has one writer and starts a cache line of its own, so that a rank
-//! (later: its GPU) polls a line that nobody else reads.
+//! A header; what each rank and the planner count of themselves, for those who look from outside; then a
+//! ring of calls. Each slot of the ring holds one block of counts a rank and one block of quotas a rank.
+//! Every block has one writer and starts a cache line of its own, so that a rank (or its GPU) polls a
+//! line that nobody else reads.
 
 use crate::error::Result;
 
@@ -33,7 +34,25 @@ impl Shape {
     /// Words of the whole board.
     #[must_use]
     pub fn words(&self) -> usize {
-        HEADER + RING * self.slot()
+        self.ring() + RING * self.slot()
+    }
+
+    /// The first of the [`RANK_TALLY`] words in which `rank` counts how its calls ended.
+    #[must_use]
+    pub fn rank_tally(&self, rank: usize) -> usize {
+        HEADER + rank * lines(RANK_TALLY)
+    }
+
+    /// The first of the words in which the planner counts its plans: [`PLANNER_TALLY`], then one a rank.
+    #[must_use]
+    pub fn planner_tally(&self) -> usize {
+        self.rank_tally(self.ranks)
+    }
+
+    /// The first word of the ring.
+    #[must_use]
+    pub fn ring(&self) -> usize {
+        self.planner_tally() + lines(PLANNER_TALLY + self.ranks)
     }
 
     /// Words that a rank posts: its tokens, its visits `[R]`, its counts `[P]`.
@@ -45,7 +64,7 @@ impl Shape {
     /// The first word of the counts that `rank` posts for a call with this tag.
     #[must_use]
     pub fn counts(&self, tag: u32, rank: usize) -> usize {
-        HEADER + tag as usize % RING * self.slot() + rank * lines(self.posted())
+        self.ring() + tag as usize % RING * self.slot() + rank * lines(self.posted())
     }
 
     /// The first word of the quotas of `rank` for a call with this tag, `[R]`.
@@ -54,13 +73,19 @@ impl Shape {
         self.counts(tag, self.ranks) + rank * lines(self.ranks)
     }
 
-    fn slot(&self) -> usize {
+    /// Words of one slot of the ring.
+    #[must_use]
+    pub fn slot(&self) -> usize {
         self.ranks * (lines(self.posted()) + lines(self.ranks))
     }
 }
 
 /// Words of the header, whose fields `shared.rs` names.
 pub(crate) const HEADER: usize = 2 * LINE;
+/// Words of a rank's tally, which `tally.rs` names.
+pub const RANK_TALLY: usize = LINE + crate::waits::BUCKETS;
+/// Words of the planner's tally before those by rank, which `tally.rs` names.
+pub const PLANNER_TALLY: usize = LINE;
 
 /// `words`, up to whole lines.
 fn lines(words: usize) -> usize {
@@ -77,6 +102,10 @@ mod tests {
             let shape = Shape::new(ranks, experts).unwrap();
             let mut taken = vec![false; shape.words()];
             taken[..HEADER].fill(true);
+            for rank in 0..ranks {
+                taken[shape.rank_tally(rank)..][..RANK_TALLY].fill(true);
+            }
+            taken[shape.planner_tally()..shape.ring()].fill(true);
             for tag in 1..=RING as u32 {
                 for rank in 0..ranks {
                     let counts = (shape.counts(tag, rank), shape.posted());

@@ -5,14 +5,14 @@
 //!
 //! ```
 //! use std::{sync::Arc, time::Duration};
-//! use waterfill_board::{BoardPlanner, Heap, PlannerThread, Port, Posted, Shape, Source};
+//! use waterfill_board::{BoardPlanner, Heap, Pace, PlannerThread, Port, Posted, Shape, Source};
 //! use waterfill_core::CostModel;
 //!
 //! let shape = Shape::new(1, 4)?;
 //! let board = Arc::new(Heap::new(shape));
 //! let patience = Duration::from_millis(100);
 //! let planner = BoardPlanner::new(Arc::clone(&board), shape, CostModel::Rows, patience)?;
-//! let _thread = PlannerThread::spawn(planner).unwrap();
+//! let _thread = PlannerThread::spawn(planner, Pace::Spin(None)).unwrap();
 //! let mut port = Port::new(board, shape, CostModel::Rows, 0)?;
 //! let posted = Posted { tokens: 3, visits: &[3], counts: &[3, 1, 1, 1] };
 //! let mut quotas = [0];
@@ -28,13 +28,21 @@ mod planner;
 mod port;
 mod region;
 mod shared;
+mod snapshot;
 mod sync;
+mod tally;
+mod thread;
+mod waits;
 mod word;
 
 pub use error::{Error, Result};
-pub use layout::{RING, Shape};
-pub use planner::{BoardPlanner, PlannerThread, Published};
-pub use port::{Port, Posted, Source, Tally};
+pub use layout::{PLANNER_TALLY, RANK_TALLY, RING, Shape};
+pub use planner::BoardPlanner;
+pub use port::{Port, Posted, Source};
 pub use region::{Heap, Region};
 pub use shared::Shared;
+pub use snapshot::{Observer, SNAPSHOT_VERSION, Snapshot};
+pub use tally::{Published, Tally};
+pub use thread::{Pace, PlannerThread};
+pub use waits::Waits;
 pub use word::Sequence;

@@ -1,28 +1,17 @@
 //! The planner's end of the board: it reads every rank's counts, makes one plan, and publishes it.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed};
+use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed, score};
 
 use crate::error::{Result, check_length};
 use crate::layout::{RING, Shape};
-use crate::port::pause;
 use crate::region::Region;
+use crate::tally::Published;
 use crate::word::{self, Sequence};
 
-/// Numbers of plans made, since the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Published {
-    /// Plans from all ranks' counts.
-    pub whole: u64,
-    /// Plans without the ranks whose counts did not come in time.
-    pub partial: u64,
-    /// Calls without a plan: counts on the board that the core refuses.
-    pub refused: u64,
-}
+/// A rank that missed so many calls in a row is not waited for until it is seen again.
+const GONE_AFTER: u32 = 2;
 
 /// Makes one plan a call for all ranks on a board. One a board: it alone writes quotas.
 #[derive(Debug)]
@@ -37,7 +26,10 @@ pub struct BoardPlanner<R> {
     begun: Option<Instant>,
     /// Polls that found nobody.
     idle: u32,
+    /// `[R]` ranks whose counts of the next call were read.
     arrived: Vec<bool>,
+    /// `[R]` calls in a row that each rank missed.
+    missed: Vec<u32>,
     tokens: Vec<u32>,
     visits: Vec<u32>,
     /// `[R][P]` each rank's counts, until they are added up.
@@ -58,6 +50,9 @@ impl<R: Region> BoardPlanner<R> {
         check_length("region", region.words().len(), shape.words())?;
         let (ranks, experts) = (shape.ranks, shape.experts);
         let placement = Placement::contiguous(ranks, experts)?;
+        let (process, missed) = (std::process::id().into(), vec![0; ranks]);
+        let published = Published { process, missed, ..Published::default() };
+        published.show(region.words(), shape);
         Ok(Self {
             region,
             shape,
@@ -68,6 +63,7 @@ impl<R: Region> BoardPlanner<R> {
             begun: None,
             idle: 0,
             arrived: vec![false; ranks],
+            missed: vec![0; ranks],
             tokens: vec![0; ranks],
             visits: vec![0; ranks * ranks],
             counts: vec![0; ranks * experts],
@@ -75,13 +71,13 @@ impl<R: Region> BoardPlanner<R> {
             planner: Planner::new(),
             plan: Plan::new(),
             quotas: vec![0; ranks],
-            published: Published::default(),
+            published,
         })
     }
 
     /// What was published so far.
-    pub fn published(&self) -> Published {
-        self.published
+    pub fn published(&self) -> &Published {
+        &self.published
     }
 
     /// Go on at another call than the first.
@@ -89,50 +85,75 @@ impl<R: Region> BoardPlanner<R> {
         self.next = sequence;
     }
 
-    /// Look at the board once. If all ranks' counts of the next call are there, or the patience with
-    /// late ones is spent, publish its plan; true if so.
+    /// Look at the board once. If the next call's counts are there of all ranks that are waited for, or
+    /// the patience with late ones is spent, publish its plan; true if so.
     pub fn poll(&mut self) -> bool {
-        let mut all = true;
+        let (mut all, mut enough, mut any) = (true, true, false);
         for rank in 0..self.shape.ranks {
             if !self.arrived[rank] {
                 self.arrived[rank] = self.read(rank);
             }
-            all &= self.arrived[rank];
+            let arrived = self.arrived[rank];
+            all &= arrived;
+            enough &= arrived || self.is_gone(rank);
+            any |= arrived;
         }
-        if !all {
-            if !self.arrived.contains(&true) {
-                self.idle = self.idle.wrapping_add(1);
-                // Looking further takes longer than looking where the next counts should come.
-                if self.idle.is_multiple_of(64) {
-                    self.catch_up();
-                }
-                return false;
+        if !any {
+            self.idle = self.idle.wrapping_add(1);
+            // Looking further takes longer than looking where the next counts should come.
+            if self.idle.is_multiple_of(64) {
+                self.catch_up();
             }
-            if self.begun.get_or_insert_with(Instant::now).elapsed() < self.patience {
-                return false;
-            }
+            return false;
+        }
+        if !enough && self.begun.get_or_insert_with(Instant::now).elapsed() < self.patience {
+            return false;
         }
         self.publish(all);
+        self.go_on();
+        true
+    }
+
+    /// Whether `rank` missed calls and has not been seen since. Counts of the last call that came too late
+    /// for its plan show that the rank is back.
+    fn is_gone(&self, rank: usize) -> bool {
+        self.missed[rank] >= GONE_AFTER && !self.has_posted(self.next.previous(), rank)
+    }
+
+    /// Count what was done, and on to the next call.
+    fn go_on(&mut self) {
+        for (rank, &arrived) in self.arrived.iter().enumerate() {
+            self.missed[rank] = if arrived { 0 } else { self.missed[rank].saturating_add(1) };
+            self.published.missed[rank] += u64::from(!arrived);
+        }
+        self.published.show(self.region.words(), self.shape);
         self.arrived.fill(false);
         self.begun = None;
         self.next = self.next.next();
-        true
+    }
+
+    /// Whether all of a rank's words of a call are there, by the last: a rank writes them in order.
+    fn has_posted(&self, sequence: Sequence, rank: usize) -> bool {
+        let last = self.shape.counts(sequence.tag(), rank) + self.shape.posted() - 1;
+        word::load(&self.region.words()[last], sequence).is_some()
     }
 
     /// Copy what `rank` posted for the next call; false as long as any of it is missing.
     fn read(&mut self, rank: usize) -> bool {
+        if !self.has_posted(self.next, rank) {
+            return false; // Nearly always one look tells.
+        }
         let (ranks, experts) = (self.shape.ranks, self.shape.experts);
         let start = self.shape.counts(self.next.tag(), rank);
         let words = &self.region.words()[start..start + self.shape.posted()];
         let visits = &mut self.visits[rank * ranks..(rank + 1) * ranks];
         let counts = &mut self.counts[rank * experts..(rank + 1) * experts];
         let values = std::iter::once(&mut self.tokens[rank]).chain(visits).chain(counts);
-        // From the last word on: a rank writes in order, so nearly always one read tells.
-        let missing = words.last().is_some_and(|word| word::load(word, self.next).is_none());
-        !missing
-            && words.iter().zip(values).all(|(word, value)| {
-                word::load(word, self.next).map(|read| *value = read).is_some()
-            })
+        // Every word is looked at, whatever the last one tells: nothing orders them.
+        words
+            .iter()
+            .zip(values)
+            .all(|(word, value)| word::load(word, self.next).map(|read| *value = read).is_some())
     }
 
     /// Nobody posted the next call: if a later one stands in the ring, all went on without us (this
@@ -190,56 +211,21 @@ impl<R: Region> BoardPlanner<R> {
                 word::store(word, self.next, quota);
             }
         }
-        if all { self.published.whole += 1 } else { self.published.partial += 1 }
-    }
-}
-
-/// A planner on a thread of its own, which spins; it ends when this is dropped.
-#[derive(Debug)]
-pub struct PlannerThread {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Published>>,
-}
-
-impl PlannerThread {
-    /// Start it.
-    ///
-    /// # Errors
-    /// The system gives no thread.
-    pub fn spawn<R: Region + 'static>(mut planner: BoardPlanner<R>) -> std::io::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let run = move || {
-            let mut polls = 0u32;
-            // Relaxed: a flag that guards nothing; partner: `join`. The join orders the rest.
-            while !stopped.load(Ordering::Relaxed) {
-                if planner.poll() {
-                    polls = 0;
-                } else {
-                    polls = polls.wrapping_add(1);
-                    pause(polls);
-                }
-            }
-            planner.published()
-        };
-        let thread = std::thread::Builder::new().name("waterfill-planner".into()).spawn(run)?;
-        Ok(Self { stop, thread: Some(thread) })
+        if all {
+            self.published.whole += 1
+        } else {
+            self.published.partial += 1
+        }
+        self.weigh();
     }
 
-    /// End the thread; gives what it published, nothing if it panicked.
-    pub fn finish(mut self) -> Option<Published> {
-        self.join()
-    }
-
-    fn join(&mut self) -> Option<Published> {
-        // Relaxed: partner and reason at the load in `spawn`.
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.take()?.join().ok()
-    }
-}
-
-impl Drop for PlannerThread {
-    fn drop(&mut self) {
-        self.join();
+    /// The ranks' costs with shared rows at home and under the plan, for those who look from outside.
+    fn weigh(&mut self) {
+        let level = |shared| score::level(&self.placement, &self.cost, &self.routed, shared);
+        if let (Ok(home), Ok(planned)) = (level(&self.tokens), level(self.plan.shared_rows())) {
+            self.published.home = self.published.home.saturating_add(home.max);
+            self.published.planned = self.published.planned.saturating_add(planned.max);
+            self.published.mean = self.published.mean.saturating_add(planned.mean as u64);
+        }
     }
 }

@@ -7,6 +7,7 @@ use waterfill_core::{CostModel, OwnCounts, OwnPlanner, Placement};
 use crate::error::{Result, check_length};
 use crate::layout::Shape;
 use crate::region::Region;
+use crate::tally::Tally;
 use crate::word::{self, Sequence};
 
 /// What one rank knows of one layer and step.
@@ -31,19 +32,6 @@ pub enum Source {
     Broken,
     /// This rank's own counts: the board held quotas that do not add up to its tokens.
     Torn,
-}
-
-/// Numbers of calls by how they ended, since the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// Calls with a live plan.
-    pub live: u64,
-    /// Calls that waited to the cap.
-    pub timed_out: u64,
-    /// Calls that did not wait, because of the breaker.
-    pub broken: u64,
-    /// Calls that refused the quotas they found.
-    pub torn: u64,
 }
 
 /// After so many timeouts in a row a rank stops waiting.
@@ -76,7 +64,9 @@ impl<R: Region> Port<R> {
             return Err(waterfill_core::Error::Rank { name: "rank", rank, ranks }.into());
         }
         let placement = Placement::contiguous(shape.ranks, shape.experts)?;
-        let (last, own, tally) = (Sequence::NONE, OwnPlanner::new(), Tally::default());
+        let tally = Tally { process: std::process::id().into(), ..Tally::default() };
+        tally.show(region.words(), shape, rank, None);
+        let (last, own) = (Sequence::NONE, OwnPlanner::new());
         Ok(Self {
             region,
             shape,
@@ -92,8 +82,8 @@ impl<R: Region> Port<R> {
     }
 
     /// How the calls so far ended.
-    pub fn tally(&self) -> Tally {
-        self.tally
+    pub fn tally(&self) -> &Tally {
+        &self.tally
     }
 
     /// Go on after another call than none: tests of wrap-around do, and a rank that joins late.
@@ -135,14 +125,25 @@ impl<R: Region> Port<R> {
     /// # Errors
     /// As there, but a call that was posted does count.
     pub fn finish(&mut self, posted: Posted, cap: Duration, quotas: &mut [u32]) -> Result<Source> {
+        self.finish_with(posted, cap, quotas, || ())
+    }
+
+    /// [`finish`](Self::finish), doing something else between the looks at the board: the rank beside whom
+    /// no planner's thread runs polls its planner there.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn finish_with(
+        &mut self,
+        posted: Posted,
+        cap: Duration,
+        quotas: &mut [u32],
+        meanwhile: impl FnMut(),
+    ) -> Result<Source> {
         check_length("quotas", quotas.len(), self.shape.ranks)?;
-        let source = self.wait(cap, posted.tokens, quotas);
-        match source {
-            Source::Live => self.tally.live += 1,
-            Source::TimedOut => self.tally.timed_out += 1,
-            Source::Broken => self.tally.broken += 1,
-            Source::Torn => self.tally.torn += 1,
-        }
+        let begun = Instant::now();
+        let source = self.wait(begun, cap, posted.tokens, quotas, meanwhile);
+        self.count(source, posted.tokens, begun.elapsed());
         if source != Source::Live {
             let mut own = std::mem::take(&mut self.own);
             let planned = own.plan(&self.own_counts(posted), quotas);
@@ -150,6 +151,19 @@ impl<R: Region> Port<R> {
             planned?;
         }
         Ok(source)
+    }
+
+    fn count(&mut self, source: Source, tokens: u32, waited: Duration) {
+        let tally = &mut self.tally;
+        match source {
+            Source::Live => tally.live += 1,
+            Source::TimedOut => tally.timed_out += 1,
+            Source::Broken => tally.broken += 1,
+            Source::Torn => tally.torn += 1,
+        }
+        tally.tokens += u64::from(tokens);
+        let wait = (source != Source::Broken).then(|| tally.waits.add(waited));
+        tally.show(self.region.words(), self.shape, self.rank, wait);
     }
 
     fn own_counts<'a>(&'a self, posted: Posted<'a>) -> OwnCounts<'a> {
@@ -175,15 +189,22 @@ impl<R: Region> Port<R> {
     }
 
     /// Take the plan when it comes; leaves `quotas` as they are if none does that fits.
-    fn wait(&mut self, cap: Duration, tokens: u32, quotas: &mut [u32]) -> Source {
+    fn wait(
+        &mut self,
+        begun: Instant,
+        cap: Duration,
+        tokens: u32,
+        quotas: &mut [u32],
+        mut meanwhile: impl FnMut(),
+    ) -> Source {
         let sequence = self.last;
         // A broken rank waits again once the plan of its last call did come, late as it was.
         if self.failures >= BREAK_AFTER && !self.take(sequence.previous()) {
             return Source::Broken;
         }
-        let begun = Instant::now();
         let mut polls = 0u32;
         while !self.take(sequence) {
+            meanwhile();
             polls = polls.wrapping_add(1);
             // Reading the clock takes as long as a poll: not at each.
             if polls.is_multiple_of(16) && begun.elapsed() >= cap {
@@ -211,7 +232,10 @@ impl<R: Region> Port<R> {
     }
 }
 
-/// Let others have the core now and then: ranks and planner may share one.
+/// Looks at the board before a waiter lets others have its core: a few microseconds.
+const EAGER_POLLS: u32 = 256;
+
+/// Between two looks at the board. Ranks and planner may share a core, so no waiter keeps it for long.
 pub(crate) fn pause(polls: u32) {
     #[cfg(loom)]
     {
@@ -219,7 +243,7 @@ pub(crate) fn pause(polls: u32) {
         loom::thread::yield_now();
     }
     #[cfg(not(loom))]
-    if polls.is_multiple_of(4096) {
+    if polls > EAGER_POLLS {
         std::thread::yield_now();
     } else {
         std::hint::spin_loop();

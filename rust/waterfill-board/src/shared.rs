@@ -8,10 +8,10 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::{FallocateFlags, FileType, Mode, OFlags};
+use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, system};
 use crate::layout::{HEADER, Shape};
 use crate::region::Region;
 use crate::sync::{AtomicU64, Ordering};
@@ -19,7 +19,7 @@ use crate::sync::{AtomicU64, Ordering};
 /// Where Linux keeps POSIX shared memory.
 const FOLDER: &str = "/dev/shm";
 /// "wfboard" and the layout's version: raised whenever a word means something else.
-const MAGIC: u64 = u64::from_be_bytes(*b"wfboard\x01");
+const MAGIC: u64 = u64::from_be_bytes(*b"wfboard\x02");
 /// The header's words, in order.
 const FIELDS: [&str; 5] = ["ranks", "experts", "words", "run token, low", "run token, high"];
 const OWNER_ONLY: Mode = Mode::RUSR.union(Mode::WUSR);
@@ -28,8 +28,9 @@ const OWNER_ONLY: Mode = Mode::RUSR.union(Mode::WUSR);
 #[derive(Debug)]
 pub struct Shared {
     map: MmapRaw,
-    words: usize,
     path: PathBuf,
+    /// Kept open, so that others find the board at this process once its name is gone.
+    _file: OwnedFd,
 }
 
 impl Shared {
@@ -46,7 +47,7 @@ impl Shared {
             .map_err(|error| system(&path, "creating the segment", error))?;
         let made = Self::reserve(&file, shape)
             .map_err(|error| system(&path, "reserving the board's memory", error))
-            .and_then(|()| Self::map(&file, shape, path.clone()));
+            .and_then(|()| Self::map(file, shape, path.clone()));
         let board = match made {
             Ok(board) => board,
             Err(error) => {
@@ -81,36 +82,24 @@ impl Shared {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let file = rustix::fs::open(&path, flags, Mode::empty())
             .map_err(|error| system(&path, "opening the segment", error))?;
-        let stat =
-            rustix::fs::fstat(&file).map_err(|error| system(&path, "reading its state", error))?;
-        let check = |field, found: u64, expected: u64| {
-            if found == expected {
-                return Ok(());
-            }
-            Err(Error::Foreign { path: path.clone(), field, found, expected })
-        };
-        let kind = FileType::from_raw_mode(stat.st_mode);
-        check("file type", kind.as_raw_mode().into(), FileType::RegularFile.as_raw_mode().into())?;
-        check("owner", stat.st_uid.into(), rustix::process::geteuid().as_raw().into())?;
-        let mode = Mode::from_raw_mode(stat.st_mode);
-        check("mode", mode.as_raw_mode().into(), OWNER_ONLY.as_raw_mode().into())?;
-        check("size in bytes", stat.st_size as u64, bytes(shape) as u64)?;
-        let board = Self::map(&file, shape, path.clone())?;
-        let words = board.words();
-        // Acquire: the fields were written before it. Partner: the release in `create`.
-        check("magic and version", words[0].load(Ordering::Acquire), MAGIC)?;
-        for ((field, word), value) in FIELDS.into_iter().zip(&words[1..]).zip(fields(shape, run)) {
-            // Relaxed: ordered by the acquire above.
-            check(field, word.load(Ordering::Relaxed), value)?;
-        }
+        let stat = check_owner(&file, &path)?;
+        check(&path, "size in bytes", stat.st_size as u64, bytes(shape) as u64)?;
+        let board = Self::map(file, shape, path.clone())?;
+        check_header(board.words(), shape, Some(run), &path)?;
         Ok(board)
     }
 
-    fn map(file: &OwnedFd, shape: Shape, path: PathBuf) -> Result<Self> {
-        let map = MmapOptions::new().len(bytes(shape)).map_raw(file).map_err(|source| {
+    fn map(file: OwnedFd, shape: Shape, path: PathBuf) -> Result<Self> {
+        let map = MmapOptions::new().len(bytes(shape)).map_raw(&file).map_err(|source| {
             Error::System { path: path.clone(), call: "mapping the board", source }
         })?;
-        Ok(Self { map, words: shape.words(), path })
+        Ok(Self { map, path, _file: file })
+    }
+
+    /// Where it is, or was before its name went.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Take the name away, once everybody is attached: the memory goes with the last of them.
@@ -125,15 +114,73 @@ impl Shared {
     }
 }
 
-#[allow(unsafe_code)] // The one place: mapped bytes as atomics.
 impl Region for Shared {
     fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the map is page-aligned, `words * 8` bytes long, reserved when it was created, and
-        // lives as long as `self`. Its bytes are only ever accessed as atomics, here and in every process
-        // that passed the checks of `attach`; another writer of the same user could store other values,
-        // which every reader checks, but no reference other than to atomics exists.
-        unsafe { std::slice::from_raw_parts(self.map.as_ptr().cast(), self.words) }
+        as_words(&self.map)
     }
+}
+
+/// Mapped bytes as words: the one place of this crate that is not safe code.
+#[allow(unsafe_code)]
+pub(crate) fn as_words(map: &MmapRaw) -> &[AtomicU64] {
+    // SAFETY: the map is page-aligned, `len` bytes long, reserved when the segment was created, and lives as
+    // long as the borrow. Its bytes are only ever accessed as atomics, here and in every process that passed
+    // the checks of `attach` (only loaded where the map is read-only: `Observer` gives no words away);
+    // another writer of the same user could store other values, which every reader checks, but no reference
+    // other than to atomics exists.
+    unsafe { std::slice::from_raw_parts(map.as_ptr().cast(), map.len() / size_of::<AtomicU64>()) }
+}
+
+/// A file of this user's alone; gives its state.
+pub(crate) fn check_owner(file: &OwnedFd, path: &Path) -> Result<Stat> {
+    let stat = rustix::fs::fstat(file).map_err(|error| system(path, "reading its state", error))?;
+    let kind = FileType::from_raw_mode(stat.st_mode).as_raw_mode();
+    check(path, "file type", kind.into(), FileType::RegularFile.as_raw_mode().into())?;
+    check(path, "owner", stat.st_uid.into(), rustix::process::geteuid().as_raw().into())?;
+    let mode = Mode::from_raw_mode(stat.st_mode).as_raw_mode();
+    check(path, "mode", mode.into(), OWNER_ONLY.as_raw_mode().into())?;
+    Ok(stat)
+}
+
+/// The shape that a header tells, if header and size fit it.
+pub(crate) fn check_shape(words: &[AtomicU64], path: &Path) -> Result<Shape> {
+    let bytes_there = size_of_val(words) as u64;
+    if words.len() < HEADER {
+        return Err(foreign(
+            path,
+            "size in bytes",
+            bytes_there,
+            (HEADER * size_of::<AtomicU64>()) as u64,
+        ));
+    }
+    // Acquire: as in `check_header`.
+    check(path, "magic and version", words[0].load(Ordering::Acquire), MAGIC)?;
+    // Relaxed: ordered by the acquire above.
+    let field = |word: usize| words[word].load(Ordering::Relaxed) as usize;
+    let shape = Shape::new(field(1), field(2))?;
+    check(path, "size in bytes", bytes_there, bytes(shape) as u64)?;
+    check_header(words, shape, None, path)?;
+    Ok(shape)
+}
+
+fn check_header(words: &[AtomicU64], shape: Shape, run: Option<u128>, path: &Path) -> Result<()> {
+    // Acquire: the fields were written before it. Partner: the release in `create`.
+    check(path, "magic and version", words[0].load(Ordering::Acquire), MAGIC)?;
+    let known = if run.is_some() { FIELDS.len() } else { FIELDS.len() - 2 };
+    let fields = FIELDS.into_iter().zip(&words[1..]).zip(fields(shape, run.unwrap_or(0)));
+    for ((field, word), value) in fields.take(known) {
+        // Relaxed: ordered by the acquire above.
+        check(path, field, word.load(Ordering::Relaxed), value)?;
+    }
+    Ok(())
+}
+
+fn check(path: &Path, field: &'static str, found: u64, expected: u64) -> Result<()> {
+    if found == expected { Ok(()) } else { Err(foreign(path, field, found, expected)) }
+}
+
+fn foreign(path: &Path, field: &'static str, found: u64, expected: u64) -> Error {
+    Error::Foreign { path: path.to_path_buf(), field, found, expected }
 }
 
 fn fields(shape: Shape, run: u128) -> [u64; FIELDS.len()] {
@@ -151,8 +198,4 @@ fn path_of(name: &str) -> Result<PathBuf> {
         return Err(system(&path, "naming the segment (give a name without '/')", Errno::INVAL));
     }
     Ok(path)
-}
-
-fn system(path: &Path, call: &'static str, error: Errno) -> Error {
-    Error::System { path: path.to_path_buf(), call, source: error.into() }
 }

@@ -2,7 +2,9 @@
 
 use pyo3::prelude::*;
 
+mod board;
 mod error;
+mod exchange;
 mod plan;
 mod tensors;
 
@@ -10,5 +12,7 @@ mod tensors;
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     plan::init(module)?;
+    board::init(module)?;
+    exchange::init(module)?;
     tensors::init(module)
 }

@@ -16,8 +16,8 @@ pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 #[pyclass(name = "CostModel", frozen)]
-struct PyCostModel {
-    inner: CostModel,
+pub struct PyCostModel {
+    pub inner: CostModel,
 }
 
 #[pymethods]

@@ -1,0 +1,214 @@
+"""Ranks agree, once at start, on how they exchange counts: over a ``torch.distributed`` store.
+
+Each rank puts a card there that says where it is; all read all cards and come to the same answer. A board is
+tried if the cards say one host; the random token in its header, read back by every rank, proves it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from waterfill_rs import CostModel, __version__, _native
+from waterfill_rs.exchange import BoardExchange, Exchange, GroupExchange, Pace, SoloExchange
+
+__all__ = ["CHOICES", "BoardSettings", "Choice", "Store", "board_name", "open_exchange"]
+
+Choice = Literal["auto", "solo", "board", "group"]
+CHOICES: tuple[Choice, ...] = ("auto", "solo", "board", "group")
+
+_SHARED_MEMORY = "/dev/shm"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Store(Protocol):
+    """What is used of ``torch.distributed.Store``; ``get`` waits until the key is there."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class BoardSettings:
+    """``cap_us``: the longest wait of a call. ``pace``, ``core``: see ``waterfill_rs.exchange``."""
+
+    cap_us: int = 500
+    pace: Pace = "inline"
+    core: int | None = None
+
+    @property
+    def patience_us(self) -> int:
+        """The planner gives late ranks up before the others give the planner up."""
+        return max(1, self.cap_us // 2)
+
+
+@dataclass(frozen=True)
+class _Card:
+    """Of one rank. The first four must be equal on all ranks, the last three are where it is."""
+
+    version: str
+    ranks: int
+    experts: int
+    choice: str
+    boot: str
+    shared_memory: str
+    user: int
+
+    @staticmethod
+    def of(ranks: int, experts: int, choice: str) -> _Card:
+        return _Card(__version__, ranks, experts, choice, _boot(), _device(), os.getuid())
+
+
+def _boot() -> str:
+    try:
+        return _BOOT_ID.read_text("ascii").strip()
+    except OSError as error:
+        return f"unknown ({error})"
+
+
+def _device() -> str:
+    """Which file system /dev/shm is: containers of one host may each have their own."""
+    try:
+        return str(os.stat(_SHARED_MEMORY).st_dev)
+    except OSError as error:
+        return f"none ({error})"
+
+
+def board_name() -> str:
+    """Of a new board: this process's, and unlike any other."""
+    return f"waterfill-rs-{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def open_exchange(
+    store: Store,
+    *,
+    ranks: int,
+    rank: int,
+    experts: int,
+    choice: Choice = "auto",
+    settings: BoardSettings | None = None,
+    group: Any = None,
+    cost_model: CostModel | None = None,
+) -> Exchange:
+    """Meet the other ranks and open this rank's end. All ranks call it, with keys of their own in ``store``.
+
+    Args:
+        choice: ``auto``: a board on one node, else the group, else own counts. Others: that one or an error.
+        group: the ``torch.distributed`` process group of these ranks, for ``group``.
+
+    Raises:
+        ValueError: ranks that disagree, with both sides' values; a choice that cannot be had, with the reason.
+        RuntimeError: a rank did not come (the store's own error).
+    """
+    model = CostModel.rows() if cost_model is None else cost_model
+    settings = settings or BoardSettings()
+    if choice not in CHOICES:
+        raise ValueError(f"exchange {choice!r}: give one of {', '.join(CHOICES)}")
+    cards = _meet(store, _Card.of(ranks, experts, choice), rank)
+    name, reason = _decide(cards, group is not None)
+    if name == "board":
+        opened = _open_board(store, cards, rank, settings, model)
+        if isinstance(opened, BoardExchange):
+            return opened
+        name, reason = ("solo" if group is None else "group"), opened
+        if choice == "board":
+            raise ValueError(f"the board was asked for and cannot be had: {reason}")
+    if name == "group":
+        return GroupExchange(group, ranks, experts, rank, model, reason)
+    return SoloExchange(ranks, experts, rank, model, reason)
+
+
+def _meet(store: Store, own: _Card, rank: int) -> list[_Card]:
+    store.set(f"card/{rank}", json.dumps(asdict(own)))
+    cards = [_Card(**json.loads(store.get(f"card/{other}"))) for other in range(own.ranks)]
+    for field in ("version", "ranks", "experts", "choice"):
+        for other, card in enumerate(cards):
+            mine, theirs = getattr(own, field), getattr(card, field)
+            if mine != theirs:
+                raise ValueError(
+                    f"{field} is {theirs} on rank {other} and {mine} on rank {rank}: "
+                    "start all ranks with the same package and the same settings"
+                )
+    return cards
+
+
+def _decide(cards: Sequence[_Card], has_group: bool) -> tuple[Literal["solo", "board", "group"], str]:
+    """The same on every rank, because it looks at the cards only (and at what all ranks have alike)."""
+    choice = cards[0].choice
+    if choice == "solo":
+        return "solo", "it was asked for"
+    if len(cards) == 1 and choice != "board":
+        return "solo", "there is one rank"
+    if choice == "group":
+        if not has_group:
+            raise ValueError("the group exchange was asked for, and there is no process group")
+        return "group", "it was asked for"
+    apart = _apart(cards)
+    if apart is None:
+        return "board", "all ranks are on one host and share its /dev/shm"
+    if choice == "board":
+        raise ValueError(f"the board was asked for and cannot be had: {apart}")
+    return ("group" if has_group else "solo"), apart
+
+
+def _apart(cards: Sequence[_Card]) -> str | None:
+    """What keeps ranks from one board, if anything does."""
+    names = {"boot": "host (boot id)", "shared_memory": "/dev/shm (device)", "user": "user id"}
+    for field, name in names.items():
+        for rank, card in enumerate(cards):
+            first, other = getattr(cards[0], field), getattr(card, field)
+            if first != other:
+                return f"{name} is {first} on rank 0 and {other} on rank {rank}"
+    if not cards[0].shared_memory.isdigit():
+        return f"/dev/shm: {cards[0].shared_memory}"
+    return None
+
+
+def _open_board(
+    store: Store, cards: Sequence[_Card], rank: int, settings: BoardSettings, model: CostModel
+) -> BoardExchange | str:
+    """The board, or why some rank could not have it; all ranks come to the same."""
+    ranks, experts = cards[0].ranks, cards[0].experts
+    board: _native.Board | None = None
+    if rank == 0:
+        name, run = board_name(), secrets.randbits(128)
+        try:
+            board = _native.Board.create(name, ranks, experts, run)
+            store.set("board", json.dumps({"name": name, "run": f"{run:x}"}))
+        except (OSError, ValueError) as error:
+            store.set("board", json.dumps({"refused": str(error)}))
+    try:
+        told = json.loads(store.get("board"))
+        if "refused" in told:
+            return f"rank 0: {told['refused']}"
+        word = "attached"
+        if board is None:
+            try:
+                board = _native.Board.attach(told["name"], ranks, experts, int(told["run"], 16))
+            except (OSError, ValueError) as error:
+                word = str(error)
+        store.set(f"attached/{rank}", word)
+        for other in range(ranks):
+            word = store.get(f"attached/{other}").decode()
+            if word != "attached":
+                return f"rank {other}: {word}"
+    finally:
+        # Everybody is attached, or nobody will be.
+        if rank == 0 and board is not None:
+            board.unlink()
+    assert board is not None, "a rank that is not attached has said so"
+    return BoardExchange(
+        board,
+        rank,
+        model,
+        cap_us=settings.cap_us,
+        patience_us=settings.patience_us,
+        pace=settings.pace,
+        core=settings.core,
+        reason="all ranks are on one host and share its /dev/shm",
+    )

@@ -1,0 +1,61 @@
+"""One model's layers joined to their expert-parallel peers: which ranks, which store, which exchange."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from sglang.srt.runtime_context import get_parallel
+
+from waterfill_rs import CostModel
+from waterfill_rs.config import Config
+from waterfill_rs.exchange import Exchange, SoloExchange
+from waterfill_rs.rendezvous import open_exchange
+from waterfill_rs.sglang.balancer import WaterfillBalancer
+
+__all__ = ["connect"]
+
+_runners = itertools.count()
+"""Models prepared so far in this process: target and draft models call in an order of their own each."""
+
+
+def connect(balancers: Sequence[WaterfillBalancer], config: Config) -> Exchange:
+    """Open one exchange for these layers and give it to each. All ranks of their group call it.
+
+    Raises:
+        ValueError: layers of several shapes, ranks that disagree, or a choice that cannot be had.
+        RuntimeError: a rank did not come.
+    """
+    shapes = {(b.world_size, b.num_routed_experts, b.rank) for b in balancers}
+    if len(shapes) != 1:
+        raise ValueError(f"layers of one model differ in (ranks, experts, rank): {sorted(shapes)}")
+    ranks, experts, rank = shapes.pop()
+    exchange = _open(ranks, experts, rank, config)
+    for balancer in balancers:
+        balancer.exchange = exchange
+    return exchange
+
+
+def _open(ranks: int, experts: int, rank: int, config: Config) -> Exchange:
+    runner = next(_runners)
+    if not dist.is_initialized():
+        reason = "torch.distributed is not initialised"
+        if config.exchange not in ("auto", "solo"):
+            raise ValueError(f"exchange {config.exchange} was asked for, and {reason}")
+        return SoloExchange(ranks, experts, rank, CostModel.rows(), reason)
+    coordinator: Any = get_parallel().moe_ep_group
+    peers = "-".join(map(str, coordinator.ranks))
+    store = dist.PrefixStore(
+        f"waterfill_rs/{runner}/{peers}", dist.distributed_c10d._get_default_store()
+    )
+    return open_exchange(
+        store,
+        ranks=ranks,
+        rank=rank,
+        experts=experts,
+        choice=config.exchange,
+        settings=config.board,
+        group=coordinator.cpu_group,
+    )

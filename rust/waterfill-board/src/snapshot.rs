@@ -1,0 +1,76 @@
+//! A board as it looks from outside: read only, by somebody who knows nothing but where it is.
+
+use std::path::Path;
+
+use memmap2::{MmapOptions, MmapRaw};
+use rustix::fs::{Mode, OFlags};
+
+use crate::error::{Error, Result, check_length, system};
+use crate::layout::Shape;
+use crate::region::Region;
+use crate::shared::{as_words, check_owner, check_shape};
+use crate::sync::AtomicU64;
+use crate::tally::{Published, Tally};
+
+/// What a snapshot's fields mean; raised whenever one changes.
+pub const SNAPSHOT_VERSION: u32 = 1;
+
+/// What ranks and planner counted until now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The group's shape.
+    pub shape: Shape,
+    /// `[R]` how each rank's calls ended.
+    pub ranks: Vec<Tally>,
+    /// What the planner made.
+    pub planner: Published,
+}
+
+impl Snapshot {
+    /// Of a board that is at hand, of this shape.
+    ///
+    /// # Errors
+    /// A region of another size than the shape's.
+    pub fn of(region: &impl Region, shape: Shape) -> Result<Self> {
+        check_length("region", region.words().len(), shape.words())?;
+        Ok(Self::read(region.words(), shape))
+    }
+
+    fn read(words: &[AtomicU64], shape: Shape) -> Self {
+        let ranks = (0..shape.ranks).map(|rank| Tally::read(words, shape, rank)).collect();
+        Self { shape, ranks, planner: Published::read(words, shape) }
+    }
+}
+
+/// A segment, mapped to be read.
+#[derive(Debug)]
+pub struct Observer {
+    map: MmapRaw,
+    shape: Shape,
+}
+
+impl Observer {
+    /// Attach to the segment at `path`, whatever its shape and run: a name in `/dev/shm`, or, once that is
+    /// gone, a descriptor of a process that has it open (`/proc/PID/fd/N`).
+    ///
+    /// # Errors
+    /// It is not to be had, not this user's, or not a board of this version: the error names the field.
+    pub fn attach(path: &Path) -> Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let file = rustix::fs::open(path, flags, Mode::empty())
+            .map_err(|error| system(path, "opening the segment", error))?;
+        let stat = check_owner(&file, path)?;
+        let bytes = stat.st_size as usize;
+        let map = MmapOptions::new().len(bytes).map_raw_read_only(&file).map_err(|source| {
+            Error::System { path: path.into(), call: "mapping the board", source }
+        })?;
+        let shape = check_shape(as_words(&map), path)?;
+        Ok(Self { map, shape })
+    }
+
+    /// What stands there now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot::read(as_words(&self.map), self.shape)
+    }
+}

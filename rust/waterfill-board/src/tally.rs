@@ -1,0 +1,134 @@
+//! What ranks and planner count of themselves, and where on the board each count stands: written for those
+//! who look from outside, never read by the exchange itself.
+
+use crate::layout::{PLANNER_TALLY, Shape};
+use crate::sync::{AtomicU64, Ordering};
+use crate::waits::{BUCKETS, Waits};
+
+/// How one rank's calls ended, since the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// The process that is at this end; 0 before it came.
+    pub process: u64,
+    /// Calls with a live plan.
+    pub live: u64,
+    /// Calls that waited to the cap.
+    pub timed_out: u64,
+    /// Calls that did not wait, because of the breaker.
+    pub broken: u64,
+    /// Calls that refused the quotas they found.
+    pub torn: u64,
+    /// Tokens of all calls.
+    pub tokens: u64,
+    /// How long the calls waited, those without a wait left out.
+    pub waits: Waits,
+}
+
+/// Plans made, since the start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Published {
+    /// The process that plans; 0 before it came.
+    pub process: u64,
+    /// Plans from all ranks' counts.
+    pub whole: u64,
+    /// Plans without the ranks whose counts did not come in time.
+    pub partial: u64,
+    /// Calls without a plan: counts on the board that the core refuses.
+    pub refused: u64,
+    /// Sums over the plans, in the cost model's unit: the slowest rank's cost with shared rows at home,
+    /// with the plan, and the mean of all ranks.
+    pub home: u64,
+    /// The slowest rank's cost under the plan, summed.
+    pub planned: u64,
+    /// The mean rank's cost under the plan, summed.
+    pub mean: u64,
+    /// `[R]` calls of which a rank's counts did not come in time.
+    pub missed: Vec<u64>,
+}
+
+/// The words of a rank's tally; the buckets of its waits follow.
+const RANK_WORDS: usize = 8;
+
+impl Tally {
+    /// Calls so far.
+    #[must_use]
+    pub fn calls(&self) -> u64 {
+        self.live + self.timed_out + self.broken + self.torn
+    }
+
+    fn words(&self) -> [u64; RANK_WORDS] {
+        let ended = [self.live, self.timed_out, self.broken, self.torn];
+        let [live, timed_out, broken, torn] = ended;
+        [self.process, live, timed_out, broken, torn, self.tokens, self.waits.longest(), 0]
+    }
+
+    /// Write all but the buckets, then the bucket that changed.
+    pub(crate) fn show(
+        &self,
+        words: &[AtomicU64],
+        shape: Shape,
+        rank: usize,
+        wait: Option<(usize, u64)>,
+    ) {
+        let start = shape.rank_tally(rank);
+        show(&words[start..], self.words());
+        if let Some((bucket, count)) = wait {
+            show(&words[start + RANK_WORDS + bucket..], [count]);
+        }
+    }
+
+    /// As it stands on a board.
+    pub(crate) fn read(words: &[AtomicU64], shape: Shape, rank: usize) -> Self {
+        let start = shape.rank_tally(rank);
+        let mut read = words[start..][..RANK_WORDS + BUCKETS].iter().map(look);
+        let mut next = || read.next().unwrap_or(0);
+        let [process, live, timed_out, broken, torn, tokens, longest, _] =
+            std::array::from_fn::<u64, RANK_WORDS, _>(|_| next());
+        let waits = Waits::from_words(read, longest);
+        Self { process, live, timed_out, broken, torn, tokens, waits }
+    }
+}
+
+impl Published {
+    /// Plans so far.
+    #[must_use]
+    pub fn plans(&self) -> u64 {
+        self.whole + self.partial
+    }
+
+    pub(crate) fn show(&self, words: &[AtomicU64], shape: Shape) {
+        let start = shape.planner_tally();
+        let own = [
+            self.process,
+            self.whole,
+            self.partial,
+            self.refused,
+            self.home,
+            self.planned,
+            self.mean,
+        ];
+        show(&words[start..], own);
+        show(&words[start + PLANNER_TALLY..], self.missed.iter().copied());
+    }
+
+    /// As it stands on a board.
+    pub(crate) fn read(words: &[AtomicU64], shape: Shape) -> Self {
+        let words = &words[shape.planner_tally()..][..PLANNER_TALLY + shape.ranks];
+        let [process, whole, partial, refused, home, planned, mean] =
+            std::array::from_fn(|field| look(&words[field]));
+        let missed = words[PLANNER_TALLY..].iter().map(look).collect();
+        Self { process, whole, partial, refused, home, planned, mean, missed }
+    }
+}
+
+fn show(words: &[AtomicU64], values: impl IntoIterator<Item = u64>) {
+    for (word, value) in words.iter().zip(values) {
+        // Relaxed: a count that nobody decides by; words of one tally may be of two calls. Partner: `look`.
+        word.store(value, Ordering::Relaxed);
+    }
+}
+
+fn look(word: &AtomicU64) -> u64 {
+    // Relaxed: partner and reason in `show`.
+    word.load(Ordering::Relaxed)
+}

@@ -1,0 +1,135 @@
+//! The planner on a thread of its own: no Python, no CUDA, no signals; it looks at the board until it is ended.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::planner::BoardPlanner;
+use crate::port::pause;
+use crate::region::Region;
+use crate::tally::Published;
+
+/// How the thread passes the time between calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// It never sleeps: the fastest, on a core that is its own (the number of one pins it there).
+    Spin(Option<usize>),
+    /// It sleeps when nothing has come for a while, longer the longer: after a tenth of a second without a
+    /// call it takes under a hundredth of a core, and the first call after that may find it asleep.
+    Park,
+}
+
+/// Without a call for so long, a parking planner sleeps.
+const AWAKE: Duration = Duration::from_millis(2);
+/// A sleep is the time without a call over this, up to the longest.
+const SLEEP_PART: u32 = 50;
+const LONGEST_SLEEP: Duration = Duration::from_millis(2);
+
+/// A planner's thread; it ends when this is dropped.
+#[derive(Debug)]
+pub struct PlannerThread {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Published>>,
+}
+
+impl PlannerThread {
+    /// Start it.
+    ///
+    /// # Errors
+    /// The system gives no thread, or does not let it be pinned to that core.
+    pub fn spawn<R: Region + 'static>(
+        planner: BoardPlanner<R>,
+        pace: Pace,
+    ) -> std::io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let (tell, told) = std::sync::mpsc::sync_channel(1);
+        let run = move || {
+            let ready = pin(pace);
+            let failed = ready.is_err();
+            // The receiver waits below; if it is gone, so is the caller.
+            let _ = tell.send(ready);
+            if failed { planner.published().clone() } else { plan_until(planner, pace, &stopped) }
+        };
+        // A thread inherits the mask of whoever starts it: signals are for others, Python among them.
+        let thread = signals::blocked(|| {
+            std::thread::Builder::new().name("waterfill-planner".into()).spawn(run)
+        })?;
+        let started = Self { stop, thread: Some(thread) };
+        told.recv().unwrap_or_else(|_| Err(std::io::Error::other("the planner's thread ended")))?;
+        Ok(started)
+    }
+
+    /// End the thread; gives what it published, nothing if it panicked.
+    pub fn finish(mut self) -> Option<Published> {
+        self.join()
+    }
+
+    fn join(&mut self) -> Option<Published> {
+        // Relaxed: partner and reason at the load in `plan_until`.
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take()?.join().ok()
+    }
+}
+
+impl Drop for PlannerThread {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+fn plan_until<R: Region>(mut planner: BoardPlanner<R>, pace: Pace, stop: &AtomicBool) -> Published {
+    let (mut polls, mut last) = (0u32, Instant::now());
+    // Relaxed: a flag that guards nothing; partner: `join`. The join orders the rest.
+    while !stop.load(Ordering::Relaxed) {
+        if planner.poll() {
+            (polls, last) = (0, Instant::now());
+            continue;
+        }
+        polls = polls.wrapping_add(1);
+        if pace == Pace::Park && polls.is_multiple_of(16) && last.elapsed() > AWAKE {
+            std::thread::sleep((last.elapsed() / SLEEP_PART).min(LONGEST_SLEEP));
+        } else {
+            pause(polls);
+        }
+    }
+    planner.published().clone()
+}
+
+fn pin(pace: Pace) -> std::io::Result<()> {
+    let Pace::Spin(Some(core)) = pace else { return Ok(()) };
+    if core >= rustix::thread::CpuSet::MAX_CPU {
+        return Err(std::io::Error::other(format!(
+            "core {core}: give one below {}",
+            rustix::thread::CpuSet::MAX_CPU
+        )));
+    }
+    let mut cores = rustix::thread::CpuSet::new();
+    cores.set(core);
+    rustix::thread::sched_setaffinity(None, &cores).map_err(|error| {
+        std::io::Error::other(format!("pinning the planner's thread to core {core}: {error}"))
+    })
+}
+
+/// Blocking all signals while a thread is started: std and rustix have no safe call for it.
+#[allow(unsafe_code)]
+mod signals {
+    use std::mem::MaybeUninit;
+
+    /// Run with all signals blocked in this thread, then as before.
+    pub fn blocked<T>(run: impl FnOnce() -> T) -> T {
+        let mut all = MaybeUninit::uninit();
+        let mut before = MaybeUninit::uninit();
+        // SAFETY: both sets are valid for writes, and `all` is initialised by the first call before the
+        // second reads it. Neither call can fail with these arguments.
+        unsafe {
+            libc::sigfillset(all.as_mut_ptr());
+            libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+        }
+        let result = run();
+        // SAFETY: `before` was written by the call above.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), std::ptr::null_mut()) };
+        result
+    }
+}
