@@ -3,7 +3,7 @@
 //! Whoever gives the same ranks in another place, as the kernel does, takes them from here.
 
 /// Rounds of bids.
-pub const ROUNDS: u32 = 3;
+pub const ROUNDS: u32 = 2;
 /// Levels of rows left in a round: level `l` is `l / LEVELS` of the most rows that any destination has left.
 pub const LEVELS: u32 = 32;
 /// Steps of the two sequences that spread the rows of a batch over levels and over ranks: 2^32 over the

@@ -97,20 +97,22 @@ __device__ __forceinline__ void grant(const Args &args, const Shared &s, u32 bas
     s.given[row] = order < s.allowed[rank] ? (u16)rank : PENDING;
 }
 
-__device__ __forceinline__ void run_rounds(const Args &args, const Shared &s, Block &b, u32 first_row, u32 rows) {
+// Gives whether rows are left anywhere but at home.
+__device__ __forceinline__ bool run_rounds(const Args &args, const Shared &s, Block &b, u32 first_row, u32 rows) {
     for (u32 round = 0; round < ROUNDS; ++round) {
         u32 most = b.most[round];
-        if (most == 0) return;
+        if (most == 0) return false;
         bool any = false;
         for (u32 base = warp() * WARP; base < rows; base += blockDim.x)
             any |= bid(args, s, first_row, base, rows, round, most);
         // Nobody bids: nothing would change. Blocks of a cluster stay in step instead.
-        if (!__syncthreads_or(any) && blocks() == 1) return;
+        if (!__syncthreads_or(any) && blocks() == 1) return true;
         close_round(args, s, b, up(rows, WARP), round);
         __syncthreads();
         for (u32 base = warp() * WARP; base < rows; base += blockDim.x) grant(args, s, base, rows);
         __syncwarp();
     }
+    return b.most[ROUNDS] > 0;
 }
 
 // The rank of the token that is number `place` among those that found no room at home.
@@ -123,9 +125,8 @@ __device__ __forceinline__ u32 leftover(const Args &args, const Shared &s, u32 p
     return args.rank;
 }
 
-// Tokens without a rank: at home while rows are left there, then wherever some are. Then the last column.
-// `table` holds the pending tokens before each warp's rows from here on.
-__device__ __forceinline__ void place_rest(const Args &args, const Shared &s, Block &b, u32 first_row, u32 rows) {
+// `table` gets the pending tokens before each warp's rows, `b.pending_before` those of the blocks before.
+__device__ __forceinline__ void number_pending(const Shared &s, Block &b, u32 rows) {
     u32 columns = up(rows, WARP);
     u16 *pending = s.table;
     __syncthreads();
@@ -152,16 +153,22 @@ __device__ __forceinline__ void place_rest(const Args &args, const Shared &s, Bl
         b.pending_before = before;
     }
     __syncthreads();
+}
+
+// Tokens without a rank: at home while rows are left there, then wherever some are. Then the last column.
+// If `anywhere` is false rows are left at home alone, as many as such tokens.
+__device__ __forceinline__ void place_rest(const Args &args, const Shared &s, Block &b, u32 first_row, u32 rows, bool anywhere) {
+    if (anywhere) number_pending(s, b, rows);
     for (u32 base = warp() * WARP; base < rows; base += blockDim.x) {
         u32 row = base + lane();
         u16 state = row < rows ? s.given[row] : NOBODY;
         u32 votes = __ballot_sync(ALL, state == PENDING);
         if (row >= rows) continue;
-        u32 rank = state;
-        if (state == PENDING) {
-            u32 place = b.pending_before + pending[base / WARP] + __popc(votes & lanes_before());
+        u32 rank = state == PENDING ? args.rank : state;
+        if (state == PENDING && anywhere) {
+            u32 place = b.pending_before + s.table[base / WARP] + __popc(votes & lanes_before());
             u32 home = s.left[args.rank];
-            rank = place < home ? args.rank : leftover(args, s, place - home);
+            if (place >= home) rank = leftover(args, s, place - home);
         }
         u64 out = (u64)(first_row + row) * (TOP_K + 1) + TOP_K;
         bool token = state != NOBODY;

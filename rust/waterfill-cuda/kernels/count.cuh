@@ -4,28 +4,44 @@ __device__ __forceinline__ void clear(u32 *words, u32 count) {
     for (u32 i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
 }
 
-// Each routed slot of this block: its expert is counted, its rank kept, its id moved up by its rank.
-__device__ __forceinline__ void take_slots(const Args &args, const Shared &s, u32 first, u32 rows, u32 unpadded) {
-    for (u32 i = threadIdx.x; i < rows * TOP_K; i += blockDim.x) {
-        u32 row = i / TOP_K;
-        ID id = args.ids[(u64)first * TOP_K + i];
-        if (first + row >= unpadded) id = -1;
+// Slots that a thread has in flight at once: of memory's latency, one is paid a batch.
+constexpr u32 BATCH = TOP_K < 8 ? TOP_K : 8;
+
+// A thread's part of `BATCH * blockDim.x` slots from `base` on, side by side with its neighbours'.
+struct Slots {
+    ID ids[BATCH];
+    WEIGHT weights[BATCH];
+};
+
+__device__ __forceinline__ Slots load_slots(const Args &args, u32 first, u32 rows, u32 base) {
+    Slots slots;
+#pragma unroll
+    for (u32 j = 0; j < BATCH; ++j) {
+        u32 i = base + j * blockDim.x + threadIdx.x;
+        u64 at = (u64)first * TOP_K + i;
+        slots.ids[j] = i < rows * TOP_K ? args.ids[at] : (ID)-1;
+        slots.weights[j] = i < rows * TOP_K ? args.weights[at] : (WEIGHT)0;
+    }
+    return slots;
+}
+
+// Each slot: its expert is counted, its rank kept, its id moved up by its rank, its weight copied.
+__device__ __forceinline__ void take_slots(const Args &args, const Shared &s, u32 first, u32 rows, u32 unpadded,
+                                           const Slots &slots, u32 base) {
+#pragma unroll
+    for (u32 j = 0; j < BATCH; ++j) {
+        u32 i = base + j * blockDim.x + threadIdx.x, row = i / TOP_K;
+        if (i >= rows * TOP_K) break;
+        ID id = first + row < unpadded ? slots.ids[j] : (ID)-1;
         bool valid = id >= 0 && id < (ID)args.experts;
         u32 rank = (u32)(((u64)(u32)id * args.rank_multiplier) >> args.rank_shift);
         s.slots[i] = valid ? (u16)rank : NO_RANK;
         if (valid) atomicAdd(&s.counts[(u32)id], 1u);
         // An id past the last expert names none, so nothing downstream may take it for one.
         ID moved = valid ? id + (ID)rank : id < 0 ? id : (ID)-1;
-        args.out_ids[(u64)first * (TOP_K + 1) + i + row] = moved;
-    }
-}
-
-// Routed weights out; 0 in a slot without an expert. By the threads from `begin` on.
-__device__ __forceinline__ void copy_weights(const Args &args, const Shared &s, u32 first, u32 rows, u32 begin) {
-    for (u32 i = threadIdx.x - begin; i < rows * TOP_K; i += blockDim.x - begin) {
-        WEIGHT weight = args.weights[(u64)first * TOP_K + i];
-        if (s.slots[i] == NO_RANK) weight = 0;
-        args.out_weights[(u64)first * (TOP_K + 1) + i + i / TOP_K] = weight;
+        u64 out = (u64)first * (TOP_K + 1) + i + row;
+        args.out_ids[out] = moved;
+        args.out_weights[out] = valid ? slots.weights[j] : (WEIGHT)0;
     }
 }
 

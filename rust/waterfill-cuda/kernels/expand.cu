@@ -56,6 +56,7 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     Shared s = shared_arrays(args);
     u32 first = at_most(block() * args.rows_per_block, args.rows);
     u32 rows = at_most(args.rows_per_block, args.rows - first);
+    Slots slots = load_slots(args, first, rows, 0);
     clear(s.counts, args.experts);
     clear(s.loads, 2 * args.ranks);
     if (threadIdx.x < ROUNDS + 1) b.most[threadIdx.x] = 0;
@@ -71,23 +72,23 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     if (args.unpadded) unpadded = (u32)(*args.unpadded < 0 ? 0 : *args.unpadded);
     __syncthreads();
 
-    take_slots(args, s, first, rows, unpadded);
+    for (u32 base = 0; base < rows * TOP_K; base += BATCH * blockDim.x) {
+        if (base > 0) slots = load_slots(args, first, rows, base);
+        take_slots(args, s, first, rows, unpadded, slots, base);
+    }
     __syncthreads();
     count_tokens(args, s, b, rows);
     add_loads(args, s);
     if (blocks() > 1) gather(args, s, b);
     else __syncthreads();
 
-    // While the first warp waits for quotas and the second plans, the others copy the weights.
     if (block() == 0 && args.mode == LIVE) post(args, s, b.tokens, b.sequence);
     if (block() == 0 && warp() == 0 && args.mode != OWN) get_quotas(args, s, b);
     if (block() == 0 && warp() == 1) plan_own(args, s, b.tokens);
-    if (block() != 0) copy_weights(args, s, first, rows, 0);
-    else if (warp() > 1) copy_weights(args, s, first, rows, 2 * WARP);
     open_quotas(args, s, b);
 
-    run_rounds(args, s, b, first, rows);
-    place_rest(args, s, b, first, rows);
+    bool anywhere = run_rounds(args, s, b, first, rows);
+    place_rest(args, s, b, first, rows, anywhere);
     // Nobody leaves while its shared memory is read.
     if (blocks() > 1) sync_blocks();
 }

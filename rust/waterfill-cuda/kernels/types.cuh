@@ -55,8 +55,6 @@ struct Shared {
     u32 *left;       // [ranks] rows of each quota still to be met
     u32 *allowed;    // [ranks] how many of this block's bids are granted
     u32 *totals[2];  // [ranks] this block's bids, by parity of the round
-    u32 *scratch;    // [ranks] of the planning warp
-    u32 *room;       // [ranks] of the planning warp
     u16 *slots;      // [rows_per_block, TOP_K] the rank of each slot
     u16 *given;      // [rows_per_block] the state of each token, see assign.cuh
     u16 *table;      // [ranks, table_stride] bids by destination and warp's rows
@@ -73,15 +71,15 @@ struct Block {
     u32 failures;           // As of its start, see State.
 };
 
-constexpr u32 RANK_ARRAYS = 9;
+constexpr u32 RANK_ARRAYS = 7;
 
 __device__ __forceinline__ Shared shared_arrays(const Args &args) {
     extern __shared__ __align__(16) u8 memory[];
     Shared s;
     s.counts = (u32 *)(memory + args.counts_bytes);
     u32 *ranks = (u32 *)(memory + args.ranks_bytes);
-    u32 **arrays[RANK_ARRAYS] = {&s.loads,     &s.visits,    &s.own,     &s.left, &s.allowed,
-                                 &s.totals[0], &s.totals[1], &s.scratch, &s.room};
+    u32 **arrays[RANK_ARRAYS] = {&s.loads,   &s.visits,    &s.own,      &s.left,
+                                 &s.allowed, &s.totals[0], &s.totals[1]};
 #pragma unroll
     for (u32 i = 0; i < RANK_ARRAYS; ++i) *arrays[i] = ranks + i * args.ranks;
     s.slots = (u16 *)(memory + args.slots_bytes);

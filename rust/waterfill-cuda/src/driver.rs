@@ -1,7 +1,9 @@
 //! The few driver calls that are needed, as results. Every raw call of this crate but the compiler's is here.
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cudarc::driver::sys;
 
@@ -149,10 +151,10 @@ impl Drop for OwnStream {
     }
 }
 
-/// A loaded module with its one kernel.
+/// The one kernel of a module. It stays loaded as long as the process lives: a graph that captured it may
+/// be replayed after its runner is gone, and the driver would not say no.
 #[derive(Debug)]
 pub(crate) struct Kernel {
-    module: sys::CUmodule,
     function: sys::CUfunction,
 }
 
@@ -174,8 +176,7 @@ impl Kernel {
     pub fn load(code: &[u8], shared: usize) -> Result<Self> {
         // An image of an ELF tells its own size.
         let module = ask!(cuModuleLoadData, code.as_ptr().cast())?;
-        let mut kernel = Self { module, function: std::ptr::null_mut() };
-        kernel.function = ask!(cuModuleGetFunction, module, KERNEL.as_ptr())?;
+        let kernel = Self { function: ask!(cuModuleGetFunction, module, KERNEL.as_ptr())? };
         use sys::CUfunction_attribute as A;
         let most = A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         call!(cuFuncSetAttribute, kernel.function, most, shared as i32)?;
@@ -242,13 +243,7 @@ fn with_config<T>(
     })
 }
 
-impl Drop for Kernel {
-    fn drop(&mut self) {
-        let _ = call!(cuModuleUnload, self.module);
-    }
-}
-
-/// One `T` on the device, zero at first.
+/// One `T` on the device, zero at first. Never freed, for the reason that a [`Kernel`] is not unloaded.
 #[derive(Debug)]
 pub(crate) struct Slot<T> {
     address: sys::CUdeviceptr,
@@ -277,12 +272,6 @@ impl<T: Copy + Default> Slot<T> {
     }
 }
 
-impl<T> Drop for Slot<T> {
-    fn drop(&mut self) {
-        let _ = call!(cuMemFree_v2, self.address);
-    }
-}
-
 /// Host memory of this process's own that the device may read and write.
 #[derive(Debug)]
 pub(crate) struct Registered {
@@ -290,17 +279,28 @@ pub(crate) struct Registered {
     device: sys::CUdeviceptr,
 }
 
+/// What is registered, by address: the driver refuses to register memory twice.
+static REGISTERED: Mutex<BTreeMap<usize, Weak<Registered>>> = Mutex::new(BTreeMap::new());
+
 impl Registered {
+    /// The memory at `address`, registered now or already.
+    ///
     /// # Safety
     /// `address` is that of `bytes` mapped bytes, which stay mapped as long as this lives and as long as
     /// any launch that was given them runs.
-    pub unsafe fn new(address: usize, bytes: usize) -> Result<Self> {
+    pub unsafe fn new(address: usize, bytes: usize) -> Result<Arc<Self>> {
+        let mut all = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(registered) = all.get(&address).and_then(Weak::upgrade) {
+            return Ok(registered);
+        }
         let host = address as *mut c_void;
         // Portable: for every context of this process; device map: at an address that kernels can use.
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
         call!(cuMemHostRegister_v2, host, bytes, flags)?;
         let mut registered = Self { host: address, device: 0 };
         registered.device = ask!(cuMemHostGetDevicePointer_v2, host, 0)?;
+        let registered = Arc::new(registered);
+        all.insert(address, Arc::downgrade(&registered));
         Ok(registered)
     }
 

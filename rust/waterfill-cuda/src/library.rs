@@ -8,7 +8,7 @@ use libloading::Library;
 use crate::error::{Error, Result};
 
 /// The driver's functions that are called here.
-const DRIVER: [&str; 24] = [
+const DRIVER: [&str; 22] = [
     "cuInit",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
@@ -17,12 +17,10 @@ const DRIVER: [&str; 24] = [
     "cuCtxPushCurrent_v2",
     "cuCtxPopCurrent_v2",
     "cuModuleLoadData",
-    "cuModuleUnload",
     "cuModuleGetFunction",
     "cuFuncSetAttribute",
     "cuOccupancyMaxActiveClusters",
     "cuMemAlloc_v2",
-    "cuMemFree_v2",
     "cuMemsetD8Async",
     "cuMemcpyDtoHAsync_v2",
     "cuMemHostRegister_v2",

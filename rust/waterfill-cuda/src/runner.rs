@@ -1,5 +1,6 @@
 //! One rank's end on the device: the kernel, its state, and the launch.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use waterfill_board::RING;
@@ -23,7 +24,7 @@ const STATIC_SHARED: usize = 1024;
 #[derive(Debug)]
 pub struct Runner {
     // Dropped in this order, all while the device's context lives.
-    board: Option<Registered>,
+    board: Option<Arc<Registered>>,
     state: Slot<State>,
     kernel: Kernel,
     device: Device,
@@ -129,8 +130,8 @@ impl Runner {
     /// A board of another shape, or memory that the driver cannot register.
     ///
     /// # Safety
-    /// At `board.address` are the words of a board of its shape, mapped until this runner is dropped, and
-    /// nobody else posts for this rank.
+    /// At `board.address` are the words of a board of its shape, mapped until every runner that is attached
+    /// to it is dropped, and every graph that captured one's launches; and nobody else posts for this rank.
     pub unsafe fn attach(&mut self, board: Board) -> Result<()> {
         let (shape, rank) = (board.shape, self.args.rank as usize);
         let per_expert = shape.experts == self.shape.experts;

@@ -41,11 +41,11 @@ const MAX_TOP_K: usize = 32;
 const MAX_ROWS: usize = 1 << 20;
 /// Rows that one block takes while there are blocks: one a thread.
 const BLOCK: usize = 1024;
-/// Fewest threads of a block: the planning warp and the polling one leave two for the weights.
+/// Fewest threads of a block: one warp waits for quotas while another plans.
 const LEAST_THREADS: usize = 128;
 const WARP: usize = 32;
 /// Arrays of a word a rank in shared memory, `RANK_ARRAYS` in the kernel.
-const RANK_ARRAYS: usize = 9;
+const RANK_ARRAYS: usize = 7;
 
 /// One call's blocks and their shared memory, in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
