@@ -3,7 +3,7 @@
 // A token's state is its rank, PENDING, NOBODY (padding), or a bid: BID | order << 10 | destination, `order`
 // being its place among the bids of its 32 rows for that destination.
 
-constexpr u16 BID = 0x8000;
+static constexpr u16 BID = 0x8000;
 
 // The destination that a token bids for in this round; NO_RANK for none.
 __device__ __forceinline__ u32 wanted(const Args &args, const Shared &s, const u16 *slots, u32 row, u32 round, u32 most) {
@@ -30,6 +30,7 @@ __device__ __forceinline__ u32 wanted(const Args &args, const Shared &s, const u
 // A warp's bids for its 32 rows from `base` on.
 __device__ __forceinline__ bool bid(const Args &args, const Shared &s, u32 first_row, u32 base, u32 rows, u32 round, u32 most) {
     u32 column = base / WARP, row = base + lane();
+#pragma unroll 1
     for (u32 rank = lane(); rank < args.ranks; rank += WARP) s.table[rank * args.table_stride + column] = 0;
     __syncwarp();
     bool pending = row < rows && s.given[row] == PENDING;
@@ -45,6 +46,7 @@ __device__ __forceinline__ bool bid(const Args &args, const Shared &s, u32 first
 // Over one destination's columns: from counts to sums of the columns before; gives the sum of all.
 __device__ __forceinline__ u32 add_columns(u16 *columns, u32 count) {
     u32 sum = 0;
+#pragma unroll 1
     for (u32 i = 0; i < count; i += 8) {
         uint4 *packed = (uint4 *)(columns + i);
         uint4 pairs = *packed;
@@ -64,14 +66,17 @@ __device__ __forceinline__ u32 add_columns(u16 *columns, u32 count) {
 
 // Close the bids of a round: how many of this block's are granted at each destination, and what is left there.
 __device__ __forceinline__ void close_round(const Args &args, const Shared &s, Block &b, u32 columns, u32 round) {
-    u32 *totals = s.totals[round % 2];
+    u32 *totals = s.totals + round % 2 * args.ranks;
+#pragma unroll 1
     for (u32 rank = threadIdx.x; rank < args.ranks; rank += blockDim.x)
         totals[rank] = add_columns(s.table + rank * args.table_stride, columns);
-    if (blocks() > 1) sync_blocks();
+    if (CLUSTERED) sync_blocks();
+#pragma unroll 1
     for (u32 first = warp() * WARP; first < args.ranks; first += blockDim.x) {
         u32 rank = first + lane(), left = 0;
         if (rank < args.ranks) {
             u32 before = 0, all = 0;
+#pragma unroll 1
             for (u32 other = 0; other < blocks(); ++other) {
                 u32 bids = read_block(totals + rank, other);
                 if (other < block()) before += bids;
@@ -99,16 +104,19 @@ __device__ __forceinline__ void grant(const Args &args, const Shared &s, u32 bas
 
 // Gives whether rows are left anywhere but at home.
 __device__ __forceinline__ bool run_rounds(const Args &args, const Shared &s, Block &b, u32 first_row, u32 rows) {
+#pragma unroll 1
     for (u32 round = 0; round < ROUNDS; ++round) {
         u32 most = b.most[round];
         if (most == 0) return false;
         bool any = false;
+#pragma unroll 1
         for (u32 base = warp() * WARP; base < rows; base += blockDim.x)
             any |= bid(args, s, first_row, base, rows, round, most);
         // Nobody bids: nothing would change. Blocks of a cluster stay in step instead.
-        if (!__syncthreads_or(any) && blocks() == 1) return true;
+        if (!__syncthreads_or(any) && !CLUSTERED) return true;
         close_round(args, s, b, up(rows, WARP), round);
         __syncthreads();
+#pragma unroll 1
         for (u32 base = warp() * WARP; base < rows; base += blockDim.x) grant(args, s, base, rows);
         __syncwarp();
     }
@@ -117,6 +125,7 @@ __device__ __forceinline__ bool run_rounds(const Args &args, const Shared &s, Bl
 
 // The rank of the token that is number `place` among those that found no room at home.
 __device__ __forceinline__ u32 leftover(const Args &args, const Shared &s, u32 place) {
+#pragma unroll 1
     for (u32 rank = 0; rank < args.ranks; ++rank) {
         u32 left = rank == args.rank ? 0 : s.left[rank];
         if (place < left) return rank;
@@ -130,6 +139,7 @@ __device__ __forceinline__ void number_pending(const Shared &s, Block &b, u32 ro
     u32 columns = up(rows, WARP);
     u16 *pending = s.table;
     __syncthreads();
+#pragma unroll 1
     for (u32 base = warp() * WARP; base < rows; base += blockDim.x) {
         u32 row = base + lane();
         u32 votes = __ballot_sync(ALL, row < rows && s.given[row] == PENDING);
@@ -138,6 +148,7 @@ __device__ __forceinline__ void number_pending(const Shared &s, Block &b, u32 ro
     __syncthreads();
     if (warp() == 0) {
         u32 sum = 0;
+#pragma unroll 1
         for (u32 first = 0; first < columns; first += WARP) {
             u32 own = first + lane() < columns ? pending[first + lane()] : 0;
             u32 until = sum + warp_prefix(own);
@@ -149,6 +160,7 @@ __device__ __forceinline__ void number_pending(const Shared &s, Block &b, u32 ro
     sync_blocks();
     if (threadIdx.x == 0) {
         u32 before = 0;
+#pragma unroll 1
         for (u32 other = 0; other < block(); ++other) before += read_block(&b.pending, other);
         b.pending_before = before;
     }
@@ -159,6 +171,7 @@ __device__ __forceinline__ void number_pending(const Shared &s, Block &b, u32 ro
 // If `anywhere` is false rows are left at home alone, as many as such tokens.
 __device__ __forceinline__ void place_rest(const Args &args, const Shared &s, Block &b, u32 first_row, u32 rows, bool anywhere) {
     if (anywhere) number_pending(s, b, rows);
+#pragma unroll 1
     for (u32 base = warp() * WARP; base < rows; base += blockDim.x) {
         u32 row = base + lane();
         u16 state = row < rows ? s.given[row] : NOBODY;

@@ -2,7 +2,7 @@
 // belongs: nothing else is published through it, every access is relaxed, and there is no fence. Partner of
 // each: the planner's relaxed loads and stores (waterfill-board's word.rs).
 
-constexpr u32 BREAK_AFTER = 2;
+static constexpr u32 BREAK_AFTER = 2;
 
 __device__ __forceinline__ u64 load_word(const u64 *word) {
     u64 value;
@@ -31,6 +31,7 @@ __device__ __forceinline__ void post(const Args &args, const Shared &s, u32 toke
     u64 *words = in_slot(args, args.counts_at, sequence);
     const u32 *counts = args.posts_experts ? s.counts : s.loads;
     u32 posted = 1 + args.ranks + (args.posts_experts ? args.experts : args.ranks);
+#pragma unroll 1
     for (u32 i = threadIdx.x; i < posted; i += blockDim.x) {
         u32 value = i == 0 ? tokens : i <= args.ranks ? s.visits[i - 1] : counts[i - 1 - args.ranks];
         store_word(words + i, sequence, value);
@@ -41,6 +42,7 @@ __device__ __forceinline__ void post(const Args &args, const Shared &s, u32 toke
 __device__ __forceinline__ bool take(const Args &args, const Shared &s, u32 sequence, u64 *sum) {
     const u64 *words = in_slot(args, args.quotas_at, sequence);
     u64 mine = 0;
+#pragma unroll 1
     for (u32 first = 0; first < args.ranks; first += WARP) {
         u32 i = first + lane();
         u64 word = i < args.ranks ? load_word(words + i) : (u64)sequence << 32;

@@ -1,11 +1,12 @@
 // Ids to ranks, routed ids out, and this block's counts.
 
 __device__ __forceinline__ void clear(u32 *words, u32 count) {
+#pragma unroll 1
     for (u32 i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
 }
 
 // Slots that a thread has in flight at once: of memory's latency, one is paid a batch.
-constexpr u32 BATCH = TOP_K < 8 ? TOP_K : 8;
+static constexpr u32 BATCH = TOP_K < 8 ? TOP_K : 8;
 
 // A thread's part of `BATCH * blockDim.x` slots from `base` on, side by side with its neighbours'.
 struct Slots {
@@ -19,8 +20,12 @@ __device__ __forceinline__ Slots load_slots(const Args &args, u32 first, u32 row
     for (u32 j = 0; j < BATCH; ++j) {
         u32 i = base + j * blockDim.x + threadIdx.x;
         u64 at = (u64)first * TOP_K + i;
-        slots.ids[j] = i < rows * TOP_K ? args.ids[at] : (ID)-1;
-        slots.weights[j] = i < rows * TOP_K ? args.weights[at] : (WEIGHT)0;
+        slots.ids[j] = -1;
+        slots.weights[j] = 0;
+        if (i < rows * TOP_K) {
+            slots.ids[j] = args.ids[at];
+            slots.weights[j] = args.weights[at];
+        }
     }
     return slots;
 }
@@ -51,6 +56,7 @@ __device__ __forceinline__ void add_visits_by_ballot(const Args &args, const Sha
 #pragma unroll
     for (u32 k = 0; k < TOP_K; ++k)
         if (here && slots[k] != NO_RANK) visited |= 1u << slots[k];
+#pragma unroll 1
     for (u32 rank = 0; rank < args.ranks; ++rank) {
         u32 count = __popc(__ballot_sync(ALL, visited >> rank & 1));
         if (lane() == rank) mine = count;
@@ -72,6 +78,7 @@ __device__ __forceinline__ void add_visits(const Shared &s, const u16 *slots, bo
 
 // Visits and tokens of this block; every token is pending from here on.
 __device__ __forceinline__ void count_tokens(const Args &args, const Shared &s, Block &b, u32 rows) {
+#pragma unroll 1
     for (u32 base = warp() * WARP; base < rows; base += blockDim.x) {
         u32 row = base + lane();
         bool here = row < rows;
@@ -91,15 +98,19 @@ __device__ __forceinline__ void count_tokens(const Args &args, const Shared &s, 
 __device__ __forceinline__ void add_loads(const Args &args, const Shared &s) {
     u32 each = args.experts_per_rank;
     if (each < 8) {
+#pragma unroll 1
         for (u32 rank = threadIdx.x; rank < args.ranks; rank += blockDim.x) {
             u32 sum = 0;
+#pragma unroll 1
             for (u32 i = 0; i < each; ++i) sum += s.counts[rank * each + i];
             s.loads[rank] = sum;
         }
         return;
     }
+#pragma unroll 1
     for (u32 rank = warp(); rank < args.ranks; rank += warps()) {
         u32 sum = 0;
+#pragma unroll 1
         for (u32 i = lane(); i < each; i += WARP) sum += s.counts[rank * each + i];
         sum = warp_sum(sum);
         if (lane() == 0) s.loads[rank] = sum;

@@ -5,6 +5,7 @@ __device__ __forceinline__ void gather(const Args &args, const Shared &s, Block 
     sync_blocks();
     u32 words = args.experts + 2 * args.ranks;
     if (block() == 0) {
+#pragma unroll 1
         for (u32 i = threadIdx.x; i < words; i += blockDim.x) {
             u32 j = i - args.experts;
             u32 *word = i < args.experts ? s.counts + i : s.loads + j;
@@ -22,6 +23,7 @@ __device__ __forceinline__ void get_quotas(const Args &args, const Shared &s, Bl
         outcome = wait(args, s, b.tokens, b.sequence, b.failures);
     } else {
         u64 sum = 0;
+#pragma unroll 1
         for (u32 i = lane(); i < args.ranks; i += WARP) {
             s.left[i] = args.quotas[i];
             sum += s.left[i];
@@ -40,6 +42,7 @@ __device__ __forceinline__ void get_quotas(const Args &args, const Shared &s, Bl
 __device__ __forceinline__ void open_quotas(const Args &args, const Shared &s, Block &b) {
     sync_blocks();
     const u32 *quotas = read_block(&b.live, 0) ? s.left : s.own;
+#pragma unroll 1
     for (u32 first = warp() * WARP; first < args.ranks; first += blockDim.x) {
         u32 rank = first + lane();
         u32 quota = rank < args.ranks ? read_block(quotas + rank, 0) : 0;
@@ -72,6 +75,7 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     if (args.unpadded) unpadded = (u32)(*args.unpadded < 0 ? 0 : *args.unpadded);
     __syncthreads();
 
+#pragma unroll 1
     for (u32 base = 0; base < rows * TOP_K; base += BATCH * blockDim.x) {
         if (base > 0) slots = load_slots(args, first, rows, base);
         take_slots(args, s, first, rows, unpadded, slots, base);
@@ -79,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     __syncthreads();
     count_tokens(args, s, b, rows);
     add_loads(args, s);
-    if (blocks() > 1) gather(args, s, b);
+    if (CLUSTERED) gather(args, s, b);
     else __syncthreads();
 
     if (block() == 0 && args.mode == LIVE) post(args, s, b.tokens, b.sequence);
@@ -90,5 +94,5 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     bool anywhere = run_rounds(args, s, b, first, rows);
     place_rest(args, s, b, first, rows, anywhere);
     // Nobody leaves while its shared memory is read.
-    if (blocks() > 1) sync_blocks();
+    if (CLUSTERED) sync_blocks();
 }

@@ -1,77 +1,82 @@
 // The plan from own counts, by one warp: waterfill_core's own.rs for CostModel::Rows, number by number.
-// A lane has up to EACH entries in registers; entry i, of lane i % 32, is rank (source + i) % ranks.
+// Entry i, of lane i % 32, is rank (source + i) % ranks: in a register if there are no more than 32 ranks.
 // A source has at most 2^20 rows (src/shape.rs), so their routed rows, and 1024 ranks' rooms, fit 32 bits.
 
-constexpr u32 HALF_TRUSTED = 48;
-constexpr u32 LEAST_TRUST = 3 * 1024 / 10;
+static constexpr u32 HALF_TRUSTED = 48;
+static constexpr u32 LEAST_TRUST = 3 * 1024 / 10;
+
+struct InRegister {
+    u32 value;
+    __device__ __forceinline__ u32 &operator[](u32) { return value; }
+    static __device__ __forceinline__ u32 chunks(const Args &) { return 1; }
+};
+
+struct InShared {
+    u32 *words;
+    __device__ __forceinline__ u32 &operator[](u32 i) { return words[i]; }
+    static __device__ __forceinline__ u32 chunks(const Args &args) { return up(args.ranks, WARP); }
+};
+
+// Call `visit(i)` for this lane's entries.
+template <typename Entries, typename Visit>
+__device__ __forceinline__ void for_each(const Args &args, Visit visit) {
+#pragma unroll 1
+    for (u32 chunk = 0; chunk < Entries::chunks(args); ++chunk) {
+        u32 i = chunk * WARP + lane();
+        if (i < args.ranks) visit(i);
+    }
+}
 
 __device__ __forceinline__ u32 rank_at(const Args &args, u32 i) {
     u32 rank = args.rank + i;
     return rank < args.ranks ? rank : rank - args.ranks;
 }
 
-template <u32 EACH>
-struct Entries {
-    u32 value[EACH];
-
-    __device__ __forceinline__ u32 sum() const {
-        u32 sum = 0;
-#pragma unroll
-        for (u32 j = 0; j < EACH; ++j) sum += value[j];
-        return warp_sum(sum);
-    }
-};
-
-// Entry j of this lane is one of the ranks.
-__device__ __forceinline__ bool here(const Args &args, u32 j) { return j * WARP + lane() < args.ranks; }
-
-// Loads as far as own counts tell them, shrunk towards their mean.
-template <u32 EACH>
-__device__ __forceinline__ Entries<EACH> estimate(const Args &args, const Shared &s) {
-    Entries<EACH> loads;
-#pragma unroll
-    for (u32 j = 0; j < EACH; ++j) loads.value[j] = here(args, j) ? s.loads[rank_at(args, j * WARP + lane())] : 0;
-    u32 mean = loads.sum() / args.ranks;
+// Loads as far as own counts tell them, shrunk towards their mean; gives their sum.
+template <typename Entries>
+__device__ __forceinline__ u32 estimate(const Args &args, const Shared &s, Entries &bases) {
+    u32 sum = 0;
+    for_each<Entries>(args, [&](u32 i) {
+        bases[i] = s.loads[rank_at(args, i)];
+        sum += bases[i];
+    });
+    u32 mean = warp_sum(sum) / args.ranks;
     // floor(1024 mean / (mean + HALF_TRUSTED)), in 32 bits.
     u32 trust = at_least(1024 - up(1024 * HALF_TRUSTED, mean + HALF_TRUSTED), LEAST_TRUST);
-#pragma unroll
-    for (u32 j = 0; j < EACH; ++j) {
-        u32 load = loads.value[j], apart = load < mean ? mean - load : load - mean;
+    sum = 0;
+    for_each<Entries>(args, [&](u32 i) {
+        u32 load = bases[i], apart = load < mean ? mean - load : load - mean;
         u32 part = (u32)(((u64)apart * trust + 512) >> 10);
-        loads.value[j] = load < mean ? mean - part : mean + part;
-        if (!here(args, j)) loads.value[j] = 0;
-    }
-    return loads;
+        bases[i] = load < mean ? mean - part : mean + part;
+        sum += bases[i];
+    });
+    return warp_sum(sum);
 }
 
-// The smallest level with room for `tokens` rows, at least one. The ranks up to a base need a level of their own
-// for themselves; the least of these is the level. One entry a lane.
-__device__ __forceinline__ u32 level_of(const Args &args, const Entries<1> &bases, u32 tokens) {
-    u32 mine = bases.value[0], below = 0, under = 0;
+// The smallest level with room for `tokens` rows, at least one. The ranks up to a base need a level by
+// themselves; the least of these is the level.
+__device__ __forceinline__ u32 level_of(const Args &args, InRegister &bases, u32 tokens, u32) {
+    u32 mine = bases.value, below = 0, under = 0;
+#pragma unroll 1
     for (u32 i = 0; i < args.ranks; ++i) {
         u32 base = __shfl_sync(ALL, mine, i);
-        if (base <= mine) {
-            below += 1;
-            under += base;
-        }
+        below += base <= mine;
+        under += base <= mine ? base : 0;
     }
-    u32 level = here(args, 0) ? up(tokens + under, below) : ALL;
+    u32 level = lane() < args.ranks ? up(tokens + under, below) : ALL;
     return ~warp_max(~level);
 }
 
 // The same by Newton's method from above, for more ranks.
-template <u32 EACH>
-__device__ __forceinline__ u32 level_of(const Args &args, const Entries<EACH> &bases, u32 tokens) {
-    u32 level = up(tokens + bases.sum(), args.ranks);
+__device__ __forceinline__ u32 level_of(const Args &args, InShared &bases, u32 tokens, u32 sum) {
+    u32 level = up(tokens + sum, args.ranks);
     while (true) {
         u32 below = 0, under = 0;
-#pragma unroll
-        for (u32 j = 0; j < EACH; ++j) {
-            if (here(args, j) && bases.value[j] < level) {
-                below += 1;
-                under += bases.value[j];
-            }
-        }
+        for_each<InShared>(args, [&](u32 i) {
+            u32 base = bases[i];
+            below += base < level;
+            under += base < level ? base : 0;
+        });
         u32 next = up(tokens + warp_sum(under), warp_sum(below));
         if (next == level) return level;
         level = next;
@@ -87,19 +92,20 @@ __device__ __forceinline__ u32 share(u64 fits, u64 before, u32 total) {
     return (u32)((product - 1) / total) + 1;
 }
 
-// Add rows to `own` in proportion to the capacities; gives how many fitted.
-template <u32 EACH>
-__device__ __forceinline__ u32 spread(u32 rows, const Entries<EACH> &capacities, Entries<EACH> &own) {
-    u32 total = capacities.sum();
-    u32 fits = at_most(rows, total);
+// Add rows to `own` in proportion to `capacity(i)`, 0 past the last rank; gives how many fitted.
+template <typename Entries, typename Capacity>
+__device__ __forceinline__ u32 spread(const Args &args, u32 rows, Capacity capacity, Entries &own) {
+    u32 sum = 0;
+    for_each<Entries>(args, [&](u32 i) { sum += capacity(i); });
+    u32 total = warp_sum(sum), fits = at_most(rows, total);
     if (fits == 0) return 0;
     u32 before = 0, given = 0;
-#pragma unroll
-    for (u32 j = 0; j < EACH; ++j) {
-        u32 until = before + warp_prefix(capacities.value[j]);
-        u32 shared = share(fits, until, total);
-        u32 previous = __shfl_up_sync(ALL, shared, 1);
-        own.value[j] += shared - (lane() == 0 ? given : previous);
+#pragma unroll 1
+    for (u32 chunk = 0; chunk < Entries::chunks(args); ++chunk) {
+        u32 i = chunk * WARP + lane();
+        u32 until = before + warp_prefix(i < args.ranks ? capacity(i) : 0);
+        u32 shared = share(fits, until, total), previous = __shfl_up_sync(ALL, shared, 1);
+        if (i < args.ranks) own[i] += shared - (lane() == 0 ? given : previous);
         before = __shfl_sync(ALL, until, WARP - 1);
         given = __shfl_sync(ALL, shared, WARP - 1);
     }
@@ -107,42 +113,36 @@ __device__ __forceinline__ u32 spread(u32 rows, const Entries<EACH> &capacities,
 }
 
 // Write own quotas: own rank first, then visited ranks, then any.
-template <u32 EACH>
-__device__ __forceinline__ void plan_entries(const Args &args, const Shared &s, u32 tokens) {
-    Entries<EACH> bases = estimate<EACH>(args, s), room, capacities, own;
-    u32 top = tokens == 0 ? 0 : level_of(args, bases, tokens);
-#pragma unroll
-    for (u32 j = 0; j < EACH; ++j) top = at_least(top, bases.value[j]);
+template <typename Entries>
+__device__ __forceinline__ void plan_entries(const Args &args, const Shared &s, u32 tokens, Entries bases, Entries room,
+                                             Entries own) {
+    u32 sum = estimate(args, s, bases);
+    u32 top = tokens == 0 ? 0 : level_of(args, bases, tokens, sum);
+    for_each<Entries>(args, [&](u32 i) { top = at_least(top, bases[i]); });
     top = warp_max(top);
-#pragma unroll
-    for (u32 j = 0; j < EACH; ++j) {
-        room.value[j] = here(args, j) ? at_most(top - bases.value[j], tokens) : 0;
-        own.value[j] = 0;
-    }
-    // Entry 0 is home.
-    u32 home = __shfl_sync(ALL, room.value[0], 0), left = tokens - home;
-    if (lane() == 0) {
-        own.value[0] = home;
-        room.value[0] = 0;
-    }
-#pragma unroll
-    for (u32 j = 0; j < EACH; ++j)
-        capacities.value[j] =
-            here(args, j) ? at_most(room.value[j], s.visits[rank_at(args, j * WARP + lane())]) : 0;
-    left -= spread(left, capacities, own);
+    u32 home = 0;
+    for_each<Entries>(args, [&](u32 i) {
+        room[i] = at_most(top - bases[i], tokens);
+        own[i] = 0;
+        // Entry 0 is home.
+        if (i == 0) {
+            own[i] = home = room[i];
+            room[i] = 0;
+        }
+    });
+    u32 left = tokens - __shfl_sync(ALL, home, 0);
+    left -= spread(args, left, [&](u32 i) { return at_most(room[i], s.visits[rank_at(args, i)]); }, own);
     if (left > 0) {
-#pragma unroll
-        for (u32 j = 0; j < EACH; ++j)
-            if (j * WARP + lane() > 0) room.value[j] -= own.value[j];
-        spread(left, room, own);
+        for_each<Entries>(args, [&](u32 i) { room[i] -= i > 0 ? own[i] : 0; });
+        spread(args, left, [&](u32 i) { return room[i]; }, own);
     }
-#pragma unroll
-    for (u32 j = 0; j < EACH; ++j)
-        if (here(args, j)) s.own[rank_at(args, j * WARP + lane())] = own.value[j];
+    for_each<Entries>(args, [&](u32 i) { s.own[rank_at(args, i)] = own[i]; });
 }
 
-__device__ void plan_own(const Args &args, const Shared &s, u32 tokens) {
-    if (args.ranks <= WARP) plan_entries<1>(args, s, tokens);
-    else if (args.ranks <= 5 * WARP) plan_entries<5>(args, s, tokens);
-    else plan_entries<32>(args, s, tokens);
+__device__ __forceinline__ void plan_own(const Args &args, const Shared &s, u32 tokens) {
+    if (args.ranks <= WARP)
+        plan_entries(args, s, tokens, InRegister{0}, InRegister{0}, InRegister{0});
+    else
+        // These are not used before the rounds.
+        plan_entries(args, s, tokens, InShared{s.allowed}, InShared{s.totals}, InShared{s.totals + args.ranks});
 }

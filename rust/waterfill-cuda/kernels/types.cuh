@@ -1,17 +1,17 @@
-// Compile-time: TOP_K, ID (int or long long), WEIGHT (unsigned or unsigned short: bits are copied, never
+// Compile-time: CLUSTERED (0: one block), TOP_K, ID (int or long long), WEIGHT (unsigned or unsigned short: bits are copied, never
 // computed with), ROUNDS, LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::rounds).
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr u32 WARP = 32;
-constexpr u32 ALL = 0xffffffffu;
+static constexpr u32 WARP = 32;
+static constexpr u32 ALL = 0xffffffffu;
 // A slot without an expert. Ranks are below 1024.
-constexpr u16 NO_RANK = 0xffff;
+static constexpr u16 NO_RANK = 0xffff;
 // States of a token that are neither a rank nor a bid (assign.cuh): without a rank yet; no token, but padding.
-constexpr u16 PENDING = 0x7ffe;
-constexpr u16 NOBODY = 0x7fff;
+static constexpr u16 PENDING = 0x7ffe;
+static constexpr u16 NOBODY = 0x7fff;
 
 enum Mode : u32 { OWN = 0, LIVE = 1, GIVEN = 2 };
 enum Outcome : u32 { TALLY_LIVE = 0, TALLY_TIMED_OUT = 1, TALLY_BROKEN = 2, TALLY_TORN = 3 };
@@ -54,7 +54,7 @@ struct Shared {
     u32 *own;        // [ranks] quotas from own counts
     u32 *left;       // [ranks] rows of each quota still to be met
     u32 *allowed;    // [ranks] how many of this block's bids are granted
-    u32 *totals[2];  // [ranks] this block's bids, by parity of the round
+    u32 *totals;     // [2, ranks] this block's bids, by parity of the round
     u16 *slots;      // [rows_per_block, TOP_K] the rank of each slot
     u16 *given;      // [rows_per_block] the state of each token, see assign.cuh
     u16 *table;      // [ranks, table_stride] bids by destination and warp's rows
@@ -71,17 +71,18 @@ struct Block {
     u32 failures;           // As of its start, see State.
 };
 
-constexpr u32 RANK_ARRAYS = 7;
-
+// Pointers by offsets from the one base, each by itself: so that the compiler knows them to be shared memory.
 __device__ __forceinline__ Shared shared_arrays(const Args &args) {
     extern __shared__ __align__(16) u8 memory[];
+    u32 *ranks = (u32 *)(memory + args.ranks_bytes);
     Shared s;
     s.counts = (u32 *)(memory + args.counts_bytes);
-    u32 *ranks = (u32 *)(memory + args.ranks_bytes);
-    u32 **arrays[RANK_ARRAYS] = {&s.loads,   &s.visits,    &s.own,      &s.left,
-                                 &s.allowed, &s.totals[0], &s.totals[1]};
-#pragma unroll
-    for (u32 i = 0; i < RANK_ARRAYS; ++i) *arrays[i] = ranks + i * args.ranks;
+    s.loads = ranks;
+    s.visits = ranks + args.ranks;
+    s.own = ranks + 2 * args.ranks;
+    s.left = ranks + 3 * args.ranks;
+    s.allowed = ranks + 4 * args.ranks;
+    s.totals = ranks + 5 * args.ranks;
     s.slots = (u16 *)(memory + args.slots_bytes);
     s.given = (u16 *)(memory + args.given_bytes);
     s.table = (u16 *)(memory + args.table_bytes);

@@ -26,9 +26,9 @@ pub const FILES: [&str; 7] = [
     include_str!("../kernels/expand.cu"),
 ];
 
-/// The source of a shape's kernel: its compile-time values, then the files.
+/// The source of a shape's kernel for one block or a cluster of them: its compile-time values, then the files.
 #[must_use]
-pub fn source(shape: &Shape) -> String {
+pub fn source(shape: &Shape, clustered: bool) -> String {
     let id = match shape.id {
         IdType::I32 => "int",
         IdType::I64 => "long long",
@@ -39,6 +39,7 @@ pub fn source(shape: &Shape) -> String {
     };
     let (steps, more) = (rounds::STEPS, rounds::ROUND_STEPS);
     let values = [
+        ("CLUSTERED", u32::from(clustered).to_string()),
         ("TOP_K", format!("{}u", shape.top_k)),
         ("ID", id.into()),
         ("WEIGHT", weight.into()),
@@ -73,12 +74,13 @@ impl Compiler {
         Ok(Self { version, cache: cache.map(Path::to_path_buf) })
     }
 
-    /// The machine code of a shape's kernel for an architecture, `major * 10 + minor`.
+    /// The machine code of a shape's kernel, for one block or a cluster of them (from 90 on), for an
+    /// architecture, `major * 10 + minor`.
     ///
     /// # Errors
     /// The compiler's, with its log. A cache that cannot be read or written is done without.
-    pub fn compile(&self, shape: &Shape, architecture: u32) -> Result<Vec<u8>> {
-        let source = source(shape);
+    pub fn compile(&self, shape: &Shape, clustered: bool, architecture: u32) -> Result<Vec<u8>> {
+        let source = source(shape, clustered);
         let options = [format!("--gpu-architecture=sm_{architecture}"), "--std=c++17".into()];
         let file = self.cache.as_ref().map(|folder| folder.join(self.name(&source, &options)));
         if let Some(code) = file.as_ref().and_then(|file| fs::read(file).ok()) {
@@ -93,10 +95,10 @@ impl Compiler {
     }
 
     /// Forget what `compile` keeps for it, for a file that the driver refuses.
-    pub(crate) fn forget(&self, shape: &Shape, architecture: u32) {
+    pub(crate) fn forget(&self, shape: &Shape, clustered: bool, architecture: u32) {
         let options = [format!("--gpu-architecture=sm_{architecture}"), "--std=c++17".into()];
         if let Some(folder) = &self.cache {
-            let _ = fs::remove_file(folder.join(self.name(&source(shape), &options)));
+            let _ = fs::remove_file(folder.join(self.name(&source(shape, clustered), &options)));
         }
     }
 

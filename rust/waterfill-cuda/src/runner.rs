@@ -11,7 +11,7 @@ use crate::driver::{
     Current, Device, Kernel, Launch, OwnStream, Registered, Relaxed, Slot, Stream,
 };
 use crate::error::{Error, Result};
-use crate::shape::{IdType, Shape, WeightType};
+use crate::shape::{Geometry, IdType, Shape, WeightType};
 
 /// Sizes of clusters to try, largest first; more than 8 blocks only some devices can.
 const CLUSTERS: [usize; 2] = [16, 8];
@@ -27,12 +27,19 @@ pub struct Runner {
     board: Option<Arc<Registered>>,
     state: Slot<State>,
     kernel: Kernel,
+    /// For calls of more rows than one block takes, where the device has clusters.
+    cluster: Option<Cluster>,
     device: Device,
     shape: Shape,
-    most_blocks: usize,
     shared: usize,
     /// What every call has in common.
     args: Args,
+}
+
+#[derive(Debug)]
+struct Cluster {
+    kernel: Kernel,
+    most_blocks: usize,
 }
 
 /// A board's words in this process's memory.
@@ -113,13 +120,13 @@ impl Runner {
         let relaxed = Relaxed::new()?;
         let architecture = device.architecture()?;
         let shared = device.shared_memory()?.saturating_sub(STATIC_SHARED);
-        let kernel = load(compiler, &shape, architecture, shared)?;
-        let most_blocks = largest_cluster(&kernel, architecture, shared);
+        let kernel = load(compiler, &shape, false, architecture, shared)?;
+        let cluster = cluster(compiler, &shape, architecture, shared)?;
         let stream = OwnStream::new()?;
         let state = Slot::new(stream.0)?;
         let args = common_args(&shape, rank, state.address());
         drop((relaxed, current));
-        let runner = Self { board: None, state, kernel, device, shape, most_blocks, shared, args };
+        let runner = Self { board: None, state, kernel, cluster, device, shape, shared, args };
         runner.warm(&stream)?;
         Ok(runner)
     }
@@ -160,7 +167,7 @@ impl Runner {
     /// The most rows that a call may have.
     #[must_use]
     pub fn max_rows(&self) -> usize {
-        let fits = |rows: &usize| self.shape.cut(*rows, self.most_blocks, self.shared).is_ok();
+        let fits = |rows: &usize| self.shape.cut(*rows, self.most_blocks(), self.shared).is_ok();
         // Fewer rows never take more memory.
         let (mut least, mut most) = (0, 1 << 20);
         while least < most {
@@ -190,7 +197,7 @@ impl Runner {
     /// # Safety
     /// As [`launch`](Self::launch).
     unsafe fn launch_on(&self, _: &Current, call: &Call, stream: Stream) -> Result<()> {
-        let cut = self.shape.cut(call.rows, self.most_blocks, self.shared)?;
+        let cut = self.shape.cut(call.rows, self.most_blocks(), self.shared)?;
         let mut args = Args {
             ids: call.ids,
             weights: call.weights,
@@ -198,14 +205,8 @@ impl Runner {
             out_weights: call.out_weights,
             unpadded: call.unpadded,
             rows: call.rows as u32,
-            rows_per_block: cut.rows_per_block as u32,
             shared_weight: weight_bits(self.shape.weight, call.shared_weight),
-            ranks_bytes: cut.ranks_at as u32,
-            slots_bytes: cut.slots_at as u32,
-            given_bytes: cut.given_at as u32,
-            table_bytes: cut.table_at as u32,
-            table_stride: cut.table_stride as u32,
-            ..self.args
+            ..with_cut(self.args, &cut)
         };
         match call.quotas {
             Quotas::Own => args.mode = OWN,
@@ -223,7 +224,15 @@ impl Runner {
         let launch = Launch { blocks: cut.blocks, threads: cut.threads, shared: cut.shared };
         // SAFETY: the kernel's parameter is `Args`; its addresses are the caller's promise, or live with
         // this runner, and the board's layout is that of the board's own crate.
-        unsafe { self.kernel.launch(launch, stream, &args) }
+        unsafe { self.kernel_for(cut.blocks).launch(launch, stream, &args) }
+    }
+
+    fn most_blocks(&self) -> usize {
+        self.cluster.as_ref().map_or(1, |cluster| cluster.most_blocks)
+    }
+
+    fn kernel_for(&self, blocks: usize) -> &Kernel {
+        self.cluster.as_ref().filter(|_| blocks > 1).map_or(&self.kernel, |cluster| &cluster.kernel)
     }
 
     /// How the calls on `stream` so far ended; waits for them. Not while a graph is captured.
@@ -241,48 +250,66 @@ impl Runner {
         Ok(Tally { live, timed_out, broken, torn })
     }
 
-    /// One empty call of each kind of launch: whatever the driver does lazily, it does now.
+    /// One empty launch of each kernel: whatever the driver does lazily, it does now.
     fn warm(&self, stream: &OwnStream) -> Result<()> {
-        let current = self.device.current()?;
+        let _current = self.device.current()?;
         let _relaxed = Relaxed::new()?;
-        let (ids, weights, out_ids, out_weights, unpadded) = (0, 0, 0, 0, 0);
-        let quotas = Quotas::Own;
-        let call = Call {
-            ids,
-            weights,
-            out_ids,
-            out_weights,
-            rows: 0,
-            shared_weight: 0.0,
-            unpadded,
-            quotas,
-        };
-        // SAFETY: no rows, so no address is read or written.
-        unsafe { self.launch_on(&current, &call, stream.0)? };
+        for blocks in [1, self.most_blocks()] {
+            let cut = self.shape.cut(0, 1, self.shared)?;
+            let launch = Launch { blocks, threads: cut.threads, shared: cut.shared };
+            let args = with_cut(self.args, &cut);
+            // SAFETY: the kernel's parameter is `Args`; there are no rows, so no address is read or written.
+            unsafe { self.kernel_for(blocks).launch(launch, stream.0, &args)? };
+        }
         stream.0.synchronize()
     }
 }
 
-/// The kernel, from the cache or from NVRTC; anew if the driver does not take what the cache had.
-fn load(compiler: &Compiler, shape: &Shape, architecture: u32, shared: usize) -> Result<Kernel> {
-    let code = compiler.compile(shape, architecture)?;
+fn with_cut(args: Args, cut: &Geometry) -> Args {
+    Args {
+        rows_per_block: cut.rows_per_block as u32,
+        ranks_bytes: cut.ranks_at as u32,
+        slots_bytes: cut.slots_at as u32,
+        given_bytes: cut.given_at as u32,
+        table_bytes: cut.table_at as u32,
+        table_stride: cut.table_stride as u32,
+        ..args
+    }
+}
+
+/// A kernel, from the cache or from NVRTC; anew if the driver does not take what the cache had.
+fn load(
+    compiler: &Compiler,
+    shape: &Shape,
+    clustered: bool,
+    architecture: u32,
+    shared: usize,
+) -> Result<Kernel> {
+    let code = compiler.compile(shape, clustered, architecture)?;
     Kernel::load(&code, shared).or_else(|_| {
-        compiler.forget(shape, architecture);
-        Kernel::load(&compiler.compile(shape, architecture)?, shared)
+        compiler.forget(shape, clustered, architecture);
+        Kernel::load(&compiler.compile(shape, clustered, architecture)?, shared)
     })
 }
 
-/// Blocks of the largest cluster that the device runs with all the shared memory they may take.
-fn largest_cluster(kernel: &Kernel, architecture: u32, shared: usize) -> usize {
+/// The kernel for clusters, and the largest that the device runs with all the shared memory they may take.
+fn cluster(
+    compiler: &Compiler,
+    shape: &Shape,
+    architecture: u32,
+    shared: usize,
+) -> Result<Option<Cluster>> {
     if architecture < WITH_CLUSTERS {
-        return 1;
+        return Ok(None);
     }
+    let kernel = load(compiler, shape, true, architecture, shared)?;
     // Refused where not supported; then the smaller size is found below.
     let _ = kernel.allow_large_clusters();
     let runs = |blocks: usize| {
         kernel.clusters(Launch { blocks, threads: 1024, shared }).is_ok_and(|clusters| clusters > 0)
     };
-    CLUSTERS.into_iter().find(|&blocks| runs(blocks)).unwrap_or(1)
+    let most_blocks = CLUSTERS.into_iter().find(|&blocks| runs(blocks));
+    Ok(most_blocks.map(|most_blocks| Cluster { kernel, most_blocks }))
 }
 
 fn common_args(shape: &Shape, rank: usize, state: u64) -> Args {

@@ -44,7 +44,7 @@ const BLOCK: usize = 1024;
 /// Fewest threads of a block: one warp waits for quotas while another plans.
 const LEAST_THREADS: usize = 128;
 const WARP: usize = 32;
-/// Arrays of a word a rank in shared memory, `RANK_ARRAYS` in the kernel.
+/// Arrays of a word a rank in shared memory, as `shared_arrays` in the kernel has them.
 const RANK_ARRAYS: usize = 7;
 
 /// One call's blocks and their shared memory, in bytes from its start.

@@ -31,14 +31,16 @@ fn every_variant_compiles() {
     let Some(compiler) = compiler(None) else { return };
     for id in [IdType::I32, IdType::I64] {
         for weight in [WeightType::F32, WeightType::Bf16] {
-            for top_k in [1, 6, 8, 32] {
-                let code = compiler.compile(&shape(top_k, id, weight), 90).unwrap();
+            for (top_k, clustered) in [(1, true), (6, false), (6, true), (8, true), (32, true)] {
+                let code = compiler.compile(&shape(top_k, id, weight), clustered, 90).unwrap();
                 assert!(code.starts_with(b"\x7fELF"), "{} bytes", code.len());
             }
         }
     }
     for architecture in ARCHITECTURES {
-        compiler.compile(&shape(6, IdType::I32, WeightType::F32), architecture).unwrap();
+        compiler
+            .compile(&shape(6, IdType::I32, WeightType::F32), architecture >= 90, architecture)
+            .unwrap();
     }
 }
 
@@ -47,13 +49,13 @@ fn what_was_compiled_is_found_again() {
     let folder = std::env::temp_dir().join(format!("waterfill-cuda-{}", std::process::id()));
     let Some(compiler) = compiler(Some(&folder)) else { return };
     let shape = shape(2, IdType::I32, WeightType::F32);
-    let code = compiler.compile(&shape, 90).unwrap();
+    let code = compiler.compile(&shape, false, 90).unwrap();
     let files: Vec<_> =
         std::fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path()).collect();
     assert_eq!(files.len(), 1, "{files:?}");
     // What is there is taken as it is.
     std::fs::write(&files[0], b"kept").unwrap();
-    assert_eq!(compiler.compile(&shape, 90).unwrap(), b"kept");
+    assert_eq!(compiler.compile(&shape, false, 90).unwrap(), b"kept");
     assert_ne!(code, b"kept");
     std::fs::remove_dir_all(folder).unwrap();
 }
@@ -61,6 +63,6 @@ fn what_was_compiled_is_found_again() {
 #[test]
 fn an_error_has_the_compilers_log() {
     let Some(compiler) = compiler(None) else { return };
-    let error = compiler.compile(&shape(6, IdType::I32, WeightType::F32), 1).unwrap_err();
+    let error = compiler.compile(&shape(6, IdType::I32, WeightType::F32), false, 1).unwrap_err();
     assert!(error.to_string().contains("gpu-architecture"), "{error}");
 }
