@@ -251,10 +251,12 @@ pub(crate) struct Slot<T> {
 }
 
 impl<T: Copy + Default> Slot<T> {
-    pub fn new(stream: Stream) -> Result<Self> {
+    pub fn new() -> Result<Self> {
         let slot =
             Self { address: ask!(cuMemAlloc_v2, size_of::<T>())?, of: std::marker::PhantomData };
-        call!(cuMemsetD8Async, slot.address, 0, size_of::<T>(), stream.0)?;
+        let stream = OwnStream::new()?;
+        call!(cuMemsetD8Async, slot.address, 0, size_of::<T>(), stream.0.0)?;
+        stream.0.synchronize()?;
         Ok(slot)
     }
 

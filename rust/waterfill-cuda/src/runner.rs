@@ -122,12 +122,11 @@ impl Runner {
         let shared = device.shared_memory()?.saturating_sub(STATIC_SHARED);
         let kernel = load(compiler, &shape, false, architecture, shared)?;
         let cluster = cluster(compiler, &shape, architecture, shared)?;
-        let stream = OwnStream::new()?;
-        let state = Slot::new(stream.0)?;
+        let state = Slot::new()?;
         let args = common_args(&shape, rank, state.address());
         drop((relaxed, current));
         let runner = Self { board: None, state, kernel, cluster, device, shape, shared, args };
-        runner.warm(&stream)?;
+        runner.warm()?;
         Ok(runner)
     }
 
@@ -251,9 +250,10 @@ impl Runner {
     }
 
     /// One empty launch of each kernel: whatever the driver does lazily, it does now.
-    fn warm(&self, stream: &OwnStream) -> Result<()> {
+    fn warm(&self) -> Result<()> {
         let _current = self.device.current()?;
         let _relaxed = Relaxed::new()?;
+        let stream = OwnStream::new()?;
         for blocks in [1, self.most_blocks()] {
             let cut = self.shape.cut(0, 1, self.shared)?;
             let launch = Launch { blocks, threads: cut.threads, shared: cut.shared };
