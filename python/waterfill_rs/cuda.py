@@ -176,7 +176,9 @@ class Expander:
             shape = tuple(unpadded.shape) if unpadded.numel() == 1 else (1,)
             self._refuse("num_token_non_padded", unpadded, torch.int32, shape)
 
-    def _refuse(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    def _refuse(
+        self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> None:
         if tensor.device != self.device:
             raise ValueError(f"{name} is on {tensor.device}: give a tensor on {self.device}")
         if tensor.dtype is not dtype:
