@@ -1,5 +1,7 @@
 //! Ranks as threads, the planner as another: every plan is the core's, and nobody waits for the gone.
-#![cfg(not(loom))]
+#![cfg(not(any(loom, shuttle)))]
+
+mod support;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,58 +11,11 @@ use std::time::{Duration, Instant};
 use waterfill_board::{
     BoardPlanner, Heap, Pace, PlannerThread, Port, Posted, Region, Sequence, Shape, Source,
 };
-use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed};
 
-const COST: CostModel = CostModel::Rows;
+use support::{Batch, COST, expected};
+
 const LONG: Duration = Duration::from_secs(20);
 const SHORT: Duration = Duration::from_millis(2);
-
-/// What a rank posts in a call, from a hash of both; some ranks are idle now and then.
-struct Batch {
-    tokens: u32,
-    visits: Vec<u32>,
-    counts: Vec<u32>,
-}
-
-impl Batch {
-    fn new(shape: Shape, rank: usize, call: u64) -> Self {
-        let mut state = ((rank as u64 + 1) * 0x9e37_79b9) ^ (call * 0x85eb_ca6b);
-        let mut draw = |below: u32| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99991);
-            (state >> 33) as u32 % below
-        };
-        let tokens = if draw(5) == 0 { 0 } else { draw(300) };
-        let visits = (0..shape.ranks).map(|_| draw(tokens + 1)).collect();
-        let most = tokens * 2 + 1;
-        Self { tokens, visits, counts: (0..shape.experts).map(|_| draw(most)).collect() }
-    }
-
-    fn posted(&self) -> Posted<'_> {
-        Posted { tokens: self.tokens, visits: &self.visits, counts: &self.counts }
-    }
-}
-
-/// The core's plan of a call.
-fn expected(shape: Shape, call: u64, rank: usize) -> Vec<u32> {
-    let placement = Placement::contiguous(shape.ranks, shape.experts).unwrap();
-    let batches: Vec<Batch> = (0..shape.ranks).map(|r| Batch::new(shape, r, call)).collect();
-    let routed: Vec<u32> =
-        (0..shape.experts).map(|e| batches.iter().map(|b| b.counts[e]).sum()).collect();
-    let tokens: Vec<u32> = batches.iter().map(|b| b.tokens).collect();
-    let visits: Vec<u32> = batches.iter().flat_map(|b| b.visits.clone()).collect();
-    let problem = Problem {
-        placement: &placement,
-        cost: &COST,
-        routed: Routed::PerExpert(&routed),
-        tokens: &tokens,
-        visits: Some(&visits),
-        eligible: None,
-    };
-    let (mut plan, mut quotas) = (Plan::new(), vec![0; shape.ranks]);
-    Planner::new().live(&problem, &mut plan).unwrap();
-    plan.quotas_of(rank, &mut quotas).unwrap();
-    quotas
-}
 
 fn start(shape: Shape, patience: Duration) -> (Arc<Heap>, PlannerThread) {
     let board = Arc::new(Heap::new(shape));

@@ -1,5 +1,5 @@
 //! Ranks as processes on a shared segment: exchanged, killed, stopped, refused, and nothing left behind.
-#![cfg(not(loom))]
+#![cfg(not(any(loom, shuttle)))]
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::{BufRead, BufReader};
