@@ -39,6 +39,10 @@ pub enum Source {
 const BREAK_AFTER: u32 = 2;
 
 /// A rank's end of the board. One a rank: it alone writes the rank's counts.
+///
+/// The child of a fork must not go on with it, because two processes would then write as one rank: the
+/// others' quotas would still add up, but to counts that nobody has. It is not checked here, where asking
+/// the system for the process would cost a good part of a round; whoever may be forked checks it.
 #[derive(Debug)]
 pub struct Port<R> {
     region: R,

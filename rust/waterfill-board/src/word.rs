@@ -30,9 +30,9 @@ impl Sequence {
         Self(self.0.wrapping_add(1).max(1))
     }
 
-    /// The call before; none before the first.
+    /// The call before. For the first it is the one before the wrap, which fresh memory does not hold.
     pub(crate) fn previous(self) -> Self {
-        Self(self.0.saturating_sub(1))
+        Self(if self.0 > 1 { self.0 - 1 } else { u32::MAX })
     }
 
     /// Whether it comes after `other`, for calls less than half the numbers apart.
@@ -82,6 +82,7 @@ mod tests {
     #[test]
     fn the_sequence_wraps_past_zero() {
         assert_eq!(Sequence(u32::MAX).next(), Sequence::FIRST);
+        assert_eq!(Sequence::FIRST.previous(), Sequence(u32::MAX));
         assert_eq!(Sequence::from_tag(0), None);
     }
 }

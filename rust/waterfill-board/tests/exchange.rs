@@ -133,6 +133,26 @@ fn calls_go_on_over_the_wrap_of_the_sequence() {
 }
 
 #[test]
+fn a_late_plan_closes_the_breaker_over_the_wrap_too() {
+    let shape = Shape::new(1, 1).unwrap();
+    let board = Arc::new(Heap::new(shape));
+    let last = Sequence::from_tag(u32::MAX).unwrap();
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
+    planner.resume_at(last);
+    let mut port = port(&board, shape, 0);
+    port.resume_after(Sequence::from_tag(u32::MAX - 3).unwrap());
+    let (posted, mut quotas) = (Posted { tokens: 1, visits: &[1], counts: &[1] }, [0]);
+    let sources = [0; 3].map(|_| port.exchange(posted, Duration::ZERO, &mut quotas).unwrap());
+    assert_eq!(sources, [Source::TimedOut, Source::TimedOut, Source::Broken]);
+    assert!(planner.poll(), "the plan of the last call before the wrap");
+    port.post(posted).unwrap();
+    let meanwhile = || {
+        planner.poll();
+    };
+    assert_eq!(port.finish_with(posted, LONG, &mut quotas, meanwhile).unwrap(), Source::Live);
+}
+
+#[test]
 fn whatever_stands_on_the_board_quotas_add_up_and_nobody_hangs() {
     let shape = Shape::new(2, 4).unwrap();
     let (board, planner) = start(shape, Duration::from_micros(50));

@@ -1,6 +1,8 @@
 //! What ranks post in a call, and the plan that must come of it.
 #![allow(dead_code, reason = "no test uses all of it")]
 
+pub mod process;
+
 use waterfill_board::{Posted, Shape};
 use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed};
 
