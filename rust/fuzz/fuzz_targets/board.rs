@@ -18,8 +18,7 @@ fuzz_target!(|data: &[u8]| {
     let mut ports =
         [0, 1].map(|rank| Port::new(Arc::clone(&board), shape, CostModel::Rows, rank).unwrap());
     for step in data.chunks_exact(8) {
-        let [what, place, tag, value @ ..] = *step else { continue };
-        let [a, b, c, d, _] = value;
+        let &[what, place, tag, a, b, c, d, _] = step else { continue };
         match what % 4 {
             // A word of the ring: the tags of the next few calls, any value.
             0 | 1 => {
