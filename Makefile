@@ -59,7 +59,7 @@ soak: ## the board's tests with their full counts; SOAK_SECONDS=120 for 8 proces
 	WATERFILL_SOAK=1 RUSTFLAGS="--cfg shuttle" cargo test --release --package waterfill-board --test shuttle --target-dir target/shuttle -- --nocapture
 tsan: ## the board's threads under ThreadSanitizer
 	TSAN_OPTIONS=suppressions=$(CURDIR)/rust/waterfill-board/tests/tsan.txt RUSTC_BOOTSTRAP=1 \
-	  RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" cargo test --release --package waterfill-board \
+	  RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" cargo test --package waterfill-board \
 	  --lib --test exchange --target $(TARGET) --target-dir target/tsan -- --skip between_processes
 target/tools/bin/cargo-fuzz:
 	cargo install cargo-fuzz --version 0.13.2 --locked --root target/tools --target-dir target/tools/build

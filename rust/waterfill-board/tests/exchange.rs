@@ -90,7 +90,7 @@ fn without_a_planner_two_caps_are_spent_and_own_counts_go_on() {
             source
         })
         .collect();
-    assert!(begun.elapsed() < SHORT * 20, "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < SHORT * 250, "{:?}", begun.elapsed());
     assert_eq!(sources[..2], [Source::TimedOut; 2]);
     assert!(sources[2..].iter().all(|&source| source == Source::Broken));
     assert_eq!((port.tally().timed_out, port.tally().broken), (2, 998));
