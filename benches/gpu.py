@@ -97,7 +97,9 @@ def own(all_ranks=OWN_RANKS, all_rows=OWN_ROWS) -> None:
 
 
 def live() -> None:
-    print("live, us a call in a graph: median of the ranks' medians, slowest rank's p99; own counts beside")
+    print(
+        "live, us a call in a graph: median of the ranks' medians, slowest rank's p99; own counts beside"
+    )
     for experts in (None, 256):
         for ranks in LIVE_RANKS:
             name, run = f"waterfill-bench-{os.getpid()}-{ranks}", secrets.randbits(120)

@@ -189,7 +189,7 @@ class Expander:
             raise ValueError(f"{name} has strides {tensor.stride()}: call .contiguous() first")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _expander(
     device: torch.device,
     physical_experts: int,

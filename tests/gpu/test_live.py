@@ -32,7 +32,12 @@ class Group:
         self.ranks = ranks
         self.expanders = [
             Expander(
-                "cuda", physical_experts=EXPERTS, ranks=ranks, rank=rank, top_k=TOP_K, board=self.board
+                "cuda",
+                physical_experts=EXPERTS,
+                ranks=ranks,
+                rank=rank,
+                top_k=TOP_K,
+                board=self.board,
             )
             for rank in range(ranks)
         ]
@@ -40,9 +45,7 @@ class Group:
         self.planner = self.plan() if planner else None
 
     def plan(self) -> _native.PlannerThread:
-        return _native.PlannerThread(
-            self.board, CostModel.rows(), patience_us=SECOND, pace="spin"
-        )
+        return _native.PlannerThread(self.board, CostModel.rows(), patience_us=SECOND, pace="spin")
 
     def step(self, batches, cap_us=SECOND):
         there = [(ids.cuda(), weights.cuda()) for ids, weights in batches]
@@ -100,7 +103,9 @@ def test_live_plans_are_the_planners(group):
         made = batches(seed, ranks)
         for rank, (out, quotas) in enumerate(zip(group.step(made), planned(made), strict=True)):
             where = dict(experts=EXPERTS, ranks=ranks, rank=rank)
-            assert same(out, on_cpu(*made[rank], quotas=quotas, **where)), f"seed {seed} rank {rank}"
+            assert same(out, on_cpu(*made[rank], quotas=quotas, **where)), (
+                f"seed {seed} rank {rank}"
+            )
     live = {"live": 40, "timed_out": 0, "broken": 0, "torn": 0}
     assert group.tallies() == [live] * ranks
 
