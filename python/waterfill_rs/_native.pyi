@@ -219,7 +219,9 @@ class Port:
 class GroupPlanner:
     """One rank's part in an exchange by a collective: all ranks' counts in, own quotas out."""
 
-    def __new__(cls, ranks: int, experts: int, rank: int, cost_model: CostModel) -> GroupPlanner: ...
+    def __new__(
+        cls, ranks: int, experts: int, rank: int, cost_model: CostModel
+    ) -> GroupPlanner: ...
     @property
     def words(self) -> int:
         """Integers that each rank contributes: tokens, visits ``[R]``, counts ``[P]``."""

@@ -116,7 +116,9 @@ def _expand_on_device(
     from waterfill_rs import cuda
 
     if exchange is not None:
-        raise ValueError("exchange with CUDA tensors: make a waterfill_rs.cuda.Expander with its board")
+        raise ValueError(
+            "exchange with CUDA tensors: make a waterfill_rs.cuda.Expander with its board"
+        )
     if quotas is not None and not isinstance(quotas, Tensor):
         quotas = torch.tensor(quotas, dtype=torch.int32, device=topk_ids.device)
     return cuda.expand_topk(
