@@ -51,6 +51,9 @@ lint: .venv/test .venv/lint .venv/native ## formatting, clippy, ruff, mypy, stub
 	$(BIN)/stubtest waterfill_rs._native
 soak: ## 1,000 rank processes killed, 10,000 stopped and continued
 	WATERFILL_SOAK=1 cargo test --release --package waterfill-board --test processes -- --nocapture
+gpu: wheel ## the wheel for a GPU machine, and what to run there
+	@echo "== on the GPU machine: pip install dist/*.whl pytest, then"
+	@echo "python -m pytest tests/gpu && python benches/gpu.py own && nvidia-cuda-mps-control -d && python benches/gpu.py live"
 bench: .venv/test .venv/native ## cargo bench, and the same work in numpy
 	cargo bench
 	$(BIN)/python benches/host.py
@@ -58,4 +61,4 @@ wheel: .venv/base ## build the wheel into dist
 	$(BIN)/maturin build --release --quiet --out dist
 clean: ## remove what was built
 	rm -rf .venv target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-python lint soak bench wheel clean
+.PHONY: help build run test test-rust test-python lint soak gpu bench wheel clean
