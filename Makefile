@@ -66,6 +66,9 @@ target/tools/bin/cargo-fuzz:
 fuzz: target/tools/bin/cargo-fuzz ## a segment's bytes, a board's words, plans against the optimum; FUZZ_SECONDS=60 each
 	for target in segment board plan; do RUSTC_BOOTSTRAP=1 PATH=$(CURDIR)/target/tools/bin:$$PATH \
 	  cargo fuzz run --fuzz-dir rust/fuzz $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -verbosity=0 -print_final_stats=1; done
+gpu: wheel ## the wheel for a GPU machine, and what to run there
+	@echo "== on the GPU machine: pip install dist/*.whl pytest, then"
+	@echo "python -m pytest tests/gpu && python benches/gpu.py own && nvidia-cuda-mps-control -d && python benches/gpu.py live"
 bench: .venv/test .venv/native ## cargo bench, and the same work in numpy
 	cargo bench
 	$(BIN)/python benches/host.py
@@ -73,4 +76,4 @@ wheel: .venv/base ## build the wheel into dist
 	$(BIN)/maturin build --release --quiet --out dist
 clean: ## remove what was built
 	rm -rf .venv target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-python lint test-models soak tsan fuzz bench wheel clean
+.PHONY: help build run test test-rust test-python lint test-models soak tsan fuzz gpu bench wheel clean

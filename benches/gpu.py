@@ -125,7 +125,7 @@ def live() -> None:
                 middle = statistics.median(float(line[0]) for line in live_us)
                 slowest = max(float(line[1]) for line in live_us)
                 alone = statistics.median(float(line[0]) for line in own_us)
-                tally = [" ".join(line[2:]) for line in live_us][0]
+                tally = " ".join(live_us[0][2:])
                 print(
                     f"R={ranks} {'per expert' if experts else 'per rank'} N={rows}: {middle:.2f}, p99 {slowest:.2f}; "
                     f"own {alone:.2f}; {tally}",

@@ -6,8 +6,8 @@ import functools
 
 import pytest
 import torch
-
 from batches import SHARED_WEIGHT, batch, on_cpu, random_quotas, same
+
 from waterfill_rs.cuda import Expander
 from waterfill_rs.torch import expand_topk
 

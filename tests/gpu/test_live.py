@@ -11,9 +11,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from batches import SHARED_WEIGHT, batch, on_cpu, same
 
 import waterfill_rs
-from batches import SHARED_WEIGHT, batch, on_cpu, same
 from waterfill_rs import CostModel, _native
 from waterfill_rs.cuda import Expander
 from waterfill_rs.torch import count
@@ -141,14 +141,14 @@ def test_foreign_bytes_change_nothing_but_the_balance(group):
     stop = threading.Event()
     random = np.random.default_rng(7)
 
-    def scribble() -> None:
+    def scribble(words: np.ndarray) -> None:
         while not stop.is_set():
             at = random.integers(16, len(words), 64)
             near = words[at] + random.integers(0, 3, 64).astype(np.uint64)
             wild = random.integers(0, 2**63, 64).astype(np.uint64)
             words[at] = np.where(random.random(64) < 0.5, near, wild)
 
-    writer = threading.Thread(target=scribble)
+    writer = threading.Thread(target=scribble, args=(words,))
     writer.start()
     try:
         for seed in range(1500):
@@ -158,8 +158,6 @@ def test_foreign_bytes_change_nothing_but_the_balance(group):
     finally:
         stop.set()
         writer.join()
-    del words
-    memory.close()
 
 
 def lawful(rank: int, made, ids, weights) -> None:
