@@ -42,6 +42,12 @@ test-rust: ## the core against its oracle, the board with processes killed, loom
 	$(PYTHON) benches/instructions.py
 test-python: .venv/test .venv/native ## the package, its wheel alone, and sglang
 	$(BIN)/python -m pytest -W ignore
+test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.post1 on; renews the tables of versions
+	@rm -f out/versions.json
+	WATERFILL_SGLANGS="$$($(BIN)/python tests/sglang/unpack_versions.py requirements/versions.txt .venv-versions)" \
+	WATERFILL_VERSIONS_REPORT=$(CURDIR)/out/versions.json \
+	$(BIN)/python -m pytest -W ignore tests/sglang/test_versions.py
+	$(BIN)/python tests/sglang/versions_table.py out/versions.json README.md docs/sglang.md
 lint: .venv/test .venv/lint .venv/native ## formatting, clippy, ruff, mypy, stubtest
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
@@ -57,5 +63,5 @@ bench: .venv/test .venv/native ## cargo bench, and the same work in numpy
 wheel: .venv/base ## build the wheel into dist
 	$(BIN)/maturin build --release --quiet --out dist
 clean: ## remove what was built
-	rm -rf .venv target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-python lint soak bench wheel clean
+	rm -rf .venv .venv-versions target dist out python/waterfill_rs/_native*.so
+.PHONY: help build run test test-rust test-python test-versions lint soak bench wheel clean

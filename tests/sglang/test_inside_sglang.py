@@ -92,6 +92,7 @@ def check_expansion(sglang, routed, expanded, shared_weight):
 
 def test_every_name_of_the_classes_is_ours(sglang):
     from sglang.srt.eplb import expert_distribution
+
     from waterfill_rs.sglang import plugin
     from waterfill_rs.sglang.balancer import WaterfillBalancer
 

@@ -46,6 +46,8 @@ class Seams:
     group: str = "sglang.srt.distributed.parallel_state.get_moe_ep_group"
     gatherers: str = "sglang.srt.eplb.expert_distribution"
     """Module of the recorder's gatherers."""
+    redundant: bool = True
+    """Does preparation count redundant experts?"""
 
     @property
     def flag(self) -> str:
@@ -66,9 +68,11 @@ _V3_ONLY = Seams(
     expands="_apply_deepep_waterfill",
     prepare="sglang.srt.model_executor.model_runner.ModelRunner._prepare_moe_topk",
     arguments=_SERVER_ARGS,
+    redundant=False,
 )
 _HASH_LAYERS = replace(
     _V3_ONLY,
+    redundant=True,
     versions=("0.5.13", "0.5.15.post1"),
     hash_topk="sglang.srt.layers.moe.hash_topk.HashTopK",
 )

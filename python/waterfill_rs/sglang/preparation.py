@@ -58,7 +58,8 @@ class Preparation:
             return prepare(*args, **kwargs)
         config = Config.from_environment(os.environ)
         arguments = resolve(self.seams.arguments)()
-        reasons = verdict.against_machine() + verdict.against_model(arguments, config)
+        reasons = verdict.against_machine()
+        reasons += verdict.against_model(arguments, config, self.seams)
         if reasons:
             verdict.tell(config, reasons)
             with self._sglangs_balancer():

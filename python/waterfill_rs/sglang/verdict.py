@@ -7,8 +7,9 @@ import logging
 from typing import Any, NoReturn
 
 from waterfill_rs.config import Config
+from waterfill_rs.sglang.compat import Seams
 
-__all__ = ["against_machine", "against_model", "stop", "tell"]
+__all__ = ["against_machine", "against_model", "is_deterministic", "stop", "tell"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,18 @@ def against_machine() -> list[str]:
     return []
 
 
-def against_model(arguments: Any, config: Config) -> list[str]:
+def against_model(arguments: Any, config: Config, seams: Seams) -> list[str]:
     """What in the ``ServerArgs`` in force keeps us from it."""
     reasons = []
     if backend := getattr(arguments, "elastic_ep_backend", None):
         reasons.append(
             f"--elastic-ep-backend {backend}: ranks come and go, and waterfill-rs plans for those at the start"
+        )
+    redundant = getattr(arguments, "ep_num_redundant_experts", 0)
+    if redundant and not seams.redundant:
+        reasons.append(
+            f"--ep-num-redundant-experts {redundant}: this sglang's Waterfill takes no notice of redundant experts "
+            f"and would misplace ids; use {seams.flag} without them, or a newer sglang"
         )
     if config.required and is_deterministic(arguments) and config.exchange in ("board", "group"):
         reasons.append(
@@ -44,6 +51,7 @@ def against_model(arguments: Any, config: Config) -> list[str]:
 
 
 def is_deterministic(arguments: Any) -> bool:
+    """Was --enable-deterministic-inference given? Then plans may depend on own counts only."""
     return bool(getattr(arguments, "enable_deterministic_inference", False))
 
 
