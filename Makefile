@@ -47,6 +47,12 @@ test-models: ## the board under loom (all interleavings) and shuttle (random sch
 	RUSTFLAGS="--cfg shuttle" cargo test --release --package waterfill-board --test shuttle --target-dir target/shuttle
 test-python: .venv/test .venv/native ## the package, its wheel alone, and sglang
 	$(BIN)/python -m pytest -W ignore
+test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.post1 on; renews the tables of versions
+	@rm -f out/versions.json
+	WATERFILL_SGLANGS="$$($(BIN)/python tests/sglang/unpack_versions.py requirements/versions.txt .venv-versions)" \
+	WATERFILL_VERSIONS_REPORT=$(CURDIR)/out/versions.json \
+	$(BIN)/python -m pytest -W ignore tests/sglang/test_versions.py
+	$(BIN)/python tests/sglang/versions_table.py out/versions.json README.md docs/sglang.md
 lint: .venv/test .venv/lint .venv/native ## formatting, clippy, ruff, mypy, stubtest
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
@@ -75,5 +81,5 @@ bench: .venv/test .venv/native ## cargo bench, and the same work in numpy
 wheel: .venv/base ## build the wheel into dist
 	$(BIN)/maturin build --release --quiet --out dist
 clean: ## remove what was built
-	rm -rf .venv target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-python lint test-models soak tsan fuzz gpu bench wheel clean
+	rm -rf .venv .venv-versions target dist out python/waterfill_rs/_native*.so
+.PHONY: help build run test test-rust test-models test-python test-versions lint soak tsan fuzz gpu bench wheel clean
