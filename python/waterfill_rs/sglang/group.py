@@ -13,6 +13,7 @@ from waterfill_rs import CostModel
 from waterfill_rs.config import Config
 from waterfill_rs.exchange import Exchange, SoloExchange
 from waterfill_rs.rendezvous import open_exchange
+from waterfill_rs.sglang import metrics
 from waterfill_rs.sglang.balancer import WaterfillBalancer
 
 __all__ = ["connect"]
@@ -35,6 +36,7 @@ def connect(balancers: Sequence[WaterfillBalancer], config: Config) -> Exchange:
     exchange = _open(ranks, experts, rank, config)
     for balancer in balancers:
         balancer.exchange = exchange
+    metrics.watch(exchange, leads=rank == 0)
     return exchange
 
 
