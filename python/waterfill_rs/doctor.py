@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import waterfill_rs
 from waterfill_rs import _native, self_test
@@ -77,30 +78,45 @@ def _as_json(findings: Sequence[Finding]) -> dict[str, object]:
 
 def _findings(ranks: int | None, deep: bool) -> Iterator[Finding]:
     """All checks of this machine, the quick ones first."""
+    for name, look in _looks(ranks, deep).items():
+        try:
+            yield look()
+        except Exception as error:  # The others' findings are wanted all the more.
+            text = f"the check itself failed: {error!r}"
+            yield Finding(name, "fail", text, "please report it, with this line")
+
+
+def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
+    """Each check, bound to this machine."""
     environment = os.environ
     gpus = checks.visible_gpus(Path("/dev"), environment)
-    ranks = ranks or gpus or USUAL_RANKS
+    ranks_here = ranks or gpus or USUAL_RANKS
     settings = _settings()
     pipes = Path(environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
-    plugins, platforms = _entries("sglang.srt.plugins"), _entries("sglang.srt.platforms")
-    yield checks.python(sys.version_info[:3])
     folder = Path(waterfill_rs.__file__).parent
-    yield checks.package(_native.__version__, _installed(), folder)
-    yield checks.sglang(_sglang_version(), TESTED)
-    yield checks.plugin(plugins, platforms, environment)
-    yield checks.variables(environment)
-    mounts = _text(Path("/proc/mounts"))
-    yield checks.shared_memory(SHARED_MEMORY, mounts, _free(SHARED_MEMORY), ranks)
-    quota = checks.cgroup_quota(Path("/sys/fs/cgroup"), _text(Path("/proc/self/cgroup")))
-    yield checks.cpus(len(os.sched_getaffinity(0)), quota, ranks, settings.pace)
-    yield checks.driver(gpus)
-    yield checks.nvrtc(gpus, _nvrtc_folders())
-    yield checks.mps(gpus, ranks, pipes)
-    seen = [board.snapshot() for board in board_finder.find()]
-    yield checks.boards(SHARED_MEMORY, seen, board_finder.is_alive)
-    yield exchange(settings, self_test.run)
+    looks: dict[str, Callable[[], Finding]] = {
+        "python": lambda: checks.python(sys.version_info[:3]),
+        "package": lambda: checks.package(_native.__version__, _installed(), folder),
+        "sglang": lambda: checks.sglang(_sglang_version(), TESTED),
+        "plugin": lambda: checks.plugin(
+            _entries("sglang.srt.plugins"), _entries("sglang.srt.platforms"), environment
+        ),
+        "variables": lambda: checks.variables(environment),
+        "shm": lambda: checks.shared_memory(
+            SHARED_MEMORY, _text(Path("/proc/mounts")), _free(SHARED_MEMORY), ranks_here
+        ),
+        "cpu": lambda: checks.cpus(
+            len(os.sched_getaffinity(0)), _quota(), ranks_here, settings.pace
+        ),
+        "gpu": lambda: checks.driver(gpus),
+        "nvrtc": lambda: checks.nvrtc(gpus, _nvrtc_folders()),
+        "mps": lambda: checks.mps(gpus, ranks_here, pipes),
+        "boards": lambda: checks.boards(SHARED_MEMORY, _boards(), board_finder.is_alive),
+        "exchange": lambda: exchange(settings, self_test.run),
+    }
     if deep:
-        yield hooks(_load_hooks, enabled=_enabled())
+        looks["hooks"] = lambda: hooks(_load_hooks, enabled=_enabled())
+    return looks
 
 
 def exchange(settings: BoardSettings, run: Callable[[BoardSettings], self_test.Rounds]) -> Finding:
@@ -128,11 +144,11 @@ def hooks(load: Callable[[], tuple[int, str, str]], *, enabled: bool) -> Finding
     reason = "; ".join(told) or " ".join(errors.split()[-40:]) or "nothing was said"
     if code:
         text = f"loading sglang's plugins ended with code {code}: {reason}"
-        return Finding("hooks", "fail", text, "the reason is the message; operators.md lists them")
+        return Finding("hooks", "fail", text, "docs/operators.md lists the messages")
     stands: dict[str, bool] = json.loads(printed.splitlines()[-1])
     if enabled and not any(name.endswith("WaterfillBalancer") for name in stands):
         text = f"sglang's Waterfill is not replaced: {reason}"
-        return Finding("hooks", "fail", text, "the reason is the message; operators.md lists them")
+        return Finding("hooks", "fail", text, "docs/operators.md lists the messages")
     others = [name for name, ours in stands.items() if not ours]
     if others:
         text = f"not ours after registration: {', '.join(others)}"
@@ -187,6 +203,14 @@ def _nvrtc_folders() -> list[Path]:
     folders = [wheel / name / "lib" for wheel in wheels for name in ("cu13", "cuda_nvrtc")]
     home = os.environ.get("CUDA_HOME")
     return folders + ([Path(home) / "lib64"] if home else [])
+
+
+def _quota() -> float | None:
+    return checks.cgroup_quota(Path("/sys/fs/cgroup"), _text(Path("/proc/self/cgroup")))
+
+
+def _boards() -> list[dict[str, Any]]:
+    return [board.snapshot() for board in board_finder.find()]
 
 
 def _free(folder: Path) -> int | None:
