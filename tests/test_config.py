@@ -8,7 +8,7 @@ from waterfill_rs.config import Config
 def test_nothing_said_is_auto_everywhere():
     config = Config.from_environment({})
     assert (config.backend, config.exchange, config.required) == ("auto", "auto", False)
-    assert (config.board.cap_us, config.board.pace) == (500, "inline")
+    assert (config.board.cap_us, config.board.pace) == (500, "auto")
 
 
 def test_all_that_can_be_said():
@@ -30,7 +30,7 @@ def test_all_that_can_be_said():
         ("WATERFILL_RS", "on", "give one of auto, rust, upstream, off"),
         ("WATERFILL_RS_REQUIRE", "yes", "give 0 or 1"),
         ("WATERFILL_RS_EXCHANGE", "shm", "give one of auto, solo, board, group"),
-        ("WATERFILL_RS_PLANNER", "thread", "give one of inline, park, spin"),
+        ("WATERFILL_RS_PLANNER", "thread", "give one of auto, inline, park, spin"),
         *(
             ("WATERFILL_RS_TIMEOUT_US", value, "give microseconds from 1 to 10000000")
             for value in ("0", "-1", "1e3", "", "10000001", "½")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 from array import array
@@ -276,3 +278,39 @@ def test_an_observer_refuses_what_is_no_board(tmp_path):
         _native.Observer(file)
     with pytest.raises(OSError, match="opening the segment failed"):
         _native.Observer(tmp_path / "absent")
+
+
+MEET = """
+import sys, datetime, torch.distributed as dist
+from waterfill_rs.rendezvous import BoardSettings, open_exchange
+rank, folder = int(sys.argv[1]), sys.argv[2]
+store = dist.FileStore(folder + "/store", 2)
+store.set_timeout(datetime.timedelta(seconds=60))
+settings = BoardSettings(cap_us=10_000_000)
+exchange = open_exchange(store, ranks=2, rank=rank, experts=4, settings=settings)
+print(exchange.name, exchange.reason)
+"""
+
+
+@pytest.mark.parametrize(
+    "namespace, name, reason",
+    [
+        ("mount -t tmpfs none /dev/shm;", "solo", "/dev/shm (device) is"),
+        ("true;", "board", "one host"),
+    ],
+)
+@pytest.mark.parametrize("flags", ["-m", "-mi", "-mpf"])
+def test_containers_meet_at_a_board_only_if_they_share_dev_shm(
+    namespace, name, reason, flags, tmp_path
+):
+    own = ["unshare", flags, "sh", "-c", f'{namespace} exec "$@"', "sh"]
+    if subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("unshare is not permitted here")
+    rank = [sys.executable, "-c", MEET]
+    started = [
+        subprocess.Popen([*prefix, *rank, str(i), tmp_path], stdout=subprocess.PIPE, text=True)
+        for i, prefix in enumerate(([], own))
+    ]
+    for process in started:
+        said, _ = process.communicate(timeout=120)
+        assert said.startswith(name) and reason in said

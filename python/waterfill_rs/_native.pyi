@@ -9,6 +9,7 @@ __all__ = [
     "SNAPSHOT_VERSION",
     "Board",
     "CostModel",
+    "CudaRunner",
     "GroupPlanner",
     "Observer",
     "Plan",
@@ -228,3 +229,47 @@ class GroupPlanner:
         """Write this rank's, int32 ``[words]`` at ``out``."""
     def unsafe_quotas_ptr(self, gathered: int) -> list[int]:
         """Quotas ``[ranks]`` from all ranks', int32 ``[ranks, words]`` at ``gathered``."""
+
+@final
+class CudaRunner:
+    """The kernel, compiled and loaded, and its state on one device. Use ``waterfill_rs.cuda.Expander``."""
+
+    def __new__(
+        cls,
+        device: int,
+        *,
+        ranks: int,
+        experts: int,
+        rank: int,
+        top_k: int,
+        id_bits: int,
+        weight_bits: int,
+        board: Board | None,
+        nvrtc: str | Path | None,
+        cache: str | Path | None,
+    ) -> CudaRunner:
+        """Compile, or find in the folder ``cache``, load, and run once. ``nvrtc``: the library's file.
+
+        Raises:
+            ValueError: a shape, rank or board that does not fit.
+            RuntimeError: no driver or NVRTC, or what they refuse.
+        """
+    @property
+    def max_rows(self) -> int:
+        """The most rows that a call may have."""
+    def unsafe_launch_ptr(
+        self,
+        ids: int,
+        weights: int,
+        out_ids: int,
+        out_weights: int,
+        rows: int,
+        shared_weight: float,
+        unpadded: int,
+        quotas: int,
+        cap_us: int | None,
+        stream: int,
+    ) -> None:
+        """One launch on ``stream``. Quotas at an address unless 0; else live ones, waited for ``cap_us``; else own."""
+    def tally(self, stream: int) -> dict[str, int]:
+        """``live``, ``timed_out``, ``broken``, ``torn``: how calls with given or live quotas ended; waits for the stream."""

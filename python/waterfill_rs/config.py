@@ -26,7 +26,7 @@ EXCHANGE_VARIABLE = "WATERFILL_RS_EXCHANGE"
 TIMEOUT_VARIABLE = "WATERFILL_RS_TIMEOUT_US"
 PLANNER_VARIABLE = "WATERFILL_RS_PLANNER"
 BACKENDS = ("auto", "rust", "upstream", "off")
-PACES: tuple[Pace, ...] = ("inline", "park", "spin")
+PACES: tuple[Pace, ...] = ("auto", "inline", "park", "spin")
 LONGEST_TIMEOUT_US = 10_000_000
 _BOOLEANS = {"": False, "0": False, "false": False, "1": True, "true": True}
 

@@ -15,9 +15,10 @@ __all__ = ["BoardExchange", "Exchange", "GroupExchange", "Ids", "Pace", "SoloExc
 Ids = tuple[int, int, int, int]
 """Ids ``[rows, top_k]`` in this process's memory: address, rows, top_k, and bits an id (32 or 64)."""
 
-Pace = Literal["inline", "park", "spin"]
-"""Who plans at a board: the leader's own call while it waits; or a thread of it, which sleeps when nothing
-comes for a while, or never sleeps."""
+Pace = Literal["auto", "inline", "park", "spin"]
+"""Who plans at a board. ``inline``: the leader's own call while it waits, which ranks on a CUDA device cannot;
+``park``, ``spin``: a thread of the leader, which sleeps when nothing comes for a while, or never sleeps. ``auto``:
+inline on the CPU, park for a device."""
 
 
 class Exchange(Protocol):
@@ -93,9 +94,11 @@ class BoardExchange:
         self.board = board
         self._cap_us = cap_us
         self._planner: _native.PlannerThread | None = None
-        inline = patience_us if rank == 0 and pace == "inline" else None
-        self._end = _native.Port(board, rank, cost_model, plans_patience_us=inline)
-        if rank == 0 and pace != "inline":
+        inline = pace in ("auto", "inline")
+        self._end = _native.Port(
+            board, rank, cost_model, plans_patience_us=patience_us if rank == 0 and inline else None
+        )
+        if rank == 0 and not inline:
             self._planner = _native.PlannerThread(
                 board, cost_model, patience_us=patience_us, pace=pace, core=core
             )

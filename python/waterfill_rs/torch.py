@@ -1,4 +1,4 @@
-"""The plan applied to torch tensors on the CPU, without copies; the GIL is released meanwhile.
+"""The plan applied to torch tensors without copies: on the CPU, or by one launch on a CUDA device.
 
 Ids are physical routed ids ``[N, K]``, int32 or int64, negative for none; weights ``[N, K]``, float32
 or bfloat16. Errors are ``ValueError`` with the numbers, raised before anything is written.
@@ -69,7 +69,7 @@ def expand_topk(
     ranks: int,
     rank: int,
     shared_weight: float,
-    quotas: Sequence[int] | None = None,
+    quotas: Sequence[int] | Tensor | None = None,
     exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Widen ids and weights ``[N, K]`` to ``[N, K + 1]``: the last column is the shared expert.
@@ -81,10 +81,14 @@ def expand_topk(
     Args:
         shared_weight: weight of the shared expert's row: 1 / routed_scaling_factor, or 1.0 where the
             factor is in the routed weights already.
-        quotas: ``[ranks]``, this rank's quotas from a plan.
+        quotas: ``[ranks]``, this rank's quotas from a plan; for CUDA tensors best an int32 tensor beside them.
         exchange: asks it for the quotas of these ids, where they are not given. Without either the plan is from
             this rank's own counts.
     """
+    if topk_ids.is_cuda:
+        return _expand_on_device(
+            topk_ids, topk_weights, physical_experts, ranks, rank, shared_weight, quotas, exchange
+        )
     ids = _ids(topk_ids)
     rows, top_k = topk_ids.shape
     _check("topk_weights", topk_weights, _WEIGHT_BITS, (rows, top_k))
@@ -92,6 +96,8 @@ def expand_topk(
         quotas = exchange.quotas(ids)
     elif quotas is None:
         quotas = _own_quotas(topk_ids, physical_experts, ranks, rank)
+    if isinstance(quotas, Tensor):
+        quotas = quotas.tolist()
     if len(quotas) != ranks:
         raise ValueError(f"quotas has {len(quotas)} entries: give {ranks}, one a rank")
     out_ids = torch.empty((rows, top_k + 1), dtype=topk_ids.dtype)
@@ -111,6 +117,30 @@ def expand_topk(
         sizes = {"physical_experts": physical_experts, "rank": rank}
         raise misfit(error, quotas=list(quotas), **sizes) from error
     return out_ids, out_weights
+
+
+def _expand_on_device(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    physical_experts: int,
+    ranks: int,
+    rank: int,
+    shared_weight: float,
+    quotas: Sequence[int] | Tensor | None,
+    exchange: Exchange | None,
+) -> tuple[Tensor, Tensor]:
+    """One launch on the current stream; quotas are a tensor of the device, or own ones."""
+    from waterfill_rs import cuda
+
+    if exchange is not None:
+        raise ValueError(
+            "exchange with CUDA tensors: make a waterfill_rs.cuda.Expander with its board"
+        )
+    if quotas is not None and not isinstance(quotas, Tensor):
+        quotas = torch.tensor(quotas, dtype=torch.int32, device=topk_ids.device)
+    return cuda.expand_topk(
+        topk_ids, topk_weights, physical_experts, ranks, rank, shared_weight, quotas
+    )
 
 
 def _own_quotas(topk_ids: Tensor, physical_experts: int, ranks: int, rank: int) -> list[int]:

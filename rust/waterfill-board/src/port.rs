@@ -77,7 +77,7 @@ impl<R: Region> Port<R> {
             own,
             tally,
             failures: 0,
-            taken: Vec::new(),
+            taken: vec![0; shape.ranks],
         })
     }
 
@@ -226,9 +226,7 @@ impl<R: Region> Port<R> {
     fn take(&mut self, sequence: Sequence) -> bool {
         let start = self.shape.quotas(sequence.tag(), self.rank);
         let words = &self.region.words()[start..start + self.shape.ranks];
-        self.taken.clear();
-        self.taken.extend(words.iter().map_while(|word| word::load(word, sequence)));
-        self.taken.len() == words.len()
+        word::load_all(words, sequence, &mut self.taken)
     }
 }
 

@@ -20,6 +20,15 @@ pub fn board_guarded<T>(call: impl FnOnce() -> waterfill_board::Result<T>) -> Py
     })
 }
 
+/// [`guarded`] for calls to the kernel's runner; where a library is missing or refuses, a `RuntimeError`.
+pub fn cuda_guarded<T>(call: impl FnOnce() -> waterfill_cuda::Result<T>) -> PyResult<T> {
+    use waterfill_cuda::Error;
+    caught(call, |error| match error {
+        Error::Argument(_) | Error::Core(_) => PyValueError::new_err(error.to_string()),
+        _ => PyRuntimeError::new_err(error.to_string()),
+    })
+}
+
 fn caught<T, E>(
     call: impl FnOnce() -> Result<T, E>,
     exception: impl FnOnce(E) -> PyErr,

@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 mod board;
+mod cuda;
 mod error;
 mod exchange;
 mod plan;
@@ -14,5 +15,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     plan::init(module)?;
     board::init(module)?;
     exchange::init(module)?;
+    cuda::init(module)?;
     tensors::init(module)
 }
