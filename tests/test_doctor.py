@@ -90,7 +90,7 @@ def test_distributions_are_found_as_they_lie(tmp_path, monkeypatch):
 
 
 def test_variables():
-    check(checks.variables({}), "ok", "auto, exchange auto, at most 500 us a layer, planner inline")
+    check(checks.variables({}), "ok", "auto, exchange auto, at most 500 us a layer, planner auto")
     check(checks.variables({"WATERFILL_RS": "on"}), "fail", "WATERFILL_RS='on'")
     check(checks.variables({"WATERFILL_RS_TIMEOUT": "5"}), "warn", "mean WATERFILL_RS_TIMEOUT_US")
     check(checks.variables({"WATERFILL_RS": "off"}), "warn", "sglang is left as it is")
@@ -226,7 +226,7 @@ def test_exchange_is_judged_by_what_was_live():
     check(doctor.exchange(BoardSettings(), full), "fail", "No space left")
 
 
-@pytest.mark.parametrize("pace", ["inline", "park", "spin"])
+@pytest.mark.parametrize("pace", ["auto", "inline", "park", "spin"])
 def test_two_processes_really_exchange(pace):
     rounds = self_test.run(BoardSettings(cap_us=1_000_000, pace=pace), seconds=0.2)
     assert 0 < rounds.live == rounds.calls
@@ -245,7 +245,7 @@ def test_a_check_that_fails_itself_does_not_end_the_others(monkeypatch, capsys):
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
     assert "fail cpu        the check itself failed: ZeroDivisionError" in printed
-    assert "2 processes, inline" in printed
+    assert "2 processes, auto" in printed
 
 
 BALANCER, FLAGS = "sglang.x.WaterfillBalancer", "sglang.x.add_cli_args"

@@ -82,11 +82,16 @@ def _rank(
 ) -> None:
     board = _native.Board.attach(name, RANKS, EXPERTS, token)
     # As a BoardExchange, but for being told how each round ended.
-    inline = settings.patience_us if rank == 0 and settings.pace == "inline" else None
-    port = _native.Port(board, rank, CostModel.rows(), plans_patience_us=inline)
+    inline = settings.pace in ("auto", "inline")
+    patience_us = settings.patience_us
+    port = _native.Port(
+        board,
+        rank,
+        CostModel.rows(),
+        plans_patience_us=patience_us if rank == 0 and inline else None,
+    )
     planner: _native.PlannerThread | None = None
-    if rank == 0 and inline is None:
-        patience_us = settings.patience_us
+    if rank == 0 and not inline:
         planner = _native.PlannerThread(
             board, CostModel.rows(), patience_us=patience_us, pace=settings.pace
         )

@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import waterfill_rs
 from waterfill_rs.boards import is_alive
-from waterfill_rs.exchange import Exchange
 
 __all__ = ["SEAM", "Page", "after_log_stats", "install", "stand_aside", "watch"]
 
@@ -29,6 +28,16 @@ WAIT_BUCKETS_S = tuple(2**power / 1e9 for power in _POWERS)
 """2 microseconds to 8.6 seconds. Powers of two nanoseconds, because the board's own buckets end there too."""
 
 
+class Counting(Protocol):
+    """What is asked of an exchange; ``board``, if it has one, is asked for by the leader."""
+
+    reason: str
+
+    @property
+    def name(self) -> str: ...
+    def tally(self) -> dict[str, Any]: ...
+
+
 def install() -> None:
     """Hook sglang's stats. Called once, while plugins register."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -36,7 +45,7 @@ def install() -> None:
     HookRegistry.register(SEAM, after_log_stats, HookType.AFTER)
 
 
-def watch(exchange: Exchange, *, leads: bool) -> None:
+def watch(exchange: Counting, *, leads: bool) -> None:
     """Show this exchange from now on. ``leads``: rank 0, which tells of all ranks what the board knows."""
     _page.watch(exchange, leads=leads)
 
@@ -65,7 +74,7 @@ class Page:
         self._clock = clock
         self._next = 0.0
 
-    def watch(self, exchange: Exchange, *, leads: bool) -> None:
+    def watch(self, exchange: Counting, *, leads: bool) -> None:
         self._watched.append(_Watched(exchange, leads))
 
     def clear(self) -> None:
@@ -93,7 +102,7 @@ class Page:
 class _Watched:
     """One exchange, and what of it has been pushed."""
 
-    def __init__(self, exchange: Exchange, leads: bool) -> None:
+    def __init__(self, exchange: Counting, leads: bool) -> None:
         self._exchange = exchange
         self._board: Any = getattr(exchange, "board", None) if leads else None
         self._pushed: dict[Any, int] = {}
@@ -121,8 +130,9 @@ class _Watched:
         for peer, tally in enumerate(snapshot["by_rank"]):
             missed = metrics.missed.labels(peer=peer, **labels)
             missed.inc(self._grown(("missed", peer), planner["missed"][peer]))
-            alive = metrics.alive.labels(peer=peer, **labels)
-            alive.set(is_alive(tally["process"]))
+            if tally["process"]:  # Ranks on a CUDA device do not say who they are.
+                alive = metrics.alive.labels(peer=peer, **labels)
+                alive.set(is_alive(tally["process"]))
         sums = ("home_max", "planned_max", "mean")
         return {name: self._grown(name, planner[name]) for name in sums}
 
