@@ -1,5 +1,6 @@
 """Each thing that the doctor names, made to happen; then the command on this machine."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -190,7 +191,11 @@ def test_nvrtc(tmp_path):
     check(checks.nvrtc(0, [tmp_path], absent), "ok", "not needed")
     check(checks.nvrtc(1, [tmp_path], loaded.append), "ok", "libnvrtc.so.13")
     assert loaded == [str(tmp_path / "libnvrtc.so.13")]
-    check(checks.nvrtc(1, [tmp_path]), "fail", "no NVRTC", str(tmp_path), "cuda-nvrtc")
+
+    def only_files(name):  # Another test may have loaded the real one, which is then found by name.
+        return ctypes.CDLL(name) if "/" in name else absent(name)
+
+    check(checks.nvrtc(1, [tmp_path], only_files), "fail", "no NVRTC", str(tmp_path), "cuda-nvrtc")
 
 
 def test_mps(tmp_path):
