@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import waterfill_rs
-from waterfill_rs import demo, replay, status
+from waterfill_rs import demo, doctor, replay, status
 
 __all__ = ["main"]
 
@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_command(commands)
     replay.add_command(commands)
     status.add_commands(commands)
+    doctor.add_command(commands)
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)

@@ -12,6 +12,7 @@ from waterfill_rs import CostModel
 from waterfill_rs.config import Config
 from waterfill_rs.exchange import Exchange, SoloExchange
 from waterfill_rs.rendezvous import open_exchange
+from waterfill_rs.sglang import metrics
 from waterfill_rs.sglang.balancer import WaterfillBalancer
 from waterfill_rs.sglang.compat import Seams, resolve
 
@@ -43,6 +44,7 @@ def connect(
         exchange = _open(ranks, experts, rank, config, seams)
     for balancer in balancers:
         balancer.exchange = exchange
+    metrics.watch(exchange, leads=rank == 0)
     return exchange
 
 
