@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
+from waterfill_rs.device import DeviceExchange
 from waterfill_rs.exchange import Exchange
 from waterfill_rs.sglang.compat import SCALING_FACTOR, Seams
 from waterfill_rs.torch import expand_topk
@@ -53,7 +54,7 @@ class WaterfillBalancer:
         self.rank = rank
         self.layer_id = layer_id
         self.shared_weight = shared_weight
-        self.exchange: Exchange | None = None
+        self.exchange: Exchange | DeviceExchange | None = None
 
     def expand_topk(
         self, topk_output: StandardTopKOutput, num_tokens: int, *, is_decode: bool | None = None
@@ -64,9 +65,12 @@ class WaterfillBalancer:
             raise ValueError(
                 f"Waterfill: {num_tokens} tokens, and topk_ids has {topk_ids.shape[0]} rows"
             )
+        routed = topk_ids.contiguous(), topk_output.topk_weights.contiguous()
+        if isinstance(self.exchange, DeviceExchange):
+            ids, weights = self.exchange.expand(*routed, self.shared_weight)
+            return topk_output._replace(topk_ids=ids, topk_weights=weights)
         ids, weights = expand_topk(
-            topk_ids.contiguous(),
-            topk_output.topk_weights.contiguous(),
+            *routed,
             physical_experts=self.num_routed_experts,
             ranks=self.world_size,
             rank=self.rank,

@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from waterfill_rs import CostModel
 from waterfill_rs.config import Config
+from waterfill_rs.device import DeviceExchange
 from waterfill_rs.exchange import Exchange, SoloExchange
 from waterfill_rs.rendezvous import open_exchange
 from waterfill_rs.sglang import metrics
@@ -23,11 +25,16 @@ _runners = itertools.count()
 
 
 def connect(
-    balancers: Sequence[WaterfillBalancer], config: Config, seams: Seams, alone: str | None = None
-) -> Exchange:
+    balancers: Sequence[WaterfillBalancer],
+    config: Config,
+    seams: Seams,
+    device: torch.device,
+    alone: str | None = None,
+) -> Exchange | DeviceExchange:
     """Open one exchange for these layers and give it to each. All ranks of their group call it.
 
     Args:
+        device: where the layers are.
         alone: why own counts are to be taken, whatever was asked for.
 
     Raises:
@@ -38,23 +45,34 @@ def connect(
     if len(shapes) != 1:
         raise ValueError(f"layers of one model differ in (ranks, experts, rank): {sorted(shapes)}")
     ranks, experts, rank = shapes.pop()
-    if alone:
-        exchange: Exchange = SoloExchange(ranks, experts, rank, CostModel.rows(), alone)
-    else:
-        exchange = _open(ranks, experts, rank, config, seams)
+    exchange = (
+        _alone(ranks, experts, rank, device, alone)
+        if alone
+        else _open(ranks, experts, rank, device, config, seams)
+    )
     for balancer in balancers:
         balancer.exchange = exchange
     metrics.watch(exchange, leads=rank == 0)
     return exchange
 
 
-def _open(ranks: int, experts: int, rank: int, config: Config, seams: Seams) -> Exchange:
+def _alone(
+    ranks: int, experts: int, rank: int, device: torch.device, reason: str
+) -> Exchange | DeviceExchange:
+    if device.type == "cuda":
+        return DeviceExchange(device, ranks=ranks, experts=experts, rank=rank, reason=reason)
+    return SoloExchange(ranks, experts, rank, CostModel.rows(), reason)
+
+
+def _open(
+    ranks: int, experts: int, rank: int, device: torch.device, config: Config, seams: Seams
+) -> Exchange | DeviceExchange:
     runner = next(_runners)
     if not dist.is_initialized():
         reason = "torch.distributed is not initialised"
         if config.exchange not in ("auto", "solo"):
             raise ValueError(f"exchange {config.exchange} was asked for, and {reason}")
-        return SoloExchange(ranks, experts, rank, CostModel.rows(), reason)
+        return _alone(ranks, experts, rank, device, reason)
     coordinator: Any = resolve(seams.group)()
     peers = "-".join(map(str, coordinator.ranks))
     rendezvous: Any = dist.distributed_c10d
@@ -69,4 +87,5 @@ def _open(ranks: int, experts: int, rank: int, config: Config, seams: Seams) -> 
         choice=config.exchange,
         settings=config.board,
         group=coordinator.cpu_group,
+        device=device if device.type == "cuda" else None,
     )

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from waterfill_rs.config import Config
 from waterfill_rs.sglang import verdict
 from waterfill_rs.sglang.compat import ROWS, Seams, resolve
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Preparation", "tell_at_preparation"]
 
@@ -58,7 +62,8 @@ class Preparation:
             return prepare(*args, **kwargs)
         config = Config.from_environment(os.environ)
         arguments = resolve(self.seams.arguments)()
-        reasons = verdict.against_machine()
+        device = _device(_model(args, kwargs))
+        reasons = verdict.against_machine() or verdict.against_device(device)
         reasons += verdict.against_model(arguments, config, self.seams)
         if reasons:
             verdict.tell(config, reasons)
@@ -66,7 +71,8 @@ class Preparation:
                 return prepare(*args, **kwargs)
         self._verify_hooks()
         result = prepare(*args, **kwargs)
-        self._join(self._verify_routers(routers), config, verdict.is_deterministic(arguments))
+        balancers = self._verify_routers(routers)
+        self._join(balancers, config, verdict.is_deterministic(arguments), device)
         return result
 
     @contextlib.contextmanager
@@ -107,7 +113,9 @@ class Preparation:
             )
         return balancers
 
-    def _join(self, balancers: list[Any], config: Config, deterministic: bool) -> None:
+    def _join(
+        self, balancers: list[Any], config: Config, deterministic: bool, device: torch.device
+    ) -> None:
         """Join layers that were just prepared to their peers, and say how."""
         from waterfill_rs.sglang import recorder
         from waterfill_rs.sglang.group import connect
@@ -122,15 +130,15 @@ class Preparation:
                 _DETERMINISTIC,
             )
         try:
-            exchange = connect(
-                fresh, config, self.seams, alone=_DETERMINISTIC if deterministic else None
-            )
+            alone = _DETERMINISTIC if deterministic else None
+            exchange = connect(fresh, config, self.seams, device, alone)
         except (OSError, RuntimeError, ValueError) as error:
             verdict.stop([str(error)])
         recorder.shared_slots_come()
         logger.info(
-            "waterfill-rs active: %d MoE layers on the CPU, exchange %s, because %s",
+            "waterfill-rs active: %d MoE layers on %s, exchange %s, because %s",
             len(fresh),
+            device,
             exchange.name,
             exchange.reason,
         )
@@ -143,3 +151,12 @@ def _model(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _asked(model: Any, enabled: str) -> list[Any]:
     return [module for module in model.modules() if getattr(module, enabled, False)]
+
+
+def _device(model: Any) -> torch.device:
+    """Where the model is; one without weights is where sglang would put it."""
+    import torch
+
+    weights = itertools.chain(model.parameters(), model.buffers())
+    default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return next((weight.device for weight in weights), default)

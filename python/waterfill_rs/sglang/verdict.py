@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from waterfill_rs.config import Config
 from waterfill_rs.sglang.compat import Seams
 
-__all__ = ["against_machine", "against_model", "is_deterministic", "stop", "tell"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["against_device", "against_machine", "against_model", "is_deterministic", "stop", "tell"]
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +23,21 @@ def against_machine() -> list[str]:
         importlib.import_module("waterfill_rs.torch")
     except ImportError as error:
         return [f"waterfill_rs.torch cannot be imported: {error}"]
-    import torch
+    return []
 
-    if torch.cuda.is_available():
-        return [
-            "the model will run on CUDA, and this version of waterfill-rs expands on the CPU only"
-        ]
+
+def against_device(device: torch.device) -> list[str]:
+    """What keeps the device that a model is on from it. A kernel is made, which takes a second or two once a machine."""
+    if device.type == "cpu":
+        return []
+    if device.type != "cuda":
+        return [f"the model is on {device}, and waterfill-rs expands on CUDA devices and the CPU"]
+    from waterfill_rs.cuda import Expander
+
+    try:
+        Expander(device, physical_experts=1, ranks=1, rank=0, top_k=1)
+    except (RuntimeError, ValueError) as error:
+        return [f"no kernel can be made for {device}: {error}"]
     return []
 
 
