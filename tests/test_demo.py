@@ -60,3 +60,43 @@ def test_bad_arguments_end_with_one_line_and_code_2(arguments, text, capsys, tmp
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def run_live(tmp_path, *arguments):
+    file = tmp_path / "live.json"
+    command = ["demo", "--ranks", "3", "--experts", "24", "--top-k", "3", "--tokens", "32"]
+    small = ["--layers", "2", "--steps", "30", "--step-ms", "4", "--stall-ms", "40"]
+    assert main([*command, *small, *arguments, "--json", str(file)]) == 0
+    return {rank["rank"]: rank for rank in json.loads(file.read_text())["by_rank"]}
+
+
+@pytest.mark.parametrize("planner", ["inline", "park", "spin"])
+def test_a_killed_rank_costs_the_others_nothing_but_its_share(planner, tmp_path, capsys):
+    ranks = run_live(tmp_path, "--planner", planner, "--kill", "1@10")
+    assert [ranks[rank]["steps"] for rank in range(3)] == [30, 10, 30]
+    for rank in (0, 2):
+        assert ranks[rank]["exchanges"] == 60 == ranks[rank]["live"] + ranks[rank]["fallbacks"]
+        assert ranks[rank]["timeouts"] <= 2
+        assert ranks[rank]["wait_us"]["p50"] <= ranks[rank]["wait_us"]["max"]
+    assert "killed at step 10" in capsys.readouterr().out
+
+
+def test_a_killed_planner_leaves_own_counts_after_two_waits(tmp_path):
+    ranks = run_live(tmp_path, "--kill", "0@10", "--cap-us", "50000")
+    assert [ranks[rank]["steps"] for rank in range(3)] == [10, 30, 30]
+    for rank in (1, 2):
+        assert ranks[rank]["timeouts"] == 2
+        assert ranks[rank]["fallbacks"] == 40
+
+
+def test_a_stopped_rank_makes_up_for_its_steps(tmp_path, capsys):
+    ranks = run_live(tmp_path, "--stall", "2@10", "--stall-ms", "200", "--cap-us", "20000")
+    assert [ranks[rank]["steps"] for rank in range(3)] == [30, 30, 30]
+    assert ranks[2]["fallbacks"] > 0 == ranks[0]["fallbacks"]
+    assert "stopped at step 10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("moment", ["3@1", "1@30", "1", "a@1", "1@-1"])
+def test_a_moment_outside_the_run_is_refused(moment, capsys):
+    assert main(["demo", "--ranks", "3", "--experts", "24", "--steps", "30", "--kill", moment]) == 2
+    assert f"--kill {moment}: give RANK@STEP, a rank below 3" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from waterfill_rs.exchange import Pace
@@ -26,7 +26,7 @@ EXCHANGE_VARIABLE = "WATERFILL_RS_EXCHANGE"
 TIMEOUT_VARIABLE = "WATERFILL_RS_TIMEOUT_US"
 PLANNER_VARIABLE = "WATERFILL_RS_PLANNER"
 BACKENDS = ("auto", "rust", "upstream", "off")
-PACES: tuple[Pace, ...] = ("inline", "park", "spin")
+PACES: tuple[Pace, ...] = ("auto", "inline", "park", "spin")
 LONGEST_TIMEOUT_US = 10_000_000
 _BOOLEANS = {"": False, "0": False, "false": False, "1": True, "true": True}
 
@@ -34,13 +34,14 @@ _BOOLEANS = {"": False, "0": False, "false": False, "1": True, "true": True}
 @dataclass(frozen=True)
 class Config:
     """``backend``: auto and rust use this package where sglang's Waterfill is on; upstream and off leave
-    sglang as it is. ``required``: stop the server, with every reason, if this package cannot serve.
-    ``exchange``: how ranks learn each other's counts. ``board``: how, where that is a board."""
+    sglang as it is. ``required``: stop the server, with every reason, if this package cannot serve; rust
+    asks for this package by name, so it always is. ``exchange``: how ranks learn each other's counts.
+    ``board``: how, where that is a board."""
 
     backend: str = "auto"
     required: bool = False
     exchange: Choice = "auto"
-    board: BoardSettings = BoardSettings()
+    board: BoardSettings = field(default_factory=BoardSettings)
 
     @property
     def enabled(self) -> bool:
@@ -56,10 +57,11 @@ class Config:
         required = environment.get(REQUIRE_VARIABLE, "").lower()
         if required not in _BOOLEANS:
             raise ValueError(f"{REQUIRE_VARIABLE}={required!r}: give 0 or 1")
+        backend = _one_of(environment, BACKEND_VARIABLE, BACKENDS, "auto")
         default = BoardSettings()
         return Config(
-            backend=_one_of(environment, BACKEND_VARIABLE, BACKENDS, "auto"),
-            required=_BOOLEANS[required],
+            backend=backend,
+            required=backend == "rust" or _BOOLEANS[required],
             exchange=cast(Choice, _one_of(environment, EXCHANGE_VARIABLE, CHOICES, "auto")),
             board=BoardSettings(
                 cap_us=_microseconds(environment, default.cap_us),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import waterfill_rs
 from waterfill_rs import rank_processes, report
 from waterfill_rs.comparison import Batch, Layer, Result, compare
 from waterfill_rs.config import PACES
@@ -63,6 +64,7 @@ def add_command(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    report.check_outputs(arguments.json, arguments.plot)
     setup = _setup(arguments)
     streams = _streams(documents(arguments.paths), setup.ranks, setup.tokens * setup.steps)
     progress = _Progress(setup.steps)
@@ -85,7 +87,9 @@ def _run(arguments: argparse.Namespace) -> None:
         shape = {"ranks": setup.ranks, "experts": setup.experts, "top_k": setup.top_k}
         report.write_json(results, arguments.json, **shape, by_rank=ranks)
     if arguments.plot and results:
-        title = f"{setup.ranks} rank processes, {setup.tokens} tokens a rank, whole documents a rank"
+        title = (
+            f"{setup.ranks} rank processes, {setup.tokens} tokens a rank, whole documents a rank"
+        )
         report.plot(results, title, arguments.plot)
     _check(ranks, setup)
 
@@ -94,8 +98,9 @@ def _setup(arguments: argparse.Namespace) -> Setup:
     for name in ("ranks", "experts", "top_k", "tokens", "layers", "steps", "step_ms", "stall_ms"):
         _at_least_1(name, getattr(arguments, name))
     ranks, steps = arguments.ranks, arguments.steps
-    if arguments.experts % ranks:
-        raise ValueError(f"{arguments.experts} experts do not divide over {ranks} ranks: change --ranks")
+    # What ranks would refuse one by one is refused here, once.
+    Router(arguments.experts, arguments.top_k, 0)
+    waterfill_rs.plan([0] * ranks, [0] * ranks, ranks=ranks, physical_experts=arguments.experts)
     cap_us = arguments.cap_us
     if cap_us is None:
         # A planner's thread beside the ranks.

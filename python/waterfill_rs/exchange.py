@@ -15,16 +15,21 @@ __all__ = ["BoardExchange", "Exchange", "GroupExchange", "Ids", "Pace", "SoloExc
 Ids = tuple[int, int, int, int]
 """Ids ``[rows, top_k]`` in this process's memory: address, rows, top_k, and bits an id (32 or 64)."""
 
-Pace = Literal["inline", "park", "spin"]
-"""Who plans at a board: the leader's own call while it waits; or a thread of it, which sleeps when nothing
-comes for a while, or never sleeps."""
+Pace = Literal["auto", "inline", "park", "spin"]
+"""Who plans at a board. ``inline``: the leader's own call while it waits, which ranks on a CUDA device cannot;
+``park``, ``spin``: a thread of the leader, which sleeps when nothing comes for a while, or never sleeps. ``auto``:
+inline on the CPU, park for a device."""
 
 
 class Exchange(Protocol):
     """One rank's end. ``reason``: why it is this one, in words."""
 
-    name: Literal["solo", "board", "group"]
     reason: str
+
+    @property
+    def name(self) -> str:
+        """``solo``, ``board`` or ``group``."""
+        ...
 
     def quotas(self, ids: Ids) -> list[int]:
         """Count, exchange, and give this rank's quotas.
@@ -46,7 +51,7 @@ class Exchange(Protocol):
 class SoloExchange:
     """Own counts only."""
 
-    name: Literal["solo"] = "solo"
+    name = "solo"
 
     def __init__(
         self, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str
@@ -71,7 +76,7 @@ class BoardExchange:
     which waits ``patience_us`` for late ranks from a call's first counts on.
     """
 
-    name: Literal["board"] = "board"
+    name = "board"
 
     def __init__(
         self,
@@ -89,9 +94,11 @@ class BoardExchange:
         self.board = board
         self._cap_us = cap_us
         self._planner: _native.PlannerThread | None = None
-        inline = patience_us if rank == 0 and pace == "inline" else None
-        self._end = _native.Port(board, rank, cost_model, plans_patience_us=inline)
-        if rank == 0 and pace != "inline":
+        inline = pace in ("auto", "inline")
+        self._end = _native.Port(
+            board, rank, cost_model, plans_patience_us=patience_us if rank == 0 and inline else None
+        )
+        if rank == 0 and not inline:
             self._planner = _native.PlannerThread(
                 board, cost_model, patience_us=patience_us, pace=pace, core=core
             )
@@ -114,7 +121,7 @@ class GroupExchange:
     the model's own collectives would hang, so does this.
     """
 
-    name: Literal["group"] = "group"
+    name = "group"
 
     def __init__(
         self, group: Any, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str
@@ -129,7 +136,8 @@ class GroupExchange:
         self._group = group
         self._end = _native.GroupPlanner(ranks, experts, rank, cost_model)
         self._own = torch.zeros(self._end.words, dtype=torch.int32)
-        self._all = torch.zeros((ranks, self._end.words), dtype=torch.int32)
+        # Flat, because gloo takes no other shape.
+        self._all = torch.zeros(ranks * self._end.words, dtype=torch.int32)
         self._calls = 0
 
     def quotas(self, ids: Ids) -> list[int]:

@@ -113,7 +113,10 @@ class _Watch:
         for rank, end in self._open.items():
             if not end.poll(60):
                 raise RuntimeError(f"rank {rank} did not start within 60 s")
-            end.recv()
+            try:
+                end.recv()
+            except EOFError as error:
+                raise RuntimeError(f"rank {rank} ended before it began (see above)") from error
         when_attached()
         begin = time.monotonic() + 0.05
         for end in self._open.values():
@@ -195,7 +198,10 @@ def _expand(
     view = (ids.buffer_info()[0], rows, top_k, 32)
     quotas = exchange.quotas(view)
     weights = array("f", [1 / top_k]) * (rows * top_k)
-    out_ids, out_weights = array("i", [0]) * (rows * (top_k + 1)), array("f", [0.0]) * (rows * (top_k + 1))
+    out_ids, out_weights = (
+        array("i", [0]) * (rows * (top_k + 1)),
+        array("f", [0.0]) * (rows * (top_k + 1)),
+    )
     _native.unsafe_expand_ptr(
         view,
         (weights.buffer_info()[0], 32),

@@ -12,10 +12,15 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from waterfill_rs import CostModel, __version__, _native
 from waterfill_rs.exchange import BoardExchange, Exchange, GroupExchange, Pace, SoloExchange
+
+if TYPE_CHECKING:
+    import torch
+
+    from waterfill_rs.device import DeviceExchange
 
 __all__ = ["CHOICES", "BoardSettings", "Choice", "Store", "board_name", "open_exchange"]
 
@@ -38,7 +43,7 @@ class BoardSettings:
     """``cap_us``: the longest wait of a call. ``pace``, ``core``: see ``waterfill_rs.exchange``."""
 
     cap_us: int = 500
-    pace: Pace = "inline"
+    pace: Pace = "auto"
     core: int | None = None
 
     @property
@@ -94,12 +99,15 @@ def open_exchange(
     settings: BoardSettings | None = None,
     group: Any = None,
     cost_model: CostModel | None = None,
-) -> Exchange:
+    device: torch.device | None = None,
+) -> Exchange | DeviceExchange:
     """Meet the other ranks and open this rank's end. All ranks call it, with keys of their own in ``store``.
 
     Args:
         choice: ``auto``: a board on one node, else the group, else own counts. Others: that one or an error.
         group: the ``torch.distributed`` process group of these ranks, for ``group``.
+        device: the CUDA device on which this rank's layers run, if they do: then a board has loads a rank, counts
+            by a collective are not to be had, and ``cost_model`` is rows.
 
     Raises:
         ValueError: ranks that disagree, with both sides' values; a choice that cannot be had, with the reason.
@@ -109,18 +117,64 @@ def open_exchange(
     settings = settings or BoardSettings()
     if choice not in CHOICES:
         raise ValueError(f"exchange {choice!r}: give one of {', '.join(CHOICES)}")
+    if device is not None:
+        if choice == "group":
+            raise ValueError(
+                "exchange group with layers on a CUDA device: give auto, board or solo"
+            )
+        group = None  # The kernel takes counts from a board alone.
     cards = _meet(store, _Card.of(ranks, experts, choice), rank)
     name, reason = _decide(cards, group is not None)
+    board: _native.Board | None = None
     if name == "board":
-        opened = _open_board(store, cards, rank, settings, model)
-        if isinstance(opened, BoardExchange):
-            return opened
-        name, reason = ("solo" if group is None else "group"), opened
-        if choice == "board":
-            raise ValueError(f"the board was asked for and cannot be had: {reason}")
+        board, refusal = _open_board(store, ranks, experts if device is None else ranks, rank)
+        if board is None and choice == "board":
+            raise ValueError(f"the board was asked for and cannot be had: {refusal}")
+        if board is None:
+            name, reason = ("solo" if group is None else "group"), refusal
+    if device is not None:
+        return _on_device(device, ranks, experts, rank, reason, board, settings)
+    if board is not None:
+        return BoardExchange(
+            board,
+            rank,
+            model,
+            cap_us=settings.cap_us,
+            patience_us=settings.patience_us,
+            pace=settings.pace,
+            core=settings.core,
+            reason=reason,
+        )
     if name == "group":
         return GroupExchange(group, ranks, experts, rank, model, reason)
     return SoloExchange(ranks, experts, rank, model, reason)
+
+
+def _on_device(
+    device: torch.device,
+    ranks: int,
+    experts: int,
+    rank: int,
+    reason: str,
+    board: _native.Board | None,
+    settings: BoardSettings,
+) -> DeviceExchange:
+    from waterfill_rs.device import DeviceExchange
+
+    if settings.pace == "inline":
+        raise ValueError("planner inline with layers on a CUDA device: give auto, park or spin")
+    return DeviceExchange(
+        device,
+        ranks=ranks,
+        experts=experts,
+        rank=rank,
+        reason=reason,
+        board=board,
+        cap_us=settings.cap_us,
+        patience_us=settings.patience_us,
+        pace="spin" if settings.pace == "spin" else "park",
+        core=settings.core,
+    )
 
 
 def _meet(store: Store, own: _Card, rank: int) -> list[_Card]:
@@ -137,7 +191,9 @@ def _meet(store: Store, own: _Card, rank: int) -> list[_Card]:
     return cards
 
 
-def _decide(cards: Sequence[_Card], has_group: bool) -> tuple[Literal["solo", "board", "group"], str]:
+def _decide(
+    cards: Sequence[_Card], has_group: bool
+) -> tuple[Literal["solo", "board", "group"], str]:
     """The same on every rank, because it looks at the cards only (and at what all ranks have alike)."""
     choice = cards[0].choice
     if choice == "solo":
@@ -170,10 +226,9 @@ def _apart(cards: Sequence[_Card]) -> str | None:
 
 
 def _open_board(
-    store: Store, cards: Sequence[_Card], rank: int, settings: BoardSettings, model: CostModel
-) -> BoardExchange | str:
-    """The board, or why some rank could not have it; all ranks come to the same."""
-    ranks, experts = cards[0].ranks, cards[0].experts
+    store: Store, ranks: int, experts: int, rank: int
+) -> tuple[_native.Board | None, str]:
+    """The board; or none, and why some rank could not have it. All ranks come to the same."""
     board: _native.Board | None = None
     if rank == 0:
         name, run = board_name(), secrets.randbits(128)
@@ -185,7 +240,7 @@ def _open_board(
     try:
         told = json.loads(store.get("board"))
         if "refused" in told:
-            return f"rank 0: {told['refused']}"
+            return None, f"rank 0: {told['refused']}"
         word = "attached"
         if board is None:
             try:
@@ -196,19 +251,9 @@ def _open_board(
         for other in range(ranks):
             word = store.get(f"attached/{other}").decode()
             if word != "attached":
-                return f"rank {other}: {word}"
+                return None, f"rank {other}: {word}"
+        return board, ""
     finally:
         # Everybody is attached, or nobody will be.
         if rank == 0 and board is not None:
             board.unlink()
-    assert board is not None, "a rank that is not attached has said so"
-    return BoardExchange(
-        board,
-        rank,
-        model,
-        cap_us=settings.cap_us,
-        patience_us=settings.patience_us,
-        pace=settings.pace,
-        core=settings.core,
-        reason="all ranks are on one host and share its /dev/shm",
-    )

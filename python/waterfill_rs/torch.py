@@ -14,6 +14,7 @@ from torch import Tensor
 import waterfill_rs
 from waterfill_rs import _native
 from waterfill_rs.exchange import Exchange
+from waterfill_rs.integers import misfit
 
 __all__ = ["assign", "count", "expand_topk", "traffic"]
 
@@ -25,7 +26,11 @@ def count(
     topk_ids: Tensor, *, physical_experts: int, ranks: int
 ) -> tuple[list[int], list[int], int]:
     """Routed rows per physical expert, tokens that visit each rank, and the number of tokens."""
-    return _native.unsafe_count_ptr(_ids(topk_ids), physical_experts, ranks)
+    ids = _ids(topk_ids)
+    try:
+        return _native.unsafe_count_ptr(ids, physical_experts, ranks)
+    except (OverflowError, TypeError) as error:
+        raise misfit(error, physical_experts=physical_experts, ranks=ranks) from error
 
 
 def assign(topk_ids: Tensor, quotas: Sequence[int], *, physical_experts: int, rank: int) -> Tensor:
@@ -35,7 +40,11 @@ def assign(topk_ids: Tensor, quotas: Sequence[int], *, physical_experts: int, ra
     """
     ids = _ids(topk_ids)
     shared_rank = torch.empty(topk_ids.shape[0], dtype=torch.int32)
-    _native.unsafe_assign_ptr(ids, quotas, physical_experts, rank, shared_rank.data_ptr())
+    try:
+        _native.unsafe_assign_ptr(ids, quotas, physical_experts, rank, shared_rank.data_ptr())
+    except (OverflowError, TypeError) as error:
+        sizes = {"physical_experts": physical_experts, "rank": rank}
+        raise misfit(error, quotas=list(quotas), **sizes) from error
     return shared_rank
 
 
@@ -45,7 +54,11 @@ def traffic(
     """Extra copies (DeepEP normal mode) and extra messages (low-latency mode) of one source's shared rows."""
     ids = _ids(topk_ids)
     _check("shared_rank", shared_rank, {torch.int32: 32}, (topk_ids.shape[0],))
-    return _native.unsafe_traffic_ptr(ids, shared_rank.data_ptr(), physical_experts, ranks, rank)
+    sizes = {"physical_experts": physical_experts, "ranks": ranks, "rank": rank}
+    try:
+        return _native.unsafe_traffic_ptr(ids, shared_rank.data_ptr(), **sizes)
+    except (OverflowError, TypeError) as error:
+        raise misfit(error, **sizes) from error
 
 
 def expand_topk(
@@ -89,16 +102,20 @@ def expand_topk(
         raise ValueError(f"quotas has {len(quotas)} entries: give {ranks}, one a rank")
     out_ids = torch.empty((rows, top_k + 1), dtype=topk_ids.dtype)
     out_weights = torch.empty((rows, top_k + 1), dtype=topk_weights.dtype)
-    _native.unsafe_expand_ptr(
-        ids,
-        (topk_weights.data_ptr(), _WEIGHT_BITS[topk_weights.dtype]),
-        quotas,
-        out_ids.data_ptr(),
-        out_weights.data_ptr(),
-        physical_experts,
-        rank,
-        shared_weight,
-    )
+    try:
+        _native.unsafe_expand_ptr(
+            ids,
+            (topk_weights.data_ptr(), _WEIGHT_BITS[topk_weights.dtype]),
+            quotas,
+            out_ids.data_ptr(),
+            out_weights.data_ptr(),
+            physical_experts,
+            rank,
+            shared_weight,
+        )
+    except (OverflowError, TypeError) as error:
+        sizes = {"physical_experts": physical_experts, "rank": rank}
+        raise misfit(error, quotas=list(quotas), **sizes) from error
     return out_ids, out_weights
 
 

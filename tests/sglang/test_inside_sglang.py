@@ -148,6 +148,23 @@ def test_experts_that_do_not_divide_are_refused_with_the_numbers(sglang):
         prepare(sglang, hash_layer(sglang), experts=63)
 
 
+def test_another_replacement_stops_the_server_only_where_waterfill_is_on(sglang, monkeypatch):
+    plain, waterfilled = sglang.topk.TopK(TOP_K, layer_id=1), hash_layer(sglang)
+    plain.enable_waterfill = False
+    monkeypatch.setattr(sglang.hash_topk, "HashTopK", sglang.original)
+    prepare(sglang, plain)
+    assert plain.waterfill_balancer is None
+    with pytest.raises(SystemExit, match=r"hash_topk\.HashTopK is not ours after registration"):
+        prepare(sglang, plain, waterfilled)
+
+
+def test_a_layer_that_sglang_does_not_prepare_stops_the_server(sglang):
+    stranger = torch.nn.Module()
+    stranger.enable_waterfill, stranger.waterfill_balancer = True, None
+    with pytest.raises(SystemExit, match="1 of 2 MoE layers are not balanced by ours"):
+        prepare(sglang, hash_layer(sglang), stranger)
+
+
 def run_plugins(**environment):
     """A fresh process that loads plugins and prints what it then has."""
     code = (

@@ -47,8 +47,9 @@ def _open(ranks: int, experts: int, rank: int, config: Config) -> Exchange:
         return SoloExchange(ranks, experts, rank, CostModel.rows(), reason)
     coordinator: Any = get_parallel().moe_ep_group
     peers = "-".join(map(str, coordinator.ranks))
-    store = dist.PrefixStore(
-        f"waterfill_rs/{runner}/{peers}", dist.distributed_c10d._get_default_store()
+    rendezvous: Any = dist.distributed_c10d
+    store = rendezvous.PrefixStore(
+        f"waterfill_rs/{runner}/{peers}", rendezvous._get_default_store()
     )
     return open_exchange(
         store,

@@ -121,6 +121,10 @@ def _verify_and_prepare(prepare: Callable[..., Any], *args: Any, **kwargs: Any) 
     from waterfill_rs.sglang.balancer import WaterfillBalancer
     from waterfill_rs.sglang.topk import WaterfillHashTopK
 
+    model: Any = kwargs.get("model", args[0] if args else None)
+    asked = [m for m in model.modules() if getattr(m, "enable_waterfill", False)]
+    if not asked:  # Off means off: whoever replaced these classes, Waterfill is not in use here.
+        return prepare(*args, **kwargs)
     hooks = {BALANCER: WaterfillBalancer, HASH_TOPK: WaterfillHashTopK}
     missing = [
         f"{name} is not ours after registration"
@@ -130,34 +134,46 @@ def _verify_and_prepare(prepare: Callable[..., Any], *args: Any, **kwargs: Any) 
     if missing:
         _stop(missing)
     result = prepare(*args, **kwargs)
-    model: Any = kwargs.get("model", args[0] if args else None)
-    balancers = [
-        balancer
-        for module in model.modules()
-        if isinstance(balancer := getattr(module, "waterfill_balancer", None), WaterfillBalancer)
-        and balancer.exchange is None
-    ]
-    if balancers:
-        from waterfill_rs.sglang.group import connect
-
-        try:
-            exchange = connect(balancers, Config.from_environment(os.environ))
-        except (ValueError, RuntimeError) as error:
-            _stop([str(error)])
-        logger.info(
-            "waterfill-rs active: %d MoE layers on the CPU, exchange %s, because %s",
-            len(balancers),
-            exchange.name,
-            exchange.reason,
-        )
+    others = [m for m in asked if not isinstance(m.waterfill_balancer, WaterfillBalancer)]
+    if others:
+        kinds = sorted({f"{type(m).__name__} with {type(m.waterfill_balancer)}" for m in others})
+        _stop([f"{len(others)} of {len(asked)} MoE layers are not balanced by ours: {kinds}"])
+    _connect([m.waterfill_balancer for m in asked if m.waterfill_balancer.exchange is None])
     return result
 
 
+def _connect(balancers: list[Any]) -> None:
+    """Join layers that were just prepared to their peers, and say how."""
+    if not balancers:
+        return
+    from waterfill_rs.sglang.group import connect
+
+    try:
+        exchange = connect(balancers, Config.from_environment(os.environ))
+    except (OSError, RuntimeError, ValueError) as error:
+        _stop([str(error)])
+    logger.info(
+        "waterfill-rs active: %d MoE layers on the CPU, exchange %s, because %s",
+        len(balancers),
+        exchange.name,
+        exchange.reason,
+    )
+
+
 _VALUES = {
-    "waterfill_rs": (BACKEND_VARIABLE, "Who balances the shared experts where Waterfill is on"),
+    "waterfill_rs": (
+        BACKEND_VARIABLE,
+        "Who balances the shared experts where Waterfill is on; 'rust' stops the server if waterfill-rs cannot",
+    ),
     "waterfill_rs_exchange": (EXCHANGE_VARIABLE, "How ranks learn each other's counts"),
-    "waterfill_rs_planner": (PLANNER_VARIABLE, "Who plans at the board: the leader's call or a thread"),
-    "waterfill_rs_timeout_us": (TIMEOUT_VARIABLE, "Longest wait of a layer for the plan, microseconds"),
+    "waterfill_rs_planner": (
+        PLANNER_VARIABLE,
+        "Who plans at the board: the leader's call or a thread",
+    ),
+    "waterfill_rs_timeout_us": (
+        TIMEOUT_VARIABLE,
+        "Longest wait of a layer for the plan, microseconds",
+    ),
 }
 """Flags with a value, by their name in Python: the variable each sets, and its help."""
 _CHOICES = {
@@ -187,6 +203,10 @@ def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwarg
             os.environ[variable] = value
     if getattr(parsed, "waterfill_rs_require", False):
         os.environ[REQUIRE_VARIABLE] = "1"
+    if getattr(parsed, "waterfill_rs", None) == "rust" and not getattr(
+        parsed, "enable_waterfill", False
+    ):
+        logger.warning("--waterfill-rs rust balances nothing without sglang's --enable-waterfill")
     try:
         config = Config.from_environment(os.environ)
     except ValueError as error:

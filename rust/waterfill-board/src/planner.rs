@@ -1,12 +1,13 @@
 //! The planner's end of the board: it reads every rank's counts, makes one plan, and publishes it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed, score};
 
 use crate::error::{Result, check_length};
 use crate::layout::{RING, Shape};
 use crate::region::Region;
+use crate::sync::Instant;
 use crate::tally::Published;
 use crate::word::{self, Sequence};
 
@@ -146,14 +147,12 @@ impl<R: Region> BoardPlanner<R> {
         let (ranks, experts) = (self.shape.ranks, self.shape.experts);
         let start = self.shape.counts(self.next.tag(), rank);
         let words = &self.region.words()[start..start + self.shape.posted()];
-        let visits = &mut self.visits[rank * ranks..(rank + 1) * ranks];
-        let counts = &mut self.counts[rank * experts..(rank + 1) * experts];
-        let values = std::iter::once(&mut self.tokens[rank]).chain(visits).chain(counts);
+        let (tokens, words) = words.split_at(1);
+        let (visits, counts) = words.split_at(ranks);
         // Every word is looked at, whatever the last one tells: nothing orders them.
-        words
-            .iter()
-            .zip(values)
-            .all(|(word, value)| word::load(word, self.next).map(|read| *value = read).is_some())
+        word::load_all(tokens, self.next, &mut self.tokens[rank..=rank])
+            && word::load_all(visits, self.next, &mut self.visits[rank * ranks..][..ranks])
+            && word::load_all(counts, self.next, &mut self.counts[rank * experts..][..experts])
     }
 
     /// Nobody posted the next call: if a later one stands in the ring, all went on without us (this
