@@ -37,7 +37,7 @@ help: ## print this table
 build: .venv/native ## build the package into .venv
 run: .venv/native ## 8 live rank processes, one killed; placements compared: no GPU, no sglang
 	@$(BIN)/waterfill-rs demo --kill 5@30 --plot out/demo.png --json out/demo.json
-test: test-rust test-python ## all tests, with the real sglang 0.5.23
+test: test-rust test-kernels test-python ## all tests, with the real sglang 0.5.23
 test-rust: test-models ## the core against its oracle, the board with processes killed, its models
 	cargo test --release --package waterfill-core --all-features -- --nocapture
 	cargo test --release --package waterfill-board
@@ -45,6 +45,9 @@ test-rust: test-models ## the core against its oracle, the board with processes 
 test-models: ## the board under loom (all interleavings) and shuttle (random schedules)
 	RUSTFLAGS="--cfg loom" cargo test --release --package waterfill-board --lib --test loom --target-dir target/loom
 	RUSTFLAGS="--cfg shuttle" cargo test --release --package waterfill-board --test shuttle --target-dir target/shuttle
+test-kernels: .venv/test ## every variant of the kernel compiled by the NVRTC of torch's wheels; no GPU
+	NVRTC=$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/nvidia/*/lib/libnvrtc.so.1[0-9] | head -n 1) \
+	  cargo test --release --package waterfill-cuda
 test-python: .venv/test .venv/native ## the package, its wheel alone, and sglang
 	$(BIN)/python -m pytest -W ignore
 test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.post1 on; renews the tables of versions
@@ -82,4 +85,4 @@ wheel: .venv/base ## build the wheel into dist
 	$(BIN)/maturin build --release --quiet --out dist
 clean: ## remove what was built
 	rm -rf .venv .venv-versions target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-models test-python test-versions lint soak tsan fuzz gpu bench wheel clean
+.PHONY: help build run test test-rust test-kernels test-models test-python test-versions lint soak tsan fuzz gpu bench wheel clean

@@ -69,8 +69,7 @@ impl<R: Region> Port<R> {
             return Err(waterfill_core::Error::Rank { name: "rank", rank, ranks }.into());
         }
         let placement = Placement::contiguous(shape.ranks, shape.experts)?;
-        let tally = Tally { process: std::process::id().into(), ..Tally::default() };
-        tally.show(region.words(), shape, rank, None);
+        let tally = Tally::announce(&region, shape, rank);
         let (last, own) = (Sequence::NONE, OwnPlanner::new());
         Ok(Self {
             region,

@@ -43,6 +43,7 @@ struct Args {
     u32 mode;
     // The board: words from its start to this rank's counts and quotas in the first slot of the ring.
     u32 counts_at, quotas_at, slot_words, ring, posts_experts;
+    u32 tally_at;            // Words from the board's start to this rank's calls by Outcome.
     // Bytes from the start of dynamic shared memory to each array of `Shared`.
     u32 counts_bytes, ranks_bytes, slots_bytes, given_bytes, table_bytes, table_stride;
 };

@@ -28,6 +28,7 @@ pub(crate) struct Args {
     pub slot_words: u32,
     pub ring: u32,
     pub posts_experts: u32,
+    pub tally_at: u32,
     pub counts_bytes: u32,
     pub ranks_bytes: u32,
     pub slots_bytes: u32,

@@ -159,6 +159,7 @@ impl Runner {
         self.args.slot_words = (shape.counts(1, rank) - shape.counts(0, rank)) as u32;
         self.args.ring = RING as u32;
         self.args.posts_experts = u32::from(shape.experts != shape.ranks);
+        self.args.tally_at = shape.rank_tally(rank) as u32 + 1;
         self.board = Some(registered);
         Ok(())
     }

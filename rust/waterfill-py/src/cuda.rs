@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use waterfill_board::{Region, Shared};
+use waterfill_board::{Region, Shared, Tally};
 use waterfill_cuda::{Board, Call, Compiler, IdType, Quotas, Runner, Shape, WeightType};
 
 use crate::board::PyBoard;
@@ -57,6 +57,7 @@ impl PyCudaRunner {
                     // SAFETY: these are the words of a board of that shape, and stay mapped as long as
                     // `_board` holds them, which outlives the runner.
                     unsafe { inner.attach(Board { address, shape: *shape })? };
+                    Tally::announce(memory, *shape, rank);
                 }
                 Ok(Self { inner, _board: board.map(|(memory, _)| memory) })
             })
