@@ -24,7 +24,7 @@ pub enum Pace {
 const AWAKE: Duration = Duration::from_millis(2);
 /// A sleep is the time without a call over this, up to the longest.
 const SLEEP_PART: u32 = 50;
-const LONGEST_SLEEP: Duration = Duration::from_millis(2);
+const LONGEST_SLEEP: Duration = Duration::from_millis(4);
 
 /// A planner's thread; it ends when this is dropped. The child of a fork has the handle but not the thread:
 /// there dropping does nothing, and [`finish`](Self::finish) gives nothing.

@@ -86,7 +86,7 @@ impl PyPlannerThread {
     }
 
     fn stop(&self, py: Python<'_>) {
-        // The thread ends at its next look at the board; it may be asleep for two milliseconds.
+        // The thread ends at its next look at the board; it may be asleep for four milliseconds.
         py.detach(|| {
             let thread = self.inner.lock().ok().and_then(|mut thread| thread.take());
             drop(thread);
