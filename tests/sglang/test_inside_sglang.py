@@ -3,70 +3,13 @@
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 
 pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
 
 import torch
-
-RANKS, RANK, EXPERTS, TOP_K, TOKENS = 8, 3, 64, 6, 200
-
-
-@pytest.fixture(scope="module")
-def sglang():
-    """sglang with plugins loaded, as its launcher and scheduler do, and a model's context published."""
-    os.environ["SGLANG_OPT_USE_FUSED_HASH_TOPK"] = "0"
-    from sglang.srt.configs.shared_experts import SharedExpertsConfig
-    from sglang.srt.layers.moe import hash_topk, topk, waterfill
-    from sglang.srt.plugins import load_plugins
-
-    original = hash_topk.HashTopK
-    load_plugins()
-    from sglang.srt.model_executor.model_runner_components import moe_ep_setup
-    from sglang.srt.runtime_context import get_context, get_model, get_parallel
-
-    get_context().override_server_args(model_path="dummy").install()
-    shared = SharedExpertsConfig(use_waterfill=True)
-    parallel = dict(
-        tp_size=RANKS,
-        tp_rank=RANK,
-        attn_tp_size=RANKS,
-        attn_tp_rank=RANK,
-        moe_ep_size=RANKS,
-        moe_ep_rank=RANK,
-    )
-    with get_model().override(shared_experts=shared), get_parallel().override(**parallel):
-        yield types.SimpleNamespace(
-            hash_topk=hash_topk,
-            topk=topk,
-            waterfill=waterfill,
-            setup=moe_ep_setup,
-            original=original,
-        )
-
-
-def prepare(sglang, *modules, experts=EXPERTS):
-    config = types.SimpleNamespace(hf_config=types.SimpleNamespace(n_routed_experts=experts))
-    sglang.setup.prepare_moe_topk(model=torch.nn.ModuleList(modules), model_config=config)
-
-
-def hash_layer(sglang):
-    return sglang.setup.HashTopK(TOP_K, EXPERTS, vocab_size=1000, layer_id=0)
-
-
-def routed_only(sglang, layer, *inputs):
-    """What the same layer gives without Waterfill: the input of the expansion."""
-    balancer, layer.waterfill_balancer, layer.enable_waterfill = (
-        layer.waterfill_balancer,
-        None,
-        False,
-    )
-    try:
-        return layer(*inputs)
-    finally:
-        layer.waterfill_balancer, layer.enable_waterfill = balancer, True
+from inside import EXPERTS, RANK, RANKS, TOKENS, TOP_K, hash_layer, level_of, prepare, routed_only
 
 
 def check_expansion(sglang, routed, expanded, shared_weight):
@@ -83,11 +26,7 @@ def check_expansion(sglang, routed, expanded, shared_weight):
     assert torch.equal(shared % (slot + 1), torch.full_like(shared, slot))
     received = torch.bincount(expanded.topk_ids.flatten() // (slot + 1), minlength=RANKS)
     before = torch.bincount(routed.topk_ids.flatten() // slot, minlength=RANKS)
-    # The exact level of these counts, by definition: rows rise until they are all placed.
-    level = int(before.max())
-    while int((level - before).clamp(min=0).sum()) < TOKENS:
-        level += 1
-    assert int(received.max()) == level
+    assert int(received.max()) == level_of(before, TOKENS)
 
 
 def test_every_name_of_the_classes_is_ours(sglang):

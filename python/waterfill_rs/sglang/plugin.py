@@ -54,17 +54,23 @@ def register() -> None:
         verdict.stop([str(error)])
     if not config.enabled:
         return
-    seams, strange = compat.find()
-    if config.required and (reasons := strange + verdict.against_machine()):
+    try:
+        seams, reasons = compat.find()
+        if seams:
+            _enter(seams)
+    except Exception as error:
+        reasons = [f"the plugin failed: {error!r}"]
+    if config.required and (reasons := reasons + verdict.against_machine()):
         verdict.stop(reasons)
-    if seams is None:
-        _tell_only(strange)
-    else:
-        _enter(seams)
+    if reasons:
+        _tell_only(reasons)
 
 
 def _enter(seams: Seams) -> None:
-    """Hook what Waterfill is made of. Whether we serve is decided where a model is prepared."""
+    """Hook what Waterfill is made of. Whether we serve is decided where a model is prepared.
+
+    Everything that may fail comes before the first hook.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from waterfill_rs.sglang import recorder
@@ -72,13 +78,14 @@ def _enter(seams: Seams) -> None:
 
     ours = _replacements(seams)
     originals = {name: compat.resolve(name) for name in ours}
-    hooked.update(ours | recorder.replacements(seams))
-    for name, replacement in hooked.items():
-        HookRegistry.register(name, replacement, HookType.REPLACE)
+    replaced = ours | recorder.replacements(seams)
     around = {
         seams.prepare: Preparation(seams, ours, originals).hook,
         f"{seams.gatherers}._SinglePassGatherer.init_new": recorder.gatherer_of_auto(seams),
     }
+    hooked.update(replaced)
+    for name, replacement in replaced.items():
+        HookRegistry.register(name, replacement, HookType.REPLACE)
     for name, hook in around.items():
         HookRegistry.register(name, hook, HookType.AROUND)
 
