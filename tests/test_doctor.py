@@ -234,7 +234,7 @@ def test_exchange_is_judged_by_what_was_live():
 @pytest.mark.parametrize("pace", ["auto", "inline", "park", "spin"])
 def test_two_processes_really_exchange(pace):
     rounds = self_test.run(BoardSettings(cap_us=1_000_000, pace=pace), seconds=0.2)
-    assert 0 < rounds.live == rounds.calls
+    assert rounds.live == rounds.calls == self_test.BURSTS * self_test.ROUNDS
     assert 0 < rounds.median_us <= rounds.longest_us
 
 

@@ -126,7 +126,7 @@ def exchange(settings: BoardSettings, run: Callable[[BoardSettings], self_test.R
     except (OSError, RuntimeError) as error:
         return Finding("exchange", "fail", f"the self-test ended: {error}", "see shm above")
     text = (
-        f"2 processes, {settings.pace}: {rounds.live} of {rounds.calls} rounds in a second within "
+        f"2 processes, {settings.pace}: {rounds.live} of {rounds.calls} rounds within "
         f"{settings.cap_us} us, median wait {rounds.median_us:.1f} us, longest {rounds.longest_us:.0f}"
     )
     if not rounds.live:
