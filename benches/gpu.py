@@ -97,7 +97,9 @@ def own(all_ranks=OWN_RANKS, all_rows=OWN_ROWS) -> None:
 
 
 def live() -> None:
-    print("live, us a call in a graph: median of the ranks' medians, slowest rank's p99; own counts beside")
+    print(
+        "live, us a call in a graph: median of the ranks' medians, slowest rank's p99; own counts beside"
+    )
     for experts in (None, 256):
         for ranks in LIVE_RANKS:
             name, run = f"waterfill-bench-{os.getpid()}-{ranks}", secrets.randbits(120)
@@ -123,7 +125,7 @@ def live() -> None:
                 middle = statistics.median(float(line[0]) for line in live_us)
                 slowest = max(float(line[1]) for line in live_us)
                 alone = statistics.median(float(line[0]) for line in own_us)
-                tally = [" ".join(line[2:]) for line in live_us][0]
+                tally = " ".join(live_us[0][2:])
                 print(
                     f"R={ranks} {'per expert' if experts else 'per rank'} N={rows}: {middle:.2f}, p99 {slowest:.2f}; "
                     f"own {alone:.2f}; {tally}",

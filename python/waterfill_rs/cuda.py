@@ -83,7 +83,7 @@ class Expander:
                 f"ids {ids}, weights {weights}: give int32 or int64, float32 or bfloat16"
             )
         index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         self.device, self.ranks, self.top_k = torch.device("cuda", index), ranks, top_k
         self._index, self._ids, self._weights = index, ids, weights
         self._has_board = board is not None
@@ -189,7 +189,7 @@ class Expander:
             raise ValueError(f"{name} has strides {tensor.stride()}: call .contiguous() first")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _expander(
     device: torch.device,
     physical_experts: int,
@@ -269,10 +269,10 @@ def _like_expanded(
     return topk_ids.new_empty(shape), topk_weights.new_empty(shape)
 
 
-_library = torch.library.Library("waterfill_rs", "DEF")
-_library.define(
+_library = torch.library.Library("waterfill_rs", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "expand_topk(Tensor topk_ids, Tensor topk_weights, int physical_experts, int ranks, int rank, "
     "float shared_weight, Tensor? quotas) -> (Tensor, Tensor)"
 )
-_library.impl("expand_topk", _expand, "CUDA")
+_library.impl("expand_topk", _expand, "CUDA")  # type: ignore[no-untyped-call]
 torch.library.register_fake("waterfill_rs::expand_topk", _like_expanded, lib=_library)

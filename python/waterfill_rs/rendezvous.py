@@ -119,7 +119,9 @@ def open_exchange(
         raise ValueError(f"exchange {choice!r}: give one of {', '.join(CHOICES)}")
     if device is not None:
         if choice == "group":
-            raise ValueError("exchange group with layers on a CUDA device: give auto, board or solo")
+            raise ValueError(
+                "exchange group with layers on a CUDA device: give auto, board or solo"
+            )
         group = None  # The kernel takes counts from a board alone.
     cards = _meet(store, _Card.of(ranks, experts, choice), rank)
     name, reason = _decide(cards, group is not None)

@@ -6,8 +6,8 @@ import functools
 
 import pytest
 import torch
-
 from batches import SHARED_WEIGHT, batch, on_cpu, random_quotas, same
+
 from waterfill_rs.cuda import Expander
 from waterfill_rs.torch import expand_topk
 
@@ -106,7 +106,9 @@ def test_expand_topk_dispatches_by_device():
     where = dict(physical_experts=256, ranks=8, rank=1, shared_weight=SHARED_WEIGHT)
     for quotas in (None, random_quotas(4, topk_ids, 8, 1)):
         expected = expand_topk(topk_ids, topk_weights, quotas=quotas, **where)
-        assert same(expand_topk(topk_ids.cuda(), topk_weights.cuda(), quotas=quotas, **where), expected)
+        assert same(
+            expand_topk(topk_ids.cuda(), topk_weights.cuda(), quotas=quotas, **where), expected
+        )
 
 
 def test_torch_compile_keeps_it_in_one_graph():
@@ -173,12 +175,28 @@ def test_what_does_not_fit_is_refused():
     refused("quotas is torch.int64", run, ids, weights, 1.0, quotas=quotas.long())
     refused("quotas is on cpu", run, ids, weights, 1.0, quotas=quotas.cpu())
     refused(r"quotas has shape \(7,\)", run, ids, weights, 1.0, quotas=quotas[:7])
-    refused("num_token_non_padded is torch.int64", run, ids, weights, 1.0, num_token_non_padded=quotas[:1].long())
+    refused(
+        "num_token_non_padded is torch.int64",
+        run,
+        ids,
+        weights,
+        1.0,
+        num_token_non_padded=quotas[:1].long(),
+    )
     refused("without a board", run, ids, weights, 1.0, cap_us=100)
     many = torch.zeros((run.max_rows + 1, 6), dtype=torch.int32, device="cuda")
     refused("rows of top 6", run, many, torch.zeros(many.shape, device="cuda"), 1.0)
     refused("give ranks|ranks", Expander, "cuda", physical_experts=250, ranks=8, rank=0, top_k=6)
     refused("rank 8", Expander, "cuda", physical_experts=256, ranks=8, rank=8, top_k=6)
     refused("top_k 33", Expander, "cuda", physical_experts=256, ranks=8, rank=0, top_k=33)
-    refused("float16", Expander, "cuda", physical_experts=256, ranks=8, rank=0, top_k=6, weights=torch.float16)
+    refused(
+        "float16",
+        Expander,
+        "cuda",
+        physical_experts=256,
+        ranks=8,
+        rank=0,
+        top_k=6,
+        weights=torch.float16,
+    )
     refused("give a CUDA device", Expander, "cpu", physical_experts=256, ranks=8, rank=0, top_k=6)

@@ -11,9 +11,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from batches import SHARED_WEIGHT, batch, on_cpu, same
 
 import waterfill_rs
-from batches import SHARED_WEIGHT, batch, on_cpu, same
 from waterfill_rs import CostModel, _native
 from waterfill_rs.cuda import Expander
 from waterfill_rs.torch import count
@@ -32,7 +32,12 @@ class Group:
         self.ranks = ranks
         self.expanders = [
             Expander(
-                "cuda", physical_experts=EXPERTS, ranks=ranks, rank=rank, top_k=TOP_K, board=self.board
+                "cuda",
+                physical_experts=EXPERTS,
+                ranks=ranks,
+                rank=rank,
+                top_k=TOP_K,
+                board=self.board,
             )
             for rank in range(ranks)
         ]
@@ -40,9 +45,7 @@ class Group:
         self.planner = self.plan() if planner else None
 
     def plan(self) -> _native.PlannerThread:
-        return _native.PlannerThread(
-            self.board, CostModel.rows(), patience_us=SECOND, pace="spin"
-        )
+        return _native.PlannerThread(self.board, CostModel.rows(), patience_us=SECOND, pace="spin")
 
     def step(self, batches, cap_us=SECOND):
         there = [(ids.cuda(), weights.cuda()) for ids, weights in batches]
@@ -100,7 +103,9 @@ def test_live_plans_are_the_planners(group):
         made = batches(seed, ranks)
         for rank, (out, quotas) in enumerate(zip(group.step(made), planned(made), strict=True)):
             where = dict(experts=EXPERTS, ranks=ranks, rank=rank)
-            assert same(out, on_cpu(*made[rank], quotas=quotas, **where)), f"seed {seed} rank {rank}"
+            assert same(out, on_cpu(*made[rank], quotas=quotas, **where)), (
+                f"seed {seed} rank {rank}"
+            )
     live = {"live": 40, "timed_out": 0, "broken": 0, "torn": 0}
     assert group.tallies() == [live] * ranks
 
@@ -136,14 +141,14 @@ def test_foreign_bytes_change_nothing_but_the_balance(group):
     stop = threading.Event()
     random = np.random.default_rng(7)
 
-    def scribble() -> None:
+    def scribble(words: np.ndarray) -> None:
         while not stop.is_set():
             at = random.integers(16, len(words), 64)
             near = words[at] + random.integers(0, 3, 64).astype(np.uint64)
             wild = random.integers(0, 2**63, 64).astype(np.uint64)
             words[at] = np.where(random.random(64) < 0.5, near, wild)
 
-    writer = threading.Thread(target=scribble)
+    writer = threading.Thread(target=scribble, args=(words,))
     writer.start()
     try:
         for seed in range(1500):
@@ -153,8 +158,6 @@ def test_foreign_bytes_change_nothing_but_the_balance(group):
     finally:
         stop.set()
         writer.join()
-    del words
-    memory.close()
 
 
 def lawful(rank: int, made, ids, weights) -> None:

@@ -90,14 +90,20 @@ def check_expansion(sglang, routed, expanded, shared_weight):
     assert int(received.max()) == level
 
 
-def test_every_name_of_the_two_classes_is_ours(sglang):
-    from waterfill_rs.sglang.balancer import WaterfillBalancer
-    from waterfill_rs.sglang.topk import WaterfillHashTopK
+def test_every_name_of_the_classes_is_ours(sglang):
+    from sglang.srt.eplb import expert_distribution
 
-    assert sglang.waterfill.WaterfillBalancer is WaterfillBalancer
-    assert sglang.hash_topk.HashTopK is WaterfillHashTopK
-    assert sglang.setup.HashTopK is WaterfillHashTopK
-    assert issubclass(WaterfillHashTopK, sglang.original)
+    from waterfill_rs.sglang import plugin
+    from waterfill_rs.sglang.balancer import WaterfillBalancer
+
+    ours = {name.rpartition(".")[2]: replacement for name, replacement in plugin.hooked.items()}
+    assert sglang.waterfill.WaterfillBalancer is ours.pop("WaterfillBalancer") is WaterfillBalancer
+    router = ours.pop("HashTopK")
+    assert sglang.hash_topk.HashTopK is sglang.setup.HashTopK is router
+    assert issubclass(router, sglang.original)
+    assert len(ours) == 2
+    for name, gatherer in ours.items():
+        assert getattr(expert_distribution, name) is gatherer
 
 
 def test_hash_layer_refuses_to_run_before_preparation(sglang):

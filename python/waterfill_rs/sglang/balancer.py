@@ -7,9 +7,10 @@ from typing import Any
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
 from waterfill_rs.exchange import Exchange
+from waterfill_rs.sglang.compat import SCALING_FACTOR, Seams
 from waterfill_rs.torch import expand_topk
 
-__all__ = ["WaterfillBalancer"]
+__all__ = ["ScalingFactorBalancer", "WaterfillBalancer", "balancer_of"]
 
 
 class WaterfillBalancer:
@@ -73,3 +74,24 @@ class WaterfillBalancer:
             exchange=self.exchange,
         )
         return topk_output._replace(topk_ids=ids, topk_weights=weights)
+
+
+class ScalingFactorBalancer(WaterfillBalancer):
+    """The same, made as sglang made it before 0.5.23."""
+
+    def __init__(
+        self,
+        num_routed_experts: int,
+        world_size: int,
+        rank: int,
+        layer_id: int | None,
+        routed_scaling_factor: float = 1.0,
+    ) -> None:
+        """The shared row weighs ``1 / routed_scaling_factor``, as in those versions, and 1 where that is 0."""
+        weight = 1.0 / routed_scaling_factor if routed_scaling_factor else 1.0
+        super().__init__(num_routed_experts, world_size, rank, layer_id, weight)
+
+
+def balancer_of(seams: Seams) -> type[WaterfillBalancer]:
+    """The class whose constructor is that of sglang's."""
+    return ScalingFactorBalancer if seams.weight == SCALING_FACTOR else WaterfillBalancer

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
-from sglang.srt.runtime_context import get_parallel
 
 from waterfill_rs import CostModel
 from waterfill_rs.config import Config
@@ -15,6 +14,7 @@ from waterfill_rs.exchange import Exchange, SoloExchange
 from waterfill_rs.rendezvous import open_exchange
 from waterfill_rs.sglang import metrics
 from waterfill_rs.sglang.balancer import WaterfillBalancer
+from waterfill_rs.sglang.compat import Seams, resolve
 
 __all__ = ["connect"]
 
@@ -22,8 +22,13 @@ _runners = itertools.count()
 """Models prepared so far in this process: target and draft models call in an order of their own each."""
 
 
-def connect(balancers: Sequence[WaterfillBalancer], config: Config) -> Exchange:
+def connect(
+    balancers: Sequence[WaterfillBalancer], config: Config, seams: Seams, alone: str | None = None
+) -> Exchange:
     """Open one exchange for these layers and give it to each. All ranks of their group call it.
+
+    Args:
+        alone: why own counts are to be taken, whatever was asked for.
 
     Raises:
         ValueError: layers of several shapes, ranks that disagree, or a choice that cannot be had.
@@ -33,21 +38,24 @@ def connect(balancers: Sequence[WaterfillBalancer], config: Config) -> Exchange:
     if len(shapes) != 1:
         raise ValueError(f"layers of one model differ in (ranks, experts, rank): {sorted(shapes)}")
     ranks, experts, rank = shapes.pop()
-    exchange = _open(ranks, experts, rank, config)
+    if alone:
+        exchange: Exchange = SoloExchange(ranks, experts, rank, CostModel.rows(), alone)
+    else:
+        exchange = _open(ranks, experts, rank, config, seams)
     for balancer in balancers:
         balancer.exchange = exchange
     metrics.watch(exchange, leads=rank == 0)
     return exchange
 
 
-def _open(ranks: int, experts: int, rank: int, config: Config) -> Exchange:
+def _open(ranks: int, experts: int, rank: int, config: Config, seams: Seams) -> Exchange:
     runner = next(_runners)
     if not dist.is_initialized():
         reason = "torch.distributed is not initialised"
         if config.exchange not in ("auto", "solo"):
             raise ValueError(f"exchange {config.exchange} was asked for, and {reason}")
         return SoloExchange(ranks, experts, rank, CostModel.rows(), reason)
-    coordinator: Any = get_parallel().moe_ep_group
+    coordinator: Any = resolve(seams.group)()
     peers = "-".join(map(str, coordinator.ranks))
     rendezvous: Any = dist.distributed_c10d
     store = rendezvous.PrefixStore(

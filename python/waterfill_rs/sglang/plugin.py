@@ -7,12 +7,10 @@ package from serving is collected, and told in one warning, or ends the server w
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from waterfill_rs.config import (
     BACKEND_VARIABLE,
@@ -25,19 +23,17 @@ from waterfill_rs.config import (
     Config,
 )
 from waterfill_rs.rendezvous import CHOICES
+from waterfill_rs.sglang import compat, verdict
+from waterfill_rs.sglang.compat import ROWS, Seams
 
-__all__ = ["register"]
+__all__ = ["hooked", "register"]
 
 logger = logging.getLogger(__name__)
 
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
-BALANCER = "sglang.srt.layers.moe.waterfill.WaterfillBalancer"
-HASH_TOPK = "sglang.srt.layers.moe.hash_topk.HashTopK"
-PREPARE = "sglang.srt.model_executor.model_runner_components.moe_ep_setup.prepare_moe_topk"
 
-# sglang 0.5.23; another version is used if these are what it has.
-BALANCER_PARAMETERS = ("num_routed_experts", "world_size", "rank", "layer_id", "shared_weight")
-EXPAND_PARAMETERS = ("topk_output", "num_tokens")
+hooked: dict[str, type] = {}
+"""The classes that this process was asked to replace, by sglang's name: ours. Empty where we are off."""
 
 _registered = False
 
@@ -55,109 +51,61 @@ def register() -> None:
     try:
         config = Config.from_environment(os.environ)
     except ValueError as error:
-        _stop([str(error)])
+        verdict.stop([str(error)])
     if not config.enabled:
         return
-    reasons = _reasons_not_to_serve()
-    if reasons:
-        _cannot_serve(config, reasons)
-        return
-    from waterfill_rs.sglang.balancer import WaterfillBalancer
-    from waterfill_rs.sglang.topk import WaterfillHashTopK
-
-    HookRegistry.register(BALANCER, WaterfillBalancer, HookType.REPLACE)
-    HookRegistry.register(HASH_TOPK, WaterfillHashTopK, HookType.REPLACE)
-    HookRegistry.register(PREPARE, _verify_and_prepare, HookType.AROUND)
+    seams, strange = compat.find()
+    if config.required and (reasons := strange + verdict.against_machine()):
+        verdict.stop(reasons)
+    if seams is None:
+        _tell_only(strange)
+    else:
+        _enter(seams)
 
 
-def _reasons_not_to_serve() -> list[str]:
-    """Everything about this sglang and this machine that keeps us from serving."""
-    reasons = []
-    try:
-        balancer = _resolve(BALANCER)
-        reasons += _unlike(BALANCER, balancer.__init__, BALANCER_PARAMETERS)
-        reasons += _unlike(f"{BALANCER}.expand_topk", balancer.expand_topk, EXPAND_PARAMETERS)
-        _resolve(HASH_TOPK)
-        _resolve(PREPARE)
-        importlib.import_module("waterfill_rs.torch")
-    except (ImportError, AttributeError) as error:
-        return [f"{error}: this sglang has no Waterfill that waterfill-rs knows (it knows 0.5.23)"]
-    import torch
+def _enter(seams: Seams) -> None:
+    """Hook what Waterfill is made of. Whether we serve is decided where a model is prepared."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    if torch.cuda.is_available():
-        reasons.append(
-            "the model will run on CUDA, and this version of waterfill-rs expands on the CPU only"
-        )
-    return reasons
+    from waterfill_rs.sglang import recorder
+    from waterfill_rs.sglang.preparation import Preparation
 
-
-def _unlike(name: str, function: Callable[..., Any], parameters: tuple[str, ...]) -> list[str]:
-    found = tuple(inspect.signature(function).parameters)[1:]
-    if found == parameters or (found[:2] == parameters and found[2:] == ("is_decode",)):
-        return []
-    return [f"{name} takes {found}, and waterfill-rs knows {parameters}"]
+    ours = _replacements(seams)
+    originals = {name: compat.resolve(name) for name in ours}
+    hooked.update(ours | recorder.replacements(seams))
+    for name, replacement in hooked.items():
+        HookRegistry.register(name, replacement, HookType.REPLACE)
+    around = {
+        seams.prepare: Preparation(seams, ours, originals).hook,
+        f"{seams.gatherers}._SinglePassGatherer.init_new": recorder.gatherer_of_auto(seams),
+    }
+    for name, hook in around.items():
+        HookRegistry.register(name, hook, HookType.AROUND)
 
 
-def _resolve(target: str) -> Any:
-    module, _, name = target.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+def _replacements(seams: Seams) -> dict[str, type]:
+    """Our balancer and our hash router; to be asked for before sglang's are replaced."""
+    from waterfill_rs.sglang.balancer import balancer_of
+    from waterfill_rs.sglang.topk import hash_topk
+
+    ours: dict[str, type] = {seams.balancer: balancer_of(seams)}
+    if name := seams.hash_topk:
+        ours[name] = hash_topk(seams, compat.resolve(name), compat.resolve(seams.balancer))
+    return ours
 
 
-def _cannot_serve(config: Config, reasons: list[str]) -> None:
-    if config.required:
-        _stop(reasons)
-    logger.warning("waterfill-rs is off, sglang's own Waterfill stays: %s", "; ".join(reasons))
+def _tell_only(reasons: list[str]) -> None:
+    """Where this sglang prepares routers in a way we know of, have it say why we are off."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from waterfill_rs.sglang.preparation import tell_at_preparation
 
-def _stop(reasons: list[str]) -> NoReturn:
-    # SystemExit, because sglang swallows every Exception of a plugin and serves without it.
-    raise SystemExit(
-        "waterfill-rs cannot serve:\n" + "\n".join(f"- {reason}" for reason in reasons)
-    )
-
-
-def _verify_and_prepare(prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around sglang's preparation of the MoE layers: are the hooks really in place? Then say so."""
-    from waterfill_rs.sglang.balancer import WaterfillBalancer
-    from waterfill_rs.sglang.topk import WaterfillHashTopK
-
-    model: Any = kwargs.get("model", args[0] if args else None)
-    asked = [m for m in model.modules() if getattr(m, "enable_waterfill", False)]
-    if not asked:  # Off means off: whoever replaced these classes, Waterfill is not in use here.
-        return prepare(*args, **kwargs)
-    hooks = {BALANCER: WaterfillBalancer, HASH_TOPK: WaterfillHashTopK}
-    missing = [
-        f"{name} is not ours after registration"
-        for name, ours in hooks.items()
-        if _resolve(name) is not ours
-    ]
-    if missing:
-        _stop(missing)
-    result = prepare(*args, **kwargs)
-    others = [m for m in asked if not isinstance(m.waterfill_balancer, WaterfillBalancer)]
-    if others:
-        kinds = sorted({f"{type(m).__name__} with {type(m.waterfill_balancer)}" for m in others})
-        _stop([f"{len(others)} of {len(asked)} MoE layers are not balanced by ours: {kinds}"])
-    _connect([m.waterfill_balancer for m in asked if m.waterfill_balancer.exchange is None])
-    return result
-
-
-def _connect(balancers: list[Any]) -> None:
-    """Join layers that were just prepared to their peers, and say how."""
-    if not balancers:
-        return
-    from waterfill_rs.sglang.group import connect
-
-    try:
-        exchange = connect(balancers, Config.from_environment(os.environ))
-    except (OSError, RuntimeError, ValueError) as error:
-        _stop([str(error)])
-    logger.info(
-        "waterfill-rs active: %d MoE layers on the CPU, exchange %s, because %s",
-        len(balancers),
-        exchange.name,
-        exchange.reason,
-    )
+    for name in {row.prepare for row in ROWS}:
+        try:
+            compat.resolve(name)
+        except (ImportError, AttributeError):
+            continue
+        HookRegistry.register(name, tell_at_preparation(reasons), HookType.AROUND)
 
 
 _VALUES = {
@@ -203,14 +151,22 @@ def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwarg
             os.environ[variable] = value
     if getattr(parsed, "waterfill_rs_require", False):
         os.environ[REQUIRE_VARIABLE] = "1"
-    if getattr(parsed, "waterfill_rs", None) == "rust" and not getattr(
-        parsed, "enable_waterfill", False
-    ):
-        logger.warning("--waterfill-rs rust balances nothing without sglang's --enable-waterfill")
     try:
         config = Config.from_environment(os.environ)
     except ValueError as error:
-        _stop([str(error)])
-    if config.enabled and config.required and (reasons := _reasons_not_to_serve()):
-        _stop(reasons)
+        verdict.stop([str(error)])
+    if config.enabled:
+        _judge(config, parsed)
     return from_cli_args(*args, **kwargs)
+
+
+def _judge(config: Config, parsed: Any) -> None:
+    """What can be said when the server's flags are read, before a model is loaded."""
+    seams, reasons = compat.find()
+    reasons = reasons + verdict.against_machine()
+    asked = any(getattr(parsed, row.switch, False) for row in ROWS)
+    if reasons and (asked or config.required):
+        verdict.tell(config, reasons)
+    elif getattr(parsed, "waterfill_rs", None) == "rust" and not asked:
+        flag = (seams or ROWS[0]).flag
+        logger.warning("--waterfill-rs rust balances nothing without sglang's %s", flag)

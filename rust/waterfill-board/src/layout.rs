@@ -92,7 +92,7 @@ fn lines(words: usize) -> usize {
     words.next_multiple_of(LINE)
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
 

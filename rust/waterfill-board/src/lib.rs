@@ -23,6 +23,8 @@
 #![deny(unsafe_code)]
 
 mod error;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod hammer;
 mod layout;
 mod planner;
 mod port;

@@ -1,12 +1,13 @@
 //! The planner's end of the board: it reads every rank's counts, makes one plan, and publishes it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed, score};
 
 use crate::error::{Result, check_length};
 use crate::layout::{RING, Shape};
 use crate::region::Region;
+use crate::sync::Instant;
 use crate::tally::Published;
 use crate::word::{self, Sequence};
 

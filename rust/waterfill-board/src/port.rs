@@ -1,12 +1,13 @@
 //! One rank's end of the board: it posts its counts and takes its quotas.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use waterfill_core::{CostModel, OwnCounts, OwnPlanner, Placement};
 
 use crate::error::{Result, check_length};
 use crate::layout::Shape;
 use crate::region::Region;
+use crate::sync::Instant;
 use crate::tally::Tally;
 use crate::word::{self, Sequence};
 
@@ -38,6 +39,10 @@ pub enum Source {
 const BREAK_AFTER: u32 = 2;
 
 /// A rank's end of the board. One a rank: it alone writes the rank's counts.
+///
+/// The child of a fork must not go on with it, because two processes would then write as one rank: the
+/// others' quotas would still add up, but to counts that nobody has. It is not checked here, where asking
+/// the system for the process would cost a good part of a round; whoever may be forked checks it.
 #[derive(Debug)]
 pub struct Port<R> {
     region: R,
@@ -231,6 +236,7 @@ impl<R: Region> Port<R> {
 }
 
 /// Looks at the board before a waiter lets others have its core: a few microseconds.
+#[cfg(not(any(loom, shuttle)))]
 const EAGER_POLLS: u32 = 256;
 
 /// Between two looks at the board. Ranks and planner may share a core, so no waiter keeps it for long.
@@ -240,7 +246,12 @@ pub(crate) fn pause(polls: u32) {
         let _ = polls;
         loom::thread::yield_now();
     }
-    #[cfg(not(loom))]
+    #[cfg(shuttle)]
+    {
+        let _ = polls;
+        shuttle::thread::yield_now();
+    }
+    #[cfg(not(any(loom, shuttle)))]
     if polls > EAGER_POLLS {
         std::thread::yield_now();
     } else {

@@ -1,14 +1,16 @@
 //! A board in POSIX shared memory, for ranks that are processes of one host.
 //!
 //! One process creates it, the others attach, and then the name goes: whatever happens later, nothing is
-//! left behind. A segment is refused by the first field that does not fit, before anything is written.
+//! left behind. A segment gets its name only when it is whole, and its creator holds a lock on it: the name
+//! that a killed creator leaves is told by the free lock, and goes with the next board that this user creates.
+//! A segment is refused by the first field that does not fit, before anything is written.
 
 use std::ffi::OsStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result, system};
@@ -29,33 +31,27 @@ const OWNER_ONLY: Mode = Mode::RUSR.union(Mode::WUSR);
 pub struct Shared {
     map: MmapRaw,
     path: PathBuf,
-    /// Kept open, so that others find the board at this process once its name is gone.
-    _file: OwnedFd,
+    /// Kept open, so that others find the board at this process once its name is gone, and for the
+    /// creator's lock.
+    file: OwnedFd,
 }
 
 impl Shared {
-    /// Create the segment `name`, for everybody who knows `run`, a number of this run alone.
+    /// Create the segment `name`, for everybody who knows `run`, a number of this run alone. Names of
+    /// boards whose creators were killed before they took them away are removed.
     ///
     /// # Errors
     /// There is one of that name already, or the memory is not to be had (all of it is reserved here,
     /// because a write to memory that is not there would kill the process later).
     pub fn create(name: &str, shape: Shape, run: u128) -> Result<Self> {
         let path = path_of(name)?;
-        let flags =
-            OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = rustix::fs::open(&path, flags, OWNER_ONLY)
-            .map_err(|error| system(&path, "creating the segment", error))?;
-        let made = Self::reserve(&file, shape)
-            .map_err(|error| system(&path, "reserving the board's memory", error))
-            .and_then(|()| Self::map(file, shape, path.clone()));
-        let board = match made {
-            Ok(board) => board,
-            Err(error) => {
-                // The error at hand says more than a failure to clean up would.
-                let _ = rustix::fs::unlink(&path);
-                return Err(error);
-            }
-        };
+        remove_left_behind();
+        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+        let file = rustix::fs::open(FOLDER, flags, OWNER_ONLY)
+            .map_err(|error| system(&path, "making the segment's file", error))?;
+        Self::reserve(&file, shape)
+            .map_err(|error| system(&path, "reserving the board's memory", error))?;
+        let board = Self::map(file, shape, path)?;
         let words = board.words();
         for (word, value) in words[1..].iter().zip(fields(shape, run)) {
             // Relaxed: published by the magic below.
@@ -63,7 +59,15 @@ impl Shared {
         }
         // Release: who finds the magic finds the fields. Partner: the acquire in `attach`.
         words[0].store(MAGIC, Ordering::Release);
+        board.link().map_err(|error| system(&board.path, "creating the segment", error))?;
         Ok(board)
+    }
+
+    /// Lock the whole segment and give it its name.
+    fn link(&self) -> std::result::Result<(), Errno> {
+        rustix::fs::flock(&self.file, FlockOperation::NonBlockingLockExclusive)?;
+        let unnamed = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        rustix::fs::linkat(CWD, unnamed, CWD, &self.path, AtFlags::SYMLINK_FOLLOW)
     }
 
     fn reserve(file: &OwnedFd, shape: Shape) -> std::result::Result<(), Errno> {
@@ -75,8 +79,7 @@ impl Shared {
     /// Attach to the segment `name` that another process of this user created with the same shape and run.
     ///
     /// # Errors
-    /// There is none, or a field of the file or of its header does not fit: the error names it. A
-    /// segment whose creator is not done yet has no magic: try again.
+    /// There is none (yet), or a field of the file or of its header does not fit: the error names it.
     pub fn attach(name: &str, shape: Shape, run: u128) -> Result<Self> {
         let path = path_of(name)?;
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
@@ -93,7 +96,7 @@ impl Shared {
         let map = MmapOptions::new().len(bytes(shape)).map_raw(&file).map_err(|source| {
             Error::System { path: path.clone(), call: "mapping the board", source }
         })?;
-        Ok(Self { map, path, _file: file })
+        Ok(Self { map, path, file })
     }
 
     /// Where it is, or was before its name went.
@@ -129,6 +132,31 @@ pub(crate) fn as_words(map: &MmapRaw) -> &[AtomicU64] {
     // another writer of the same user could store other values, which every reader checks, but no reference
     // other than to atomics exists.
     unsafe { std::slice::from_raw_parts(map.as_ptr().cast(), map.len() / size_of::<AtomicU64>()) }
+}
+
+/// Remove the names of boards of this user that nobody holds a lock on. What cannot be removed stays.
+fn remove_left_behind() {
+    let Ok(entries) = std::fs::read_dir(FOLDER) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if let Some(_locked) = left_behind(&path) {
+            let _ = rustix::fs::unlink(&path);
+        }
+    }
+}
+
+/// The board at `path`, locked, if it is one of this user's whose creator is dead. The lock that tells is kept until after
+/// the name is gone: of two who look, one removes, and the other finds a file without a name.
+fn left_behind(path: &Path) -> Option<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = rustix::fs::open(path, flags, Mode::empty()).ok()?;
+    check_owner(&file, path).ok()?;
+    let mut magic = [0; size_of::<u64>()];
+    rustix::io::pread(&file, &mut magic, 0).ok()?;
+    if u64::from_ne_bytes(magic) != MAGIC {
+        return None;
+    }
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
+    (rustix::fs::fstat(&file).ok()?.st_nlink == 1).then_some(file)
 }
 
 /// A file of this user's alone; gives its state.

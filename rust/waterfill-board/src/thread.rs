@@ -26,9 +26,11 @@ const AWAKE: Duration = Duration::from_millis(2);
 const SLEEP_PART: u32 = 50;
 const LONGEST_SLEEP: Duration = Duration::from_millis(2);
 
-/// A planner's thread; it ends when this is dropped.
+/// A planner's thread; it ends when this is dropped. The child of a fork has the handle but not the thread:
+/// there dropping does nothing, and [`finish`](Self::finish) gives nothing.
 #[derive(Debug)]
 pub struct PlannerThread {
+    process: u32,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Published>>,
 }
@@ -56,7 +58,7 @@ impl PlannerThread {
         let thread = signals::blocked(|| {
             std::thread::Builder::new().name("waterfill-planner".into()).spawn(run)
         })?;
-        let started = Self { stop, thread: Some(thread) };
+        let started = Self { process: std::process::id(), stop, thread: Some(thread) };
         told.recv().unwrap_or_else(|_| Err(std::io::Error::other("the planner's thread ended")))?;
         Ok(started)
     }
@@ -69,7 +71,13 @@ impl PlannerThread {
     fn join(&mut self) -> Option<Published> {
         // Relaxed: partner and reason at the load in `plan_until`.
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.take()?.join().ok()
+        let thread = self.thread.take()?;
+        if std::process::id() != self.process {
+            // Waiting for a thread that this process does not have would never end.
+            std::mem::forget(thread);
+            return None;
+        }
+        thread.join().ok()
     }
 }
 

@@ -82,7 +82,7 @@ fn bucket(nanoseconds: u64) -> usize {
     (((octave - 1) * 4) as usize + quarter as usize).min(BUCKETS - 1)
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
 

@@ -1,5 +1,7 @@
 //! Ranks as processes on a shared segment: exchanged, killed, stopped, refused, and nothing left behind.
-#![cfg(not(loom))]
+#![cfg(not(any(loom, shuttle)))]
+
+mod support;
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::{BufRead, BufReader};
@@ -13,9 +15,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use waterfill_board::{
     BoardPlanner, Pace, PlannerThread, Port, Posted, RING, Shape, Shared, Source,
 };
-use waterfill_core::CostModel;
 
-const COST: CostModel = CostModel::Rows;
+use support::process::{fork, wait};
+use support::{Batch, COST, count, expected};
+
 const RUN: u128 = 0x1234_5678_9abc_def0_0fed_cba9_8765_4321;
 const CAP: Duration = Duration::from_micros(500);
 
@@ -83,11 +86,6 @@ fn start_rank(name: &str, begun: u64) -> Child {
     let mut lines = BufReader::new(child.stdout.as_mut().unwrap()).lines();
     assert!(lines.any(|line| line.unwrap() == "attached"));
     child
-}
-
-/// `few` in the tests, `many` under `make soak`.
-fn count(few: u32, many: u32) -> u32 {
-    if std::env::var_os("WATERFILL_SOAK").is_some() { many } else { few }
 }
 
 /// A board, its planner, a rank process that is attached, and this process's end; the name is gone.
@@ -246,4 +244,42 @@ fn more_than_there_is_memory_for_is_an_error_not_a_dead_process() {
     let error = Shared::create(&name, shape, RUN).unwrap_err().to_string();
     assert!(error.contains("reserving the board's memory failed"), "{error}");
     assert!(!path(&name).exists());
+}
+
+/// Calls after which the counts come again.
+const CYCLE: u64 = 64;
+
+/// `rank` makes `calls` calls; each plan must be the core's for just those counts.
+fn check_plans(mut port: Port<Shared>, rank: usize, calls: u64, mut meanwhile: impl FnMut()) {
+    let batches: Vec<_> = (0..CYCLE).map(|call| Batch::new(shape(), rank, call)).collect();
+    let plans: Vec<_> = (0..CYCLE).map(|call| expected(shape(), call, rank)).collect();
+    let mut quotas = [0; 2];
+    for call in 0..calls {
+        let at = (call % CYCLE) as usize;
+        let (posted, long) = (batches[at].posted(), Duration::from_secs(60));
+        port.post(posted).unwrap();
+        let source = port.finish_with(posted, long, &mut quotas, &mut meanwhile).unwrap();
+        assert_eq!((source, &quotas[..]), (Source::Live, &plans[at][..]), "call {call}");
+    }
+}
+
+#[test]
+fn between_processes_every_plan_is_the_cores_for_that_call() {
+    let name = name("litmus");
+    let calls = u64::from(count(50_000, 5_000_000));
+    let board = Shared::create(&name, shape(), RUN).unwrap();
+    let [planners, others] = [0; 2].map(|_| Shared::attach(&name, shape(), RUN).unwrap());
+    board.unlink().unwrap();
+    let child = fork(|| {
+        check_plans(Port::new(others, shape(), COST, 1).unwrap(), 1, calls, || ());
+        true
+    });
+    let patience = Duration::from_secs(60);
+    let mut planner = BoardPlanner::new(planners, shape(), COST, patience).unwrap();
+    let port = Port::new(board, shape(), COST, 0).unwrap();
+    check_plans(port, 0, calls, || {
+        planner.poll();
+    });
+    assert_eq!(wait(child), 0);
+    assert_eq!(planner.published().whole, calls);
 }

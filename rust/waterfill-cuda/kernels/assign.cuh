@@ -5,26 +5,24 @@
 
 static constexpr u16 BID = 0x8000;
 
-// The destination that a token bids for in this round; NO_RANK for none.
-__device__ __forceinline__ u32 wanted(const Args &args, const Shared &s, const u16 *slots, u32 row, u32 round, u32 most) {
+// The destination that a token bids for in this round; `ranks` for none. Loads first: none waits for another.
+__device__ __forceinline__ u32 wanted(const Args &args, const Shared &s, const Ranks &ranks, u32 row, u32 round, u32 most) {
     u32 level = __umulhi(row * STEP_LEVEL + round * ROUND_LEVEL, LEVELS);
     u32 first = __umulhi(row * STEP_TURN + round * ROUND_TURN, args.ranks);
     u32 above = level * most / LEVELS;
-    // The nearest by 1024 + distance of those that are open, by distance alone of those above the level.
-    u32 best = ALL, chosen = NO_RANK;
+    u32 left[TOP_K];
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k) left[k] = s.left[ranks.rank[k]];
+    // The nearest of those above the level, else of those that are open: the least distance, with its rank.
+    u32 best = ALL;
 #pragma unroll
     for (u32 k = 0; k < TOP_K; ++k) {
-        u32 rank = slots[k];
-        if (rank == NO_RANK || rank == args.rank) continue;
-        u32 left = s.left[rank];
-        u32 distance = rank >= first ? rank - first : rank + args.ranks - first;
-        u32 key = left > above ? distance : left > 0 ? 1024 + distance : ALL;
-        if (key < best) {
-            best = key;
-            chosen = rank;
-        }
+        u32 rank = ranks.rank[k];
+        u32 distance = rank - first + (rank < first ? args.ranks : 0);
+        u32 key = (distance + (left[k] > above ? 0 : 1 << RANK_BITS)) << RANK_BITS | rank;
+        best = at_most(best, left[k] > 0 ? key : ALL);
     }
-    return chosen;
+    return best == ALL ? args.ranks : best & ((1 << RANK_BITS) - 1);
 }
 
 // A warp's bids for its 32 rows from `base` on.
@@ -34,9 +32,9 @@ __device__ __forceinline__ bool bid(const Args &args, const Shared &s, u32 first
     for (u32 rank = lane(); rank < args.ranks; rank += WARP) s.table[rank * args.table_stride + column] = 0;
     __syncwarp();
     bool pending = row < rows && s.given[row] == PENDING;
-    u32 rank = pending ? wanted(args, s, s.slots + row * TOP_K, first_row + row, round, most) : NO_RANK;
+    u32 rank = wanted(args, s, Ranks(args, s, row, pending), first_row + row, round, most);
     u32 same = __match_any_sync(ALL, rank);
-    if (rank == NO_RANK) return false;
+    if (rank == args.ranks) return false;
     u32 order = __popc(same & lanes_before());
     if (order == 0) s.table[rank * args.table_stride + column] = (u16)__popc(same);
     s.given[row] = (u16)(BID | order << 10 | rank);
@@ -66,7 +64,7 @@ __device__ __forceinline__ u32 add_columns(u16 *columns, u32 count) {
 
 // Close the bids of a round: how many of this block's are granted at each destination, and what is left there.
 __device__ __forceinline__ void close_round(const Args &args, const Shared &s, Block &b, u32 columns, u32 round) {
-    u32 *totals = s.totals + round % 2 * args.ranks;
+    u32 *totals = s.totals + round % 2 * (args.ranks + 1);
 #pragma unroll 1
     for (u32 rank = threadIdx.x; rank < args.ranks; rank += blockDim.x)
         totals[rank] = add_columns(s.table + rank * args.table_stride, columns);
@@ -76,7 +74,7 @@ __device__ __forceinline__ void close_round(const Args &args, const Shared &s, B
         u32 rank = first + lane(), left = 0;
         if (rank < args.ranks) {
             u32 before = 0, all = 0;
-#pragma unroll 1
+#pragma unroll 8
             for (u32 other = 0; other < blocks(); ++other) {
                 u32 bids = read_block(totals + rank, other);
                 if (other < block()) before += bids;
@@ -87,7 +85,7 @@ __device__ __forceinline__ void close_round(const Args &args, const Shared &s, B
             left -= at_most(left, all);
             s.left[rank] = left;
         }
-        u32 most = warp_max(rank == args.rank ? 0 : left);
+        u32 most = warp_max(left);
         if (lane() == 0) atomicMax(&b.most[round + 1], most);
     }
 }
@@ -123,19 +121,31 @@ __device__ __forceinline__ bool run_rounds(const Args &args, const Shared &s, Bl
     return b.most[ROUNDS] > 0;
 }
 
+// Sums of the rows left anywhere but at home, up to and with each rank, into `allowed`. By one warp.
+__device__ __forceinline__ void sum_left(const Args &args, const Shared &s) {
+    u32 sum = 0;
+#pragma unroll 1
+    for (u32 first = 0; first < args.ranks; first += WARP) {
+        u32 rank = first + lane();
+        u32 until = sum + warp_prefix(rank < args.ranks ? s.left[rank] : 0);
+        if (rank < args.ranks) s.allowed[rank] = until;
+        sum = __shfl_sync(ALL, until, WARP - 1);
+    }
+}
+
 // The rank of the token that is number `place` among those that found no room at home.
 __device__ __forceinline__ u32 leftover(const Args &args, const Shared &s, u32 place) {
-#pragma unroll 1
-    for (u32 rank = 0; rank < args.ranks; ++rank) {
-        u32 left = rank == args.rank ? 0 : s.left[rank];
-        if (place < left) return rank;
-        place -= left;
+    u32 least = 0, most = args.ranks - 1;
+    while (least < most) {
+        u32 middle = (least + most) / 2;
+        if (s.allowed[middle] > place) most = middle;
+        else least = middle + 1;
     }
-    return args.rank;
+    return least;
 }
 
 // `table` gets the pending tokens before each warp's rows, `b.pending_before` those of the blocks before.
-__device__ __forceinline__ void number_pending(const Shared &s, Block &b, u32 rows) {
+__device__ __forceinline__ void number_pending(const Args &args, const Shared &s, Block &b, u32 rows) {
     u32 columns = up(rows, WARP);
     u16 *pending = s.table;
     __syncthreads();
@@ -157,6 +167,7 @@ __device__ __forceinline__ void number_pending(const Shared &s, Block &b, u32 ro
         }
         if (lane() == 0) b.pending = sum;
     }
+    if (warp() == 1) sum_left(args, s);
     sync_blocks();
     if (threadIdx.x == 0) {
         u32 before = 0;
@@ -170,7 +181,7 @@ __device__ __forceinline__ void number_pending(const Shared &s, Block &b, u32 ro
 // Tokens without a rank: at home while rows are left there, then wherever some are. Then the last column.
 // If `anywhere` is false rows are left at home alone, as many as such tokens.
 __device__ __forceinline__ void place_rest(const Args &args, const Shared &s, Block &b, u32 first_row, u32 rows, bool anywhere) {
-    if (anywhere) number_pending(s, b, rows);
+    if (anywhere) number_pending(args, s, b, rows);
 #pragma unroll 1
     for (u32 base = warp() * WARP; base < rows; base += blockDim.x) {
         u32 row = base + lane();
@@ -180,8 +191,7 @@ __device__ __forceinline__ void place_rest(const Args &args, const Shared &s, Bl
         u32 rank = state == PENDING ? args.rank : state;
         if (state == PENDING && anywhere) {
             u32 place = b.pending_before + s.table[base / WARP] + __popc(votes & lanes_before());
-            u32 home = s.left[args.rank];
-            if (place >= home) rank = leftover(args, s, place - home);
+            if (place >= b.home) rank = leftover(args, s, place - b.home);
         }
         u64 out = (u64)(first_row + row) * (TOP_K + 1) + TOP_K;
         bool token = state != NOBODY;

@@ -38,7 +38,7 @@ __device__ __forceinline__ void post(const Args &args, const Shared &s, u32 toke
     }
 }
 
-// A warp reads this rank's quotas of a call into `left`; false as long as any is missing. `sum` is theirs.
+// A warp reads this rank's quotas of a call into `taken`; false as long as any is missing. `sum` is theirs.
 __device__ __forceinline__ bool take(const Args &args, const Shared &s, u32 sequence, u64 *sum) {
     const u64 *words = in_slot(args, args.quotas_at, sequence);
     u64 mine = 0;
@@ -47,7 +47,7 @@ __device__ __forceinline__ bool take(const Args &args, const Shared &s, u32 sequ
         u32 i = first + lane();
         u64 word = i < args.ranks ? load_word(words + i) : (u64)sequence << 32;
         if (!__all_sync(ALL, (u32)(word >> 32) == sequence)) return false;
-        if (i < args.ranks) s.left[i] = (u32)word;
+        if (i < args.ranks) s.taken[i] = (u32)word;
         mine += (u32)word;
     }
     for (u32 step = WARP / 2; step > 0; step /= 2) mine += __shfl_xor_sync(ALL, mine, step);
@@ -55,7 +55,7 @@ __device__ __forceinline__ bool take(const Args &args, const Shared &s, u32 sequ
     return true;
 }
 
-// A warp waits for this call's quotas, at most `cap_ns`; `left` has them if the outcome is TALLY_LIVE.
+// A warp waits for this call's quotas, at most `cap_ns`; `taken` has them if the outcome is TALLY_LIVE.
 __device__ __forceinline__ u32 wait(const Args &args, const Shared &s, u32 tokens, u32 sequence, u32 failures) {
     u64 sum = 0;
     // A broken rank waits again once the plan of its last call did come, late as it was.

@@ -26,7 +26,7 @@ __device__ __forceinline__ u32 read_block(const u32 *word, u32 other) {
 
 __device__ __forceinline__ u32 sum_blocks(const u32 *word) {
     u32 sum = 0;
-#pragma unroll 1
+#pragma unroll 8
     for (u32 other = 0; other < blocks(); ++other) sum += read_block(word, other);
     return sum;
 }

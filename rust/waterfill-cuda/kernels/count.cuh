@@ -40,7 +40,7 @@ __device__ __forceinline__ void take_slots(const Args &args, const Shared &s, u3
         ID id = first + row < unpadded ? slots.ids[j] : (ID)-1;
         bool valid = id >= 0 && id < (ID)args.experts;
         u32 rank = (u32)(((u64)(u32)id * args.rank_multiplier) >> args.rank_shift);
-        s.slots[i] = valid ? (u16)rank : NO_RANK;
+        s.slots[i] = (u16)(valid ? rank : args.ranks);
         if (valid) atomicAdd(&s.counts[(u32)id], 1u);
         // An id past the last expert names none, so nothing downstream may take it for one.
         ID moved = valid ? id + (ID)rank : id < 0 ? id : (ID)-1;
@@ -50,30 +50,47 @@ __device__ __forceinline__ void take_slots(const Args &args, const Shared &s, u3
     }
 }
 
-// A warp counts the visits of its 32 tokens, for few ranks: a ballot each, and one addition a rank.
-__device__ __forceinline__ void add_visits_by_ballot(const Args &args, const Shared &s, const u16 *slots, bool here) {
+// A token's ranks, all in flight at once; none in each slot if it is not `here`.
+struct Ranks {
+    u32 rank[TOP_K];
+
+    __device__ __forceinline__ Ranks(const Args &args, const Shared &s, u32 row, bool here) {
+        const u16 *slots = s.slots + (here ? row : 0) * TOP_K;
+#pragma unroll
+        for (u32 k = 0; k < TOP_K; ++k) rank[k] = slots[k];
+#pragma unroll
+        for (u32 k = 0; k < TOP_K; ++k) rank[k] = here ? rank[k] : args.ranks;
+    }
+
+    __device__ __forceinline__ bool any(const Args &args) const {
+        u32 least = args.ranks;
+#pragma unroll
+        for (u32 k = 0; k < TOP_K; ++k) least = at_most(least, rank[k]);
+        return least < args.ranks;
+    }
+};
+
+// A warp counts the visits of its 32 tokens: a ballot a rank and one addition for few ranks, else one by one.
+__device__ __forceinline__ void add_visits(const Args &args, const Shared &s, const Ranks &ranks) {
+#if SMALL
     u32 visited = 0, mine = 0;
 #pragma unroll
-    for (u32 k = 0; k < TOP_K; ++k)
-        if (here && slots[k] != NO_RANK) visited |= 1u << slots[k];
-#pragma unroll 1
+    for (u32 k = 0; k < TOP_K; ++k) visited |= ranks.rank[k] < WARP ? 1u << ranks.rank[k] : 0;
+#pragma unroll 4
     for (u32 rank = 0; rank < args.ranks; ++rank) {
         u32 count = __popc(__ballot_sync(ALL, visited >> rank & 1));
-        if (lane() == rank) mine = count;
+        mine = lane() == rank ? count : mine;
     }
     if (mine > 0) atomicAdd(&s.visits[lane()], mine);
-}
-
-__device__ __forceinline__ void add_visits(const Shared &s, const u16 *slots, bool here) {
-    u16 ranks[TOP_K];
+#else
 #pragma unroll
     for (u32 k = 0; k < TOP_K; ++k) {
-        ranks[k] = here ? slots[k] : NO_RANK;
-        bool seen = ranks[k] == NO_RANK;
+        bool seen = ranks.rank[k] == args.ranks;
 #pragma unroll
-        for (u32 before = 0; before < k; ++before) seen |= ranks[before] == ranks[k];
-        if (!seen) atomicAdd(&s.visits[ranks[k]], 1u);
+        for (u32 before = 0; before < k; ++before) seen |= ranks.rank[before] == ranks.rank[k];
+        if (!seen) atomicAdd(&s.visits[ranks.rank[k]], 1u);
     }
+#endif
 }
 
 // Visits and tokens of this block; every token is pending from here on.
@@ -81,14 +98,10 @@ __device__ __forceinline__ void count_tokens(const Args &args, const Shared &s, 
 #pragma unroll 1
     for (u32 base = warp() * WARP; base < rows; base += blockDim.x) {
         u32 row = base + lane();
-        bool here = row < rows;
-        const u16 *slots = s.slots + (here ? row : 0) * TOP_K;
-        bool token = false;
-#pragma unroll
-        for (u32 k = 0; k < TOP_K; ++k) token |= here && slots[k] != NO_RANK;
-        if (args.ranks <= WARP) add_visits_by_ballot(args, s, slots, here);
-        else add_visits(s, slots, here);
-        if (here) s.given[row] = token ? PENDING : NOBODY;
+        Ranks ranks(args, s, row, row < rows);
+        bool token = ranks.any(args);
+        add_visits(args, s, ranks);
+        if (row < rows) s.given[row] = token ? PENDING : NOBODY;
         u32 tokens = __popc(__ballot_sync(ALL, token));
         if (lane() == 0) atomicAdd(&b.tokens, tokens);
     }

@@ -3,7 +3,7 @@
 // Sum the blocks' counts into the first one's.
 __device__ __forceinline__ void gather(const Args &args, const Shared &s, Block &b) {
     sync_blocks();
-    u32 words = args.experts + 2 * args.ranks;
+    u32 words = args.experts + 2 * (args.ranks + 1);
     if (block() == 0) {
 #pragma unroll 1
         for (u32 i = threadIdx.x; i < words; i += blockDim.x) {
@@ -16,7 +16,7 @@ __device__ __forceinline__ void gather(const Args &args, const Shared &s, Block 
     __syncthreads();
 }
 
-// The first warp of the first block gets quotas into `left`, if any but own ones are to be had.
+// The first warp of the first block gets quotas into `taken`, if any but own ones are to be had.
 __device__ __forceinline__ void get_quotas(const Args &args, const Shared &s, Block &b) {
     u32 outcome = TALLY_TORN;
     if (args.mode == LIVE) {
@@ -25,8 +25,8 @@ __device__ __forceinline__ void get_quotas(const Args &args, const Shared &s, Bl
         u64 sum = 0;
 #pragma unroll 1
         for (u32 i = lane(); i < args.ranks; i += WARP) {
-            s.left[i] = args.quotas[i];
-            sum += s.left[i];
+            s.taken[i] = args.quotas[i];
+            sum += s.taken[i];
         }
         for (u32 step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(ALL, sum, step);
         if (sum == b.tokens) outcome = TALLY_LIVE;
@@ -41,15 +41,18 @@ __device__ __forceinline__ void get_quotas(const Args &args, const Shared &s, Bl
 // Quotas, agreed on by all blocks, and the most of them that is not at home.
 __device__ __forceinline__ void open_quotas(const Args &args, const Shared &s, Block &b) {
     sync_blocks();
-    const u32 *quotas = read_block(&b.live, 0) ? s.left : s.own;
+    const u32 *quotas = read_block(&b.live, 0) ? s.taken : s.own;
 #pragma unroll 1
-    for (u32 first = warp() * WARP; first < args.ranks; first += blockDim.x) {
+    for (u32 first = warp() * WARP; first <= args.ranks; first += blockDim.x) {
         u32 rank = first + lane();
         u32 quota = rank < args.ranks ? read_block(quotas + rank, 0) : 0;
-        u32 most = warp_max(rank == args.rank ? 0 : quota);
+        if (rank == args.rank) {
+            b.home = quota;
+            quota = 0;
+        }
+        if (rank <= args.ranks) s.left[rank] = quota;
+        u32 most = warp_max(quota);
         if (lane() == 0) atomicMax(&b.most[0], most);
-        // The first block's are read by the others: it has them in place, or in `own`.
-        if (rank < args.ranks) s.left[rank] = quota;
     }
     __syncthreads();
 }
@@ -61,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     u32 rows = at_most(args.rows_per_block, args.rows - first);
     Slots slots = load_slots(args, first, rows, 0);
     clear(s.counts, args.experts);
-    clear(s.loads, 2 * args.ranks);
+    clear(s.loads, 2 * (args.ranks + 1));
     if (threadIdx.x < ROUNDS + 1) b.most[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
         b.tokens = 0;

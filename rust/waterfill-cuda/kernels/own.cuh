@@ -57,7 +57,7 @@ __device__ __forceinline__ u32 estimate(const Args &args, const Shared &s, Entri
 // themselves; the least of these is the level.
 __device__ __forceinline__ u32 level_of(const Args &args, InRegister &bases, u32 tokens, u32) {
     u32 mine = bases.value, below = 0, under = 0;
-#pragma unroll 1
+#pragma unroll 4
     for (u32 i = 0; i < args.ranks; ++i) {
         u32 base = __shfl_sync(ALL, mine, i);
         below += base <= mine;
@@ -140,9 +140,10 @@ __device__ __forceinline__ void plan_entries(const Args &args, const Shared &s, 
 }
 
 __device__ __forceinline__ void plan_own(const Args &args, const Shared &s, u32 tokens) {
-    if (args.ranks <= WARP)
-        plan_entries(args, s, tokens, InRegister{0}, InRegister{0}, InRegister{0});
-    else
-        // These are not used before the rounds.
-        plan_entries(args, s, tokens, InShared{s.allowed}, InShared{s.totals}, InShared{s.totals + args.ranks});
+#if SMALL
+    plan_entries(args, s, tokens, InRegister{0}, InRegister{0}, InRegister{0});
+#else
+    // These are not used before the rounds.
+    plan_entries(args, s, tokens, InShared{s.allowed}, InShared{s.totals}, InShared{s.totals + args.ranks + 1});
+#endif
 }

@@ -1,4 +1,4 @@
-// Compile-time: CLUSTERED (0: one block), TOP_K, ID (int or long long), WEIGHT (unsigned or unsigned short: bits are copied, never
+// Compile-time: CLUSTERED (0: one block), SMALL (1: at most 32 ranks), TOP_K, ID (int or long long), WEIGHT (unsigned or unsigned short: bits are copied, never
 // computed with), ROUNDS, LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::rounds).
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -7,8 +7,9 @@ typedef unsigned long long u64;
 
 static constexpr u32 WARP = 32;
 static constexpr u32 ALL = 0xffffffffu;
-// A slot without an expert. Ranks are below 1024.
-static constexpr u16 NO_RANK = 0xffff;
+// Ranks are below 1024. A slot without an expert, or a token without a destination, has rank `ranks`, whose entry of
+// each array of ranks + 1 is 0: so nobody has to ask.
+static constexpr u32 RANK_BITS = 10;
 // States of a token that are neither a rank nor a bid (assign.cuh): without a rank yet; no token, but padding.
 static constexpr u16 PENDING = 0x7ffe;
 static constexpr u16 NOBODY = 0x7fff;
@@ -49,12 +50,13 @@ struct Args {
 // A block's dynamic shared memory.
 struct Shared {
     u32 *counts;     // [experts]
-    u32 *loads;      // [ranks] rows routed to each rank
-    u32 *visits;     // [ranks] tokens that visit each rank
-    u32 *own;        // [ranks] quotas from own counts
-    u32 *left;       // [ranks] rows of each quota still to be met
-    u32 *allowed;    // [ranks] how many of this block's bids are granted
-    u32 *totals;     // [2, ranks] this block's bids, by parity of the round
+    u32 *loads;      // [ranks + 1] rows routed to each rank
+    u32 *visits;     // [ranks + 1] tokens that visit each rank
+    u32 *own;        // [ranks + 1] quotas from own counts
+    u32 *taken;      // [ranks + 1] quotas from the board, or given
+    u32 *left;       // [ranks + 1] rows of each quota still to be met; 0 at home, see `Block`
+    u32 *allowed;    // [ranks + 1] how many of this block's bids are granted
+    u32 *totals;     // [2, ranks + 1] this block's bids, by parity of the round
     u16 *slots;      // [rows_per_block, TOP_K] the rank of each slot
     u16 *given;      // [rows_per_block] the state of each token, see assign.cuh
     u16 *table;      // [ranks, table_stride] bids by destination and warp's rows
@@ -63,7 +65,8 @@ struct Shared {
 // What the threads of a block tell each other.
 struct Block {
     u32 tokens;             // Rows with a valid id: of this block, then of all.
-    u32 live;               // Whether `left` has the planner's quotas.
+    u32 live;               // Whether `taken` has quotas that hold.
+    u32 home;               // Rows of the home quota.
     u32 most[ROUNDS + 1];   // Most rows left anywhere but at home, by round.
     u32 pending;            // Tokens of this block without a rank after the rounds.
     u32 pending_before;     // Those of the blocks before it.
@@ -77,12 +80,14 @@ __device__ __forceinline__ Shared shared_arrays(const Args &args) {
     u32 *ranks = (u32 *)(memory + args.ranks_bytes);
     Shared s;
     s.counts = (u32 *)(memory + args.counts_bytes);
+    u32 entries = args.ranks + 1;
     s.loads = ranks;
-    s.visits = ranks + args.ranks;
-    s.own = ranks + 2 * args.ranks;
-    s.left = ranks + 3 * args.ranks;
-    s.allowed = ranks + 4 * args.ranks;
-    s.totals = ranks + 5 * args.ranks;
+    s.visits = ranks + entries;
+    s.own = ranks + 2 * entries;
+    s.taken = ranks + 3 * entries;
+    s.left = ranks + 4 * entries;
+    s.allowed = ranks + 5 * entries;
+    s.totals = ranks + 6 * entries;
     s.slots = (u16 *)(memory + args.slots_bytes);
     s.given = (u16 *)(memory + args.given_bytes);
     s.table = (u16 *)(memory + args.table_bytes);

@@ -40,6 +40,7 @@ pub fn source(shape: &Shape, clustered: bool) -> String {
     let (steps, more) = (rounds::STEPS, rounds::ROUND_STEPS);
     let values = [
         ("CLUSTERED", u32::from(clustered).to_string()),
+        ("SMALL", u32::from(shape.ranks <= 32).to_string()),
         ("TOP_K", format!("{}u", shape.top_k)),
         ("ID", id.into()),
         ("WEIGHT", weight.into()),

@@ -50,8 +50,11 @@ unsafe impl Send for Device {}
 // SAFETY: as above; the driver locks what it must.
 unsafe impl Sync for Device {}
 
-/// The device's context is the thread's own as long as this lives.
-pub(crate) struct Current<'a>(std::marker::PhantomData<&'a Device>);
+/// The device's context is the thread's own as long as this lives; `pushed` if another was before.
+pub(crate) struct Current<'a> {
+    pushed: bool,
+    of: std::marker::PhantomData<&'a Device>,
+}
 
 impl Device {
     pub fn new(ordinal: usize) -> Result<Self> {
@@ -63,8 +66,12 @@ impl Device {
     }
 
     pub fn current(&self) -> Result<Current<'_>> {
-        call!(cuCtxPushCurrent_v2, self.context)?;
-        Ok(Current(std::marker::PhantomData))
+        // Nearly always it is torch's, and the same.
+        let pushed = ask!(cuCtxGetCurrent,)? != self.context;
+        if pushed {
+            call!(cuCtxPushCurrent_v2, self.context)?;
+        }
+        Ok(Current { pushed, of: std::marker::PhantomData })
     }
 
     fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<usize> {
@@ -96,7 +103,9 @@ impl Drop for Device {
 
 impl Drop for Current<'_> {
     fn drop(&mut self) {
-        let _ = ask!(cuCtxPopCurrent_v2,);
+        if self.pushed {
+            let _ = ask!(cuCtxPopCurrent_v2,);
+        }
     }
 }
 

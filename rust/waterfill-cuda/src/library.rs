@@ -8,12 +8,13 @@ use libloading::Library;
 use crate::error::{Error, Result};
 
 /// The driver's functions that are called here.
-const DRIVER: [&str; 22] = [
+const DRIVER: [&str; 23] = [
     "cuInit",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
     "cuDevicePrimaryCtxRetain",
     "cuDevicePrimaryCtxRelease_v2",
+    "cuCtxGetCurrent",
     "cuCtxPushCurrent_v2",
     "cuCtxPopCurrent_v2",
     "cuModuleLoadData",

@@ -39,13 +39,15 @@ pub struct Shape {
 const MAX_TOP_K: usize = 32;
 /// Rows of one call; sums of routed rows and rooms fit 32 bits below it.
 const MAX_ROWS: usize = 1 << 20;
-/// Rows that one block takes while there are blocks: one a thread.
+/// Rows up to which one block takes them all: one a thread.
 const BLOCK: usize = 1024;
+/// Rows of each block of a cluster, while there are blocks.
+const CLUSTERED_BLOCK: usize = 512;
 /// Fewest threads of a block: one warp waits for quotas while another plans.
 const LEAST_THREADS: usize = 128;
 const WARP: usize = 32;
-/// Arrays of a word a rank in shared memory, as `shared_arrays` in the kernel has them.
-const RANK_ARRAYS: usize = 7;
+/// Arrays of a word a rank, and one more, in shared memory, as `shared_arrays` in the kernel has them.
+const RANK_ARRAYS: usize = 8;
 
 /// One call's blocks and their shared memory, in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +81,9 @@ impl Shape {
 
     /// How `rows` rows are cut, with up to `most_blocks` blocks of `shared` bytes each.
     pub(crate) fn cut(&self, rows: usize, most_blocks: usize, shared: usize) -> Result<Geometry> {
-        let blocks = rows.div_ceil(BLOCK).clamp(1, most_blocks);
+        // A cluster's barriers cost what half a block's rows do: not for a few rows more.
+        let each = if rows <= BLOCK { BLOCK } else { CLUSTERED_BLOCK };
+        let blocks = rows.div_ceil(each).clamp(1, most_blocks);
         let rows_per_block = rows.div_ceil(blocks).next_multiple_of(WARP);
         let geometry = self.geometry(blocks, rows_per_block);
         if rows <= MAX_ROWS && geometry.shared <= shared {
@@ -95,7 +99,7 @@ impl Shape {
     fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
         let slots = rows_per_block.max(WARP);
         let ranks_at = (4 * self.experts).next_multiple_of(16);
-        let slots_at = (ranks_at + 4 * RANK_ARRAYS * self.ranks).next_multiple_of(16);
+        let slots_at = (ranks_at + 4 * RANK_ARRAYS * (self.ranks + 1)).next_multiple_of(16);
         let given_at = (slots_at + 2 * slots * self.top_k).next_multiple_of(16);
         let table_at = (given_at + 2 * slots).next_multiple_of(16);
         let table_stride = ((slots / WARP).div_ceil(8) | 1) * 8;
@@ -136,7 +140,7 @@ mod tests {
                     }
                     let cut = cut.unwrap();
                     assert!(cut.blocks * cut.rows_per_block >= rows, "{rows} rows: {cut:?}");
-                    assert!(cut.threads <= 1024 && cut.threads % WARP == 0);
+                    assert!(cut.threads <= 1024 && cut.threads.is_multiple_of(WARP));
                 }
             }
         }
