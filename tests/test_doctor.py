@@ -43,9 +43,12 @@ def test_package():
 
 
 def test_sglang_version():
-    check(checks.sglang(None, ["0.5.23"]), "warn", "not installed here")
-    check(checks.sglang("0.6.0", ["0.5.23"]), "warn", "0.6.0", "0.5.23", "--deep")
-    check(checks.sglang("0.5.23", ["0.5.23"]), "ok", "0.5.23")
+    check(doctor._sglang(None), "warn", "not installed here")
+    check(doctor._sglang("0.6.0"), "warn", "0.6.0: not in the table of versions", "--deep")
+    for version in ("0.5.13", "0.5.16", "0.5.23"):
+        check(doctor._sglang(version), "ok", version)
+    check(doctor._sglang("0.5.11"), "warn", "0.5.11")
+    assert doctor._version("no-such-distribution") is None
 
 
 @pytest.mark.parametrize(
