@@ -20,11 +20,11 @@ from waterfill_rs import doctor_checks as checks
 from waterfill_rs.config import Config
 from waterfill_rs.doctor_checks import Entry, Finding
 from waterfill_rs.rendezvous import BoardSettings
+from waterfill_rs.sglang import compat
 
 __all__ = ["add_command", "exchange", "hooks"]
 
 JSON_VERSION = 1
-TESTED = ("0.5.23",)
 SHARED_MEMORY = Path("/dev/shm")
 USUAL_RANKS = 8
 LEAST_LIVE = 0.9
@@ -97,7 +97,7 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
     looks: dict[str, Callable[[], Finding]] = {
         "python": lambda: checks.python(sys.version_info[:3]),
         "package": lambda: checks.package(_native.__version__, _installed(), folder),
-        "sglang": lambda: checks.sglang(_sglang_version(), TESTED),
+        "sglang": lambda: _sglang(_version("sglang")),
         "plugin": lambda: checks.plugin(
             _entries("sglang.srt.plugins"), _entries("sglang.srt.platforms"), environment
         ),
@@ -126,7 +126,7 @@ def exchange(settings: BoardSettings, run: Callable[[BoardSettings], self_test.R
     except (OSError, RuntimeError) as error:
         return Finding("exchange", "fail", f"the self-test ended: {error}", "see shm above")
     text = (
-        f"2 processes, {settings.pace}: {rounds.live} of {rounds.calls} rounds in a second within "
+        f"2 processes, {settings.pace}: {rounds.live} of {rounds.calls} rounds within "
         f"{settings.cap_us} us, median wait {rounds.median_us:.1f} us, longest {rounds.longest_us:.0f}"
     )
     if not rounds.live:
@@ -191,9 +191,15 @@ def _installed() -> dict[Path, str]:
     return {Path(str(one.locate_file(""))).resolve(): one.version for one in found}
 
 
-def _sglang_version() -> str | None:
+def _sglang(version: str | None) -> Finding:
+    known = f"{compat.ROWS[-1].versions[0]} to {compat.ROWS[0].versions[1]}"
+    named = version is not None and compat.row_of(version) is not None
+    return checks.sglang(version, named, known)
+
+
+def _version(distribution: str) -> str | None:
     try:
-        return metadata.version("sglang")
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
 

@@ -106,15 +106,16 @@ def package(native: str, installed: Mapping[Path, str], folder: Path) -> Finding
     return Finding("package", "ok", text)
 
 
-def sglang(found: str | None, tested: Sequence[str]) -> Finding:
+def sglang(found: str | None, named: bool, known: str) -> Finding:
+    """``found``: its version. ``named``: is it in the table of versions, which spans ``known``?"""
     if found is None:
         advice = "install waterfill-rs into the environment that sglang is in"
         return Finding("sglang", "warn", "not installed here: nothing to plug into", advice)
-    if found not in tested:
-        text = f"{found}: not among the versions tested ({', '.join(tested)})"
+    if not named:
+        text = f"{found}: not in the table of versions, {known}"
         advice = "it is used if its Waterfill looks the same: see with waterfill-rs doctor --deep"
         return Finding("sglang", "warn", text, advice)
-    return Finding("sglang", "ok", f"{found}, tested")
+    return Finding("sglang", "ok", f"{found}, in the table of versions, {known}")
 
 
 def plugin(

@@ -10,20 +10,21 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from waterfill_rs import CostModel, _native
+from waterfill_rs.exchange import BoardExchange
 from waterfill_rs.rendezvous import BoardSettings, board_name
 
 __all__ = ["Rounds", "run"]
 
 RANKS, EXPERTS, TOP_K, TOKENS = 2, 256, 8, 32
-TAIL_S = 0.05
-"""Both go on for so long after they counted, so that neither counts calls that the other does not make."""
-PAUSE_S = 0.001
+BURSTS, ROUNDS = 250, 16
+"""A rank that loses its core falls behind, and the other goes on without it. As the layers of a pass do, each burst
+has as many rounds on both, and the next one finds them together again."""
 START_S = 30.0
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """Of the rank that waited longer; waits in microseconds."""
+    """Of the rank with fewer live ones; waits in microseconds."""
 
     calls: int
     live: int
@@ -54,7 +55,7 @@ def run(settings: BoardSettings, seconds: float = 1.0) -> Rounds:
         begin = time.monotonic() + 0.02
         for end in ends:
             end.send(begin)
-        return max((_hear(end) for end in ends), key=lambda rounds: rounds.median_us)
+        return min((_hear(end) for end in ends), key=lambda rounds: rounds.live)
     finally:
         board.unlink()
         for process in processes:
@@ -81,36 +82,25 @@ def _rank(
     parent: Connection,
 ) -> None:
     board = _native.Board.attach(name, RANKS, EXPERTS, token)
-    # As a BoardExchange, but for being told how each round ended.
-    inline = settings.pace in ("auto", "inline")
-    patience_us = settings.patience_us
-    port = _native.Port(
+    exchange = BoardExchange(
         board,
         rank,
         CostModel.rows(),
-        plans_patience_us=patience_us if rank == 0 and inline else None,
+        cap_us=settings.cap_us,
+        patience_us=settings.patience_us,
+        pace=settings.pace,
+        reason="the self-test's",
     )
-    planner: _native.PlannerThread | None = None
-    if rank == 0 and not inline:
-        planner = _native.PlannerThread(
-            board, CostModel.rows(), patience_us=patience_us, pace=settings.pace
-        )
     ids = array("i", [(7 * i + rank) % EXPERTS for i in range(TOKENS * TOP_K)])
     view = (ids.buffer_info()[0], TOKENS, TOP_K, 32)
-
-    def rounds_until(end: float) -> None:
-        while time.monotonic() < end:
-            ended, _ = port.unsafe_quotas_ptr(view, settings.cap_us)
-            if ended != "live":  # The rest of a layer would bring the ranks together again.
-                time.sleep(PAUSE_S)
-
     parent.send("attached")
     begin = parent.recv()
-    time.sleep(max(0.0, begin - time.monotonic()))
-    rounds_until(begin + seconds)
-    tally = port.tally()
-    rounds_until(begin + seconds + TAIL_S)
-    waits = tally["wait_us"]
-    parent.send(Rounds(tally["calls"], tally["live"], waits["p50"], waits["max"]))
-    if planner is not None:
-        planner.stop()
+    for burst in range(BURSTS):
+        time.sleep(max(0.0, begin + burst * seconds / BURSTS - time.monotonic()))
+        for _ in range(ROUNDS):
+            exchange.quotas(view)
+    tally = exchange.tally()
+    parent.send(
+        Rounds(tally["calls"], tally["live"], *(tally["wait_us"][n] for n in ("p50", "max")))
+    )
+    parent.recv()  # The planner stays until it is ended with the others.
