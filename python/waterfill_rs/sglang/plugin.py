@@ -23,7 +23,7 @@ from waterfill_rs.config import (
     Config,
 )
 from waterfill_rs.rendezvous import CHOICES
-from waterfill_rs.sglang import compat, verdict
+from waterfill_rs.sglang import compat, metrics, verdict
 from waterfill_rs.sglang.compat import ROWS, Seams
 
 __all__ = ["hooked", "register"]
@@ -54,6 +54,7 @@ def register() -> None:
         verdict.stop([str(error)])
     if not config.enabled:
         return
+    metrics.install()
     try:
         seams, reasons = compat.find()
         if seams:

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from waterfill_rs.config import Config
+from waterfill_rs.sglang import metrics
 from waterfill_rs.sglang.compat import Seams
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def tell(config: Config, reasons: list[str]) -> None:
     """One warning with every reason, or the end of the server where waterfill-rs was required."""
     if config.required:
         stop(reasons)
+    metrics.stand_aside("; ".join(reasons))
     logger.warning("waterfill-rs is off, sglang's own Waterfill stays: %s", "; ".join(reasons))
 
 
