@@ -1,10 +1,19 @@
 """The demo, as a command and as numbers."""
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 
+from waterfill_rs import rank_processes
 from waterfill_rs.cli import main
+from waterfill_rs.rendezvous import BoardSettings
 from waterfill_rs.workload import Router, documents, tokenize
 
 
@@ -100,3 +109,43 @@ def test_a_stopped_rank_makes_up_for_its_steps(tmp_path, capsys):
 def test_a_moment_outside_the_run_is_refused(moment, capsys):
     assert main(["demo", "--ranks", "3", "--experts", "24", "--steps", "30", "--kill", moment]) == 2
     assert f"--kill {moment}: give RANK@STEP, a rank below 3" in capsys.readouterr().err
+
+
+def stops_late(end):
+    end.send((0, None))
+    time.sleep(0.2)  # As if another had the core.
+    os.kill(os.getpid(), signal.SIGSTOP)
+    end.send((0, []))
+
+
+def test_a_rank_that_stops_after_it_was_to_go_on_does_go_on():
+    setup = rank_processes.Setup(1, 1, 1, 1, 1, 1, 0.01, 0.001, BoardSettings())
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=stops_late, args=(theirs,))
+    process.start()
+    theirs.close()
+    watchdog = threading.Timer(30, process.kill)
+    watchdog.start()
+    rank_processes._Watch(setup, [process], [ours], lambda step: None).until_all_ended()
+    watchdog.cancel()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_ctrl_c_ends_the_demo_without_a_traceback():
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from waterfill_rs.cli import main; sys.exit(main())",
+    ]
+    demo = subprocess.Popen(
+        [*command, "demo", "--ranks", "2", "--steps", "2000", "--tokens", "8"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
+    )
+    assert demo.stderr.readline().startswith("step ")
+    os.killpg(demo.pid, signal.SIGINT)
+    _, error = demo.communicate(timeout=60)
+    assert demo.returncode == 130 and "Traceback" not in error

@@ -29,4 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"waterfill-rs: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130  # As shells have it: 128 and SIGINT's number.
     return 0

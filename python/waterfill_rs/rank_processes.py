@@ -130,8 +130,8 @@ class _Watch:
             for end in wait(list(self._open.values()), timeout=0.02):
                 self._hear(next(rank for rank, one in self._open.items() if one is end))
             now = time.monotonic()
+            # Again and again until it is heard of: it tells before it stops, and may not have stopped yet.
             for rank in [rank for rank, until in self._stopped.items() if until <= now]:
-                del self._stopped[rank]
                 os.kill(self._processes[rank].pid, signal.SIGCONT)
             if now > deadline:
                 raise RuntimeError(
@@ -139,6 +139,7 @@ class _Watch:
                 )
 
     def _hear(self, rank: int) -> None:
+        self._stopped.pop(rank, None)
         try:
             step, layers = self._open[rank].recv()
         except (EOFError, OSError):
@@ -157,6 +158,9 @@ def _rank(
     setup: Setup, rank: int, name: str, run_token: int, stream: list[int], parent: Connection
 ) -> None:
     """A rank process."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the parent too, which ends all ranks.
     board = _native.Board.attach(name, setup.ranks, setup.experts, run_token)
     settings = setup.board
     exchange = BoardExchange(

@@ -117,6 +117,8 @@ def open_exchange(
     settings = settings or BoardSettings()
     if choice not in CHOICES:
         raise ValueError(f"exchange {choice!r}: give one of {', '.join(CHOICES)}")
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank}: give one from 0 to {ranks - 1}")
     if device is not None:
         if choice == "group":
             raise ValueError(
@@ -179,15 +181,19 @@ def _on_device(
 
 def _meet(store: Store, own: _Card, rank: int) -> list[_Card]:
     store.set(f"card/{rank}", json.dumps(asdict(own)))
-    cards = [_Card(**json.loads(store.get(f"card/{other}"))) for other in range(own.ranks)]
-    for field in ("version", "ranks", "experts", "choice"):
-        for other, card in enumerate(cards):
-            mine, theirs = getattr(own, field), getattr(card, field)
+    cards = []
+    for other in range(own.ranks):
+        # Compared before the next is waited for, and before it is read as a card: it may be of a rank that
+        # counts fewer ranks, or of a version with other fields.
+        card = json.loads(store.get(f"card/{other}"))
+        for field in ("version", "ranks", "experts", "choice"):
+            mine, theirs = getattr(own, field), card.get(field)
             if mine != theirs:
                 raise ValueError(
                     f"{field} is {theirs} on rank {other} and {mine} on rank {rank}: "
                     "start all ranks with the same package and the same settings"
                 )
+        cards.append(_Card(**card))
     return cards
 
 

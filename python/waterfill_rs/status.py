@@ -16,6 +16,7 @@ NO_BOARD = (
     "no board found: no rank of this user exchanges counts over shared memory on this host "
     "(ranks that are alone or exchange by collectives have none)"
 )
+_LONGEST_INTERVAL = 86_400
 _CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -45,19 +46,22 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _top(arguments: argparse.Namespace) -> None:
-    if arguments.interval <= 0:
-        raise ValueError(f"--interval {arguments.interval}: give a time above 0")
+    if not 0 < arguments.interval <= _LONGEST_INTERVAL:
+        raise ValueError(
+            f"--interval {arguments.interval}: give seconds above 0, up to {_LONGEST_INTERVAL}"
+        )
     before: dict[str, dict[str, Any]] = {}
-    looks = 0
+    looks, last = 0, time.monotonic()
     try:
         while arguments.count is None or looks < arguments.count:
             if looks:
                 time.sleep(arguments.interval)
             looks += 1
             now = {snapshot["name"]: snapshot for snapshot in (b.snapshot() for b in boards.find())}
+            # More than the interval: looking through /proc takes long where many processes run.
+            seconds, last = time.monotonic() - last, time.monotonic()
             text = "\n".join(
-                describe(snapshot, before.get(name), arguments.interval)
-                for name, snapshot in now.items()
+                describe(snapshot, before.get(name), seconds) for name, snapshot in now.items()
             )
             print((_CLEAR if sys.stdout.isatty() else "") + (text or NO_BOARD), flush=True)
             before = now

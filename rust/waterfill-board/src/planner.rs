@@ -156,14 +156,18 @@ impl<R: Region> BoardPlanner<R> {
     }
 
     /// Nobody posted the next call: if a later one stands in the ring, all went on without us (this
-    /// process was stopped, or began late), so go on there.
+    /// process was stopped, or began late), so go on there. Only whole counts tell: one foreign word far
+    /// ahead would send the planner to where no rank ever comes.
     fn catch_up(&mut self) {
         let mut later = self.next;
         for _ in 1..RING {
             later = later.next();
             for rank in 0..self.shape.ranks {
-                let word = &self.region.words()[self.shape.counts(later.tag(), rank)];
-                if let Some(found) = word::sequence(word).filter(|&found| found.is_after(self.next))
+                let start = self.shape.counts(later.tag(), rank);
+                let words = &self.region.words()[start..start + self.shape.posted()];
+                let Some(found) = word::sequence(&words[0]) else { continue };
+                if found.is_after(self.next)
+                    && words.iter().all(|word| word::sequence(word) == Some(found))
                 {
                     self.next = found;
                     return;
