@@ -15,6 +15,8 @@ from sglang.srt.plugins import load_plugins
 {sabotage}
 load_plugins()
 print("loaded")
+from sglang.srt.runtime_context import get_context
+get_context().override_server_args(model_path="dummy").install()
 from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)

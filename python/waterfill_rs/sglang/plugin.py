@@ -36,6 +36,8 @@ hooked: dict[str, type] = {}
 """The classes that this process was asked to replace, by sglang's name: ours. Empty where we are off."""
 
 _registered = False
+_failure: list[str] = []
+"""What went wrong in ``register``, if anything did."""
 
 
 def register() -> None:
@@ -56,15 +58,20 @@ def register() -> None:
         return
     metrics.install()
     try:
-        seams, reasons = compat.find()
-        if seams:
+        if seams := compat.find()[0]:
             _enter(seams)
     except Exception as error:
-        reasons = [f"the plugin failed: {error!r}"]
-    if config.required and (reasons := reasons + verdict.against_machine()):
+        _failure.append(f"the plugin failed: {error!r}")
+    strange = _against_entering()
+    if config.required and (reasons := strange + verdict.against_machine()):
         verdict.stop(reasons)
-    if reasons:
-        _tell_only(reasons)
+    if strange:
+        _tell_only(strange)
+
+
+def _against_entering() -> list[str]:
+    """Why this sglang cannot be hooked, if it can't."""
+    return _failure or compat.find()[1]
 
 
 def _enter(seams: Seams) -> None:
@@ -170,11 +177,10 @@ def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwarg
 
 def _judge(config: Config, parsed: Any) -> None:
     """What can be said when the server's flags are read, before a model is loaded."""
-    seams, reasons = compat.find()
-    reasons = reasons + verdict.against_machine()
+    reasons = _against_entering() + verdict.against_machine()
     asked = any(getattr(parsed, row.switch, False) for row in ROWS)
     if reasons and (asked or config.required):
         verdict.tell(config, reasons)
     elif getattr(parsed, "waterfill_rs", None) == "rust" and not asked:
-        flag = (seams or ROWS[0]).flag
+        flag = (compat.find()[0] or ROWS[0]).flag
         logger.warning("--waterfill-rs rust balances nothing without sglang's %s", flag)
