@@ -24,6 +24,11 @@ def test_all_that_can_be_said():
     assert (config.board.cap_us, config.board.patience_us, config.board.pace) == (250, 125, "spin")
 
 
+def test_a_spinning_planner_may_have_a_core():
+    board = Config.from_environment({"WATERFILL_RS_PLANNER": "spin:3"}).board
+    assert (board.pace, board.core) == ("spin", 3)
+
+
 @pytest.mark.parametrize(
     "variable, value, text",
     [
@@ -31,6 +36,8 @@ def test_all_that_can_be_said():
         ("WATERFILL_RS_REQUIRE", "yes", "give 0 or 1"),
         ("WATERFILL_RS_EXCHANGE", "shm", "give one of auto, solo, board, group"),
         ("WATERFILL_RS_PLANNER", "thread", "give one of auto, inline, park, spin"),
+        ("WATERFILL_RS_PLANNER", "spin:x", "or spin:CORE to pin it"),
+        ("WATERFILL_RS_PLANNER", "park:1", "or spin:CORE to pin it"),
         *(
             ("WATERFILL_RS_TIMEOUT_US", value, "give microseconds from 1 to 10000000")
             for value in ("0", "-1", "1e3", "", "10000001", "½")

@@ -63,10 +63,7 @@ class Config:
             backend=backend,
             required=backend == "rust" or _BOOLEANS[required],
             exchange=cast(Choice, _one_of(environment, EXCHANGE_VARIABLE, CHOICES, "auto")),
-            board=BoardSettings(
-                cap_us=_microseconds(environment, default.cap_us),
-                pace=cast(Pace, _one_of(environment, PLANNER_VARIABLE, PACES, default.pace)),
-            ),
+            board=BoardSettings(_microseconds(environment, default.cap_us), *_planner(environment)),
         )
 
 
@@ -77,6 +74,19 @@ def _one_of(
     if value not in allowed:
         raise ValueError(f"{variable}={value!r}: give one of {', '.join(allowed)}")
     return value
+
+
+def _planner(environment: Mapping[str, str]) -> tuple[Pace, int | None]:
+    """The pace, and the core of ``spin:CORE``."""
+    text = environment.get(PLANNER_VARIABLE, "auto")
+    pace, colon, core = text.partition(":")
+    if pace in PACES and not colon:
+        return cast(Pace, pace), None
+    if pace == "spin" and core.isascii() and core.isdigit():
+        return "spin", int(core)
+    raise ValueError(
+        f"{PLANNER_VARIABLE}={text!r}: give one of {', '.join(PACES)}, or spin:CORE to pin it to a core"
+    )
 
 
 def _microseconds(environment: Mapping[str, str], default: int) -> int:

@@ -118,7 +118,7 @@ class GroupExchange:
     """Live counts by one all-gather a call through a ``torch.distributed`` process group, any number of nodes.
 
     It is as alive as the group: no cap, because a collective that one rank gives up is lost for all. Where
-    the model's own collectives would hang, so does this.
+    the model's own collectives would hang, so does this; a rank that refuses its ids never joins, and the others wait.
     """
 
     name = "group"

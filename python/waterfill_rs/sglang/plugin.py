@@ -131,7 +131,7 @@ _VALUES = {
     "waterfill_rs_exchange": (EXCHANGE_VARIABLE, "How ranks learn each other's counts"),
     "waterfill_rs_planner": (
         PLANNER_VARIABLE,
-        "Who plans at the board: the leader's call or a thread",
+        f"Who plans at the board: {', '.join(PACES)}, or spin:CORE to pin the thread",
     ),
     "waterfill_rs_timeout_us": (
         TIMEOUT_VARIABLE,
@@ -142,7 +142,6 @@ _VALUES = {
 _CHOICES = {
     "waterfill_rs": BACKENDS,
     "waterfill_rs_exchange": CHOICES,
-    "waterfill_rs_planner": PACES,
 }
 
 

@@ -135,7 +135,10 @@ class Preparation:
         except (OSError, RuntimeError, ValueError) as error:
             verdict.stop([str(error)])
         recorder.shared_slots_come()
-        logger.info(
+        # Ranks of a board are of one node: one line for them all.
+        told = exchange.name != "board" or fresh[0].rank == 0
+        logger.log(
+            logging.INFO if told else logging.DEBUG,
             "waterfill-rs active: %d MoE layers on %s, exchange %s, because %s",
             len(fresh),
             device,

@@ -37,6 +37,9 @@ pub enum Source {
 
 /// After so many timeouts in a row a rank stops waiting.
 const BREAK_AFTER: u32 = 2;
+/// A broken rank that waits in vain again and again tries one call in 2 to the power of this at least: about
+/// one a forward pass of a large model.
+const MOST_SELDOM: u32 = 6;
 
 /// A rank's end of the board. One a rank: it alone writes the rank's counts.
 ///
@@ -203,8 +206,12 @@ impl<R: Region> Port<R> {
     ) -> Source {
         let sequence = self.last;
         // A broken rank waits again once the plan of its last call did come, late as it was.
-        if self.failures >= BREAK_AFTER && !self.take(sequence.previous()) {
-            return Source::Broken;
+        // One that waited so in vain, as for a planner that is slow and always late, tries ever more seldom.
+        if self.failures >= BREAK_AFTER {
+            let seldom = 1 << (self.failures - BREAK_AFTER).min(MOST_SELDOM);
+            if !sequence.tag().is_multiple_of(seldom) || !self.take(sequence.previous()) {
+                return Source::Broken;
+            }
         }
         let mut polls = 0u32;
         while !self.take(sequence) {

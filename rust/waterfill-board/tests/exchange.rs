@@ -257,3 +257,22 @@ fn refusals_name_the_numbers_and_post_nothing() {
     assert_eq!(quotas, [9; 2]);
     assert!(board.words()[shape.ring()..].iter().all(|word| word.load(Ordering::Relaxed) == 0));
 }
+
+#[test]
+fn a_planner_that_is_always_late_costs_ever_fewer_waits() {
+    const CALLS: u64 = 1000;
+    let shape = Shape::new(1, 1).unwrap();
+    let board = Arc::new(Heap::new(shape));
+    let mut port = port(&board, shape, 0);
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
+    for call in 0..CALLS {
+        let batch = Batch::new(shape, 0, call);
+        let cap = Duration::from_micros(10);
+        port.exchange(batch.posted(), cap, &mut [0]).unwrap();
+        assert!(planner.poll(), "after the rank went on, and before its next call");
+    }
+    let tally = port.tally();
+    // Two, six ever more seldom ones, then one in 64 calls.
+    assert!(tally.timed_out <= 8 + CALLS / 64 + 1, "{tally:?}");
+    assert_eq!(tally.live, 0);
+}
