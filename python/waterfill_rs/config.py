@@ -81,7 +81,7 @@ def _planner(environment: Mapping[str, str]) -> tuple[Pace, int | None]:
     text = environment.get(PLANNER_VARIABLE, "auto")
     pace, colon, core = text.partition(":")
     if pace in PACES and not colon:
-        return cast(Pace, pace), None
+        return pace, None
     if pace == "spin" and core.isascii() and core.isdigit():
         return "spin", int(core)
     raise ValueError(
