@@ -36,10 +36,20 @@ fn done(words: &[AtomicU64]) -> &AtomicU64 {
     &words[shape().planner_tally()]
 }
 
+/// Ends the writer, also when the reader finds a bad value.
+struct Reading<'a>(&'a [AtomicU64]);
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        // Relaxed: partner and reason in `write`.
+        done(self.0).store(1, Ordering::Relaxed);
+    }
+}
+
 /// Gives how many calls it wrote.
 fn write(words: &[AtomicU64], first: Sequence) -> u64 {
     let (mut sequence, mut calls) = (first, 0);
-    // Relaxed: a flag that guards nothing. Partner: `read`.
+    // Relaxed: a flag that guards nothing. Partner: `Reading`.
     while done(words).load(Ordering::Relaxed) == 0 {
         for index in 0..WORDS {
             word::store(
@@ -55,6 +65,7 @@ fn write(words: &[AtomicU64], first: Sequence) -> u64 {
 
 /// Read `reads` values at least; gives how many were another than the one before them.
 fn read(words: &[AtomicU64], reads: u64) -> u64 {
+    let _reading = Reading(words);
     let mut newest = [Sequence::NONE; RING * WORDS];
     let (mut taken, mut fresh) = (0, 0);
     while taken < reads || fresh <= 1000 {
@@ -73,8 +84,6 @@ fn read(words: &[AtomicU64], reads: u64) -> u64 {
             }
         }
     }
-    // Relaxed: partner and reason in `write`.
-    done(words).store(1, Ordering::Relaxed);
     fresh
 }
 

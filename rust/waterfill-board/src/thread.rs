@@ -96,7 +96,7 @@ fn plan_until<R: Region>(mut planner: BoardPlanner<R>, pace: Pace, stop: &Atomic
             continue;
         }
         polls = polls.wrapping_add(1);
-        if pace == Pace::Park && polls.is_multiple_of(16) && last.elapsed() > AWAKE {
+        if pace == Pace::Park && polls.is_multiple_of(4) && last.elapsed() > AWAKE {
             std::thread::sleep((last.elapsed() / SLEEP_PART).min(LONGEST_SLEEP));
         } else {
             pause(polls);

@@ -10,6 +10,8 @@ pub fn fork(body: impl FnOnce() -> bool) -> libc::pid_t {
     let child = unsafe { libc::fork() };
     assert!(child >= 0, "{}", std::io::Error::last_os_error());
     if child == 0 {
+        // SAFETY: the child of a test that fails, and does not wait for it, is not to go on for ever.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
         let code = catch_unwind(AssertUnwindSafe(body)).map_or(2, |fine| i32::from(!fine));
         // SAFETY: ends this process; nothing is used after it.
         unsafe { libc::_exit(code) };
