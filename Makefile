@@ -35,9 +35,9 @@ help: ## print this table
 	@touch $@
 
 build: .venv/native ## build the package into .venv
-run: .venv/native ## compare placements on real text: no GPU, no sglang
-	@$(BIN)/waterfill-rs demo --plot out/demo.png
-test: test-rust test-python ## all tests, with the real sglang 0.5.23
+run: .venv/native ## 8 live rank processes, one killed; placements compared: no GPU, no sglang
+	@$(BIN)/waterfill-rs demo --kill 5@30 --plot out/demo.png --json out/demo.json
+test: test-rust test-kernels test-python ## all tests, with the real sglang 0.5.23
 test-rust: test-models ## the core against its oracle, the board with processes killed, its models
 	cargo test --release --package waterfill-core --all-features -- --nocapture
 	cargo test --release --package waterfill-board
@@ -45,8 +45,17 @@ test-rust: test-models ## the core against its oracle, the board with processes 
 test-models: ## the board under loom (all interleavings) and shuttle (random schedules)
 	RUSTFLAGS="--cfg loom" cargo test --release --package waterfill-board --lib --test loom --target-dir target/loom
 	RUSTFLAGS="--cfg shuttle" cargo test --release --package waterfill-board --test shuttle --target-dir target/shuttle
+test-kernels: .venv/test ## every variant of the kernel compiled by the NVRTC of torch's wheels; no GPU
+	NVRTC=$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/nvidia/*/lib/libnvrtc.so.1[0-9] | head -n 1) \
+	  cargo test --release --package waterfill-cuda
 test-python: .venv/test .venv/native ## the package, its wheel alone, and sglang
 	$(BIN)/python -m pytest -W ignore
+test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.post1 on; renews the tables of versions
+	@rm -f out/versions.json
+	WATERFILL_SGLANGS="$$($(BIN)/python tests/sglang/unpack_versions.py requirements/versions.txt .venv-versions)" \
+	WATERFILL_VERSIONS_REPORT=$(CURDIR)/out/versions.json \
+	$(BIN)/python -m pytest -W ignore tests/sglang/test_versions.py
+	$(BIN)/python tests/sglang/versions_table.py out/versions.json README.md docs/sglang.md
 lint: .venv/test .venv/lint .venv/native ## formatting, clippy, ruff, mypy, stubtest
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
@@ -66,11 +75,14 @@ target/tools/bin/cargo-fuzz:
 fuzz: target/tools/bin/cargo-fuzz ## a segment's bytes, a board's words, plans against the optimum; FUZZ_SECONDS=60 each
 	for target in segment board plan; do RUSTC_BOOTSTRAP=1 PATH=$(CURDIR)/target/tools/bin:$$PATH \
 	  cargo fuzz run --fuzz-dir rust/fuzz $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -verbosity=0 -print_final_stats=1; done
+gpu: wheel ## the wheel for a GPU machine, and what to run there
+	@echo "== on the GPU machine: pip install dist/*.whl pytest, then"
+	@echo "python -m pytest tests/gpu && python benches/gpu.py own && nvidia-cuda-mps-control -d && python benches/gpu.py live"
 bench: .venv/test .venv/native ## cargo bench, and the same work in numpy
 	cargo bench
 	$(BIN)/python benches/host.py
 wheel: .venv/base ## build the wheel into dist
 	$(BIN)/maturin build --release --quiet --out dist
 clean: ## remove what was built
-	rm -rf .venv target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-python lint test-models soak tsan fuzz bench wheel clean
+	rm -rf .venv .venv-versions target dist out python/waterfill_rs/_native*.so
+.PHONY: help build run test test-rust test-kernels test-models test-python test-versions lint soak tsan fuzz gpu bench wheel clean

@@ -37,6 +37,21 @@ def numpy_plan(loads: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return home + np.diff(filled, prepend=0)
 
 
+def numpy_table_optimum(
+    counts: np.ndarray, ranks: int, tokens: int, rows: np.ndarray, costs: np.ndarray
+) -> int:
+    """The slowest rank's least cost by bisection: ``[P]`` counts, a table of ``rows`` and their ``costs``."""
+    of_expert = np.append(costs, 0)[np.where(counts == 0, -1, np.searchsorted(rows, counts))]
+    bases = of_expert.reshape(ranks, -1).sum(1)
+    room = np.append(0, rows)
+    low, high = int(bases.min()), int(bases.min() + costs[np.searchsorted(rows, tokens)])
+    while low < high:
+        middle = (low + high) // 2
+        rooms = room[np.searchsorted(costs, middle - bases, side="right")]
+        low, high = (low, middle) if rooms.sum() >= tokens else (middle + 1, high)
+    return max(low, int(bases.max()))
+
+
 def numpy_count(ids: np.ndarray, experts: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
     counts = np.bincount(ids.ravel(), minlength=experts)
     visited = np.zeros((len(ids), ranks), dtype=bool)
@@ -80,6 +95,21 @@ def main() -> None:
             lambda loads=loads, tokens=tokens: numpy_plan(loads, tokens),
         )
     experts, ranks = 256, 8
+    curve = [(256, 22.0), (512, 41.0), (768, 62.0), (1024, 82.0), (4096, 330.0)]
+    table, tokens = waterfill_rs.CostModel.table(curve), [256] * ranks
+    routed = random.integers(0, 400, experts)
+    rows, costs = (np.array(column) for column in zip(*curve, strict=True))
+    costs = (costs * 1e6).astype(np.int64)
+    listed = routed.tolist()
+
+    def plan_table() -> waterfill_rs.Plan:
+        return waterfill_rs.plan(listed, tokens, ranks=ranks, cost_model=table)
+
+    def numpy_table() -> int:
+        return numpy_table_optimum(routed, ranks, sum(tokens), rows, costs)
+
+    assert plan_table().optimum == numpy_table()
+    compare("plan, table, 8 x 256", plan_table, numpy_table)
     ids = torch.from_numpy(
         random.permuted(np.tile(np.arange(experts), (4096, 1)), axis=1)[:, :6].copy()
     )

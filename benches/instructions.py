@@ -16,7 +16,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).with_suffix(".json")
-CASES = ("plan-8", "plan-72", "plan-1024", "plan-table-8x256", "count-4096x6", "expand-4096x6")
+CASES = (
+    "plan-8",
+    "plan-72",
+    "plan-1024",
+    "plan-table-8x256",
+    "joint-32x288",
+    "count-4096x6",
+    "expand-4096x6",
+)
 TOLERANCE = 1.10
 FEW, MANY = 5, 15
 

@@ -1,10 +1,19 @@
 """The demo, as a command and as numbers."""
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 
+from waterfill_rs import rank_processes
 from waterfill_rs.cli import main
+from waterfill_rs.rendezvous import BoardSettings
 from waterfill_rs.workload import Router, documents, tokenize
 
 
@@ -60,3 +69,83 @@ def test_bad_arguments_end_with_one_line_and_code_2(arguments, text, capsys, tmp
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def run_live(tmp_path, *arguments):
+    file = tmp_path / "live.json"
+    command = ["demo", "--ranks", "3", "--experts", "24", "--top-k", "3", "--tokens", "32"]
+    small = ["--layers", "2", "--steps", "30", "--step-ms", "4", "--stall-ms", "40"]
+    assert main([*command, *small, *arguments, "--json", str(file)]) == 0
+    return {rank["rank"]: rank for rank in json.loads(file.read_text())["by_rank"]}
+
+
+@pytest.mark.parametrize("planner", ["inline", "park", "spin"])
+def test_a_killed_rank_costs_the_others_nothing_but_its_share(planner, tmp_path, capsys):
+    ranks = run_live(tmp_path, "--planner", planner, "--kill", "1@10")
+    assert [ranks[rank]["steps"] for rank in range(3)] == [30, 10, 30]
+    for rank in (0, 2):
+        assert ranks[rank]["exchanges"] == 60 == ranks[rank]["live"] + ranks[rank]["fallbacks"]
+        assert ranks[rank]["timeouts"] <= 2
+        assert ranks[rank]["wait_us"]["p50"] <= ranks[rank]["wait_us"]["max"]
+    assert "killed at step 10" in capsys.readouterr().out
+
+
+def test_a_killed_planner_leaves_own_counts_after_two_waits(tmp_path):
+    ranks = run_live(tmp_path, "--kill", "0@10", "--cap-us", "50000")
+    assert [ranks[rank]["steps"] for rank in range(3)] == [10, 30, 30]
+    for rank in (1, 2):
+        assert ranks[rank]["timeouts"] == 2
+        assert ranks[rank]["fallbacks"] == 40
+
+
+def test_a_stopped_rank_makes_up_for_its_steps(tmp_path, capsys):
+    ranks = run_live(tmp_path, "--stall", "2@10", "--stall-ms", "200", "--cap-us", "20000")
+    assert [ranks[rank]["steps"] for rank in range(3)] == [30, 30, 30]
+    assert ranks[2]["fallbacks"] > 0 == ranks[0]["fallbacks"]
+    assert "stopped at step 10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("moment", ["3@1", "1@30", "1", "a@1", "1@-1"])
+def test_a_moment_outside_the_run_is_refused(moment, capsys):
+    assert main(["demo", "--ranks", "3", "--experts", "24", "--steps", "30", "--kill", moment]) == 2
+    assert f"--kill {moment}: give RANK@STEP, a rank below 3" in capsys.readouterr().err
+
+
+def stops_late(end):
+    end.send((0, None))
+    time.sleep(0.2)  # As if another had the core.
+    os.kill(os.getpid(), signal.SIGSTOP)
+    end.send((0, []))
+
+
+def test_a_rank_that_stops_after_it_was_to_go_on_does_go_on():
+    setup = rank_processes.Setup(1, 1, 1, 1, 1, 1, 0.01, 0.001, BoardSettings())
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=stops_late, args=(theirs,))
+    process.start()
+    theirs.close()
+    watchdog = threading.Timer(30, process.kill)
+    watchdog.start()
+    rank_processes._Watch(setup, [process], [ours], lambda step: None).until_all_ended()
+    watchdog.cancel()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_ctrl_c_ends_the_demo_without_a_traceback():
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from waterfill_rs.cli import main; sys.exit(main())",
+    ]
+    demo = subprocess.Popen(
+        [*command, "demo", "--ranks", "2", "--steps", "2000", "--tokens", "8"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
+    )
+    assert demo.stderr.readline().startswith("step ")
+    os.killpg(demo.pid, signal.SIGINT)
+    _, error = demo.communicate(timeout=60)
+    assert demo.returncode == 130 and "Traceback" not in error

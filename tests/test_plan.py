@@ -109,3 +109,62 @@ def test_own_quotas_refuse_with_the_numbers():
 def test_more_experts_than_tables_should_hold_are_refused():
     with pytest.raises(ValueError, match=f"number of physical experts is {2**21}"):
         waterfill_rs.plan([1, 1], [1, 1], ranks=2, physical_experts=2**21)
+
+
+def test_numbers_that_no_count_can_be_are_named():
+    two = dict(tokens=[1, 1], ranks=2)
+    for arguments, text in [
+        (dict(two, routed=[1, -2]), r"routed\[1\] is -2: give an integer from 0 to 4294967295"),
+        (dict(two, routed=[2**32, 1]), r"routed\[0\] is 4294967296"),
+        (dict(two, routed=[1, 2.5]), r"routed\[1\] is 2.5"),
+        (dict(two, routed=[1, 2], ranks=-2), "ranks is -2"),
+        (dict(two, routed=[1, 2], visits=[1, 1, 1, -1]), r"visits\[3\] is -1"),
+        (dict(two, routed=[1, 2], physical_experts=-4), "physical_experts is -4"),
+        (
+            dict(two, routed=[1, 2], physical_experts=4, physical_to_logical=[0, 1]),
+            "physical_to_logical has 2 entries, physical_experts is 4",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            waterfill_rs.plan(**arguments)
+    with pytest.raises(ValueError, match="tokens is -3"):
+        waterfill_rs.own_quotas([1, 2], [1, 1], -3, ranks=2, rank=0)
+    with pytest.raises(ValueError, match=r"shared_rows\[0\] is -1"):
+        waterfill_rs.level([1, 2], [-1, 1], ranks=2)
+    with pytest.raises(ValueError, match="topk_ids of rank 0"):
+        waterfill_rs.score([[[2**40]]], [[0]], physical_experts=4)
+
+
+def test_joint_gives_no_row_to_a_rank_that_is_not_eligible():
+    plan = waterfill_rs.plan(
+        [60, 10, 10, 10, 10, 0],
+        [10] * 3,
+        ranks=3,
+        physical_to_logical=[0, 1, 2, 3, 4, 0],
+        eligible=[True, True, False],
+        policy="joint",
+    )
+    assert plan.replica_rows == [60, 10, 10, 10, 10, 0] and plan.shared_rows[2] == 0
+
+
+def test_numbers_that_the_core_cannot_take_are_refused_by_name():
+    from waterfill_rs import CostModel
+
+    for call in (
+        lambda: CostModel.table([(-5, 1.0)]),
+        lambda: CostModel.roofline(1.0, 1.0, -5),
+        lambda: CostModel.rows().cost(-1),
+        lambda: CostModel.rows().cost(2**40),
+        lambda: waterfill_rs.plan([1], [1], ranks=1).quotas_of(-1),
+    ):
+        with pytest.raises(ValueError, match="give an integer from 0 to"):
+            call()
+
+
+def test_counts_a_rank_are_not_taken_for_counts_an_expert():
+    from waterfill_rs import CostModel
+
+    model = CostModel.table([(10, 1.0), (20, 2.0)])
+    with pytest.raises(ValueError, match="physical_experts=2 if each rank has one expert"):
+        waterfill_rs.plan([1, 2], [1, 1], ranks=2, cost_model=model)
+    assert waterfill_rs.plan([1, 2], [1, 1], ranks=2, physical_experts=2, cost_model=model).optimum

@@ -100,10 +100,38 @@ BROKEN = {
     "pass twice": (change("forward_pass_id", 100), "forward_pass_id 100 is there twice"),
     "another pass": (change("forward_pass_id", 7), "forward_pass_id 7: ranks"),
     "two ranks": (change("rank", 1), "records of ranks [1, 2]"),
-    "float ids": (change("topk_ids_of_layer", torch.zeros(2, 3, 8)), "must be an int32 tensor"),
+    "records no list": (lambda c: c.update(records=5), "records is int 5"),
+    "records empty": (lambda c: c.update(records=[]), "records is list []"),
+    "rank no number": (change("rank", "2"), "rank is '2': give an integer"),
+    "rank a list": (change("rank", [2]), "rank is [2]: give an integer"),
+    "pass id none": (change("forward_pass_id", None), "forward_pass_id is None: give an integer"),
+    "other columns": (
+        change("topk_ids_of_layer", torch.zeros(LAYERS, TOKENS, 4, dtype=torch.int32)),
+        "forward_pass_id 101 has 4 columns of ids",
+    ),
+    "keys of all kinds": (lambda c: (c.pop("records"), c.update({3: 4})), "no 'records'"),
+    "float map": (
+        lambda c: c.update(last_physical_to_logical_map=torch.zeros(LAYERS, EXPERTS)),
+        "is torch.float32 [3, 16]",
+    ),
+    "another map": (
+        lambda c: c.update(
+            last_physical_to_logical_map=torch.arange(EXPERTS).flip(0).repeat(LAYERS, 1)
+        ),
+        "last_physical_to_logical_map is not that of",
+    ),
+    "sparse ids": (
+        change("topk_ids_of_layer", torch.zeros(2, 3, 8, dtype=torch.int32).to_sparse()),
+        "topk_ids_of_layer must be a dense tensor",
+    ),
+    "float ids": (change("topk_ids_of_layer", torch.zeros(2, 3, 8)), "is torch.float32 [2, 3, 8]"),
     "flat ids": (
         change("topk_ids_of_layer", torch.zeros(8, dtype=torch.int32)),
-        "must be an int32 tensor",
+        "must be a dense tensor of integers [L, tokens, K], is torch.int32 [8]",
+    ),
+    "wide ids": (
+        change("topk_ids_of_layer", torch.zeros(2, 3, 8, dtype=torch.int64)),
+        "must be int32, is torch.int64",
     ),
     "id too large": (too_large, "has id 16 of 16 experts"),
     "rank of another file": (
@@ -111,7 +139,7 @@ BROKEN = {
         "rank 3 is in another file too",
     ),
     "other experts": (
-        lambda c: c.update(last_physical_to_logical_map=torch.zeros(3, 18)),
+        lambda c: c.update(last_physical_to_logical_map=torch.zeros(3, 18, dtype=torch.int64)),
         "18 physical experts",
     ),
 }
@@ -139,6 +167,7 @@ def test_broken_files_are_refused(folder, capsys, tmp_path):
     whole = first.read_bytes()
     refused([folder / "nothing"], "there is no such file", capsys, out)
     refused([folder, "--ep", 6], "ranks [0, 1, 2, 3] of 6", capsys, out)
+    refused([folder, "--ep", 3000], "9, 10, 11] and more missing", capsys, out)
     for content, text in [
         (b"", "empty (0 bytes)"),
         (whole[:500], "500 bytes"),
@@ -149,6 +178,38 @@ def test_broken_files_are_refused(folder, capsys, tmp_path):
     first.unlink()
     refused([folder, "--ep", 4], "[0] missing", capsys, out)
     refused([tmp_path / "out"], "no such file", capsys, out)
+
+
+@pytest.mark.parametrize(
+    "option, name, text",
+    [
+        ("--json", "folder", "give a file, not a folder"),
+        ("--plot", "folder", "give a file, not a folder"),
+        ("--json", "file/x.json", "is no folder to write in"),
+        ("--plot", "file/x.png", "is no folder to write in"),
+        ("--plot", "x.xyz", "no picture of the kind 'xyz': give one of"),
+        ("--json", "/proc/x.json", "cannot be written"),
+    ],
+)
+def test_outputs_that_cannot_be_written_leave_nothing(option, name, text, folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    before = set(tmp_path.rglob("*"))
+    other = {"--json": "--plot", "--plot": "--json"}[option]
+    command = ["replay", str(folder), option, str(tmp_path / name), other, str(tmp_path / "o.png")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert name in error and text in error and error.count("\n") == 1, error
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_picture_is_written_under_the_name_given(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for name in ("new/replay.png", "without an ending"):
+        assert main(["replay", str(folder), "--plot", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the routing data of shared/data is not here")

@@ -137,11 +137,30 @@ def test_policies_and_cost_models(tmp_path, capsys):
     assert found[1, 100, "home"]["max"] == slowest
     assert found[1, 100, "live"]["max"] == found[1, 100, "live"]["optimum"] <= slowest
     replay(tmp_path, files, "--cost-model", "roofline:20,0.08,64")
-    for text in ("nothing", "roofline:1,2", "roofline:nan,1,64", str(tmp_path / "dump" / "0.pt")):
+    texts = ["nothing", "roofline:1,2", "roofline:nan,1,64", "roofline:1,2,3,4", "roofline:1,2,-5"]
+    texts.append(str(tmp_path / "dump" / "0.pt"))
+    for number, table in enumerate(BAD_TABLES):
+        file = tmp_path / f"{number}.json"
+        file.write_text(table)
+        texts.append(str(file))
+    for text in texts:
         assert main(["replay", str(tmp_path / "dump"), "--cost-model", text]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("waterfill-rs: ") and error.count("\n") == 1, error
+        assert error.startswith(f"waterfill-rs: --cost-model {text}: "), error
+        assert error.count("\n") == 1, error
 
+
+BAD_TABLES = (
+    "[[-5, 1]]",
+    "[[8, 0]]",
+    "[[8, NaN]]",
+    "[[Infinity, 1]]",
+    "[[8.5, 1]]",
+    '[["8", 1]]',
+    "[[8, 1" + "0" * 400 + "]]",
+    "[" * 100_000,
+    "",
+)
 
 BROKEN = {
     "no top-k": (per_pass(0), [], "give --top-k"),
@@ -159,6 +178,31 @@ BROKEN = {
         dict(logical_count=-torch.ones(2, 16).int()),
         ["--ep", "2"],
         "logical_count has -1",
+    ),
+    "more than the core counts": (
+        dict(logical_count=torch.full((2, 16), 2**28 + 1, dtype=torch.int64)),
+        ["--ep", "2"],
+        "logical_count has 4294967312 rows in a layer",
+    ),
+    "ids beyond 32 bits": (
+        dict(logical_count=torch.full((2, 16), 2**60, dtype=torch.int64)),
+        ["--ep", "2"],
+        f"logical_count has {2**60} rows in a layer",
+    ),
+    "few dimensions by rank": (
+        dict(logical_count=torch.ones(2, 16).int(), logical_count_layout="rank_layer_expert"),
+        [],
+        "logical_count is [2, 16]: rank_layer_expert is [R, L, E]",
+    ),
+    "top-k too large": (
+        dict(logical_count=torch.ones(2, 16).int()),
+        ["--ep", "2", "--top-k", "17"],
+        "--top-k 17: the dump has 16 experts",
+    ),
+    "no counts": (
+        per_pass(0, lambda rank, pass_id: torch.zeros(LAYERS, EXPERTS)),
+        ["--top-k", "3"],
+        "global_physical_count is zero everywhere",
     ),
     "floats": (dict(logical_count=torch.ones(2, 16)), ["--ep", "2"], "torch.float32 [2, 16]"),
     "zeros": (dict(logical_count=torch.zeros(3, 2, 16).int()), ["--ep", "2"], "zero everywhere"),

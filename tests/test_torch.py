@@ -78,6 +78,8 @@ REFUSED = {
     "rank too large": (IDS, WEIGHTS, dict(rank=4), "rank 4"),
     "negative rank": (IDS, WEIGHTS, dict(rank=-1), "rank -1"),
     "short quotas": (IDS, WEIGHTS, dict(quotas=[1, 1, 1, 1]), "add up to 4 and it has 5"),
+    "negative quotas": (IDS, WEIGHTS, dict(quotas=[6, -1, 0, 0]), r"quotas\[1\] is -1"),
+    "negative experts": (IDS, WEIGHTS, dict(physical_experts=-16), "physical_experts is -16"),
     "quotas of other ranks": (IDS, WEIGHTS, dict(quotas=[5]), "quotas has 1 entries: give 4"),
 }
 

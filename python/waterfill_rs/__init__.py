@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from waterfill_rs import _native
 from waterfill_rs._native import CostModel, Plan, __version__
+from waterfill_rs.integers import Integers, flat, misfit
 
 __all__ = ["CostModel", "Plan", "Score", "__version__", "level", "own_quotas", "plan", "score"]
-
-Integers = Any
-"""A sequence of integers, or anything with ``tolist()`` (numpy arrays, CPU tensors), of any shape."""
 
 
 def plan(
@@ -41,29 +39,44 @@ def plan(
             ``physical_to_logical`` or of ``routed`` if not given.
         physical_to_logical: ``[physical_experts]``, which logical expert each one computes; for ``joint``.
         visits: ``[ranks, ranks]``, how many of source s's tokens have a routed expert on rank d.
-        eligible: ``[ranks]``, ranks that may take shared rows; all if not given. Leave a rank of
-            which nothing is known out: its missing counts would make it look empty.
+        eligible: ``[ranks]``, ranks that may take shared rows and, in ``joint``, replicated experts' rows; all
+            if not given. Leave a rank of which nothing is known out: its missing counts would make it look empty.
         cost_model: what rows cost; rows themselves if not given.
         policy: ``live`` places the shared rows, ``joint`` splits replicated experts' rows too.
 
     Raises:
         ValueError: with the offending numbers, for lengths or values that do not fit.
     """
-    routed = _flat(routed)
-    mapping = None if physical_to_logical is None else _flat(physical_to_logical)
+    routed, tokens = flat(routed), flat(tokens)
+    places = None if visits is None else flat(visits)
+    mapping = None if physical_to_logical is None else flat(physical_to_logical)
     if physical_experts is None:
         physical_experts = len(routed if mapping is None else mapping)
-    return _native.plan(
-        routed,
-        _flat(tokens),
-        ranks=ranks,
-        physical_experts=physical_experts,
-        physical_to_logical=mapping,
-        visits=None if visits is None else _flat(visits),
-        eligible=None if eligible is None else [bool(allowed) for allowed in _flat(eligible)],
-        cost_model=CostModel.rows() if cost_model is None else cost_model,
-        policy=policy,
-    )
+        if cost_model is not None and physical_experts == ranks and cost_model.cost(2) != 2:
+            raise ValueError(
+                f"routed has {ranks} counts, and the cost model needs one an expert: give those, or "
+                f"physical_experts={ranks} if each rank has one expert"
+            )
+    elif mapping is not None and len(mapping) != physical_experts:
+        raise ValueError(
+            f"physical_to_logical has {len(mapping)} entries, physical_experts is {physical_experts}: "
+            "give one entry an expert"
+        )
+    sizes = {"ranks": ranks, "physical_experts": physical_experts}
+    try:
+        return _native.plan(
+            routed,
+            tokens,
+            **sizes,
+            physical_to_logical=mapping,
+            visits=places,
+            eligible=None if eligible is None else [bool(allowed) for allowed in flat(eligible)],
+            cost_model=CostModel.rows() if cost_model is None else cost_model,
+            policy=policy,
+        )
+    except (OverflowError, TypeError) as error:
+        lists = {"physical_to_logical": mapping or [], "visits": places or []}
+        raise misfit(error, routed=routed, tokens=tokens, **sizes, **lists) from error
 
 
 def own_quotas(
@@ -89,17 +102,28 @@ def own_quotas(
         ValueError: with the offending numbers, for lengths or values that do not fit.
     """
     model = CostModel.rows() if cost_model is None else cost_model
-    return _native.own_quotas(
-        _flat(routed), _flat(visits), tokens, ranks=ranks, rank=rank, cost_model=model
-    )
+    routed, visits = flat(routed), flat(visits)
+    try:
+        return _native.own_quotas(routed, visits, tokens, ranks=ranks, rank=rank, cost_model=model)
+    except (OverflowError, TypeError) as error:
+        sizes = {"tokens": tokens, "ranks": ranks, "rank": rank}
+        raise misfit(error, routed=routed, visits=visits, **sizes) from error
 
 
 def level(
     routed: Integers, shared_rows: Integers, *, ranks: int, cost_model: CostModel | None = None
 ) -> tuple[int, float]:
-    """The slowest and the mean rank's cost of ``routed`` ``[physical_experts]`` and ``shared_rows`` ``[ranks]``."""
+    """The slowest and the mean rank's cost of ``routed`` ``[physical_experts]`` and ``shared_rows`` ``[ranks]``.
+
+    Raises:
+        ValueError: with the offending numbers, for lengths or values that do not fit.
+    """
     model = CostModel.rows() if cost_model is None else cost_model
-    return _native.level(_flat(routed), _flat(shared_rows), ranks=ranks, cost_model=model)
+    routed, shared_rows = flat(routed), flat(shared_rows)
+    try:
+        return _native.level(routed, shared_rows, ranks=ranks, cost_model=model)
+    except (OverflowError, TypeError) as error:
+        raise misfit(error, routed=routed, shared_rows=shared_rows, ranks=ranks) from error
 
 
 class Score(NamedTuple):
@@ -142,14 +166,14 @@ def score(
     routed, received = [0] * physical_experts, [0] * ranks
     copies = messages = 0
     for rank, (ids, chosen) in enumerate(zip(topk_ids, shared_rank, strict=True)):
-        flat, shared = array("i", _flat(ids)), array("i", _flat(chosen))
+        flat_ids, shared = _int32(f"topk_ids of rank {rank}", ids), _int32("shared_rank", chosen)
         rows = len(shared)
-        top_k = len(flat) // max(1, rows)
-        if top_k * rows != len(flat) or (rows and not top_k):
+        top_k = len(flat_ids) // max(1, rows)
+        if top_k * rows != len(flat_ids) or (rows and not top_k):
             raise ValueError(
-                f"rank {rank}: {len(flat)} ids and {rows} shared ranks: give [N, K] and [N]"
+                f"rank {rank}: {len(flat_ids)} ids and {rows} shared ranks: give [N, K] and [N]"
             )
-        address = (flat.buffer_info()[0], rows, max(1, top_k), 32)
+        address = (flat_ids.buffer_info()[0], rows, max(1, top_k), 32)
         counts, _, _ = _native.unsafe_count_ptr(address, physical_experts, ranks)
         more = _native.unsafe_traffic_ptr(
             address, shared.buffer_info()[0], physical_experts, ranks, rank
@@ -157,13 +181,13 @@ def score(
         copies, messages = copies + more[0], messages + more[1]
         routed = [total + own for total, own in zip(routed, counts, strict=True)]
         for row, to in enumerate(shared):
-            if any(expert >= 0 for expert in flat[row * top_k : (row + 1) * top_k]):
+            if any(expert >= 0 for expert in flat_ids[row * top_k : (row + 1) * top_k]):
                 received[to] += 1
     return Score(*level(routed, received, ranks=ranks, cost_model=cost_model), copies, messages)
 
 
-def _flat(values: Integers) -> list[int]:
-    items: list[Any] = values.tolist() if hasattr(values, "tolist") else list(values)
-    if items and isinstance(items[0], list):
-        return [value for row in items for value in row]
-    return items
+def _int32(name: str, values: Integers) -> array[int]:
+    try:
+        return array("i", flat(values))
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"{name}: {error}: give integers of 32 bits") from error

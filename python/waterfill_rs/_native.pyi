@@ -1,11 +1,21 @@
-"""The compiled core. Functions named ``unsafe_*_ptr`` take addresses: call them through ``waterfill_rs.torch``."""
+"""The compiled core. Functions named ``unsafe_*_ptr`` take addresses: call them through ``waterfill_rs.torch``
+and ``waterfill_rs.exchange``, which check what is there."""
 
 from collections.abc import Sequence
-from typing import final
+from pathlib import Path
+from typing import Any, final
 
 __all__ = [
+    "SNAPSHOT_VERSION",
+    "Board",
     "CostModel",
+    "CudaRunner",
+    "GroupPlanner",
+    "Observer",
     "Plan",
+    "PlannerThread",
+    "Port",
+    "Solo",
     "__version__",
     "level",
     "own_quotas",
@@ -110,3 +120,156 @@ def unsafe_traffic_ptr(
     ids: tuple[int, int, int, int], shared_rank: int, physical_experts: int, ranks: int, rank: int
 ) -> tuple[int, int]:
     """``(extra_copies, extra_messages)`` of one source's shared ranks."""
+
+SNAPSHOT_VERSION: int
+"""Of what ``Board.snapshot`` and ``Observer.snapshot`` give."""
+
+@final
+class Board:
+    """A segment in POSIX shared memory on which ranks of one host exchange counts."""
+
+    @staticmethod
+    def create(name: str, ranks: int, experts: int, run: int) -> Board:
+        """Make the segment ``name`` for all who know ``run``, 128 random bits.
+
+        Raises:
+            OSError: there is one of that name, or the memory is not to be had.
+            ValueError: ranks or experts that do not fit.
+        """
+    @staticmethod
+    def attach(name: str, ranks: int, experts: int, run: int) -> Board:
+        """Attach to what another process made with the same arguments.
+
+        Raises:
+            OSError: there is none.
+            ValueError: a field of the file or its header does not fit; the text names it.
+        """
+    def unlink(self) -> None:
+        """Take the name away, once all are attached; the memory goes with the last of them."""
+    @property
+    def path(self) -> Path: ...
+    def snapshot(self) -> dict[str, Any]:
+        """See ``Observer.snapshot``."""
+
+@final
+class Observer:
+    """A board from outside, read only: a path in /dev/shm, or ``/proc/PID/fd/N`` once its name is gone."""
+
+    def __new__(cls, path: str | Path) -> Observer: ...
+    def snapshot(self) -> dict[str, Any]:
+        """What ranks and planner counted until now.
+
+        ``version``, ``ranks``, ``experts``; ``by_rank``: for each ``process``, ``calls``, and of these ``live``,
+        ``timed_out``, ``broken``, ``torn``; ``tokens``; ``wait_us`` with ``p50``, ``p99``, ``max`` and ``buckets``
+        (upper limit, count). ``planner``: ``process``, plans ``whole`` and ``partial``, calls ``refused``; sums
+        over plans of the slowest rank's cost with shared rows at home (``home_max``) and as planned
+        (``planned_max``) and of the ``mean``; ``missed``, calls that each rank was not there for.
+        """
+
+@final
+class PlannerThread:
+    """The planner of a board, on a thread without Python; it ends with ``stop`` or with the object."""
+
+    def __new__(
+        cls,
+        board: Board,
+        cost_model: CostModel,
+        *,
+        patience_us: int,
+        pace: str,
+        core: int | None = None,
+    ) -> PlannerThread:
+        """``pace``: ``spin``, pinned to ``core`` if given, or ``park``."""
+    def stop(self) -> None: ...
+
+@final
+class Solo:
+    """A rank that knows its own counts only."""
+
+    def __new__(cls, ranks: int, experts: int, rank: int, cost_model: CostModel) -> Solo: ...
+    def unsafe_quotas_ptr(self, ids: tuple[int, int, int, int]) -> list[int]:
+        """Quotas ``[ranks]`` for ids (address, rows, top_k, bits)."""
+    @property
+    def calls(self) -> int: ...
+
+@final
+class Port:
+    """A rank's end of a board; with ``plans_patience_us`` it plans for all while it waits."""
+
+    def __new__(
+        cls,
+        board: Board,
+        rank: int,
+        cost_model: CostModel,
+        *,
+        plans_patience_us: int | None = None,
+    ) -> Port: ...
+    def unsafe_quotas_ptr(
+        self, ids: tuple[int, int, int, int], cap_us: int
+    ) -> tuple[str, list[int]]:
+        """How the call ended (``live``, ``timed_out``, ``broken``, ``torn``) and the quotas ``[ranks]``.
+
+        Raises:
+            RuntimeError: this process is a fork of the one that made the object.
+        """
+    def tally(self) -> dict[str, Any]:
+        """One entry of ``by_rank`` of a snapshot."""
+
+@final
+class GroupPlanner:
+    """One rank's part in an exchange by a collective: all ranks' counts in, own quotas out."""
+
+    def __new__(
+        cls, ranks: int, experts: int, rank: int, cost_model: CostModel
+    ) -> GroupPlanner: ...
+    @property
+    def words(self) -> int:
+        """Integers that each rank contributes: tokens, visits ``[R]``, counts ``[P]``."""
+    def unsafe_count_ptr(self, ids: tuple[int, int, int, int], out: int) -> None:
+        """Write this rank's, int32 ``[words]`` at ``out``."""
+    def unsafe_quotas_ptr(self, gathered: int) -> list[int]:
+        """Quotas ``[ranks]`` from all ranks', int32 ``[ranks, words]`` at ``gathered``."""
+
+@final
+class CudaRunner:
+    """The kernel, compiled and loaded, and its state on one device. Use ``waterfill_rs.cuda.Expander``."""
+
+    def __new__(
+        cls,
+        device: int,
+        *,
+        ranks: int,
+        experts: int,
+        rank: int,
+        top_k: int,
+        id_bits: int,
+        weight_bits: int,
+        board: Board | None,
+        nvrtc: str | Path | None,
+        cache: str | Path | None,
+    ) -> CudaRunner:
+        """Compile, or find in the folder ``cache``, load, and run once. ``nvrtc``: the library's file.
+
+        Raises:
+            ValueError: a shape, rank or board that does not fit.
+            RuntimeError: no driver or NVRTC, or what they refuse.
+        """
+    @property
+    def max_rows(self) -> int:
+        """The most rows that a call may have."""
+    def unsafe_launch_ptr(
+        self,
+        ids: int,
+        weights: int,
+        out_ids: int,
+        out_weights: int,
+        rows: int,
+        shared_weight: float,
+        unpadded: int,
+        quotas: int,
+        cap_us: int | None,
+        stream: int,
+    ) -> None:
+        """One launch on ``stream``. Quotas at an address unless 0; else live ones, waited for ``cap_us``; else own."""
+    def tally(self, stream: int) -> dict[str, int]:
+        """``live``, ``timed_out``, ``broken``, ``torn``: how calls with given or live quotas ended; waits for the stream."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import waterfill_rs
-from waterfill_rs import demo, replay
+from waterfill_rs import demo, doctor, replay, status
 
 __all__ = ["main"]
 
@@ -18,10 +18,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
     demo.add_command(commands)
     replay.add_command(commands)
+    status.add_commands(commands)
+    doctor.add_command(commands)
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)
     except (ValueError, OSError) as error:
         print(f"waterfill-rs: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        print(f"waterfill-rs: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130  # As shells have it: 128 and SIGINT's number.
     return 0

@@ -53,7 +53,8 @@ class Layer:
 
     ``routed`` ``[P]`` and ``tokens`` ``[R]`` always are. ``sources``, each rank's own counts ``[P]``, and
     ``batches``, each rank's tokens, may not be; ``mapping`` ``[P]``, the logical expert of each physical
-    one, is there where some have replicas; ``static``: what sglang's static mode chose, ``[rows]`` a rank.
+    one, is there where some have replicas; ``static``: what sglang's static mode chose, ``[rows]`` a rank;
+    ``live`` ``[R][R]``: the quotas that ranks really had, where they ran (else the planner's).
     """
 
     layer: int
@@ -64,6 +65,7 @@ class Layer:
     batches: list[Batch] | None = None
     mapping: list[int] | None = None
     static: list[array[int]] | None = None
+    live: list[list[int]] | None = None
 
     @staticmethod
     def of_batches(layer: int, pass_id: int, batches: list[Batch], **known: Any) -> Layer:
@@ -184,6 +186,8 @@ def _quotas(
 ) -> list[list[int]] | None:
     """``[R][R]``: how many of each rank's tokens go to each rank."""
     ranks = len(layer.tokens)
+    if policy == "live" and layer.live is not None:
+        return layer.live
     if policy == "live":
         return [live.quotas_of(rank) for rank in range(ranks)]
     if policy == "home":

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-__all__ = ["BACKENDS", "BACKEND_VARIABLE", "REQUIRE_VARIABLE", "Config"]
+from waterfill_rs.exchange import Pace
+from waterfill_rs.rendezvous import CHOICES, BoardSettings, Choice
+
+__all__ = [
+    "BACKENDS",
+    "BACKEND_VARIABLE",
+    "EXCHANGE_VARIABLE",
+    "PACES",
+    "PLANNER_VARIABLE",
+    "REQUIRE_VARIABLE",
+    "TIMEOUT_VARIABLE",
+    "Config",
+]
 
 BACKEND_VARIABLE = "WATERFILL_RS"
 REQUIRE_VARIABLE = "WATERFILL_RS_REQUIRE"
+EXCHANGE_VARIABLE = "WATERFILL_RS_EXCHANGE"
+TIMEOUT_VARIABLE = "WATERFILL_RS_TIMEOUT_US"
+PLANNER_VARIABLE = "WATERFILL_RS_PLANNER"
 BACKENDS = ("auto", "rust", "upstream", "off")
+PACES: tuple[Pace, ...] = ("auto", "inline", "park", "spin")
+LONGEST_TIMEOUT_US = 10_000_000
 _BOOLEANS = {"": False, "0": False, "false": False, "1": True, "true": True}
 
 
 @dataclass(frozen=True)
 class Config:
     """``backend``: auto and rust use this package where sglang's Waterfill is on; upstream and off leave
-    sglang as it is. ``required``: stop the server, with every reason, if this package cannot serve."""
+    sglang as it is. ``required``: stop the server, with every reason, if this package cannot serve; rust
+    asks for this package by name, so it always is. ``exchange``: how ranks learn each other's counts.
+    ``board``: how, where that is a board."""
 
     backend: str = "auto"
     required: bool = False
+    exchange: Choice = "auto"
+    board: BoardSettings = field(default_factory=BoardSettings)
 
     @property
     def enabled(self) -> bool:
@@ -27,15 +49,41 @@ class Config:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str]) -> Config:
-        """Read the two variables.
+        """Read the variables.
 
         Raises:
             ValueError: naming the variable, its value and the values allowed.
         """
-        backend = environment.get(BACKEND_VARIABLE, "auto")
-        if backend not in BACKENDS:
-            raise ValueError(f"{BACKEND_VARIABLE}={backend!r}: give one of {', '.join(BACKENDS)}")
         required = environment.get(REQUIRE_VARIABLE, "").lower()
         if required not in _BOOLEANS:
             raise ValueError(f"{REQUIRE_VARIABLE}={required!r}: give 0 or 1")
-        return Config(backend, _BOOLEANS[required])
+        backend = _one_of(environment, BACKEND_VARIABLE, BACKENDS, "auto")
+        default = BoardSettings()
+        return Config(
+            backend=backend,
+            required=backend == "rust" or _BOOLEANS[required],
+            exchange=cast(Choice, _one_of(environment, EXCHANGE_VARIABLE, CHOICES, "auto")),
+            board=BoardSettings(
+                cap_us=_microseconds(environment, default.cap_us),
+                pace=cast(Pace, _one_of(environment, PLANNER_VARIABLE, PACES, default.pace)),
+            ),
+        )
+
+
+def _one_of(
+    environment: Mapping[str, str], variable: str, allowed: Sequence[Any], default: str
+) -> str:
+    value = environment.get(variable, default)
+    if value not in allowed:
+        raise ValueError(f"{variable}={value!r}: give one of {', '.join(allowed)}")
+    return value
+
+
+def _microseconds(environment: Mapping[str, str], default: int) -> int:
+    text = environment.get(TIMEOUT_VARIABLE, str(default))
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if not 1 <= value <= LONGEST_TIMEOUT_US:
+        raise ValueError(
+            f"{TIMEOUT_VARIABLE}={text!r}: give microseconds from 1 to {LONGEST_TIMEOUT_US}"
+        )
+    return value

@@ -1,68 +1,225 @@
-"""``waterfill-rs demo``: whole documents a rank, routed over R ranks; placements of the shared rows compared."""
+"""``waterfill-rs demo``: R rank processes route whole documents and expand live through a board; then
+placements of the shared rows are compared. No GPU, no model.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from waterfill_rs import report
+import waterfill_rs
+from waterfill_rs import rank_processes, report
 from waterfill_rs.comparison import Batch, Layer, Result, compare
+from waterfill_rs.config import PACES
+from waterfill_rs.rank_processes import Outcome, Setup
+from waterfill_rs.rendezvous import BoardSettings
 from waterfill_rs.workload import Router, documents
 
 __all__ = ["add_command"]
 
+CROWDED_CAP_US = 100_000
+"""Where ranks share cores they wait for each other's time slices."""
+
 
 def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
-        "demo", help="compare placements on real text: no GPU, no model", description=__doc__
+        "demo", help="live rank processes on real text: no GPU, no model", description=__doc__
     )
     parser.add_argument(
         "paths", nargs="*", help="files or folders of text (default: Python's own sources)"
     )
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--top-k", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=256, help="tokens a rank and step")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--json", type=Path, help="write every layer, step and policy")
+    for name, default, text in (
+        ("ranks", 8, "rank processes"),
+        ("experts", 256, "routed experts over all ranks"),
+        ("top-k", 6, "experts a token"),
+        ("tokens", 256, "tokens a rank and step"),
+        ("layers", 3, "layers, each one exchange a step"),
+        ("steps", 40, "forward passes"),
+        ("step-ms", 10, "milliseconds from one step to the next"),
+        ("stall-ms", 300, "how long a stalled rank is stopped"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser.add_argument(
+        "--kill", action="append", metavar="RANK@STEP", help="SIGKILL that rank there"
+    )
+    parser.add_argument(
+        "--stall", action="append", metavar="RANK@STEP", help="SIGSTOP that rank, later SIGCONT"
+    )
+    parser.add_argument(
+        "--planner", choices=PACES, default="park", help="who plans at the board (park)"
+    )
+    parser.add_argument(
+        "--cap-us",
+        type=int,
+        help=f"longest wait of an exchange (500; {CROWDED_CAP_US} if ranks share cores)",
+    )
+    parser.add_argument("--json", type=Path, help="write ranks, and every layer, step and policy")
     parser.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    for name in ("ranks", "experts", "top_k", "tokens", "layers", "steps"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1"
-            )
-    results = _route_and_compare(arguments)
-    a = arguments
-    report.print_table(
-        results,
-        f"{a.ranks} ranks, {a.experts} experts, top {a.top_k}, {a.tokens} tokens a rank, "
-        f"{a.layers} hash layers x {a.steps} steps, whole documents a rank",
+    report.check_outputs(arguments.json, arguments.plot)
+    setup = _setup(arguments)
+    streams = _streams(documents(arguments.paths), setup.ranks, setup.tokens * setup.steps)
+    progress = _Progress(setup.steps)
+    print(
+        f"{setup.ranks} rank processes on {_cores()} cores: {setup.steps} steps of {setup.layers} hash layers, "
+        f"{setup.tokens} tokens a rank and step, {setup.experts} experts, top {setup.top_k}; "
+        f"an exchange waits at most {setup.board.cap_us} us",
+        flush=True,
     )
-    report.print_verdict(results, a.top_k)
-    if a.json:
-        report.write_json(results, a.json, ranks=a.ranks, experts=a.experts, top_k=a.top_k)
-    if a.plot:
-        title = f"{a.ranks} ranks, {a.tokens} tokens a rank, whole documents a rank"
-        report.plot(results, title, a.plot)
+    outcome = rank_processes.run(setup, streams, progress)
+    ranks = [_of_rank(rank, tally, setup) for rank, tally in enumerate(outcome.by_rank)]
+    _print_ranks(ranks, outcome, setup)
+    results = _compare(setup, streams, outcome)
+    if results:
+        report.print_table(results, "\nPlacements of the same tokens; live: what the processes did")
+        report.print_verdict(results, setup.top_k)
+    else:
+        print("\nNo step was made by all ranks: nothing to compare.")
+    if arguments.json:
+        shape = {"ranks": setup.ranks, "experts": setup.experts, "top_k": setup.top_k}
+        report.write_json(results, arguments.json, **shape, by_rank=ranks)
+    if arguments.plot and results:
+        title = (
+            f"{setup.ranks} rank processes, {setup.tokens} tokens a rank, whole documents a rank"
+        )
+        report.plot(results, title, arguments.plot)
+    _check(ranks, setup)
 
 
-def _route_and_compare(arguments: argparse.Namespace) -> list[Result]:
+def _setup(arguments: argparse.Namespace) -> Setup:
+    for name in ("ranks", "experts", "top_k", "tokens", "layers", "steps", "step_ms", "stall_ms"):
+        _at_least_1(name, getattr(arguments, name))
     ranks, steps = arguments.ranks, arguments.steps
-    streams = _streams(documents(arguments.paths), ranks, arguments.tokens * steps)
+    # What ranks would refuse one by one is refused here, once.
+    Router(arguments.experts, arguments.top_k, 0)
+    waterfill_rs.plan([0] * ranks, [0] * ranks, ranks=ranks, physical_experts=arguments.experts)
+    cap_us = arguments.cap_us
+    if cap_us is None:
+        # A planner's thread beside the ranks.
+        cap_us = 500 if _cores() > ranks else CROWDED_CAP_US
+    _at_least_1("cap_us", cap_us)
+    return Setup(
+        ranks=ranks,
+        experts=arguments.experts,
+        top_k=arguments.top_k,
+        layers=arguments.layers,
+        steps=steps,
+        tokens=arguments.tokens,
+        step_s=arguments.step_ms / 1000,
+        stall_s=arguments.stall_ms / 1000,
+        board=BoardSettings(cap_us=cap_us, pace=arguments.planner),
+        kill=_moments("--kill", arguments.kill or (), ranks, steps),
+        stall=_moments("--stall", arguments.stall or (), ranks, steps),
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _at_least_1(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
+
+
+def _moments(flag: str, texts: Sequence[str], ranks: int, steps: int) -> dict[int, int]:
+    """``RANK@STEP``, one a rank."""
+    moments: dict[int, int] = {}
+    for text in texts:
+        rank, _, step = text.partition("@")
+        if not (rank.isdigit() and step.isdigit() and int(rank) < ranks and int(step) < steps):
+            raise ValueError(
+                f"{flag} {text}: give RANK@STEP, a rank below {ranks} and a step below {steps}"
+            )
+        if int(rank) in moments:
+            raise ValueError(f"{flag} {text}: rank {rank} is named twice")
+        moments[int(rank)] = int(step)
+    return moments
+
+
+class _Progress:
+    """On stderr, about once a second."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._last = time.monotonic()
+
+    def __call__(self, step: int) -> None:
+        if time.monotonic() - self._last > 1:
+            self._last = time.monotonic()
+            print(f"step {step} of {self._steps}", file=sys.stderr, flush=True)
+
+
+def _of_rank(rank: int, tally: dict[str, Any], setup: Setup) -> dict[str, Any]:
+    """What the board says of a rank, dead ones too."""
+    fallbacks = {name: tally[name] for name in ("timed_out", "broken", "torn")}
+    return {
+        "rank": rank,
+        "steps": tally["calls"] // setup.layers,
+        "exchanges": tally["calls"],
+        "live": tally["live"],
+        "timeouts": tally["timed_out"],
+        "fallbacks": sum(fallbacks.values()),
+        "fallbacks_by_reason": fallbacks,
+        "wait_us": {name: tally["wait_us"][name] for name in ("p50", "p99", "max")},
+    }
+
+
+def _print_ranks(ranks: list[dict[str, Any]], outcome: Outcome, setup: Setup) -> None:
+    columns = ("rank", "steps", "exchanges", "live", "timeouts", "fallbacks")
+    print("".join(f"{name:>11}" for name in columns) + "   wait us: p50      p99      max")
+    for rank in ranks:
+        numbers = "".join(f"{rank[name]:>11}" for name in columns)
+        waits = "".join(f"{rank['wait_us'][name]:>9.0f}" for name in ("p50", "p99", "max"))
+        print(f"{numbers}       {waits}   {_fate(rank['rank'], outcome, setup)}".rstrip())
+    planner = outcome.planner
+    missed = {rank: calls for rank, calls in enumerate(planner["missed"]) if calls}
+    print(
+        f"{planner['whole']} plans from all ranks' counts, {planner['partial']} without late or gone ranks"
+        + (f" (calls missed, by rank: {missed})." if missed else ".")
+    )
+
+
+def _fate(rank: int, outcome: Outcome, setup: Setup) -> str:
+    words = []
+    if rank in setup.stall:
+        words.append(f"stopped at step {setup.stall[rank]} for {setup.stall_s:.1f} s")
+    if rank in setup.kill and rank in outcome.lost:
+        words.append(f"killed at step {setup.kill[rank]}")
+    elif rank in outcome.lost:
+        words.append(f"ended early, exit code {outcome.lost[rank]}")
+    return ", ".join(words)
+
+
+def _check(ranks: list[dict[str, Any]], setup: Setup) -> None:
+    """Whoever was not killed did all steps, or this demo has failed."""
+    short = {
+        rank["rank"]: rank["steps"]
+        for rank in ranks
+        if rank["rank"] not in setup.kill and rank["steps"] != setup.steps
+    }
+    if short:
+        raise RuntimeError(f"steps done, of {setup.steps}, by rank: {short}")
+
+
+def _compare(setup: Setup, streams: list[list[int]], outcome: Outcome) -> list[Result]:
+    """Each call that all ranks made."""
     results: list[Result] = []
-    for layer in range(arguments.layers):
-        router = Router(arguments.experts, arguments.top_k, layer)
-        for step in range(steps):
-            part = slice(step * arguments.tokens, (step + 1) * arguments.tokens)
-            batches = [_batch(router, stream[part], ranks) for stream in streams]
-            results += compare(Layer.of_batches(layer, step, batches))
+    routers = [Router(setup.experts, setup.top_k, layer) for layer in range(setup.layers)]
+    whole = {call: by for call, by in outcome.quotas.items() if len(by) == setup.ranks}
+    for (step, layer), by_rank in sorted(whole.items(), key=lambda item: item[0][::-1]):
+        part = slice(step * setup.tokens, (step + 1) * setup.tokens)
+        batches = [_batch(routers[layer], stream[part], setup.ranks) for stream in streams]
+        quotas = [by_rank[rank] for rank in range(setup.ranks)]
+        results += compare(Layer.of_batches(layer, step, batches, live=quotas))
     return results
 
 

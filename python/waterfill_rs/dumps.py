@@ -21,6 +21,9 @@ from torch import Tensor
 
 __all__ = ["Counts", "Dump", "Tokens", "read"]
 
+_MOST_ROWS = 2**32 - 1
+"""Of one layer, over all ranks: the core's counts are 32 bits wide."""
+
 
 @dataclass(frozen=True)
 class Dump:
@@ -79,55 +82,98 @@ class _Rank:
 
 def _read_rank(file: Path, content: Any) -> _Rank:
     if not isinstance(content, dict) or "records" not in content:
-        keys = sorted(content) if isinstance(content, dict) else type(content).__name__
+        found = list(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
-            f"{file}: found {keys}, no 'records' or 'logical_count': give a dump of sglang's expert "
-            "distribution recorder"
+            f"{file}: found {found}, no 'records': give one dump of sglang's expert distribution recorder"
         )
-    mapping = _mapping(file, content)
+    if not isinstance(content["records"], list) or not content["records"]:
+        found = content["records"]
+        raise ValueError(
+            f"{file}: records is {type(found).__name__} {found!r:.40}: give a list of at least one record"
+        )
+    mapping = _tensor(file, content, "last_physical_to_logical_map", "[L, P]")
     fields, ranks, passes = set(), set(), {}
     for index, record in enumerate(content["records"]):
         where = f"{file}: record {index}"
-        for needed in ("forward_pass_id", "rank"):
-            if not isinstance(record, dict) or needed not in record:
-                raise ValueError(f"{where} has no '{needed}'")
-        field = "topk_ids_of_layer" if "topk_ids_of_layer" in record else "global_physical_count"
-        if field not in record:
-            raise ValueError(
-                f"{where} has no 'topk_ids_of_layer' (per_token) and no 'global_physical_count' (per_pass)"
-            )
-        check = _check_ids if field == "topk_ids_of_layer" else _check_counts
-        check(where, record[field], int(mapping.shape[1]))
+        field = _field(where, record)
+        if field == "topk_ids_of_layer":
+            values = _ids(where, record, int(mapping.shape[1]))
+        else:
+            values = _counts(where, record, int(mapping.shape[1]))
         if record["forward_pass_id"] in passes:
             raise ValueError(f"{where}: forward_pass_id {record['forward_pass_id']} is there twice")
         fields.add(field)
         ranks.add(record["rank"])
-        passes[record["forward_pass_id"]] = record[field]
+        passes[record["forward_pass_id"]] = values
     if len(ranks) != 1 or len(fields) != 1:
         raise ValueError(
-            f"{file}: records of ranks {sorted(ranks)} with {sorted(fields) or 'no fields'}: "
+            f"{file}: records of ranks {sorted(ranks)} with {sorted(fields)}: "
             "one rank a file, and one mode, is what sglang writes"
         )
     return _Rank(file, ranks.pop(), fields.pop(), mapping, passes)
 
 
-def _check_ids(where: str, ids: Any, experts: int) -> None:
-    if not isinstance(ids, Tensor) or ids.dim() != 3 or ids.dtype != torch.int32:
-        raise ValueError(f"{where}: topk_ids_of_layer must be an int32 tensor [L, tokens, K]")
+def _field(where: str, record: Any) -> str:
+    """What the record holds, once it is known whose it is."""
+    for needed in ("forward_pass_id", "rank"):
+        if not isinstance(record, dict) or needed not in record:
+            raise ValueError(f"{where} has no '{needed}'")
+        value = record[needed]
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{where}: {needed} is {value!r:.40}: give an integer from 0 on")
+    for field in ("topk_ids_of_layer", "global_physical_count"):
+        if field in record:
+            return field
+    raise ValueError(
+        f"{where} has no 'topk_ids_of_layer' (per_token) and no 'global_physical_count' (per_pass)"
+    )
+
+
+def _tensor(where: object, holder: dict[str, Any], field: str, shape: str) -> Tensor:
+    """An integer tensor of as many dimensions as ``shape`` names, none but the middle one empty."""
+    found = holder.get(field)
+    if (
+        not isinstance(found, Tensor)
+        or found.layout != torch.strided
+        or found.dtype not in (torch.int32, torch.int64)
+        or found.dim() != shape.count(",") + 1
+        or 0 in (found.shape[0], found.shape[-1])
+    ):
+        what = type(found).__name__
+        if isinstance(found, Tensor):
+            what = f"{found.dtype} {list(found.shape)}"
+        raise ValueError(f"{where}: {field} must be a dense tensor of integers {shape}, is {what}")
+    return found
+
+
+def _ids(where: str, record: dict[str, Any], experts: int) -> Tensor:
+    ids = _tensor(where, record, "topk_ids_of_layer", "[L, tokens, K]")
+    if ids.dtype != torch.int32:
+        raise ValueError(f"{where}: topk_ids_of_layer must be int32, is {ids.dtype}")
     if ids.numel() and int(ids.max()) >= experts:
         raise ValueError(f"{where}: topk_ids_of_layer has id {int(ids.max())} of {experts} experts")
+    return ids
 
 
-def _check_counts(where: str, counts: Any, experts: int) -> None:
-    integers = (torch.int32, torch.int64)
-    if not isinstance(counts, Tensor) or counts.dim() != 2 or counts.dtype not in integers:
-        raise ValueError(f"{where}: global_physical_count must be an integer tensor [L, P]")
+def _counts(where: str, record: dict[str, Any], experts: int) -> Tensor:
+    counts = _tensor(where, record, "global_physical_count", "[L, P]")
     if counts.shape[1] != experts:
         raise ValueError(
             f"{where}: global_physical_count has {counts.shape[1]} experts, the map has {experts}"
         )
-    if counts.numel() and int(counts.min()) < 0:
-        raise ValueError(f"{where}: global_physical_count has {int(counts.min())}")
+    _check_range(f"{where}: global_physical_count", counts)
+    return counts
+
+
+def _check_range(name: str, counts: Tensor) -> None:
+    """No count below zero; none, and no layer's sum over experts, of 2^32 or more."""
+    least, most = int(counts.min()), int(counts.max())
+    if least >= 0 and most <= _MOST_ROWS:
+        least, most = 0, int(counts.sum(dim=-1, dtype=torch.int64).max())
+    if least < 0 or most > _MOST_ROWS:
+        raise ValueError(
+            f"{name} has {least if least < 0 else most} rows in a layer: 0 to {_MOST_ROWS} are supported"
+        )
 
 
 def _join(files: list[_Rank], ranks: int, top_k: int | None) -> Tokens | Counts:
@@ -143,13 +189,19 @@ def _join(files: list[_Rank], ranks: int, top_k: int | None) -> Tokens | Counts:
                 f"{file.file}: {file.mapping.shape[1]} physical experts in {file.mapping.shape[0]} layers, "
                 f"other files have {files[0].mapping.shape[1]} in {files[0].mapping.shape[0]}"
             )
+        if not torch.equal(file.mapping, files[0].mapping):
+            raise ValueError(
+                f"{file.file}: last_physical_to_logical_map is not that of {files[0].file}: "
+                "give files of one dump"
+            )
         if file.field != files[0].field:
             raise ValueError(f"{file.file}: has '{file.field}', other files '{files[0].field}'")
         by_rank[file.rank] = file
     missing = [rank for rank in range(ranks) if rank not in by_rank]
     if missing or len(by_rank) != ranks:
+        named = f"{missing[:8]}{' and more' * (len(missing) > 8)}" if missing else "none"
         raise ValueError(
-            f"ranks {sorted(by_rank)} of {ranks} are here, {missing or 'none'} missing: "
+            f"ranks {sorted(by_rank)} of {ranks} are here, {named} missing: "
             "give every rank's file, or the right --ep"
         )
     experts = int(files[0].mapping.shape[1])
@@ -159,19 +211,30 @@ def _join(files: list[_Rank], ranks: int, top_k: int | None) -> Tokens | Counts:
     mappings = _replicated(files[0].file, files[0].mapping)
     if files[0].field == "topk_ids_of_layer":
         return Tokens(ranks, experts, _columns(passes, top_k), mappings, [], passes)
+    for pass_id, parts in passes.items():
+        _check_range(
+            f"forward_pass_id {pass_id}: global_physical_count of all ranks",
+            torch.stack(parts).sum(0, dtype=torch.int64),
+        )
+    if not any(int(own.max()) for parts in passes.values() for own in parts):
+        raise ValueError(
+            f"{files[0].file}: global_physical_count is zero everywhere: record while the server serves"
+        )
+    top_k = _given(top_k, experts)
     if _are_received(passes, experts // ranks):
         note = (
             "The counts are what each rank received: where they came from is not known, so tokens are "
             "taken to be spread evenly over the ranks."
         )
         totals = {i: torch.stack(own).sum(0, keepdim=True) for i, own in passes.items()}
-        return Counts(ranks, experts, _given(top_k), mappings, [note], totals)
+        return Counts(ranks, experts, top_k, mappings, [note], totals)
     counts = {i: torch.stack(own) for i, own in passes.items()}
-    return Counts(ranks, experts, _given(top_k), mappings, [], counts)
+    return Counts(ranks, experts, top_k, mappings, [], counts)
 
 
 def _passes(files: list[_Rank]) -> Iterator[tuple[int, list[Tensor]]]:
     """Passes in order, each with every rank's part."""
+    columns = next(iter(files[0].passes.values())).shape[2:]
     for pass_id in sorted(set().union(*(file.passes for file in files))):
         missing = [file.rank for file in files if pass_id not in file.passes]
         if missing:
@@ -185,6 +248,11 @@ def _passes(files: list[_Rank]) -> Iterator[tuple[int, list[Tensor]]]:
                 raise ValueError(
                     f"{file.file}: forward_pass_id {pass_id} has {part.shape[0]} layers, "
                     f"the map has {file.mapping.shape[0]}"
+                )
+            if part.shape[2:] != columns:
+                raise ValueError(
+                    f"{file.file}: forward_pass_id {pass_id} has {part.shape[2]} columns of ids, "
+                    f"the first pass of {files[0].file} has {columns[0]}"
                 )
         yield pass_id, parts
 
@@ -209,7 +277,8 @@ def _logical_counts(
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{file}: logical_count is no array of integers ({error})") from error
     if (
-        counts.dtype not in (torch.int32, torch.int64)
+        counts.layout != torch.strided
+        or counts.dtype not in (torch.int32, torch.int64)
         or counts.dim() not in (2, 3)
         or not counts.numel()
     ):
@@ -217,9 +286,16 @@ def _logical_counts(
             f"{file}: logical_count is {counts.dtype} {list(counts.shape)}: "
             "integers [L, E] or [steps, L, E] are what sglang writes"
         )
-    if int(counts.min()) < 0:
-        raise ValueError(f"{file}: logical_count has {int(counts.min())}")
+    _check_range(f"{file}: logical_count", counts)
+    if not int(counts.max()):
+        raise ValueError(
+            f"{file}: logical_count is zero everywhere: record while the server serves"
+        )
     by_rank = content.get("logical_count_layout") == "rank_layer_expert"
+    if by_rank and counts.dim() != 3:
+        raise ValueError(
+            f"{file}: logical_count is {list(counts.shape)}: rank_layer_expert is [R, L, E]"
+        )
     if by_rank and ranks not in (None, counts.shape[0]):
         raise ValueError(f"{file}: logical_count is of {counts.shape[0]} ranks, --ep is {ranks}")
     if by_rank:
@@ -231,17 +307,15 @@ def _logical_counts(
     notes = [
         "The counts are of logical experts: these are taken to lie in order, without replicas."
     ]
+    top_k = _given(top_k, experts)
     if by_rank:
-        return Counts(ranks, experts, _given(top_k), None, notes, {0: counts})
+        _check_range(f"{file}: logical_count of all ranks", counts.sum(0, dtype=torch.int64))
+        return Counts(ranks, experts, top_k, None, notes, {0: counts})
     notes.append("Tokens are taken to be spread evenly over the ranks.")
     steps = counts if counts.dim() == 3 else counts[None]
     # A ring buffer: steps that were not used are zero.
     used = {step: one[None] for step, one in enumerate(steps) if int(one.sum())}
-    if not used:
-        raise ValueError(
-            f"{file}: logical_count is zero everywhere: record while the server serves"
-        )
-    return Counts(ranks, experts, _given(top_k), None, notes, used)
+    return Counts(ranks, experts, top_k, None, notes, used)
 
 
 def _check_divides(experts: int, kind: str, ranks: int) -> None:
@@ -251,9 +325,11 @@ def _check_divides(experts: int, kind: str, ranks: int) -> None:
         )
 
 
-def _given(top_k: int | None) -> int:
+def _given(top_k: int | None, experts: int) -> int:
     if top_k is None:
         raise ValueError("counts do not tell how many experts a token has: give --top-k")
+    if top_k > experts:
+        raise ValueError(f"--top-k {top_k}: the dump has {experts} experts")
     return top_k
 
 
@@ -276,7 +352,7 @@ def _load(file: Path) -> Any:
     if file.suffix == ".json":
         try:
             return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: not JSON ({error}), {size} bytes") from error
     try:
         return torch.load(file, weights_only=True, map_location="cpu")
@@ -284,13 +360,6 @@ def _load(file: Path) -> Any:
         raise ValueError(
             f"{file}: not a whole torch file ({type(error).__name__}), {size} bytes"
         ) from error
-
-
-def _mapping(file: Path, content: dict[str, Any]) -> Tensor:
-    mapping = content.get("last_physical_to_logical_map")
-    if not isinstance(mapping, Tensor) or mapping.dim() != 2 or mapping.shape[1] == 0:
-        raise ValueError(f"{file}: last_physical_to_logical_map must be a tensor [L, P], P above 0")
-    return mapping
 
 
 def _replicated(file: Path, mapping: Tensor) -> list[list[int]] | None:

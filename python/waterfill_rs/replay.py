@@ -44,6 +44,7 @@ def _run(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    report.check_outputs(arguments.json, arguments.plot)
     try:
         from waterfill_rs import dumps
     except ImportError as error:
@@ -103,9 +104,11 @@ def _layers_of_tokens(dump: Tokens, with_static: bool) -> Iterator[Layer]:
             batches = []
             for ids in tensors:
                 own = ids[layer, :, : dump.top_k].contiguous()
-                address, rows = own.data_ptr(), own.shape[0]
+                rows, top_k = own.shape
                 batches.append(
-                    Batch.of(own, address, rows, dump.top_k, experts=dump.experts, ranks=dump.ranks)
+                    Batch.of(
+                        own, own.data_ptr(), rows, top_k, experts=dump.experts, ranks=dump.ranks
+                    )
                 )
             if any(batch.tokens for batch in batches):
                 static = _static(batches, dump) if with_static else None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from waterfill_rs.comparison import POLICIES, Result
 
-__all__ = ["plot", "print_table", "print_verdict", "write_json"]
+__all__ = ["check_outputs", "plot", "print_table", "print_verdict", "write_json"]
 
 
 def _present(results: list[Result]) -> list[str]:
@@ -64,9 +67,15 @@ def print_verdict(results: list[Result], top_k: int) -> None:
         f"Shared rows can level {always} of {len(by_layer)} layers in every pass (a routed max/mean up to "
         f"{1 + 1 / top_k:.3f})" + (f", and never layers {_ranges(never)}." if never else ".")
     )
-    gain = 1 - sum(b.max / h.max for h, b in zip(home, live, strict=True)) / len(home)
+    gain = _gain(home, live)
     worth = "worth turning on" if gain >= 0.02 else "little to gain here"
-    print(f"Live counts take {gain:.1%} off the slowest rank, on average: {worth}.")
+    own_gain = f", own counts {_gain(home, own):.1%}" if own else ""
+    print(f"Live counts take {gain:.1%} off the slowest rank, on average{own_gain}: {worth}.")
+
+
+def _gain(before: list[Result], after: list[Result]) -> float:
+    """The part of the slowest rank's cost that is gone, mean over layers and passes."""
+    return 1 - sum(a.max / b.max for b, a in zip(before, after, strict=True)) / len(before)
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -80,13 +89,61 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
-def plot(results: list[Result], title: str, path: Path) -> None:
-    """A picture of max/mean by layer, mean over passes. Raises ValueError without matplotlib."""
+def check_outputs(json_path: Path | None, plot_path: Path | None) -> None:
+    """Before hours of work: could both files be written?
+
+    Raises:
+        ValueError: naming the file and what is in the way, or matplotlib that is missing.
+    """
+    for path in (path for path in (json_path, plot_path) if path is not None):
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not path.name or path.is_dir():
+            raise ValueError(f"{path}: cannot be written: give a file, not a folder")
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"{path}: cannot be written: {folder} is no folder to write in")
+    if plot_path is not None:
+        _format(plot_path)
+
+
+def _format(path: Path) -> str:
+    """The kind of picture that the file's name asks for; matplotlib made ready to draw it."""
     try:
         import matplotlib
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install 'waterfill-rs[plot]'") from error
     matplotlib.use("Agg")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kind = path.suffix.removeprefix(".").lower() or "png"
+    known: list[str] = sorted(FigureCanvasBase.get_supported_filetypes())
+    if kind not in known:
+        raise ValueError(f"{path}: no picture of the kind {kind!r}: give one of {', '.join(known)}")
+    return kind
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place once it is written, and goes if it cannot be."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        if partial.is_file():
+            partial.unlink()
+
+
+def plot(results: list[Result], title: str, path: Path) -> None:
+    """A picture of max/mean by layer, mean over passes; the file is whole or not there.
+
+    Raises:
+        ValueError: without matplotlib, or naming a file that cannot be written.
+    """
+    check_outputs(None, path)
+    kind = _format(path)
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
@@ -108,16 +165,20 @@ def plot(results: list[Result], title: str, path: Path) -> None:
     axes.set_ylabel("slowest rank / mean rank")
     axes.set_title(f"{title}\nline: mean over passes; band: least to most", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with _whole(path) as partial:
+        figure.savefig(partial, dpi=150, format=kind)
+    pyplot.close(figure)
     print(f"picture: {path}")
 
 
-def write_json(results: list[Result], path: Path, *, ranks: int, experts: int, top_k: int) -> None:
-    """An object with ``ranks``, ``experts``, ``top_k`` and ``rows``; the file is whole or not there."""
+def write_json(results: list[Result], path: Path, **fields: object) -> None:
+    """An object with these fields and ``rows``; the file is whole or not there.
+
+    Raises:
+        ValueError: naming a file that cannot be written.
+    """
+    check_outputs(path, None)
     rows = [result.as_json() for result in results]
-    text = json.dumps({"ranks": ranks, "experts": experts, "top_k": top_k, "rows": rows}, indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    text = json.dumps({**fields, "rows": rows}, indent=1)
+    with _whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The plan applied to torch tensors on the CPU, without copies; the GIL is released meanwhile.
+"""The plan applied to torch tensors without copies: on the CPU, or by one launch on a CUDA device.
 
 Ids are physical routed ids ``[N, K]``, int32 or int64, negative for none; weights ``[N, K]``, float32
 or bfloat16. Errors are ``ValueError`` with the numbers, raised before anything is written.
@@ -13,6 +13,8 @@ from torch import Tensor
 
 import waterfill_rs
 from waterfill_rs import _native
+from waterfill_rs.exchange import Exchange
+from waterfill_rs.integers import misfit
 
 __all__ = ["assign", "count", "expand_topk", "traffic"]
 
@@ -24,7 +26,11 @@ def count(
     topk_ids: Tensor, *, physical_experts: int, ranks: int
 ) -> tuple[list[int], list[int], int]:
     """Routed rows per physical expert, tokens that visit each rank, and the number of tokens."""
-    return _native.unsafe_count_ptr(_ids(topk_ids), physical_experts, ranks)
+    ids = _ids(topk_ids)
+    try:
+        return _native.unsafe_count_ptr(ids, physical_experts, ranks)
+    except (OverflowError, TypeError) as error:
+        raise misfit(error, physical_experts=physical_experts, ranks=ranks) from error
 
 
 def assign(topk_ids: Tensor, quotas: Sequence[int], *, physical_experts: int, rank: int) -> Tensor:
@@ -34,7 +40,11 @@ def assign(topk_ids: Tensor, quotas: Sequence[int], *, physical_experts: int, ra
     """
     ids = _ids(topk_ids)
     shared_rank = torch.empty(topk_ids.shape[0], dtype=torch.int32)
-    _native.unsafe_assign_ptr(ids, quotas, physical_experts, rank, shared_rank.data_ptr())
+    try:
+        _native.unsafe_assign_ptr(ids, quotas, physical_experts, rank, shared_rank.data_ptr())
+    except (OverflowError, TypeError) as error:
+        sizes = {"physical_experts": physical_experts, "rank": rank}
+        raise misfit(error, quotas=list(quotas), **sizes) from error
     return shared_rank
 
 
@@ -44,7 +54,11 @@ def traffic(
     """Extra copies (DeepEP normal mode) and extra messages (low-latency mode) of one source's shared rows."""
     ids = _ids(topk_ids)
     _check("shared_rank", shared_rank, {torch.int32: 32}, (topk_ids.shape[0],))
-    return _native.unsafe_traffic_ptr(ids, shared_rank.data_ptr(), physical_experts, ranks, rank)
+    sizes = {"physical_experts": physical_experts, "ranks": ranks, "rank": rank}
+    try:
+        return _native.unsafe_traffic_ptr(ids, shared_rank.data_ptr(), **sizes)
+    except (OverflowError, TypeError) as error:
+        raise misfit(error, **sizes) from error
 
 
 def expand_topk(
@@ -55,7 +69,8 @@ def expand_topk(
     ranks: int,
     rank: int,
     shared_weight: float,
-    quotas: Sequence[int] | None = None,
+    quotas: Sequence[int] | Tensor | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Widen ids and weights ``[N, K]`` to ``[N, K + 1]``: the last column is the shared expert.
 
@@ -66,28 +81,66 @@ def expand_topk(
     Args:
         shared_weight: weight of the shared expert's row: 1 / routed_scaling_factor, or 1.0 where the
             factor is in the routed weights already.
-        quotas: ``[ranks]``, this rank's quotas from a plan; the plan from its own counts if not given.
+        quotas: ``[ranks]``, this rank's quotas from a plan; for CUDA tensors best an int32 tensor beside them.
+        exchange: asks it for the quotas of these ids, where they are not given. Without either the plan is from
+            this rank's own counts.
     """
+    if topk_ids.is_cuda:
+        return _expand_on_device(
+            topk_ids, topk_weights, physical_experts, ranks, rank, shared_weight, quotas, exchange
+        )
     ids = _ids(topk_ids)
     rows, top_k = topk_ids.shape
     _check("topk_weights", topk_weights, _WEIGHT_BITS, (rows, top_k))
-    if quotas is None:
+    if quotas is None and exchange is not None:
+        quotas = exchange.quotas(ids)
+    elif quotas is None:
         quotas = _own_quotas(topk_ids, physical_experts, ranks, rank)
+    if isinstance(quotas, Tensor):
+        quotas = quotas.tolist()
     if len(quotas) != ranks:
         raise ValueError(f"quotas has {len(quotas)} entries: give {ranks}, one a rank")
     out_ids = torch.empty((rows, top_k + 1), dtype=topk_ids.dtype)
     out_weights = torch.empty((rows, top_k + 1), dtype=topk_weights.dtype)
-    _native.unsafe_expand_ptr(
-        ids,
-        (topk_weights.data_ptr(), _WEIGHT_BITS[topk_weights.dtype]),
-        quotas,
-        out_ids.data_ptr(),
-        out_weights.data_ptr(),
-        physical_experts,
-        rank,
-        shared_weight,
-    )
+    try:
+        _native.unsafe_expand_ptr(
+            ids,
+            (topk_weights.data_ptr(), _WEIGHT_BITS[topk_weights.dtype]),
+            quotas,
+            out_ids.data_ptr(),
+            out_weights.data_ptr(),
+            physical_experts,
+            rank,
+            shared_weight,
+        )
+    except (OverflowError, TypeError) as error:
+        sizes = {"physical_experts": physical_experts, "rank": rank}
+        raise misfit(error, quotas=list(quotas), **sizes) from error
     return out_ids, out_weights
+
+
+def _expand_on_device(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    physical_experts: int,
+    ranks: int,
+    rank: int,
+    shared_weight: float,
+    quotas: Sequence[int] | Tensor | None,
+    exchange: Exchange | None,
+) -> tuple[Tensor, Tensor]:
+    """One launch on the current stream; quotas are a tensor of the device, or own ones."""
+    from waterfill_rs import cuda
+
+    if exchange is not None:
+        raise ValueError(
+            "exchange with CUDA tensors: make a waterfill_rs.cuda.Expander with its board"
+        )
+    if quotas is not None and not isinstance(quotas, Tensor):
+        quotas = torch.tensor(quotas, dtype=torch.int32, device=topk_ids.device)
+    return cuda.expand_topk(
+        topk_ids, topk_weights, physical_experts, ranks, rank, shared_weight, quotas
+    )
 
 
 def _own_quotas(topk_ids: Tensor, physical_experts: int, ranks: int, rank: int) -> list[int]:

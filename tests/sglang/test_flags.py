@@ -68,6 +68,12 @@ def test_required_serves_where_it_can(tmp_path):
     ], done.stderr[-2000:]
 
 
+def test_rust_by_name_serves_and_says_what_is_missing(tmp_path):
+    done = run(tmp_path, "--waterfill-rs", "rust")
+    assert "waterfill_rs.sglang.balancer rust" in done.stdout, done.stderr[-2000:]
+    assert "balances nothing without sglang's --enable-waterfill" in done.stderr
+
+
 def test_required_ends_the_process_with_every_reason():
     code = (
         "from sglang.srt.layers.moe import waterfill\n"
@@ -78,13 +84,15 @@ def test_required_ends_the_process_with_every_reason():
         "from sglang.srt.plugins import load_plugins; load_plugins(); print('served')"
     )
     found = {}
-    for required in ("0", "1"):
-        env = {**os.environ, "WATERFILL_RS_REQUIRE": required}
-        found[required] = subprocess.run(
+    for required, backend in (("0", "auto"), ("1", "auto"), ("0", "rust")):
+        env = {**os.environ, "WATERFILL_RS_REQUIRE": required, "WATERFILL_RS": backend}
+        found[required, backend] = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, env=env
         )
-    for done in found.values():
-        assert "WaterfillBalancer takes ('experts',)" in done.stderr
-        assert "WaterfillBalancer.expand_topk takes ('output',)" in done.stderr
-    assert found["0"].returncode == 0 and "served" in found["0"].stdout
-    assert found["1"].returncode == 1 and "served" not in found["1"].stdout
+    tolerant = found.pop(("0", "auto"))
+    assert tolerant.returncode == 0 and "served" in tolerant.stdout
+    assert "waterfill" not in tolerant.stderr.lower(), "nobody asked for Waterfill yet"
+    for strict in found.values():
+        assert strict.returncode == 1 and "served" not in strict.stdout
+        assert "WaterfillBalancer takes ('experts',)" in strict.stderr
+        assert "WaterfillBalancer.expand_topk takes ('output',)" in strict.stderr

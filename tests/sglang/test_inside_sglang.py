@@ -3,70 +3,13 @@
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 
 pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
 
 import torch
-
-RANKS, RANK, EXPERTS, TOP_K, TOKENS = 8, 3, 64, 6, 200
-
-
-@pytest.fixture(scope="module")
-def sglang():
-    """sglang with plugins loaded, as its launcher and scheduler do, and a model's context published."""
-    os.environ["SGLANG_OPT_USE_FUSED_HASH_TOPK"] = "0"
-    from sglang.srt.configs.shared_experts import SharedExpertsConfig
-    from sglang.srt.layers.moe import hash_topk, topk, waterfill
-    from sglang.srt.plugins import load_plugins
-
-    original = hash_topk.HashTopK
-    load_plugins()
-    from sglang.srt.model_executor.model_runner_components import moe_ep_setup
-    from sglang.srt.runtime_context import get_context, get_model, get_parallel
-
-    get_context().override_server_args(model_path="dummy").install()
-    shared = SharedExpertsConfig(use_waterfill=True)
-    parallel = dict(
-        tp_size=RANKS,
-        tp_rank=RANK,
-        attn_tp_size=RANKS,
-        attn_tp_rank=RANK,
-        moe_ep_size=RANKS,
-        moe_ep_rank=RANK,
-    )
-    with get_model().override(shared_experts=shared), get_parallel().override(**parallel):
-        yield types.SimpleNamespace(
-            hash_topk=hash_topk,
-            topk=topk,
-            waterfill=waterfill,
-            setup=moe_ep_setup,
-            original=original,
-        )
-
-
-def prepare(sglang, *modules, experts=EXPERTS):
-    config = types.SimpleNamespace(hf_config=types.SimpleNamespace(n_routed_experts=experts))
-    sglang.setup.prepare_moe_topk(model=torch.nn.ModuleList(modules), model_config=config)
-
-
-def hash_layer(sglang):
-    return sglang.setup.HashTopK(TOP_K, EXPERTS, vocab_size=1000, layer_id=0)
-
-
-def routed_only(sglang, layer, *inputs):
-    """What the same layer gives without Waterfill: the input of the expansion."""
-    balancer, layer.waterfill_balancer, layer.enable_waterfill = (
-        layer.waterfill_balancer,
-        None,
-        False,
-    )
-    try:
-        return layer(*inputs)
-    finally:
-        layer.waterfill_balancer, layer.enable_waterfill = balancer, True
+from inside import EXPERTS, RANK, RANKS, TOKENS, TOP_K, hash_layer, level_of, prepare, routed_only
 
 
 def check_expansion(sglang, routed, expanded, shared_weight):
@@ -83,21 +26,23 @@ def check_expansion(sglang, routed, expanded, shared_weight):
     assert torch.equal(shared % (slot + 1), torch.full_like(shared, slot))
     received = torch.bincount(expanded.topk_ids.flatten() // (slot + 1), minlength=RANKS)
     before = torch.bincount(routed.topk_ids.flatten() // slot, minlength=RANKS)
-    # The exact level of these counts, by definition: rows rise until they are all placed.
-    level = int(before.max())
-    while int((level - before).clamp(min=0).sum()) < TOKENS:
-        level += 1
-    assert int(received.max()) == level
+    assert int(received.max()) == level_of(before, TOKENS)
 
 
-def test_every_name_of_the_two_classes_is_ours(sglang):
+def test_every_name_of_the_classes_is_ours(sglang):
+    from sglang.srt.eplb import expert_distribution
+
+    from waterfill_rs.sglang import plugin
     from waterfill_rs.sglang.balancer import WaterfillBalancer
-    from waterfill_rs.sglang.topk import WaterfillHashTopK
 
-    assert sglang.waterfill.WaterfillBalancer is WaterfillBalancer
-    assert sglang.hash_topk.HashTopK is WaterfillHashTopK
-    assert sglang.setup.HashTopK is WaterfillHashTopK
-    assert issubclass(WaterfillHashTopK, sglang.original)
+    ours = {name.rpartition(".")[2]: replacement for name, replacement in plugin.hooked.items()}
+    assert sglang.waterfill.WaterfillBalancer is ours.pop("WaterfillBalancer") is WaterfillBalancer
+    router = ours.pop("HashTopK")
+    assert sglang.hash_topk.HashTopK is sglang.setup.HashTopK is router
+    assert issubclass(router, sglang.original)
+    assert len(ours) == 2
+    for name, gatherer in ours.items():
+        assert getattr(expert_distribution, name) is gatherer
 
 
 def test_hash_layer_refuses_to_run_before_preparation(sglang):
@@ -146,6 +91,23 @@ def test_v3_layer_goes_through_the_same_balancer(sglang):
 def test_experts_that_do_not_divide_are_refused_with_the_numbers(sglang):
     with pytest.raises(ValueError, match="63 physical routed experts do not divide over 8"):
         prepare(sglang, hash_layer(sglang), experts=63)
+
+
+def test_another_replacement_stops_the_server_only_where_waterfill_is_on(sglang, monkeypatch):
+    plain, waterfilled = sglang.topk.TopK(TOP_K, layer_id=1), hash_layer(sglang)
+    plain.enable_waterfill = False
+    monkeypatch.setattr(sglang.hash_topk, "HashTopK", sglang.original)
+    prepare(sglang, plain)
+    assert plain.waterfill_balancer is None
+    with pytest.raises(SystemExit, match=r"hash_topk\.HashTopK is not ours after registration"):
+        prepare(sglang, plain, waterfilled)
+
+
+def test_a_layer_that_sglang_does_not_prepare_stops_the_server(sglang):
+    stranger = torch.nn.Module()
+    stranger.enable_waterfill, stranger.waterfill_balancer = True, None
+    with pytest.raises(SystemExit, match="1 of 2 MoE layers are not balanced by ours"):
+        prepare(sglang, hash_layer(sglang), stranger)
 
 
 def run_plugins(**environment):

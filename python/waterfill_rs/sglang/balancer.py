@@ -6,13 +6,20 @@ from typing import Any
 
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
+from waterfill_rs.device import DeviceExchange
+from waterfill_rs.exchange import Exchange
+from waterfill_rs.sglang.compat import SCALING_FACTOR, Seams
 from waterfill_rs.torch import expand_topk
 
-__all__ = ["WaterfillBalancer"]
+__all__ = ["ScalingFactorBalancer", "WaterfillBalancer", "balancer_of"]
 
 
 class WaterfillBalancer:
-    """Widens one MoE layer's top-k by the shared expert, level by this rank's own counts."""
+    """Widens one MoE layer's top-k by the shared expert.
+
+    ``exchange``, set once by the plugin after sglang's preparation, is shared by all layers of a model, which
+    call it in the same order on every rank. Without one, own counts decide.
+    """
 
     def __init__(
         self,
@@ -47,6 +54,7 @@ class WaterfillBalancer:
         self.rank = rank
         self.layer_id = layer_id
         self.shared_weight = shared_weight
+        self.exchange: Exchange | DeviceExchange | None = None
 
     def expand_topk(
         self, topk_output: StandardTopKOutput, num_tokens: int, *, is_decode: bool | None = None
@@ -57,12 +65,37 @@ class WaterfillBalancer:
             raise ValueError(
                 f"Waterfill: {num_tokens} tokens, and topk_ids has {topk_ids.shape[0]} rows"
             )
+        routed = topk_ids.contiguous(), topk_output.topk_weights.contiguous()
+        if isinstance(self.exchange, DeviceExchange):
+            ids, weights = self.exchange.expand(*routed, self.shared_weight)
+            return topk_output._replace(topk_ids=ids, topk_weights=weights)
         ids, weights = expand_topk(
-            topk_ids.contiguous(),
-            topk_output.topk_weights.contiguous(),
+            *routed,
             physical_experts=self.num_routed_experts,
             ranks=self.world_size,
             rank=self.rank,
             shared_weight=self.shared_weight,
+            exchange=self.exchange,
         )
         return topk_output._replace(topk_ids=ids, topk_weights=weights)
+
+
+class ScalingFactorBalancer(WaterfillBalancer):
+    """The same, made as sglang made it before 0.5.23."""
+
+    def __init__(
+        self,
+        num_routed_experts: int,
+        world_size: int,
+        rank: int,
+        layer_id: int | None,
+        routed_scaling_factor: float = 1.0,
+    ) -> None:
+        """The shared row weighs ``1 / routed_scaling_factor``, as in those versions, and 1 where that is 0."""
+        weight = 1.0 / routed_scaling_factor if routed_scaling_factor else 1.0
+        super().__init__(num_routed_experts, world_size, rank, layer_id, weight)
+
+
+def balancer_of(seams: Seams) -> type[WaterfillBalancer]:
+    """The class whose constructor is that of sglang's."""
+    return ScalingFactorBalancer if seams.weight == SCALING_FACTOR else WaterfillBalancer

@@ -7,27 +7,33 @@ package from serving is collected, and told in one warning, or ends the server w
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-from waterfill_rs.config import BACKEND_VARIABLE, BACKENDS, REQUIRE_VARIABLE, Config
+from waterfill_rs.config import (
+    BACKEND_VARIABLE,
+    BACKENDS,
+    EXCHANGE_VARIABLE,
+    PACES,
+    PLANNER_VARIABLE,
+    REQUIRE_VARIABLE,
+    TIMEOUT_VARIABLE,
+    Config,
+)
+from waterfill_rs.rendezvous import CHOICES
+from waterfill_rs.sglang import compat, metrics, verdict
+from waterfill_rs.sglang.compat import ROWS, Seams
 
-__all__ = ["register"]
+__all__ = ["hooked", "register"]
 
 logger = logging.getLogger(__name__)
 
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
-BALANCER = "sglang.srt.layers.moe.waterfill.WaterfillBalancer"
-HASH_TOPK = "sglang.srt.layers.moe.hash_topk.HashTopK"
-PREPARE = "sglang.srt.model_executor.model_runner_components.moe_ep_setup.prepare_moe_topk"
 
-# sglang 0.5.23; another version is used if these are what it has.
-BALANCER_PARAMETERS = ("num_routed_experts", "world_size", "rank", "layer_id", "shared_weight")
-EXPAND_PARAMETERS = ("topk_output", "num_tokens")
+hooked: dict[str, type] = {}
+"""The classes that this process was asked to replace, by sglang's name: ours. Empty where we are off."""
 
 _registered = False
 
@@ -45,98 +51,99 @@ def register() -> None:
     try:
         config = Config.from_environment(os.environ)
     except ValueError as error:
-        _stop([str(error)])
+        verdict.stop([str(error)])
     if not config.enabled:
         return
-    reasons = _reasons_not_to_serve()
-    if reasons:
-        _cannot_serve(config, reasons)
-        return
-    from waterfill_rs.sglang.balancer import WaterfillBalancer
-    from waterfill_rs.sglang.topk import WaterfillHashTopK
-
-    HookRegistry.register(BALANCER, WaterfillBalancer, HookType.REPLACE)
-    HookRegistry.register(HASH_TOPK, WaterfillHashTopK, HookType.REPLACE)
-    HookRegistry.register(PREPARE, _verify_and_prepare, HookType.AROUND)
-
-
-def _reasons_not_to_serve() -> list[str]:
-    """Everything about this sglang and this machine that keeps us from serving."""
-    reasons = []
+    metrics.install()
     try:
-        balancer = _resolve(BALANCER)
-        reasons += _unlike(BALANCER, balancer.__init__, BALANCER_PARAMETERS)
-        reasons += _unlike(f"{BALANCER}.expand_topk", balancer.expand_topk, EXPAND_PARAMETERS)
-        _resolve(HASH_TOPK)
-        _resolve(PREPARE)
-        importlib.import_module("waterfill_rs.torch")
-    except (ImportError, AttributeError) as error:
-        return [f"{error}: this sglang has no Waterfill that waterfill-rs knows (it knows 0.5.23)"]
-    import torch
-
-    if torch.cuda.is_available():
-        reasons.append(
-            "the model will run on CUDA, and this version of waterfill-rs expands on the CPU only"
-        )
-    return reasons
+        seams, reasons = compat.find()
+        if seams:
+            _enter(seams)
+    except Exception as error:
+        reasons = [f"the plugin failed: {error!r}"]
+    if config.required and (reasons := reasons + verdict.against_machine()):
+        verdict.stop(reasons)
+    if reasons:
+        _tell_only(reasons)
 
 
-def _unlike(name: str, function: Callable[..., Any], parameters: tuple[str, ...]) -> list[str]:
-    found = tuple(inspect.signature(function).parameters)[1:]
-    if found == parameters or (found[:2] == parameters and found[2:] == ("is_decode",)):
-        return []
-    return [f"{name} takes {found}, and waterfill-rs knows {parameters}"]
+def _enter(seams: Seams) -> None:
+    """Hook what Waterfill is made of. Whether we serve is decided where a model is prepared.
+
+    Everything that may fail comes before the first hook.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from waterfill_rs.sglang import recorder
+    from waterfill_rs.sglang.preparation import Preparation
+
+    ours = _replacements(seams)
+    originals = {name: compat.resolve(name) for name in ours}
+    replaced = ours | recorder.replacements(seams)
+    around = {
+        seams.prepare: Preparation(seams, ours, originals).hook,
+        f"{seams.gatherers}._SinglePassGatherer.init_new": recorder.gatherer_of_auto(seams),
+    }
+    hooked.update(replaced)
+    for name, replacement in replaced.items():
+        HookRegistry.register(name, replacement, HookType.REPLACE)
+    for name, hook in around.items():
+        HookRegistry.register(name, hook, HookType.AROUND)
 
 
-def _resolve(target: str) -> Any:
-    module, _, name = target.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+def _replacements(seams: Seams) -> dict[str, type]:
+    """Our balancer and our hash router; to be asked for before sglang's are replaced."""
+    from waterfill_rs.sglang.balancer import balancer_of
+    from waterfill_rs.sglang.topk import hash_topk
+
+    ours: dict[str, type] = {seams.balancer: balancer_of(seams)}
+    if name := seams.hash_topk:
+        ours[name] = hash_topk(seams, compat.resolve(name), compat.resolve(seams.balancer))
+    return ours
 
 
-def _cannot_serve(config: Config, reasons: list[str]) -> None:
-    if config.required:
-        _stop(reasons)
-    logger.warning("waterfill-rs is off, sglang's own Waterfill stays: %s", "; ".join(reasons))
+def _tell_only(reasons: list[str]) -> None:
+    """Where this sglang prepares routers in a way we know of, have it say why we are off."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from waterfill_rs.sglang.preparation import tell_at_preparation
+
+    for name in {row.prepare for row in ROWS}:
+        try:
+            compat.resolve(name)
+        except (ImportError, AttributeError):
+            continue
+        HookRegistry.register(name, tell_at_preparation(reasons), HookType.AROUND)
 
 
-def _stop(reasons: list[str]) -> NoReturn:
-    # SystemExit, because sglang swallows every Exception of a plugin and serves without it.
-    raise SystemExit(
-        "waterfill-rs cannot serve:\n" + "\n".join(f"- {reason}" for reason in reasons)
-    )
-
-
-def _verify_and_prepare(prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around sglang's preparation of the MoE layers: are the hooks really in place? Then say so."""
-    from waterfill_rs.sglang.balancer import WaterfillBalancer
-    from waterfill_rs.sglang.topk import WaterfillHashTopK
-
-    hooks = {BALANCER: WaterfillBalancer, HASH_TOPK: WaterfillHashTopK}
-    missing = [
-        f"{name} is not ours after registration"
-        for name, ours in hooks.items()
-        if _resolve(name) is not ours
-    ]
-    if missing:
-        _stop(missing)
-    result = prepare(*args, **kwargs)
-    model: Any = kwargs.get("model", args[0] if args else None)
-    layers = sum(
-        isinstance(getattr(m, "waterfill_balancer", None), WaterfillBalancer)
-        for m in model.modules()
-    )
-    if layers:
-        logger.info("waterfill-rs active: %d MoE layers, own counts, on the CPU", layers)
-    return result
+_VALUES = {
+    "waterfill_rs": (
+        BACKEND_VARIABLE,
+        "Who balances the shared experts where Waterfill is on; 'rust' stops the server if waterfill-rs cannot",
+    ),
+    "waterfill_rs_exchange": (EXCHANGE_VARIABLE, "How ranks learn each other's counts"),
+    "waterfill_rs_planner": (
+        PLANNER_VARIABLE,
+        "Who plans at the board: the leader's call or a thread",
+    ),
+    "waterfill_rs_timeout_us": (
+        TIMEOUT_VARIABLE,
+        "Longest wait of a layer for the plan, microseconds",
+    ),
+}
+"""Flags with a value, by their name in Python: the variable each sets, and its help."""
+_CHOICES = {
+    "waterfill_rs": BACKENDS,
+    "waterfill_rs_exchange": CHOICES,
+    "waterfill_rs_planner": PACES,
+}
 
 
 def _add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("waterfill-rs")
-    group.add_argument(
-        "--waterfill-rs",
-        choices=BACKENDS,
-        help=f"Who balances the shared experts where Waterfill is on (sets {BACKEND_VARIABLE}).",
-    )
+    for name, (variable, text) in _VALUES.items():
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, choices=_CHOICES.get(name), help=f"{text} (sets {variable}).")
     group.add_argument(
         "--waterfill-rs-require",
         action="store_true",
@@ -147,13 +154,27 @@ def _add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
 def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Flags become environment variables, which reach every process that the server starts."""
     parsed = kwargs.get("args", args[-1] if args else None)
-    backend = getattr(parsed, "waterfill_rs", None)
-    required = getattr(parsed, "waterfill_rs_require", False)
-    if backend is not None:
-        os.environ[BACKEND_VARIABLE] = backend
-    if required:
+    for name, (variable, _) in _VALUES.items():
+        if (value := getattr(parsed, name, None)) is not None:
+            os.environ[variable] = value
+    if getattr(parsed, "waterfill_rs_require", False):
         os.environ[REQUIRE_VARIABLE] = "1"
-    config = Config.from_environment(os.environ)
-    if config.enabled and config.required and (reasons := _reasons_not_to_serve()):
-        _stop(reasons)
+    try:
+        config = Config.from_environment(os.environ)
+    except ValueError as error:
+        verdict.stop([str(error)])
+    if config.enabled:
+        _judge(config, parsed)
     return from_cli_args(*args, **kwargs)
+
+
+def _judge(config: Config, parsed: Any) -> None:
+    """What can be said when the server's flags are read, before a model is loaded."""
+    seams, reasons = compat.find()
+    reasons = reasons + verdict.against_machine()
+    asked = any(getattr(parsed, row.switch, False) for row in ROWS)
+    if reasons and (asked or config.required):
+        verdict.tell(config, reasons)
+    elif getattr(parsed, "waterfill_rs", None) == "rust" and not asked:
+        flag = (seams or ROWS[0]).flag
+        logger.warning("--waterfill-rs rust balances nothing without sglang's %s", flag)

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from sglang.srt.layers.moe.hash_topk import HashTopK
-from sglang.srt.layers.moe.topk import StandardTopKOutput
+from typing import Any
 
 from waterfill_rs.sglang.balancer import WaterfillBalancer
+from waterfill_rs.sglang.compat import Seams
 
-__all__ = ["WaterfillHashTopK"]
+__all__ = ["hash_topk"]
 
 
-class WaterfillHashTopK(HashTopK):  # type: ignore[misc]
-    """sglang's hash router; ``forward`` and ``empty_topk_output`` both end in ``_apply_waterfill``."""
+def hash_topk(seams: Seams, router: type, sglangs: type) -> type:
+    """sglang's hash router, whose ``forward`` and ``empty_topk_output`` both end in ``seams.expands``.
 
-    def _apply_waterfill(
-        self, topk_output: StandardTopKOutput, num_tokens: int
-    ) -> StandardTopKOutput:
-        """Expand if Waterfill is on.
+    Args:
+        router: sglang's class.
+        sglangs: its balancer, which layers keep where we stand aside.
+    """
 
-        Raises:
-            RuntimeError: before sglang's preparation (sglang's own), or after one with another balancer.
-        """
-        balancer = self.waterfill_balancer
-        if balancer is not None and not isinstance(balancer, WaterfillBalancer):
+    def expands(self: Any, topk_output: Any, num_tokens: int, **options: Any) -> Any:
+        balancer = getattr(self, seams.holder)
+        if balancer is not None and not isinstance(balancer, (WaterfillBalancer, sglangs)):
             raise RuntimeError(
                 f"Waterfill HashTopK was prepared with {type(balancer)}, not with waterfill-rs's"
             )
-        return super()._apply_waterfill(topk_output, num_tokens)
+        return getattr(super(ours, self), seams.expands)(topk_output, num_tokens, **options)
+
+    expands.__doc__ = """Expand if Waterfill is on.
+
+    Raises:
+        RuntimeError: before sglang's preparation (sglang's own), or after one with a strange balancer.
+    """
+    ours = type("WaterfillHashTopK", (router,), {seams.expands: expands, "__module__": __name__})
+    return ours

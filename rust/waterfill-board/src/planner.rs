@@ -147,25 +147,27 @@ impl<R: Region> BoardPlanner<R> {
         let (ranks, experts) = (self.shape.ranks, self.shape.experts);
         let start = self.shape.counts(self.next.tag(), rank);
         let words = &self.region.words()[start..start + self.shape.posted()];
-        let visits = &mut self.visits[rank * ranks..(rank + 1) * ranks];
-        let counts = &mut self.counts[rank * experts..(rank + 1) * experts];
-        let values = std::iter::once(&mut self.tokens[rank]).chain(visits).chain(counts);
+        let (tokens, words) = words.split_at(1);
+        let (visits, counts) = words.split_at(ranks);
         // Every word is looked at, whatever the last one tells: nothing orders them.
-        words
-            .iter()
-            .zip(values)
-            .all(|(word, value)| word::load(word, self.next).map(|read| *value = read).is_some())
+        word::load_all(tokens, self.next, &mut self.tokens[rank..=rank])
+            && word::load_all(visits, self.next, &mut self.visits[rank * ranks..][..ranks])
+            && word::load_all(counts, self.next, &mut self.counts[rank * experts..][..experts])
     }
 
     /// Nobody posted the next call: if a later one stands in the ring, all went on without us (this
-    /// process was stopped, or began late), so go on there.
+    /// process was stopped, or began late), so go on there. Only whole counts tell: one foreign word far
+    /// ahead would send the planner to where no rank ever comes.
     fn catch_up(&mut self) {
         let mut later = self.next;
         for _ in 1..RING {
             later = later.next();
             for rank in 0..self.shape.ranks {
-                let word = &self.region.words()[self.shape.counts(later.tag(), rank)];
-                if let Some(found) = word::sequence(word).filter(|&found| found.is_after(self.next))
+                let start = self.shape.counts(later.tag(), rank);
+                let words = &self.region.words()[start..start + self.shape.posted()];
+                let Some(found) = word::sequence(&words[0]) else { continue };
+                if found.is_after(self.next)
+                    && words.iter().all(|word| word::sequence(word) == Some(found))
                 {
                     self.next = found;
                     return;

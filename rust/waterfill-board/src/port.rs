@@ -69,8 +69,7 @@ impl<R: Region> Port<R> {
             return Err(waterfill_core::Error::Rank { name: "rank", rank, ranks }.into());
         }
         let placement = Placement::contiguous(shape.ranks, shape.experts)?;
-        let tally = Tally { process: std::process::id().into(), ..Tally::default() };
-        tally.show(region.words(), shape, rank, None);
+        let tally = Tally::announce(&region, shape, rank);
         let (last, own) = (Sequence::NONE, OwnPlanner::new());
         Ok(Self {
             region,
@@ -82,7 +81,7 @@ impl<R: Region> Port<R> {
             own,
             tally,
             failures: 0,
-            taken: Vec::new(),
+            taken: vec![0; shape.ranks],
         })
     }
 
@@ -211,8 +210,7 @@ impl<R: Region> Port<R> {
         while !self.take(sequence) {
             meanwhile();
             polls = polls.wrapping_add(1);
-            // Reading the clock takes as long as a poll: not at each.
-            if polls.is_multiple_of(16) && begun.elapsed() >= cap {
+            if reads_clock(polls) && begun.elapsed() >= cap {
                 self.failures = self.failures.saturating_add(1);
                 return Source::TimedOut;
             }
@@ -231,15 +229,23 @@ impl<R: Region> Port<R> {
     fn take(&mut self, sequence: Sequence) -> bool {
         let start = self.shape.quotas(sequence.tag(), self.rank);
         let words = &self.region.words()[start..start + self.shape.ranks];
-        self.taken.clear();
-        self.taken.extend(words.iter().map_while(|word| word::load(word, sequence)));
-        self.taken.len() == words.len()
+        word::load_all(words, sequence, &mut self.taken)
     }
 }
 
 /// Looks at the board before a waiter lets others have its core: a few microseconds.
 #[cfg(not(any(loom, shuttle)))]
 const EAGER_POLLS: u32 = 256;
+
+/// Whether a waiter reads the clock after so many looks: it takes as long as a look, so not at each, until
+/// between two looks others have the core, for milliseconds each on a crowded one.
+pub(crate) fn reads_clock(polls: u32) -> bool {
+    #[cfg(not(any(loom, shuttle)))]
+    if polls > EAGER_POLLS {
+        return true;
+    }
+    polls.is_multiple_of(16)
+}
 
 /// Between two looks at the board. Ranks and planner may share a core, so no waiter keeps it for long.
 pub(crate) fn pause(polls: u32) {

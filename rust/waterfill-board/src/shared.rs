@@ -31,9 +31,12 @@ const OWNER_ONLY: Mode = Mode::RUSR.union(Mode::WUSR);
 pub struct Shared {
     map: MmapRaw,
     path: PathBuf,
-    /// Kept open, so that others find the board at this process once its name is gone, and for the
-    /// creator's lock.
+    /// Kept open for the creator's lock.
     file: OwnedFd,
+    /// Opened by name and kept, so that others find the board at this process once the name is gone: what
+    /// `file` is called under `/proc` is no name where it was made without one.
+    #[allow(dead_code)] // Held open, never used.
+    named: Option<OwnedFd>,
 }
 
 impl Shared {
@@ -51,7 +54,7 @@ impl Shared {
             .map_err(|error| system(&path, "making the segment's file", error))?;
         Self::reserve(&file, shape)
             .map_err(|error| system(&path, "reserving the board's memory", error))?;
-        let board = Self::map(file, shape, path)?;
+        let mut board = Self::map(file, shape, path)?;
         let words = board.words();
         for (word, value) in words[1..].iter().zip(fields(shape, run)) {
             // Relaxed: published by the magic below.
@@ -60,6 +63,9 @@ impl Shared {
         // Release: who finds the magic finds the fields. Partner: the acquire in `attach`.
         words[0].store(MAGIC, Ordering::Release);
         board.link().map_err(|error| system(&board.path, "creating the segment", error))?;
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // Without it the board is as good, and found at the other ranks.
+        board.named = rustix::fs::open(&board.path, flags, Mode::empty()).ok();
         Ok(board)
     }
 
@@ -96,7 +102,7 @@ impl Shared {
         let map = MmapOptions::new().len(bytes(shape)).map_raw(&file).map_err(|source| {
             Error::System { path: path.clone(), call: "mapping the board", source }
         })?;
-        Ok(Self { map, path, file })
+        Ok(Self { map, path, file, named: None })
     }
 
     /// Where it is, or was before its name went.

@@ -5,8 +5,9 @@ use std::path::Path;
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::{Mode, OFlags};
 
-use crate::error::{Error, Result, system};
+use crate::error::{Error, Result, check_length, system};
 use crate::layout::Shape;
+use crate::region::Region;
 use crate::shared::{as_words, check_owner, check_shape};
 use crate::sync::AtomicU64;
 use crate::tally::{Published, Tally};
@@ -26,7 +27,16 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    pub(crate) fn of(words: &[AtomicU64], shape: Shape) -> Self {
+    /// Of a board that is at hand, of this shape.
+    ///
+    /// # Errors
+    /// A region of another size than the shape's.
+    pub fn of(region: &impl Region, shape: Shape) -> Result<Self> {
+        check_length("region", region.words().len(), shape.words())?;
+        Ok(Self::read(region.words(), shape))
+    }
+
+    fn read(words: &[AtomicU64], shape: Shape) -> Self {
         let ranks = (0..shape.ranks).map(|rank| Tally::read(words, shape, rank)).collect();
         Self { shape, ranks, planner: Published::read(words, shape) }
     }
@@ -61,6 +71,6 @@ impl Observer {
     /// What stands there now.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
-        Snapshot::of(as_words(&self.map), self.shape)
+        Snapshot::read(as_words(&self.map), self.shape)
     }
 }

@@ -2,6 +2,7 @@
 //! who look from outside, never read by the exchange itself.
 
 use crate::layout::{PLANNER_TALLY, Shape};
+use crate::region::Region;
 use crate::sync::{AtomicU64, Ordering};
 use crate::waits::{BUCKETS, Waits};
 
@@ -46,10 +47,17 @@ pub struct Published {
     pub missed: Vec<u64>,
 }
 
-/// The words of a rank's tally; the buckets of its waits follow.
+/// The words of a rank's tally; the buckets of its waits follow. A kernel writes the four after the first.
 const RANK_WORDS: usize = 8;
 
 impl Tally {
+    /// A tally without a call, shown on the board: this process is at the end of `rank` from now on.
+    pub fn announce(region: &impl Region, shape: Shape, rank: usize) -> Self {
+        let tally = Self { process: std::process::id().into(), ..Self::default() };
+        tally.show(region.words(), shape, rank, None);
+        tally
+    }
+
     /// Calls so far.
     #[must_use]
     pub fn calls(&self) -> u64 {

@@ -24,7 +24,7 @@ pub enum Pace {
 const AWAKE: Duration = Duration::from_millis(2);
 /// A sleep is the time without a call over this, up to the longest.
 const SLEEP_PART: u32 = 50;
-const LONGEST_SLEEP: Duration = Duration::from_millis(2);
+const LONGEST_SLEEP: Duration = Duration::from_millis(4);
 
 /// A planner's thread; it ends when this is dropped. The child of a fork has the handle but not the thread:
 /// there dropping does nothing, and [`finish`](Self::finish) gives nothing.
@@ -96,7 +96,7 @@ fn plan_until<R: Region>(mut planner: BoardPlanner<R>, pace: Pace, stop: &Atomic
             continue;
         }
         polls = polls.wrapping_add(1);
-        if pace == Pace::Park && polls.is_multiple_of(4) && last.elapsed() > AWAKE {
+        if pace == Pace::Park && polls.is_multiple_of(16) && last.elapsed() > AWAKE {
             std::thread::sleep((last.elapsed() / SLEEP_PART).min(LONGEST_SLEEP));
         } else {
             pause(polls);

@@ -108,6 +108,48 @@ fn without_a_planner_two_caps_are_spent_and_own_counts_go_on() {
 }
 
 #[test]
+fn a_wait_whose_looks_take_long_ends_at_the_first_past_the_cap() {
+    let shape = Shape::new(1, 1).unwrap();
+    let board = Arc::new(Heap::new(shape));
+    let mut port = port(&board, shape, 0);
+    let (posted, mut quotas, mut looks) =
+        (Posted { tokens: 1, visits: &[1], counts: &[1] }, [0], 0);
+    port.post(posted).unwrap();
+    let cap = Duration::from_millis(20);
+    // As on a core that others have between the looks, once the waiter yields it.
+    let meanwhile = || {
+        looks += 1;
+        if looks > 256 {
+            thread::sleep(cap);
+        }
+    };
+    let source = port.finish_with(posted, cap, &mut quotas, meanwhile).unwrap();
+    assert_eq!(source, Source::TimedOut);
+    assert!(looks <= 257, "{looks} looks");
+}
+
+#[test]
+fn a_foreign_word_far_ahead_does_not_lead_an_idle_planner_away() {
+    let shape = Shape::new(2, 4).unwrap();
+    let board = Arc::new(Heap::new(shape));
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, SHORT).unwrap();
+    for tag in 0..4 {
+        board.words()[shape.counts(tag, 1)].store(u64::from(tag + 1024) << 32, Ordering::Relaxed);
+    }
+    for _ in 0..1000 {
+        assert!(!planner.poll());
+    }
+    let mut port = port(&board, shape, 0);
+    let batch = Batch { tokens: 1, visits: vec![1, 0], counts: vec![1, 0, 0, 0] };
+    port.post(batch.posted()).unwrap();
+    let meanwhile = || {
+        planner.poll();
+    };
+    let source = port.finish_with(batch.posted(), LONG, &mut [0; 2], meanwhile).unwrap();
+    assert_eq!(source, Source::Live);
+}
+
+#[test]
 fn calls_go_on_over_the_wrap_of_the_sequence() {
     let shape = Shape::new(2, 4).unwrap();
     let board = Arc::new(Heap::new(shape));

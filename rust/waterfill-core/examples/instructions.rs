@@ -41,6 +41,26 @@ fn plan(ranks: usize, experts: usize, cost: CostModel, with_visits: bool, times:
     }
 }
 
+/// 32 ranks; the first 32 of 256 experts have a replica each, far from the first one.
+fn joint(times: u64) {
+    let logical = |p: u32| if p % 9 == 8 { p / 9 } else { p - p / 9 };
+    let placement = Placement::replicated(32, &(0..288).map(logical).collect::<Vec<_>>()).unwrap();
+    let mut routed = vec![0; 288];
+    ids(32 * 256, 288, 0).iter().for_each(|&id| routed[id as usize] += 1);
+    let (mut planner, mut plan) = (Planner::new(), Plan::new());
+    let problem = Problem {
+        placement: &placement,
+        cost: &CostModel::Rows,
+        routed: Routed::PerExpert(&routed),
+        tokens: &[256; 32],
+        visits: None,
+        eligible: None,
+    };
+    for _ in 0..times {
+        planner.joint(black_box(&problem), &mut plan).unwrap();
+    }
+}
+
 fn expand(times: u64) {
     let placement = Placement::contiguous(8, 256).unwrap();
     let ids = ids(4096, 256, 0);
@@ -75,6 +95,7 @@ fn main() {
         "plan-table-8x256" => {
             plan(8, 256, CostModel::Table(Table::new(&curve).unwrap()), false, times);
         }
+        "joint-32x288" => joint(times),
         "count-4096x6" => count_ids(times),
         "expand-4096x6" => expand(times),
         other => panic!("no case {other}"),

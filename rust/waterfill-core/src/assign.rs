@@ -1,8 +1,10 @@
 //! One source's tokens and its quotas: which token goes where.
 //!
-//! Every quota is met exactly. A token is free on its own rank and on the ranks it visits, so as many
-//! tokens as the quotas allow end on such a rank: greedy in the order of the tokens, then shortest
-//! augmenting paths for the few that are left (a maximum matching of tokens and quotas).
+//! Every quota is met exactly. A token is free on its own rank and on the ranks it visits. In a few rounds,
+//! every token without a rank bids for one that it visits and that has rows left, and bids are granted in
+//! the order of the tokens; then the tokens that are left fill the home quota, and what is left of the
+//! others. A round's bids depend on its start alone, so a GPU makes them all at once, and its kernel
+//! (`waterfill-cuda`) gives the same ranks, however many threads it has.
 
 use crate::error::{Error, Result};
 use crate::expand::{
@@ -10,13 +12,10 @@ use crate::expand::{
 };
 use crate::placement::Placement;
 use crate::problem::check_length;
+use crate::rounds::{LEVELS, ROUND_STEPS, ROUNDS, STEPS};
 
 /// The shared rank of a row that has no valid id.
 pub const NO_RANK: i32 = -1;
-/// While assigning: a token that has no rank yet.
-const PENDING: i32 = -2;
-const NOBODY: u32 = u32::MAX;
-
 /// Assigns tokens to quotas; reused, it allocates nothing.
 #[derive(Clone, Debug, Default)]
 pub struct Assigner {
@@ -24,33 +23,14 @@ pub struct Assigner {
     visited: Vec<u64>,
     /// Words of 64 ranks in a row of `visited`.
     words: usize,
-    quotas: Quotas,
-    search: Search,
-    /// `[N]` of [`expand`](Self::expand), which does not give it away.
-    shared_rank: Vec<i32>,
-}
-
-/// What is left of the quotas while tokens are assigned.
-#[derive(Clone, Debug, Default)]
-struct Quotas {
     /// `[R]` rows of each quota still to be met.
     left: Vec<u32>,
-    /// `[words]` destinations other than the source with rows left.
-    open: Vec<u64>,
-    /// `[words]` those of them with the most rows left.
-    urgent: Vec<u64>,
-    /// A destination with at most so many rows left is not urgent any more.
-    urgent_above: u32,
-}
-
-/// Breadth-first search over ranks: which token could move on from which rank to which.
-#[derive(Clone, Debug, Default)]
-struct Search {
-    queue: Vec<u32>,
-    /// `[R]` the token that would move to a rank.
-    mover: Vec<u32>,
-    /// `[words]` ranks from which nothing can be reached any more.
-    dead: Vec<u64>,
+    /// `[LEVELS, words]` destinations other than the source by rows left as of the round's start.
+    levels: Vec<u64>,
+    /// Rows that have no rank yet, ascending.
+    pending: Vec<u32>,
+    /// `[N]` of [`expand`](Self::expand), which does not give it away.
+    shared_rank: Vec<i32>,
 }
 
 impl Assigner {
@@ -124,14 +104,91 @@ impl Assigner {
         check_ids(placement, ids, top_k)?;
         let tokens = self.look_up_visits(placement, ids, top_k);
         check_quotas(source, quotas, tokens)?;
-        self.quotas.start(source, quotas, self.words);
+        self.left.clear();
+        self.left.extend_from_slice(quotas);
         Ok(())
     }
 
     fn give_ranks(&mut self, source: usize, shared_rank: &mut [i32]) {
-        if self.greedy(source, shared_rank) {
-            self.augment_pending(source, shared_rank);
-            self.place_rest(shared_rank);
+        self.pending.clear();
+        self.pending.extend(0..shared_rank.len() as u32);
+        for round in 0..ROUNDS {
+            if self.pending.is_empty() || !self.open_round(source) {
+                break;
+            }
+            // A literal one makes loops over words straight code.
+            match self.words {
+                1 => self.bid(1, round, shared_rank),
+                words => self.bid(words, round, shared_rank),
+            }
+        }
+        self.place_rest(source, shared_rank);
+    }
+
+    /// Sort the destinations by rows left; false if none but the source has any.
+    fn open_round(&mut self, source: usize) -> bool {
+        let others = || self.left.iter().enumerate().filter(|&(rank, _)| rank != source);
+        let most = others().map(|(_, &left)| u64::from(left)).max().unwrap_or(0);
+        self.levels.clear();
+        self.levels.resize(LEVELS as usize * self.words, 0);
+        for (rank, &left) in others().filter(|&(_, &left)| left > 0) {
+            // The highest level at which `left > level * most / LEVELS`.
+            let level = (u64::from(left) * u64::from(LEVELS) - 1) / most;
+            self.levels[level as usize * self.words + rank / 64] |= 1 << (rank % 64);
+        }
+        for word in (0..self.levels.len() - self.words).rev() {
+            self.levels[word] |= self.levels[word + self.words];
+        }
+        most > 0
+    }
+
+    /// One round: each pending token's bid, granted while rows are left.
+    #[inline(always)]
+    fn bid(&mut self, words: usize, round: u32, shared_rank: &mut [i32]) {
+        let ranks = self.left.len() as u64;
+        let mut kept = 0;
+        for at in 0..self.pending.len() {
+            let row = self.pending[at];
+            let visited = &self.visited[row as usize * words..][..words];
+            let [height, turn] = [0, 1].map(|i| {
+                row.wrapping_mul(STEPS[i]).wrapping_add(round.wrapping_mul(ROUND_STEPS[i]))
+            });
+            let level = (height >> (32 - LEVELS.ilog2())) as usize;
+            let first = ((u64::from(turn) * ranks) >> 32) as usize;
+            let open = &self.levels[..words];
+            let high = &self.levels[level * words..][..words];
+            let rank = if let ([visited], [high], [open]) = (visited, high, open) {
+                first_of(either(visited & high, visited & open), first)
+            } else {
+                first_common(visited, high, first).or_else(|| first_common(visited, open, first))
+            };
+            // Without a branch: who is left over is as good as random.
+            let granted = rank.is_some_and(|rank| self.left[rank] > 0);
+            let rank = rank.unwrap_or(0);
+            self.left[rank] -= u32::from(granted);
+            shared_rank[row as usize] = rank as i32;
+            self.pending[kept] = row;
+            kept += usize::from(!granted);
+        }
+        self.pending.truncate(kept);
+    }
+
+    /// Those without a rank: at home while rows are left there, then wherever some are, which costs a copy.
+    fn place_rest(&mut self, source: usize, shared_rank: &mut [i32]) {
+        let mut rank = source;
+        let mut next = 0;
+        for &row in &self.pending {
+            let visited = &self.visited[row as usize * self.words..][..self.words];
+            shared_rank[row as usize] = if visited.iter().all(|&word| word == 0) {
+                NO_RANK
+            } else {
+                while self.left[rank] == 0 {
+                    rank = next;
+                    next += 1;
+                }
+                self.left[rank] -= 1;
+                rank as i32
+            };
         }
     }
 
@@ -170,173 +227,6 @@ impl Assigner {
         }));
         tokens
     }
-
-    /// Each token to a visited destination that is among those with the most rows left, else home; true
-    /// if any is pending.
-    fn greedy(&mut self, source: usize, shared_rank: &mut [i32]) -> bool {
-        // A literal one makes loops over words straight code.
-        match self.words {
-            1 => self.greedy_words(1, source, shared_rank),
-            words => self.greedy_words(words, source, shared_rank),
-        }
-    }
-
-    #[inline(always)]
-    fn greedy_words(&mut self, words: usize, source: usize, shared_rank: &mut [i32]) -> bool {
-        let mut pending = false;
-        for (visited, shared_rank) in self.visited.chunks_exact(words).zip(shared_rank) {
-            *shared_rank = if let Some(rank) = self.quotas.wanted(visited) {
-                self.quotas.take(rank);
-                rank as i32
-            } else if visited.iter().all(|&word| word == 0) {
-                NO_RANK
-            } else if self.quotas.left[source] > 0 {
-                self.quotas.left[source] -= 1;
-                source as i32
-            } else {
-                pending = true;
-                PENDING
-            };
-        }
-        pending
-    }
-
-    /// Move tokens on along shortest paths, so that a pending one gets a rank where it is free.
-    fn augment_pending(&mut self, source: usize, shared_rank: &mut [i32]) {
-        self.search.dead.clear();
-        self.search.dead.resize(self.words, 0);
-        for token in 0..shared_rank.len() {
-            if shared_rank[token] != PENDING {
-                continue;
-            }
-            if let Some(end) = self.find_path(source, token, shared_rank) {
-                self.quotas.left[end] -= 1;
-                let mut rank = end;
-                loop {
-                    let mover = self.search.mover[rank] as usize;
-                    let before = std::mem::replace(&mut shared_rank[mover], rank as i32);
-                    if mover == token {
-                        break;
-                    }
-                    rank = before as usize;
-                }
-            } else {
-                // Whatever this search reached leads nowhere for the others too.
-                for &rank in &self.search.queue {
-                    self.search.dead[rank as usize / 64] |= 1 << (rank % 64);
-                }
-            }
-        }
-    }
-
-    /// The nearest rank with rows left, reached from a pending token over tokens that move on.
-    fn find_path(&mut self, source: usize, start: usize, shared_rank: &[i32]) -> Option<usize> {
-        self.search.queue.clear();
-        self.search.mover.clear();
-        self.search.mover.resize(self.quotas.left.len(), NOBODY);
-        if let Some(end) = self.reach(source, start) {
-            return Some(end);
-        }
-        let mut next = 0;
-        while let Some(&rank) = self.search.queue.get(next) {
-            next += 1;
-            for (token, _) in shared_rank.iter().enumerate().filter(|&(_, &at)| at == rank as i32) {
-                if let Some(end) = self.reach(source, token) {
-                    return Some(end);
-                }
-            }
-        }
-        None
-    }
-
-    /// Queue every rank on which `token` is free and that was not reached before; the first with rows left ends it.
-    fn reach(&mut self, source: usize, token: usize) -> Option<usize> {
-        for word in 0..self.words {
-            let home = u64::from(source / 64 == word) << (source % 64);
-            let mut ranks =
-                (self.visited[token * self.words + word] | home) & !self.search.dead[word];
-            while ranks != 0 {
-                let rank = word * 64 + ranks.trailing_zeros() as usize;
-                ranks &= ranks - 1;
-                if self.search.mover[rank] != NOBODY {
-                    continue;
-                }
-                self.search.mover[rank] = token as u32;
-                self.search.queue.push(rank as u32);
-                if self.quotas.left[rank] > 0 {
-                    return Some(rank);
-                }
-            }
-        }
-        None
-    }
-
-    /// Tokens that are free nowhere any more cost a copy wherever they go.
-    fn place_rest(&mut self, shared_rank: &mut [i32]) {
-        let mut rank = 0;
-        for shared_rank in shared_rank.iter_mut().filter(|rank| **rank == PENDING) {
-            while self.quotas.left[rank] == 0 {
-                rank += 1;
-            }
-            self.quotas.left[rank] -= 1;
-            *shared_rank = rank as i32;
-        }
-    }
-}
-
-impl Quotas {
-    fn start(&mut self, source: usize, quotas: &[u32], words: usize) {
-        self.left.clear();
-        self.left.extend_from_slice(quotas);
-        self.open.clear();
-        self.open.resize(words, 0);
-        self.urgent.clear();
-        self.urgent.resize(words, 0);
-        for (rank, &quota) in quotas.iter().enumerate() {
-            let open = quota > 0 && rank != source;
-            self.open[rank / 64] |= u64::from(open) << (rank % 64);
-        }
-    }
-
-    /// The visited open destination that takes a token: the first urgent one, else the first.
-    #[inline(always)]
-    fn wanted(&mut self, visited: &[u64]) -> Option<usize> {
-        if let Some(rank) = first_common(visited, &self.urgent[..visited.len()]) {
-            return Some(rank);
-        }
-        let rank = first_common(visited, &self.open[..visited.len()])?;
-        if self.urgent.iter().any(|&word| word != 0) {
-            return Some(rank);
-        }
-        self.renew_urgent();
-        first_common(visited, &self.urgent).or(Some(rank))
-    }
-
-    #[inline(always)]
-    fn take(&mut self, rank: usize) {
-        self.left[rank] -= 1;
-        let bit = 1 << (rank % 64);
-        if self.left[rank] <= self.urgent_above {
-            self.urgent[rank / 64] &= !bit;
-        }
-        if self.left[rank] == 0 {
-            self.open[rank / 64] &= !bit;
-        }
-    }
-
-    /// Urgent are the open destinations whose rows left are within an eighth of the most. The eighth
-    /// lets the quotas shrink together without a search for the largest at every token.
-    #[cold]
-    fn renew_urgent(&mut self) {
-        let open = |rank: usize| self.open[rank / 64] >> (rank % 64) & 1 == 1;
-        let most = (0..self.left.len()).filter(|&r| open(r)).map(|r| self.left[r]).max();
-        let Some(most) = most else { return };
-        self.urgent_above = most - most.div_ceil(8);
-        for rank in (0..self.left.len()).filter(|&rank| open(rank)) {
-            let urgent = self.left[rank] > self.urgent_above;
-            self.urgent[rank / 64] |= u64::from(urgent) << (rank % 64);
-        }
-    }
 }
 
 fn check_quotas(source: usize, quotas: &[u32], tokens: u64) -> Result<()> {
@@ -344,11 +234,30 @@ fn check_quotas(source: usize, quotas: &[u32], tokens: u64) -> Result<()> {
     if quotas == tokens { Ok(()) } else { Err(Error::Quotas { source, quotas, tokens }) }
 }
 
-/// The lowest rank that is in both.
 #[inline(always)]
-fn first_common(visited: &[u64], ranks: &[u64]) -> Option<usize> {
-    visited.iter().zip(ranks).enumerate().find_map(|(word, (visited, ranks))| {
-        let common = visited & ranks;
+fn either(preferred: u64, other: u64) -> u64 {
+    if preferred != 0 { preferred } else { other }
+}
+
+/// The first rank of a word, from `first` on and around.
+#[inline(always)]
+fn first_of(ranks: u64, first: usize) -> Option<usize> {
+    let after = ranks.rotate_right(first as u32).trailing_zeros() as usize;
+    (ranks != 0).then_some((after + first) % 64)
+}
+
+/// The first rank that is in both, from `first` on and around.
+fn first_common(visited: &[u64], ranks: &[u64], first: usize) -> Option<usize> {
+    let words = visited.len();
+    // The first word twice: its ranks from `first` on come first, the others last.
+    (0..=words).find_map(|step| {
+        let word = (first / 64 + step) % words;
+        let from = match step {
+            0 => u64::MAX << (first % 64),
+            _ if step == words => !(u64::MAX << (first % 64)),
+            _ => u64::MAX,
+        };
+        let common = visited[word] & ranks[word] & from;
         (common != 0).then(|| word * 64 + common.trailing_zeros() as usize)
     })
 }

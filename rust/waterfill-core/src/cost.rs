@@ -2,8 +2,10 @@
 
 use crate::error::{Error, Result};
 
-/// The largest cost of a curve: sums of 1024 experts' costs still fit 63 bits.
+/// The largest figure of a curve, in picoseconds.
 const LIMIT: f64 = 1e15;
+/// The most that one rank's rows may cost, in picoseconds (75 minutes): sums over 1024 ranks fit 63 bits.
+const MOST_COST: u64 = 1 << 52;
 
 /// The cost of running a number of rows through one expert: zero for no rows, and never less for more rows.
 #[derive(Clone, Debug, PartialEq)]
@@ -71,11 +73,12 @@ impl Roofline {
     }
 
     fn cost(&self, rows: u64) -> u64 {
-        if rows == 0 { 0 } else { self.weights.max(rows.div_ceil(self.tile) * self.per_tile) }
+        let tiles = rows.div_ceil(self.tile);
+        if rows == 0 { 0 } else { self.weights.max(tiles.saturating_mul(self.per_tile)) }
     }
 
     fn rows_within(&self, budget: u64) -> u64 {
-        if budget < self.weights { 0 } else { budget / self.per_tile * self.tile }
+        if budget < self.weights { 0 } else { (budget / self.per_tile).saturating_mul(self.tile) }
     }
 }
 
@@ -90,7 +93,7 @@ impl Table {
     /// `points` are `(rows, microseconds)`, rows rising: up to that many rows of one expert take that long.
     ///
     /// # Errors
-    /// No point, rows that do not rise from at least 1, a cost that is not finite, negative or falls.
+    /// No point, rows that do not rise from at least 1, a cost that is not finite, under a picosecond or falls.
     pub fn new(points: &[(u64, f64)]) -> Result<Self> {
         if points.is_empty() {
             return Err(Error::Length { name: "cost table", found: 0, expected: 1 });
@@ -102,6 +105,10 @@ impl Table {
             if rows <= last_rows || rows > u64::from(u32::MAX) {
                 let requirement =
                     "of more rows than the entry before it (the first: of at least 1), below 2^32";
+                return Err(Error::Table { index, rows, cost, requirement });
+            }
+            if ticks == 0 {
+                let requirement = "of a picosecond or more: rows that cost nothing level nothing";
                 return Err(Error::Table { index, rows, cost, requirement });
             }
             if ticks < last_cost {
@@ -137,13 +144,31 @@ impl Table {
             let step = self.steps.partition_point(|&(_, cost)| cost <= budget);
             return if step == 0 { 0 } else { self.steps[step - 1].0 };
         }
-        if last_cost == 0 {
-            return u64::from(u32::MAX);
-        }
         // The largest n with floor(n * last_cost / last_rows) <= budget.
         let bound = (u128::from(budget) + 1) * u128::from(last_rows) - 1;
         u64::try_from(bound / u128::from(last_cost)).unwrap_or(u64::MAX)
     }
+}
+
+/// No rank's cost can come near 64 bits, wherever the rows go: `routed` `[P]` and `shared` rows.
+pub(crate) fn check_costs(
+    cost: &CostModel,
+    experts_per_rank: usize,
+    routed: &[u32],
+    shared: u64,
+) -> Result<()> {
+    if matches!(cost, CostModel::Rows) {
+        return Ok(()); // Rows fit 32 bits.
+    }
+    let largest = routed.iter().copied().max().unwrap_or(0);
+    let total = routed.iter().map(|&rows| u64::from(rows)).sum::<u64>() + shared;
+    let value = (cost.cost(largest.into()).saturating_mul(experts_per_rank as u64))
+        .saturating_add(cost.cost(total));
+    if value <= MOST_COST {
+        return Ok(());
+    }
+    let name = "a bound of one rank's cost, in picoseconds,";
+    Err(Error::TooLarge { name, value, limit: MOST_COST })
 }
 
 /// A time in microseconds as whole picoseconds.
@@ -167,7 +192,7 @@ mod tests {
             CostModel::Roofline(Roofline::new(20.0, 0.08, 64).unwrap()),
             CostModel::Roofline(Roofline::new(0.0, 0.3, 1).unwrap()),
             CostModel::Table(Table::new(&table).unwrap()),
-            CostModel::Table(Table::new(&[(7, 0.0)]).unwrap()),
+            CostModel::Table(Table::new(&[(7, 3.0)]).unwrap()),
         ]
     }
 
@@ -205,5 +230,6 @@ mod tests {
         refused(Table::new(&[(8, 1.0), (8, 2.0)]).unwrap_err(), "entry 1");
         refused(Table::new(&[(8, 2.0), (9, 1.0)]).unwrap_err(), "entry 1");
         refused(Table::new(&[(8, f64::INFINITY)]).unwrap_err(), "inf");
+        refused(Table::new(&[(8, 0.0)]).unwrap_err(), "entry 0 (8 rows, cost 0)");
     }
 }

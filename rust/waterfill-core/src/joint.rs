@@ -1,7 +1,7 @@
 //! Replicas and shared rows in one plan: the water-fill job by job, swept until nothing moves.
 //!
-//! Each replicated logical expert is a job whose rows may run on its replicas' ranks; the shared rows
-//! are a job that may run on any eligible rank. A sweep takes one job off, fills it anew, and goes on.
+//! Each replicated logical expert is a job whose rows may run on its replicas' eligible ranks; the shared
+//! rows are a job that may run on any eligible rank. A sweep takes one job off, fills it anew, and goes on.
 //! With [`CostModel::Rows`] the fixed point in fractions of rows is the balanced allocation, which no
 //! allocation beats at the slowest rank (`docs/algorithm.md`).
 //!
@@ -19,9 +19,8 @@ const MOST_SWEEPS: usize = 32;
 pub(crate) struct Sweeps {
     /// `[R]` shared rows on each rank, as of the last sweep.
     shared: Vec<u32>,
-    /// Ranks of the job at hand, and the rows and base cost of each.
+    /// Ranks allowed to the job at hand, and the cost of each without the job's rows.
     ranks: Vec<usize>,
-    rows: Vec<u32>,
     bases: Vec<u64>,
 }
 
@@ -49,55 +48,50 @@ impl Sweeps {
         replica_rows: &mut [u32],
     ) -> bool {
         let mut moved = false;
+        let rank_of = |replica: &u32| problem.placement.rank_of(*replica as usize);
         for replicas in problem.placement.jobs() {
-            self.take_off_replicas(problem, replicas, bases, replica_rows);
-            let rows = self.rows.iter().sum();
-            let level = level(problem.cost, &self.bases, u64::from(rows));
-            let mut left = rows;
-            let mut ranks = self.ranks.iter().zip(&self.bases).zip(&self.rows);
-            let mut last_rank = None;
-            for &replica in replicas {
-                let rank = problem.placement.rank_of(replica as usize);
-                let target = &mut replica_rows[replica as usize];
+            if !replicas.iter().any(|replica| problem.is_eligible(rank_of(replica))) {
+                continue; // Nobody may take its rows: they stay as they were routed.
+            }
+            let mut left = self.take_off_replicas(problem, replicas, bases, replica_rows);
+            let level = level(problem.cost, &self.bases, u64::from(left));
+            let mut ranks = self.ranks.iter().peekable();
+            for replica in replicas {
+                let rank = rank_of(replica);
                 // A second replica on one rank adds nothing: the first one has taken the rank's room.
-                if last_rank == Some(rank) {
-                    *target = 0;
-                    continue;
-                }
-                last_rank = Some(rank);
-                let ((&rank, &base), &before) = ranks.next().expect("one entry a rank of the job");
-                *target = fill(problem.cost, base, level, &mut left);
-                bases[rank] = base + problem.cost.cost(u64::from(*target));
-                moved |= *target != before;
+                let rows = match ranks.next_if_eq(&&rank) {
+                    Some(_) => fill(problem.cost, bases[rank], level, &mut left),
+                    None => 0,
+                };
+                bases[rank] += problem.cost.cost(u64::from(rows));
+                moved |= std::mem::replace(&mut replica_rows[*replica as usize], rows) != rows;
             }
         }
         moved
     }
 
-    /// Gather the job's ranks, each with its rows of the job and its cost without them.
+    /// Take the job's rows off `bases`, and gather its eligible ranks and their costs without them; gives the rows.
     fn take_off_replicas(
         &mut self,
         problem: &Problem,
         replicas: &[u32],
-        bases: &[u64],
+        bases: &mut [u64],
         replica_rows: &[u32],
-    ) {
+    ) -> u32 {
         self.ranks.clear();
-        self.rows.clear();
-        self.bases.clear();
+        let mut taken = 0;
         for &replica in replicas {
             let rank = problem.placement.rank_of(replica as usize);
             let rows = replica_rows[replica as usize];
-            let cost = problem.cost.cost(u64::from(rows));
-            if self.ranks.last() == Some(&rank) {
-                *self.rows.last_mut().expect("as long as ranks") += rows;
-                *self.bases.last_mut().expect("as long as ranks") -= cost;
-            } else {
+            taken += rows;
+            bases[rank] -= problem.cost.cost(u64::from(rows));
+            if problem.is_eligible(rank) && self.ranks.last() != Some(&rank) {
                 self.ranks.push(rank);
-                self.rows.push(rows);
-                self.bases.push(bases[rank] - cost);
             }
         }
+        self.bases.clear();
+        self.bases.extend(self.ranks.iter().map(|&rank| bases[rank]));
+        taken
     }
 
     fn sweep_shared(&mut self, problem: &Problem, bases: &mut [u64], first: bool) -> bool {

@@ -36,6 +36,7 @@ mod own;
 mod placement;
 mod plan;
 mod problem;
+pub mod rounds;
 pub mod score;
 mod transport;
 

@@ -56,3 +56,19 @@ fn push_one(capacity: &mut [Vec<u32>], from: usize, sink: usize, seen: &mut [boo
     }
     false
 }
+
+/// The least rows of the slowest rank over all ways to split jobs, for [`CostModel::Rows`] and few ranks.
+///
+/// A job is its rows and the set of ranks (a bit each) that may take them; `fixed` (`[R]`) rows stay. By
+/// Hall's theorem a level is enough if for every set of ranks the rows that have nowhere else to go fit
+/// under it, so the optimum is the largest mean, rounded up, over all sets. O(2^R x jobs).
+#[must_use]
+pub fn joint_optimum(jobs: &[(u64, u32)], fixed: &[u64]) -> u64 {
+    let mean = |set: u32| {
+        let inside = (0..fixed.len()).filter(|&rank| set >> rank & 1 == 1);
+        let held: u64 = inside.map(|rank| fixed[rank]).sum();
+        let confined = jobs.iter().filter(|&&(_, allowed)| allowed & !set == 0);
+        (held + confined.map(|&(rows, _)| rows).sum::<u64>()).div_ceil(set.count_ones().into())
+    };
+    (1..1 << fixed.len()).map(mean).max().unwrap_or(0)
+}

@@ -5,7 +5,7 @@
 //! on: if all began at rank 0, all would round up there. Without the two, plans from own counts were
 //! worse than shared rows at home at 64 tokens on each of 32 ranks (`docs/performance.md`).
 
-use crate::cost::CostModel;
+use crate::cost::{CostModel, check_costs};
 use crate::error::{Error, Result};
 use crate::level::{level, room};
 use crate::placement::Placement;
@@ -37,7 +37,7 @@ impl OwnCounts<'_> {
     /// What [`OwnPlanner::plan`] would refuse of it.
     ///
     /// # Errors
-    /// Arrays of other lengths, `source` outside the group, sums of 2^32 rows or more.
+    /// Arrays of other lengths, `source` outside the group, sums of 2^32 rows or more, costs of an hour or more.
     pub fn check(&self) -> Result<()> {
         let ranks = self.placement.ranks();
         check_length("visits", self.visits.len(), ranks)?;
@@ -45,7 +45,9 @@ impl OwnCounts<'_> {
         if self.source >= ranks {
             return Err(Error::Rank { name: "source", rank: self.source as i64, ranks });
         }
-        check_sum("the sum of routed rows", self.routed)
+        check_sum("the sum of routed rows", self.routed)?;
+        let experts_per_rank = self.placement.experts_per_rank();
+        check_costs(self.cost, experts_per_rank, self.routed, self.tokens.into())
     }
 }
 
@@ -69,8 +71,7 @@ impl OwnPlanner {
     /// Write this rank's quotas, `[R]`: how many of its tokens go to each rank.
     ///
     /// # Errors
-    /// Arrays of other lengths, `source` outside the group, sums of 2^32 rows or more. Nothing is
-    /// written then.
+    /// What [`OwnCounts::check`] refuses, or `quotas` of another length. Nothing is written then.
     pub fn plan(&mut self, own: &OwnCounts, quotas: &mut [u32]) -> Result<()> {
         own.check()?;
         check_length("quotas", quotas.len(), own.placement.ranks())?;
@@ -132,9 +133,17 @@ fn spread(rows: u32, capacities: &[u32], out: &mut [u32]) -> u32 {
     let (mut before, mut given) = (0, 0);
     for (&capacity, out) in capacities.iter().zip(out) {
         before += u64::from(capacity);
-        let until = (fits * before).div_ceil(total.max(1));
+        let until = share(fits, before, total);
         *out += (until - given) as u32;
         given = until;
     }
     fits as u32
+}
+
+/// `ceil(rows * part / whole)`, 0 of nothing; the product of two sums may need more than 64 bits.
+fn share(rows: u64, part: u64, whole: u64) -> u64 {
+    match rows.checked_mul(part) {
+        Some(product) => product.div_ceil(whole.max(1)),
+        None => (u128::from(rows) * u128::from(part)).div_ceil(u128::from(whole)) as u64,
+    }
 }

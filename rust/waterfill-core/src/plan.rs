@@ -108,8 +108,8 @@ impl Planner {
     /// tokens are its own.
     ///
     /// # Errors
-    /// Arrays of other lengths than the placement's, sums of 2^32 rows or more, a cost model that
-    /// needs counts per expert without them, rows but no eligible rank. `plan` is untouched then.
+    /// Arrays of other lengths than the placement's, sums of 2^32 rows or more, costs of an hour or
+    /// more, a cost model that needs counts per expert without them, rows but no eligible rank. `plan` is untouched then.
     pub fn live(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
         problem.check()?;
         problem.base_costs(&mut self.bases);
@@ -123,8 +123,11 @@ impl Planner {
 
     /// Split every replicated expert's rows over its replicas and place the shared rows, as one plan.
     ///
-    /// Counts of one expert's replicas are added up and split anew. Within a fraction of a percent of
-    /// the optimum (see `docs/algorithm.md`); the shared rows are optimal for the split.
+    /// Counts of one expert's replicas are added up and split anew over the eligible ranks among theirs.
+    /// Within a fraction of a percent of the optimum for [`CostModel::Rows`] (see `docs/algorithm.md`); the
+    /// shared rows are optimal for the split. Where all ranks are eligible it is never slower than `live`.
+    ///
+    /// [`CostModel::Rows`]: crate::CostModel::Rows
     ///
     /// # Errors
     /// As [`live`](Self::live), and [`Error::NeedsExpertCounts`] for counts per rank.
@@ -136,20 +139,30 @@ impl Planner {
         plan.replica_rows.clear();
         plan.replica_rows.extend_from_slice(routed);
         problem.base_costs(&mut self.bases);
+        let as_routed = self.optimum(problem);
         self.sweeps.run(problem, &mut self.bases, &mut plan.replica_rows);
+        // Where a row's cost depends on the rows beside it, a split can cost more than it levels.
+        if self.optimum(problem) > as_routed && problem.is_everyone_eligible() {
+            return self.live(problem, plan);
+        }
         self.place_shared(problem, plan);
         Ok(())
+    }
+
+    /// The least that the slowest rank can cost with the shared rows on top of `self.bases`.
+    fn optimum(&mut self, problem: &Problem) -> u64 {
+        self.eligible_bases.clear();
+        let bases = self.bases.iter().enumerate();
+        self.eligible_bases.extend(bases.filter(|&(r, _)| problem.is_eligible(r)).map(|(_, &b)| b));
+        let level = level(problem.cost, &self.eligible_bases, problem.shared_rows());
+        level.max(self.bases.iter().copied().max().unwrap_or(0))
     }
 
     /// The last job of every plan: the shared rows over the eligible ranks, on top of `self.bases`.
     fn place_shared(&mut self, problem: &Problem, plan: &mut Plan) {
         let rows = problem.shared_rows();
-        self.eligible_bases.clear();
-        let bases = self.bases.iter().enumerate();
-        self.eligible_bases.extend(bases.filter(|&(r, _)| problem.is_eligible(r)).map(|(_, &b)| b));
-        let level = level(problem.cost, &self.eligible_bases, rows);
-        // Below the slowest rank's routed cost everything is free: use it to keep tokens at home.
-        plan.optimum = level.max(self.bases.iter().copied().max().unwrap_or(0));
+        // Below the slowest rank's cost everything is free: use it to keep tokens at home.
+        plan.optimum = self.optimum(problem);
         plan.ranks = problem.placement.ranks();
         let optimum = plan.optimum;
         let rooms = self.bases.iter().enumerate().map(|(rank, &base)| {

@@ -1,6 +1,6 @@
 //! What a plan is made from: one layer's live counts, for one step.
 
-use crate::cost::CostModel;
+use crate::cost::{CostModel, check_costs};
 use crate::error::{Error, Result};
 use crate::placement::Placement;
 
@@ -27,8 +27,9 @@ pub struct Problem<'a> {
     /// `[R * R]`, row-major: how many tokens of source `s` have a routed expert on rank `d`. Without
     /// it the plan is as level, but cannot prefer visited ranks.
     pub visits: Option<&'a [u32]>,
-    /// `[R]` ranks that may take shared rows; all when absent. A rank of which nothing is known must
-    /// be left out here: its missing counts would make it look empty.
+    /// `[R]` ranks that may take shared rows, and in a joint plan rows of replicated experts; all when
+    /// absent. A rank of which nothing is known must be left out here: its missing counts would make it
+    /// look empty. A replicated expert without a replica on an eligible rank keeps its rows as routed.
     pub eligible: Option<&'a [bool]>,
 }
 
@@ -40,6 +41,10 @@ impl Problem<'_> {
 
     pub(crate) fn is_eligible(&self, rank: usize) -> bool {
         self.eligible.is_none_or(|eligible| eligible[rank])
+    }
+
+    pub(crate) fn is_everyone_eligible(&self) -> bool {
+        self.eligible.is_none_or(|eligible| eligible.iter().all(|&allowed| allowed))
     }
 
     /// Lengths, sums and eligibility, before anything is computed.
@@ -62,6 +67,7 @@ impl Problem<'_> {
         }
         check_sum("the sum of routed rows", routed)?;
         check_sum("the sum of tokens", self.tokens)?;
+        check_costs(self.cost, self.placement.experts_per_rank(), routed, self.shared_rows())?;
         if self.shared_rows() > 0 && !(0..ranks).any(|rank| self.is_eligible(rank)) {
             return Err(Error::NoEligibleRank { rows: self.shared_rows(), ranks });
         }

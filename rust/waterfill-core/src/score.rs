@@ -1,6 +1,6 @@
 //! How good a placement is: the one definition that tests, benches, the replay and the demo use.
 
-use crate::cost::CostModel;
+use crate::cost::{CostModel, check_costs};
 use crate::error::{Error, Result};
 use crate::expand::{Id, check_ids, check_rows};
 use crate::placement::Placement;
@@ -28,7 +28,7 @@ pub struct Traffic {
 /// Each rank's cost: its routed rows (`[P]`, per physical expert) and `shared` rows (`[R]`).
 ///
 /// # Errors
-/// Arrays of other lengths.
+/// Arrays of other lengths, costs of an hour or more.
 pub fn level(
     placement: &Placement,
     cost: &CostModel,
@@ -37,6 +37,8 @@ pub fn level(
 ) -> Result<Level> {
     check_length("routed", routed.len(), placement.physical_experts())?;
     check_length("shared", shared.len(), placement.ranks())?;
+    let all_shared = shared.iter().map(|&rows| u64::from(rows)).sum();
+    check_costs(cost, placement.experts_per_rank(), routed, all_shared)?;
     let (mut max, mut sum) = (0, 0);
     for (experts, &shared) in routed.chunks_exact(placement.experts_per_rank()).zip(shared) {
         let rank: u64 = experts.iter().chain([&shared]).map(|&rows| cost.cost(rows.into())).sum();

@@ -1,5 +1,6 @@
 //! Assignment, expansion and score against plain definitions, on thousands of random batches.
 
+use waterfill_core::rounds::{LEVELS, ROUND_STEPS, ROUNDS, STEPS};
 use waterfill_core::{
     Assigner, Bf16, Error, Id, NO_RANK, Placement, Rows, RowsMut, Weight, count, expand, score,
 };
@@ -68,7 +69,53 @@ fn most_free(free_on: &[Vec<usize>], quotas: &[u32]) -> usize {
         .count()
 }
 
-fn check_batch<I: Id>(random: &mut Random, assigner: &mut Assigner, ranks: usize, rows: usize) {
+/// The rounds by their definition, row by row: `visited` names the ranks of each row, none for padding.
+fn by_rounds(visited: &[Vec<usize>], source: usize, quotas: &[u32]) -> Vec<i32> {
+    let (ranks, mut left) = (quotas.len(), quotas.to_vec());
+    let mut shared = vec![NO_RANK; visited.len()];
+    for round in 0..ROUNDS {
+        let mut start = left.clone();
+        start[source] = 0;
+        let most = u64::from(*start.iter().max().unwrap());
+        for (row, visited) in visited.iter().enumerate().filter(|&(_, v)| !v.is_empty()) {
+            if shared[row] != NO_RANK {
+                continue;
+            }
+            let spread = |i: usize| {
+                let step = (row as u32).wrapping_mul(STEPS[i]);
+                u64::from(step.wrapping_add(round.wrapping_mul(ROUND_STEPS[i])))
+            };
+            let above = ((spread(0) * u64::from(LEVELS)) >> 32) * most / u64::from(LEVELS);
+            let first = ((spread(1) * ranks as u64) >> 32) as usize;
+            let nearest = |above: u64| {
+                let open = visited.iter().filter(|&&rank| u64::from(start[rank]) > above);
+                open.copied().min_by_key(|rank| (rank + ranks - first) % ranks)
+            };
+            if let Some(rank) = nearest(above).or_else(|| nearest(0)).filter(|&rank| left[rank] > 0)
+            {
+                left[rank] -= 1;
+                shared[row] = rank as i32;
+            }
+        }
+    }
+    for (row, _) in visited.iter().enumerate().filter(|(_, visited)| !visited.is_empty()) {
+        if shared[row] == NO_RANK {
+            let rank =
+                if left[source] > 0 { source } else { left.iter().position(|&l| l > 0).unwrap() };
+            left[rank] -= 1;
+            shared[row] = rank as i32;
+        }
+    }
+    shared
+}
+
+/// Checks one batch; gives its tokens, its extra copies, and the fewest that the quotas allow.
+fn check_batch<I: Id>(
+    random: &mut Random,
+    assigner: &mut Assigner,
+    ranks: usize,
+    rows: usize,
+) -> [u64; 3] {
     let top_k = 1 + random.below(9);
     let placement = Placement::contiguous(ranks, ranks * (1 + random.below(5))).unwrap();
     let ids: Vec<I> = batch(random, &placement, rows, top_k);
@@ -98,18 +145,20 @@ fn check_batch<I: Id>(random: &mut Random, assigner: &mut Assigner, ranks: usize
         }
     }
     assert_eq!(met, quotas, "every quota exactly");
+    assert_eq!(shared, by_rounds(&each, source, &quotas));
 
     let traffic = score::traffic(&placement, source, &ids, top_k, &shared).unwrap();
     let mut free_on = each.clone();
     free_on.retain(|v| !v.is_empty());
     free_on.iter_mut().for_each(|v| v.push(source));
     let paid = tokens as usize - most_free(&free_on, &quotas);
-    assert_eq!(traffic.extra_copies as usize, paid, "as few copies as the quotas allow");
+    assert!(traffic.extra_copies as usize >= paid);
     assert_eq!(traffic.extra_messages, u64::from(tokens - quotas[source]));
 
     check_expansion_of_one_call(&placement, source, &ids, top_k, &quotas, &shared);
     check_expansion::<I, f32>(random, &placement, &ids, top_k, &shared);
     check_expansion::<I, Bf16>(random, &placement, &ids, top_k, &shared);
+    [tokens.into(), traffic.extra_copies, paid as u64]
 }
 
 /// Assigning and expanding in one call is the same as one after the other.
@@ -176,16 +225,22 @@ fn check_expansion<I: Id, W: Weight + PartialEq + std::fmt::Debug>(
 #[test]
 fn batches_of_every_shape_keep_the_contract() {
     let mut assigner = Assigner::new();
+    let mut sums = [0; 3];
     for seed in 0..3_000 {
         let mut random = Random(seed);
         let ranks = 1 + random.below(if seed % 10 == 0 { 140 } else { 9 });
         let rows = random.below(60);
-        if seed % 2 == 0 {
-            check_batch::<i32>(&mut random, &mut assigner, ranks, rows);
+        let batch = if seed % 2 == 0 {
+            check_batch::<i32>(&mut random, &mut assigner, ranks, rows)
         } else {
-            check_batch::<i64>(&mut random, &mut assigner, ranks, rows);
-        }
+            check_batch::<i64>(&mut random, &mut assigner, ranks, rows)
+        };
+        sums.iter_mut().zip(batch).for_each(|(sum, more)| *sum += more);
     }
+    let [tokens, copies, fewest] = sums;
+    println!("{tokens} tokens, {copies} extra copies, {fewest} at the least");
+    // These quotas are random, so some tokens must go where they are not free; a matching finds the fewest.
+    assert!(copies - fewest <= tokens / 200, "at most 0.005 more a token than at the least");
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! Quotas from one rank's own counts.
 
-use waterfill_core::{CostModel, Error, OwnCounts, OwnPlanner, Placement};
+use waterfill_core::{
+    CostModel, Error, OwnCounts, OwnPlanner, Placement, Plan, Planner, Problem, Roofline, Routed,
+    score,
+};
 
 const COST: CostModel = CostModel::Rows;
 
@@ -79,4 +82,44 @@ fn refusals_name_the_numbers_and_write_nothing() {
     assert!(matches!(wrong, Error::Length { found: 3, expected: 4, .. }));
     let wrong = refused(own, vec![9; 5]);
     assert!(matches!(wrong, Error::Length { found: 5, expected: 4, .. }));
+}
+
+#[test]
+fn the_most_tokens_that_a_count_holds_are_placed_exactly() {
+    for ranks in [8, 1024] {
+        let placement = Placement::contiguous(ranks, ranks).unwrap();
+        let mut routed = vec![0; ranks];
+        routed[0] = 4_000_000_000;
+        let visits = vec![u32::MAX; ranks];
+        let quotas = quotas(&placement, 0, &routed, &visits, u32::MAX);
+        assert_eq!(quotas.iter().map(|&quota| u64::from(quota)).sum::<u64>(), u64::from(u32::MAX));
+    }
+}
+
+#[test]
+fn costs_that_sums_could_not_hold_are_refused_with_the_number() {
+    let placement = Placement::contiguous(2, 2).unwrap();
+    let cost = CostModel::Roofline(Roofline::new(0.0, 1e9, 1).unwrap());
+    let own = OwnCounts {
+        placement: &placement,
+        cost: &cost,
+        source: 0,
+        routed: &[1_000_000, 5],
+        visits: &[0; 2],
+        tokens: 3,
+    };
+    let refused = OwnPlanner::new().plan(&own, &mut [0; 2]);
+    assert!(matches!(refused, Err(Error::TooLarge { limit: 4_503_599_627_370_496, .. })));
+    let problem = Problem {
+        placement: &placement,
+        cost: &cost,
+        routed: Routed::PerExpert(&[1_000_000, 5]),
+        tokens: &[3, 0],
+        visits: None,
+        eligible: None,
+    };
+    let mut plan = Plan::new();
+    assert!(matches!(Planner::new().live(&problem, &mut plan), Err(Error::TooLarge { .. })));
+    let level = score::level(&placement, &cost, &[1_000_000, 5], &[3, 0]);
+    assert!(matches!(level, Err(Error::TooLarge { .. })));
 }

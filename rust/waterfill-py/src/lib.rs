@@ -2,7 +2,10 @@
 
 use pyo3::prelude::*;
 
+mod board;
+mod cuda;
 mod error;
+mod exchange;
 mod plan;
 mod tensors;
 
@@ -10,5 +13,8 @@ mod tensors;
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     plan::init(module)?;
+    board::init(module)?;
+    exchange::init(module)?;
+    cuda::init(module)?;
     tensors::init(module)
 }

@@ -16,8 +16,8 @@ pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 #[pyclass(name = "CostModel", frozen)]
-struct PyCostModel {
-    inner: CostModel,
+pub struct PyCostModel {
+    pub inner: CostModel,
 }
 
 #[pymethods]
@@ -28,20 +28,34 @@ impl PyCostModel {
     }
 
     #[staticmethod]
-    fn roofline(weights_us: f64, row_us: f64, tile: u32) -> PyResult<Self> {
+    fn roofline(weights_us: f64, row_us: f64, tile: i128) -> PyResult<Self> {
+        let tile = fit("tile", tile)?;
         guarded(|| {
             Ok(Self { inner: CostModel::Roofline(Roofline::new(weights_us, row_us, tile)?) })
         })
     }
 
     #[staticmethod]
-    fn table(points: Vec<(u64, f64)>) -> PyResult<Self> {
+    fn table(points: Vec<(i128, f64)>) -> PyResult<Self> {
+        let points: PyResult<Vec<(u64, f64)>> =
+            points.into_iter().map(|(rows, us)| Ok((fit("rows", rows)?, us))).collect();
+        let points = points?;
         guarded(|| Ok(Self { inner: CostModel::Table(Table::new(&points)?) }))
     }
 
-    fn cost(&self, rows: u64) -> u64 {
-        self.inner.cost(rows)
+    fn cost(&self, rows: i128) -> PyResult<u64> {
+        // Costs of a layer's rows cannot overflow; of more they could.
+        let rows: u32 = fit("rows", rows)?;
+        Ok(self.inner.cost(rows.into()))
     }
+}
+
+/// An integer of Python's as the core takes it.
+fn fit<T: TryFrom<i128>>(name: &str, value: i128) -> PyResult<T> {
+    T::try_from(value).map_err(|_| {
+        let most = (1u128 << (8 * size_of::<T>())) - 1;
+        refused(format!("{name} is {value}: give an integer from 0 to {most}"))
+    })
 }
 
 #[pyclass(name = "Plan", frozen)]
@@ -67,7 +81,8 @@ impl PyPlan {
         self.inner.replica_rows().to_vec()
     }
 
-    fn quotas_of(&self, source: usize) -> PyResult<Vec<u32>> {
+    fn quotas_of(&self, source: i128) -> PyResult<Vec<u32>> {
+        let source = fit("source", source)?;
         let mut quotas = vec![0; self.ranks];
         guarded(|| self.inner.quotas_of(source, &mut quotas))?;
         Ok(quotas)

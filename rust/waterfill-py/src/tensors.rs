@@ -30,7 +30,7 @@ fn check_address<T>(name: &str, address: usize, length: usize) -> PyResult<()> {
 
 /// # Safety
 /// `address` is that of `length` initialised elements that nobody writes for `'a`.
-unsafe fn array<'a, T>(name: &str, address: usize, length: usize) -> PyResult<&'a [T]> {
+pub unsafe fn array<'a, T>(name: &str, address: usize, length: usize) -> PyResult<&'a [T]> {
     check_address::<T>(name, address, length)?;
     if length == 0 {
         return Ok(&[]);
@@ -41,7 +41,7 @@ unsafe fn array<'a, T>(name: &str, address: usize, length: usize) -> PyResult<&'
 
 /// # Safety
 /// `address` is that of `length` elements that nobody else reads or writes for `'a`.
-unsafe fn array_mut<'a, T>(name: &str, address: usize, length: usize) -> PyResult<&'a mut [T]> {
+pub unsafe fn array_mut<'a, T>(name: &str, address: usize, length: usize) -> PyResult<&'a mut [T]> {
     check_address::<T>(name, address, length)?;
     if length == 0 {
         return Ok(&mut []);
@@ -52,22 +52,27 @@ unsafe fn array_mut<'a, T>(name: &str, address: usize, length: usize) -> PyResul
 
 /// Ids `[rows, top_k]` at an address, of the width that the function is told.
 #[derive(Clone, Copy)]
-struct Ids {
-    address: usize,
-    rows: usize,
-    top_k: usize,
+pub struct Ids {
+    pub address: usize,
+    pub rows: usize,
+    pub top_k: usize,
 }
 
 impl Ids {
+    /// From `(address, rows, top_k, bits)`, and the bits.
+    pub fn of((address, rows, top_k, bits): (usize, usize, usize, usize)) -> (Self, usize) {
+        (Self { address, rows, top_k }, bits)
+    }
+
     /// # Safety
     /// As [`array`], for `rows * top_k` elements.
-    unsafe fn get<'a, I: Id>(self) -> PyResult<&'a [I]> {
+    pub unsafe fn get<'a, I: Id>(self) -> PyResult<&'a [I]> {
         // SAFETY: the caller's promise, passed on.
         unsafe { array("topk_ids", self.address, self.rows * self.top_k) }
     }
 }
 
-fn unknown_bits(name: &str, bits: usize, known: &str) -> PyErr {
+pub fn unknown_bits(name: &str, bits: usize, known: &str) -> PyErr {
     refused(format!("{name} of {bits} bits: give {known}"))
 }
 

@@ -1,0 +1,278 @@
+"""The layer's decision on a CUDA device: one launch on torch's current stream, which a CUDA graph can capture.
+
+Ids ``[N, K]`` int32 or int64, weights ``[N, K]`` float32 or bfloat16, both contiguous and on one device. The result is
+bit for bit that of ``waterfill_rs.torch`` on the CPU, but ids at or above ``physical_experts``, which are an
+error there, name no expert here: the slot becomes -1 with weight 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from waterfill_rs import _native
+
+__all__ = ["Expander", "expand_topk", "find_nvrtc"]
+
+_ID_BITS = {torch.int32: 32, torch.int64: 64}
+_WEIGHT_BITS = {torch.float32: 32, torch.bfloat16: 16}
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def find_nvrtc() -> str | None:
+    """NVRTC's file in the wheels that torch brings, or in ``CUDA_HOME``; None leaves it to the loader."""
+    folders = [Path(entry) / "nvidia" for entry in sys.path if entry]
+    patterns = [
+        (folder, f"{wheel}/lib/libnvrtc.so.1[0-9]")
+        for folder in folders
+        for wheel in ("cu13", "cuda_nvrtc")
+    ]
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        patterns += [(Path(home), "lib64/libnvrtc.so.1[0-9]")]
+    for folder, pattern in patterns:
+        for file in sorted(folder.glob(pattern)):
+            return str(file)
+    return None
+
+
+def _cache() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(base) / "waterfill-rs")
+
+
+class Expander:
+    """One rank's kernel and its state on one device, for one stream at a time.
+
+    Make it before a graph is captured: the first one of its kind compiles. With a board, every call posts its
+    counts there; without, plans are from own counts or given.
+
+    Args:
+        device: a CUDA device.
+        ids: dtype of the ids.
+        weights: dtype of the weights.
+        board: where ranks and planner meet. Its experts are ``physical_experts``, or ``ranks`` for loads alone.
+
+    Raises:
+        ValueError: a shape, rank, dtype or board that does not fit.
+        RuntimeError: no driver or NVRTC, or what they refuse.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        physical_experts: int,
+        ranks: int,
+        rank: int,
+        top_k: int,
+        ids: torch.dtype = torch.int32,
+        weights: torch.dtype = torch.float32,
+        board: _native.Board | None = None,
+    ) -> None:
+        device = torch.device(device)
+        if device.type != "cuda":
+            raise ValueError(f"device {device}: give a CUDA device")
+        if ids not in _ID_BITS or weights not in _WEIGHT_BITS:
+            raise ValueError(
+                f"ids {ids}, weights {weights}: give int32 or int64, float32 or bfloat16"
+            )
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        self.device, self.ranks, self.top_k = torch.device("cuda", index), ranks, top_k
+        self._index, self._ids, self._weights = index, ids, weights
+        self._has_board = board is not None
+        self._runner = _native.CudaRunner(
+            index,
+            ranks=ranks,
+            experts=physical_experts,
+            rank=rank,
+            top_k=top_k,
+            id_bits=_ID_BITS[ids],
+            weight_bits=_WEIGHT_BITS[weights],
+            board=board,
+            nvrtc=find_nvrtc(),
+            cache=_cache(),
+        )
+        self._launch = self._runner.unsafe_launch_ptr
+        self.max_rows: int = self._runner.max_rows
+
+    def __call__(
+        self,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        shared_weight: float,
+        *,
+        quotas: Tensor | None = None,
+        cap_us: int | None = None,
+        num_token_non_padded: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Widen ids and weights to ``[N, K + 1]``; see ``waterfill_rs.torch.expand_topk``.
+
+        Args:
+            quotas: int32 ``[ranks]`` on the device; own ones if they do not add up to the tokens.
+            cap_us: wait so long for the board's plan. Without it, and without quotas: from own counts.
+            num_token_non_padded: int32, one element, on the device: rows at or past it are padding.
+
+        Raises:
+            ValueError: tensors that do not fit, before anything is written.
+        """
+        self._check(topk_ids, topk_weights, quotas, num_token_non_padded)
+        if cap_us is not None and not self._has_board:
+            raise ValueError(f"cap_us {cap_us} without a board: give the Expander one")
+        rows = topk_ids.shape[0]
+        out_ids = topk_ids.new_empty((rows, self.top_k + 1))
+        out_weights = topk_weights.new_empty((rows, self.top_k + 1))
+        self._launch(
+            topk_ids.data_ptr(),
+            topk_weights.data_ptr(),
+            out_ids.data_ptr(),
+            out_weights.data_ptr(),
+            rows,
+            shared_weight,
+            0 if num_token_non_padded is None else num_token_non_padded.data_ptr(),
+            0 if quotas is None else quotas.data_ptr(),
+            cap_us,
+            self._stream(),
+        )
+        return out_ids, out_weights
+
+    def tally(self) -> dict[str, int]:
+        """How calls with given or live quotas ended: ``live``, ``timed_out``, ``broken``, ``torn``. Waits for them."""
+        return self._runner.tally(self._stream())
+
+    def _stream(self) -> int:
+        if _current_stream is not None:
+            return int(_current_stream(self._index))
+        return torch.cuda.current_stream(self._index).cuda_stream
+
+    def _check(
+        self, ids: Tensor, weights: Tensor, quotas: Tensor | None, unpadded: Tensor | None
+    ) -> None:
+        # In the usual case one comparison each; which one it was is found out afterwards.
+        fits = (
+            ids.dtype is self._ids
+            and weights.dtype is self._weights
+            and ids.get_device() == self._index
+            and weights.get_device() == self._index
+            and ids.dim() == 2
+            and ids.shape == weights.shape
+            and ids.shape[1] == self.top_k
+            and ids.is_contiguous()
+            and weights.is_contiguous()
+        )
+        if not fits:
+            rows = ids.shape[0] if ids.dim() else 0
+            self._refuse("topk_ids", ids, self._ids, (rows, self.top_k))
+            self._refuse("topk_weights", weights, self._weights, (rows, self.top_k))
+        if quotas is not None:
+            self._refuse("quotas", quotas, torch.int32, (self.ranks,))
+        if unpadded is not None:
+            shape = tuple(unpadded.shape) if unpadded.numel() == 1 else (1,)
+            self._refuse("num_token_non_padded", unpadded, torch.int32, shape)
+
+    def _refuse(
+        self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> None:
+        if tensor.device != self.device:
+            raise ValueError(f"{name} is on {tensor.device}: give a tensor on {self.device}")
+        if tensor.dtype is not dtype:
+            raise ValueError(f"{name} is {tensor.dtype}: give {dtype}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: give {shape}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}: call .contiguous() first")
+
+
+@functools.cache
+def _expander(
+    device: torch.device,
+    physical_experts: int,
+    ranks: int,
+    rank: int,
+    top_k: int,
+    ids: torch.dtype,
+    weights: torch.dtype,
+) -> Expander:
+    return Expander(
+        device,
+        physical_experts=physical_experts,
+        ranks=ranks,
+        rank=rank,
+        top_k=top_k,
+        ids=ids,
+        weights=weights,
+    )
+
+
+def expand_topk(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    physical_experts: int,
+    ranks: int,
+    rank: int,
+    shared_weight: float,
+    quotas: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Widen by one launch, quotas given (int32 ``[ranks]`` on the device) or from own counts.
+
+    The kernel of a shape is made at its first call, which takes a second where it was never compiled.
+    Under torch.compile it is the operator ``waterfill_rs::expand_topk``.
+    """
+    if torch.compiler.is_compiling():
+        operator = torch.ops.waterfill_rs.expand_topk
+        ids, widened = operator(
+            topk_ids, topk_weights, physical_experts, ranks, rank, shared_weight, quotas
+        )
+        return ids, widened
+    return _expand(topk_ids, topk_weights, physical_experts, ranks, rank, shared_weight, quotas)
+
+
+def _expand(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    physical_experts: int,
+    ranks: int,
+    rank: int,
+    shared_weight: float,
+    quotas: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if topk_ids.dim() != 2 or topk_ids.shape[1] == 0:
+        raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}: give [N, K], K at least 1")
+    expander = _expander(
+        topk_ids.device,
+        physical_experts,
+        ranks,
+        rank,
+        topk_ids.shape[1],
+        topk_ids.dtype,
+        topk_weights.dtype,
+    )
+    return expander(topk_ids, topk_weights, shared_weight, quotas=quotas)
+
+
+def _like_expanded(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    physical_experts: int,
+    ranks: int,
+    rank: int,
+    shared_weight: float,
+    quotas: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    shape = (topk_ids.shape[0], topk_ids.shape[1] + 1)
+    return topk_ids.new_empty(shape), topk_weights.new_empty(shape)
+
+
+_library = torch.library.Library("waterfill_rs", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "expand_topk(Tensor topk_ids, Tensor topk_weights, int physical_experts, int ranks, int rank, "
+    "float shared_weight, Tensor? quotas) -> (Tensor, Tensor)"
+)
+_library.impl("expand_topk", _expand, "CUDA")  # type: ignore[no-untyped-call]
+torch.library.register_fake("waterfill_rs::expand_topk", _like_expanded, lib=_library)

@@ -1,0 +1,234 @@
+"""``waterfill-rs doctor``: is all here that live balancing in sglang needs, and if not, what to do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import waterfill_rs
+from waterfill_rs import _native, self_test
+from waterfill_rs import boards as board_finder
+from waterfill_rs import doctor_checks as checks
+from waterfill_rs.config import Config
+from waterfill_rs.doctor_checks import Entry, Finding
+from waterfill_rs.rendezvous import BoardSettings
+from waterfill_rs.sglang import compat
+
+__all__ = ["add_command", "exchange", "hooks"]
+
+JSON_VERSION = 1
+SHARED_MEMORY = Path("/dev/shm")
+USUAL_RANKS = 8
+LEAST_LIVE = 0.9
+DEEP_S = 300
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "doctor", help="is everything here that sglang's ranks need", description=__doc__
+    )
+    parser.add_argument("--json", action="store_true", help="the findings, as JSON")
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="also load sglang with its plugins in a process, about 40 s, and see that all hooks are ours",
+    )
+    parser.add_argument(
+        "--ranks", type=int, help=f"ranks on this host (its GPUs; {USUAL_RANKS} if there are none)"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.ranks is not None and not 1 <= arguments.ranks <= 1024:
+        raise ValueError(f"--ranks {arguments.ranks}: give 1 to 1024")
+    findings = []
+    for finding in _findings(arguments.ranks, arguments.deep):
+        findings.append(finding)
+        if not arguments.json:
+            print(_line(finding), flush=True)
+    failed = [finding.check for finding in findings if finding.level == "fail"]
+    if arguments.json:
+        print(json.dumps(_as_json(findings), indent=1))
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}")
+
+
+def _line(finding: Finding) -> str:
+    line = f"{finding.level:<5}{finding.check:<11}{finding.text}"
+    return line + (f"\n{'':16}-> {finding.advice}" if finding.advice else "")
+
+
+def _as_json(findings: Sequence[Finding]) -> dict[str, object]:
+    return {
+        "version": JSON_VERSION,
+        "package": waterfill_rs.__version__,
+        "ok": all(finding.level != "fail" for finding in findings),
+        "checks": [asdict(finding) for finding in findings],
+    }
+
+
+def _findings(ranks: int | None, deep: bool) -> Iterator[Finding]:
+    """All checks of this machine, the quick ones first."""
+    for name, look in _looks(ranks, deep).items():
+        try:
+            yield look()
+        except Exception as error:  # The others' findings are wanted all the more.
+            text = f"the check itself failed: {error!r}"
+            yield Finding(name, "fail", text, "please report it, with this line")
+
+
+def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
+    """Each check, bound to this machine."""
+    environment = os.environ
+    gpus = checks.visible_gpus(Path("/dev"), environment)
+    ranks_here = ranks or gpus or USUAL_RANKS
+    settings = _settings()
+    pipes = Path(environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+    folder = Path(waterfill_rs.__file__).parent
+    looks: dict[str, Callable[[], Finding]] = {
+        "python": lambda: checks.python(sys.version_info[:3]),
+        "package": lambda: checks.package(_native.__version__, _installed(), folder),
+        "sglang": lambda: _sglang(_version("sglang")),
+        "plugin": lambda: checks.plugin(
+            _entries("sglang.srt.plugins"), _entries("sglang.srt.platforms"), environment
+        ),
+        "variables": lambda: checks.variables(environment),
+        "shm": lambda: checks.shared_memory(
+            SHARED_MEMORY, _text(Path("/proc/mounts")), _free(SHARED_MEMORY), ranks_here
+        ),
+        "cpu": lambda: checks.cpus(
+            len(os.sched_getaffinity(0)), _quota(), ranks_here, settings.pace
+        ),
+        "gpu": lambda: checks.driver(gpus),
+        "nvrtc": lambda: checks.nvrtc(gpus, _nvrtc_folders()),
+        "mps": lambda: checks.mps(gpus, ranks_here, pipes),
+        "boards": lambda: checks.boards(SHARED_MEMORY, _boards(), board_finder.is_alive),
+        "exchange": lambda: exchange(settings, self_test.run),
+    }
+    if deep:
+        looks["hooks"] = lambda: hooks(_load_hooks, enabled=_enabled())
+    return looks
+
+
+def exchange(settings: BoardSettings, run: Callable[[BoardSettings], self_test.Rounds]) -> Finding:
+    """The self-test, with the wait and the planner that the variables ask for."""
+    try:
+        rounds = run(settings)
+    except (OSError, RuntimeError) as error:
+        return Finding("exchange", "fail", f"the self-test ended: {error}", "see shm above")
+    text = (
+        f"2 processes, {settings.pace}: {rounds.live} of {rounds.calls} rounds within "
+        f"{settings.cap_us} us, median wait {rounds.median_us:.1f} us, longest {rounds.longest_us:.0f}"
+    )
+    if not rounds.live:
+        return Finding("exchange", "fail", text, "see cpu above; WATERFILL_RS_EXCHANGE=group")
+    if rounds.live < LEAST_LIVE * rounds.calls:
+        advice = "see cpu above; a busy machine can raise WATERFILL_RS_TIMEOUT_US"
+        return Finding("exchange", "warn", text, advice)
+    return Finding("exchange", "ok", text)
+
+
+def hooks(load: Callable[[], tuple[int, str, str]], *, enabled: bool) -> Finding:
+    """``load``: exit code, what ``loaded_hooks`` printed, and what was written to stderr."""
+    code, printed, errors = load()
+    told = [line for line in errors.splitlines() if "waterfill-rs" in line or line[:2] == "- "]
+    reason = "; ".join(told) or " ".join(errors.split()[-40:]) or "nothing was said"
+    if code:
+        text = f"loading sglang's plugins ended with code {code}: {reason}"
+        return Finding("hooks", "fail", text, "docs/operators.md lists the messages")
+    stands: dict[str, bool] = json.loads(printed.splitlines()[-1])
+    if enabled and not any(name.endswith("WaterfillBalancer") for name in stands):
+        text = f"sglang's Waterfill is not replaced: {reason}"
+        return Finding("hooks", "fail", text, "docs/operators.md lists the messages")
+    others = [name for name, ours in stands.items() if not ours]
+    if others:
+        text = f"not ours after registration: {', '.join(others)}"
+        return Finding(
+            "hooks", "fail", text, "another plugin hooks the same: remove one of the two"
+        )
+    return Finding("hooks", "ok", f"all {len(stands)} are in place")
+
+
+def _load_hooks() -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "waterfill_rs.sglang.loaded_hooks"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEEP_S)
+    except subprocess.TimeoutExpired:
+        return -1, "", f"not done in {DEEP_S} s"
+    return done.returncode, done.stdout, done.stderr
+
+
+def _settings() -> BoardSettings:
+    try:
+        return Config.from_environment(os.environ).board
+    except ValueError:
+        return BoardSettings()  # The variables' own check tells.
+
+
+def _enabled() -> bool:
+    try:
+        return Config.from_environment(os.environ).enabled
+    except ValueError:
+        return True
+
+
+def _entries(group: str) -> list[Entry]:
+    found = metadata.entry_points(group=group)
+    return [Entry(e.name, e.value, e.dist.name if e.dist else "unknown") for e in found]
+
+
+def _installed() -> dict[Path, str]:
+    found = metadata.distributions(name="waterfill-rs")
+    return {Path(str(one.locate_file(""))).resolve(): one.version for one in found}
+
+
+def _sglang(version: str | None) -> Finding:
+    known = f"{compat.ROWS[-1].versions[0]} to {compat.ROWS[0].versions[1]}"
+    named = version is not None and compat.row_of(version) is not None
+    return checks.sglang(version, named, known)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _nvrtc_folders() -> list[Path]:
+    wheels = [Path(entry) / "nvidia" for entry in sys.path if entry]
+    folders = [wheel / name / "lib" for wheel in wheels for name in ("cu13", "cuda_nvrtc")]
+    home = os.environ.get("CUDA_HOME")
+    return folders + ([Path(home) / "lib64"] if home else [])
+
+
+def _quota() -> float | None:
+    return checks.cgroup_quota(Path("/sys/fs/cgroup"), _text(Path("/proc/self/cgroup")))
+
+
+def _boards() -> list[dict[str, Any]]:
+    return [board.snapshot() for board in board_finder.find()]
+
+
+def _free(folder: Path) -> int | None:
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,366 @@
+"""The checks of ``waterfill-rs doctor``: each is given what it looks at, and gives one finding."""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from waterfill_rs.config import (
+    BACKEND_VARIABLE,
+    EXCHANGE_VARIABLE,
+    PLANNER_VARIABLE,
+    REQUIRE_VARIABLE,
+    TIMEOUT_VARIABLE,
+    Config,
+)
+
+__all__ = [
+    "Entry",
+    "Finding",
+    "board_bytes",
+    "boards",
+    "cgroup_quota",
+    "cpus",
+    "driver",
+    "mps",
+    "nvrtc",
+    "package",
+    "plugin",
+    "python",
+    "sglang",
+    "shared_memory",
+    "variables",
+    "visible_gpus",
+]
+
+Level = Literal["ok", "warn", "fail"]
+PLUGIN = "waterfill_rs"
+VARIABLES = (
+    BACKEND_VARIABLE,
+    REQUIRE_VARIABLE,
+    EXCHANGE_VARIABLE,
+    TIMEOUT_VARIABLE,
+    PLANNER_VARIABLE,
+)
+LARGEST = (1024, 1024)
+"""Ranks and experts of the largest board."""
+USUAL_EXPERTS = 256
+_BOARD_NAME = re.compile(r"waterfill-rs-(\d+)-[0-9a-f]+")
+
+
+class Entry(NamedTuple):
+    """An entry point: its name, what it names, and the distribution that has it."""
+
+    name: str
+    value: str
+    distribution: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``warn``: it serves, but not as well as it could. ``fail``: it does not. ``advice``: what to do."""
+
+    check: str
+    level: Level
+    text: str
+    advice: str = ""
+
+
+def python(version: tuple[int, ...]) -> Finding:
+    text = ".".join(map(str, version[:3]))
+    if version[:2] < (3, 10):
+        return Finding("python", "fail", text, "use Python 3.10 or newer")
+    if version[:2] < (3, 11):
+        return Finding("python", "warn", text, "sglang 0.5.23 needs Python 3.11 or newer")
+    return Finding("python", "ok", text)
+
+
+def package(native: str, installed: Mapping[Path, str], folder: Path) -> Finding:
+    """``native``: the compiled module's version. ``installed``: versions of this package's metadata, by place."""
+    text = f"{native}, from {folder}"
+    if not installed:
+        return Finding(
+            "package", "fail", f"{text}, not installed", "sglang finds it once it is: pip install"
+        )
+    if len(installed) > 1:
+        places = ", ".join(f"{version} in {place}" for place, version in installed.items())
+        return Finding(
+            "package", "fail", f"{text}, installed {len(installed)} times: {places}", "keep one"
+        )
+    (version,) = installed.values()
+    if version != native:
+        return Finding(
+            "package",
+            "fail",
+            f"the package is {version} and its compiled module {native}",
+            "install it anew: pip install --force-reinstall waterfill-rs",
+        )
+    return Finding("package", "ok", text)
+
+
+def sglang(found: str | None, named: bool, known: str) -> Finding:
+    """``found``: its version. ``named``: is it in the table of versions, which spans ``known``?"""
+    if found is None:
+        advice = "install waterfill-rs into the environment that sglang is in"
+        return Finding("sglang", "warn", "not installed here: nothing to plug into", advice)
+    if not named:
+        text = f"{found}: not in the table of versions, {known}"
+        advice = "it is used if its Waterfill looks the same: see with waterfill-rs doctor --deep"
+        return Finding("sglang", "warn", text, advice)
+    return Finding("sglang", "ok", f"{found}, in the table of versions, {known}")
+
+
+def plugin(
+    plugins: Sequence[Entry], platforms: Sequence[Entry], environment: Mapping[str, str]
+) -> Finding:
+    """Does sglang see the entry point once, and do its two variables let it through?"""
+    ours = [entry for entry in plugins if entry.name == PLUGIN]
+    if not ours:
+        return Finding(
+            "plugin",
+            "fail",
+            f"no entry point {PLUGIN} in sglang.srt.plugins",
+            "install the wheel into this environment; a folder on PYTHONPATH has no entry points",
+        )
+    if len(ours) > 1:
+        owners = ", ".join(f"{entry.distribution} ({entry.value})" for entry in ours)
+        text = f"{len(ours)} distributions have an entry point {PLUGIN}: {owners}"
+        return Finding("plugin", "fail", text, "uninstall all but one: sglang takes any of them")
+    selected = environment.get("SGLANG_PLATFORM", "")
+    left_out = {e.distribution for e in platforms if selected and e.name != selected}
+    if ours[0].distribution in left_out:
+        text = f"SGLANG_PLATFORM={selected} leaves {ours[0].distribution} out"
+        return Finding("plugin", "fail", text, "it also has a platform: install it without")
+    return _plugin_filter(plugins, platforms, environment)
+
+
+def _plugin_filter(
+    plugins: Sequence[Entry], platforms: Sequence[Entry], environment: Mapping[str, str]
+) -> Finding:
+    text = environment.get("SGLANG_PLUGINS", "")
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    known = {entry.name for entry in (*plugins, *platforms)}
+    wrong = [name for name in names if name not in known]
+    if names and PLUGIN not in names:
+        meant = difflib.get_close_matches(PLUGIN, wrong, 1)
+        because = f": {meant[0]} names no entry point" if meant else " does not name it"
+        advice = f"add {PLUGIN} to it, with that spelling, or unset it"
+        return Finding("plugin", "fail", f"SGLANG_PLUGINS={text}{because}", advice)
+    if wrong:
+        told = f"SGLANG_PLUGINS={text}: {', '.join(wrong)} names no entry point"
+        return Finding("plugin", "warn", told, f"there are {', '.join(sorted(known))}")
+    return Finding("plugin", "ok", f"entry point {PLUGIN} seen once, not filtered out")
+
+
+def variables(environment: Mapping[str, str]) -> Finding:
+    """Values, and names that look like ours and are none."""
+    try:
+        config = Config.from_environment(environment)
+    except ValueError as error:
+        return Finding("variables", "fail", str(error), "set it to one of these, or unset it")
+    for name in sorted(environment):
+        if name.startswith(BACKEND_VARIABLE) and name not in VARIABLES:
+            meant = difflib.get_close_matches(name, VARIABLES, 1)
+            advice = f"did you mean {meant[0]}?" if meant else f"there are {', '.join(VARIABLES)}"
+            return Finding("variables", "warn", f"{name} is none of ours and does nothing", advice)
+    board = config.board
+    text = (
+        f"{config.backend}{', required' if config.required else ''}, exchange {config.exchange}, "
+        f"at most {board.cap_us} us a layer, planner {board.pace}"
+    )
+    if not config.enabled:
+        return Finding(
+            "variables", "warn", f"{text}: sglang is left as it is", "unset WATERFILL_RS"
+        )
+    return Finding("variables", "ok", text)
+
+
+def board_bytes(ranks: int, experts: int) -> int:
+    """What a board takes of the shared memory; a test holds it against real ones."""
+
+    def lines(words: int) -> int:
+        return -(-words // 8) * 8
+
+    tallies = ranks * (8 + 128) + 8 + ranks
+    slot = ranks * (lines(1 + ranks + experts) + lines(ranks))
+    return 8 * (16 + lines(tallies) + 4 * slot)
+
+
+def shared_memory(folder: Path, mounts: str, free: int | None, ranks: int) -> Finding:
+    """``mounts``: as in ``/proc/mounts``. ``free``: bytes, if the folder is there."""
+    others = "; else exchange by the group: WATERFILL_RS_EXCHANGE=group"
+    if not folder.is_dir() or free is None:
+        return Finding("shm", "fail", f"{folder} is not there", f"mount a tmpfs on it{others}")
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    kinds = [line.split()[2] for line in mounts.splitlines() if line.split()[1] == str(folder)]
+    kind = kinds[-1] if kinds else "no file system of its own"
+    needed, largest = 2 * board_bytes(ranks, USUAL_EXPERTS), board_bytes(*LARGEST)
+    text = (
+        f"{folder}: {kind}, mode {mode:04o}, {_mib(free)} MiB free; two boards of {ranks} ranks x "
+        f"{USUAL_EXPERTS} experts take {_mib(needed)}, one of {LARGEST[0]} x {LARGEST[1]} {_mib(largest)}"
+    )
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        advice = f"make it writable for user {os.getuid()}{others}"
+        return Finding("shm", "fail", f"{text}; a file cannot be made: {error}", advice)
+    if free < needed:
+        advice = "give it more: docker --shm-size, in Kubernetes an emptyDir with medium: Memory"
+        return Finding("shm", "fail", text, advice + others)
+    if kind != "tmpfs":
+        return Finding(
+            "shm", "warn", text, "mount a tmpfs on it: counts would be written to a disk"
+        )
+    if mode & 0o1002 == 0o0002:
+        return Finding("shm", "warn", text, f"chmod 1777 {folder}: any user can delete a board")
+    return Finding("shm", "ok", text)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f}"
+
+
+def cgroup_quota(root: Path, membership: str) -> float | None:
+    """CPUs that this process may use a moment, the least of its groups'; None without a limit.
+
+    ``root``: where cgroups are mounted. ``membership``: as in ``/proc/self/cgroup``.
+    """
+    found = []
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "cpu" if controllers else root
+        group = top / path.lstrip("/")
+        # In a container the path may be the host's: then only its own root is to be seen.
+        for folder in (top, group, *(parent for parent in group.parents if top in parent.parents)):
+            found += _quota_of(folder)
+    return min(found, default=None)
+
+
+def _quota_of(folder: Path) -> list[float]:
+    try:
+        if (file := folder / "cpu.max").exists():
+            quota, period = file.read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
+    except OSError:
+        return []
+    return [] if quota in ("max", "-1") else [int(quota) / int(period)]
+
+
+def cpus(cores: int, quota: float | None, ranks: int, pace: str) -> Finding:
+    """``cores``: that this process may run on. The cores are shared by ``ranks`` and what sglang runs beside."""
+    limit = (
+        "no limit by a cgroup" if quota is None else f"a cgroup limits them to {quota:g} at once"
+    )
+    text = f"{cores} cores, {limit}; {ranks} ranks, planner {pace}"
+    usable = cores if quota is None else min(cores, quota)
+    if pace == "spin" and usable < ranks + 1:
+        advice = f"WATERFILL_RS_PLANNER=inline, or give {ranks + 1} CPUs: the spinning thread needs its own"
+        return Finding("cpu", "fail", text, advice)
+    if pace == "spin" and quota is not None:
+        advice = "WATERFILL_RS_PLANNER=inline: a spinning thread uses the group's time up"
+        return Finding("cpu", "warn", text, advice)
+    if usable < 2 * ranks:
+        advice = (
+            f"give 2 CPUs a rank ({2 * ranks}): with fewer, layers wait for a core and go on alone"
+        )
+        return Finding("cpu", "warn", text, advice)
+    return Finding("cpu", "ok", text)
+
+
+def visible_gpus(devices: Path, environment: Mapping[str, str]) -> int:
+    """NVIDIA devices in ``devices`` (/dev) that CUDA_VISIBLE_DEVICES leaves."""
+    found = sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in devices.glob("nvidia*"))
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return found
+    named = [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    return min(found, len(named))
+
+
+Load = Callable[[str], Any]
+"""``ctypes.CDLL`` or its like: OSError if there is none. Loading these two libraries makes no CUDA context."""
+
+
+def driver(gpus: int, load: Load = ctypes.CDLL) -> Finding:
+    version = ctypes.c_int()
+    try:
+        load("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError as error:
+        if not gpus:
+            return Finding("gpu", "ok", "no NVIDIA GPU and no driver: layers run on the CPU")
+        advice = "in a container: --gpus all, NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+        return Finding("gpu", "fail", f"{gpus} GPUs, and no driver library: {error}", advice)
+    text = f"{gpus} GPUs, driver for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    if not gpus:
+        advice = "see CUDA_VISIBLE_DEVICES; in a container: --gpus all"
+        return Finding("gpu", "warn", text, advice)
+    return Finding("gpu", "ok", text)
+
+
+def nvrtc(gpus: int, folders: Iterable[Path], load: Load = ctypes.CDLL) -> Finding:
+    """In the wheels that torch brings (``folders``), else wherever the loader finds it."""
+    if not gpus:
+        return Finding("nvrtc", "ok", "not needed without a GPU")
+    files = [str(file) for folder in folders for file in sorted(folder.glob("libnvrtc.so.1[0-9]"))]
+    errors = []
+    for name in (*files, "libnvrtc.so.13", "libnvrtc.so.12"):
+        try:
+            load(name)
+            return Finding("nvrtc", "ok", name)
+        except OSError as error:
+            errors.append(str(error))
+    advice = "install the wheel that torch depends on (nvidia-cuda-nvrtc), or set CUDA_HOME"
+    return Finding("nvrtc", "fail", f"no NVRTC: {'; '.join(errors)}", advice)
+
+
+def mps(gpus: int, ranks: int, pipes: Path) -> Finding:
+    """``pipes``: CUDA_MPS_PIPE_DIRECTORY or its default."""
+    runs = (pipes / "control").exists()
+    text = f"{ranks} ranks on {gpus} GPUs, MPS {'runs' if runs else 'does not run'} in {pipes}"
+    if gpus and ranks > gpus and not runs:
+        advice = "start nvidia-cuda-mps-control -d: without it, ranks on one GPU take turns in time slices"
+        return Finding("mps", "warn", text, advice)
+    return Finding("mps", "ok", text if gpus else "not needed without a GPU")
+
+
+def boards(
+    folder: Path, seen: Sequence[Mapping[str, Any]], is_alive: Callable[[int], bool]
+) -> Finding:
+    """``seen``: snapshots of the boards in use. A name that nobody has open any more is a crash's."""
+    in_use = {snapshot["name"] for snapshot in seen}
+    stale = [
+        path
+        for path in sorted(folder.glob("waterfill-rs-*"))
+        if (name := _BOARD_NAME.fullmatch(path.name))
+        and path.name not in in_use
+        and not is_alive(int(name[1]))
+    ]
+    if stale:
+        names = " ".join(map(str, stale))
+        advice = f"rm {names} (unless another container's ranks are just starting)"
+        return Finding("boards", "warn", f"left by processes that are gone: {names}", advice)
+    gone = [
+        f"rank {rank} of {snapshot['name']}"
+        for snapshot in seen
+        for rank, tally in enumerate(snapshot["by_rank"])
+        if tally["process"] and not tally["alive"]
+    ]
+    if gone:
+        text = f"{len(seen)} in use; gone: {', '.join(gone)}"
+        return Finding(
+            "boards", "warn", text, "restart that server; waterfill-rs status tells more"
+        )
+    return Finding("boards", "ok", f"{len(seen)} in use now, none left behind")

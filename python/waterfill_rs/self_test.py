@@ -1,0 +1,106 @@
+"""Two processes that exchange over a board for about a second: does it work here, and how long does it take?"""
+
+from __future__ import annotations
+
+import multiprocessing
+import secrets
+import time
+from array import array
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from waterfill_rs import CostModel, _native
+from waterfill_rs.exchange import BoardExchange
+from waterfill_rs.rendezvous import BoardSettings, board_name
+
+__all__ = ["Rounds", "run"]
+
+RANKS, EXPERTS, TOP_K, TOKENS = 2, 256, 8, 32
+BURSTS, ROUNDS = 250, 16
+"""A rank that loses its core falls behind, and the other goes on without it. As the layers of a pass do, each burst
+has as many rounds on both, and the next one finds them together again."""
+START_S = 30.0
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Of the rank with fewer live ones; waits in microseconds."""
+
+    calls: int
+    live: int
+    median_us: float
+    longest_us: float
+
+
+def run(settings: BoardSettings, seconds: float = 1.0) -> Rounds:
+    """
+    Raises:
+        OSError: no shared memory for the board.
+        RuntimeError: a process that did not start or ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    token = secrets.randbits(128)
+    board = _native.Board.create(board_name(), RANKS, EXPERTS, token)
+    ends, processes = [], []
+    try:
+        for rank in range(RANKS):
+            ours, theirs = context.Pipe()
+            arguments = (rank, board.path.name, token, settings, seconds, theirs)
+            processes.append(context.Process(target=_rank, args=arguments, daemon=True))
+            processes[-1].start()
+            theirs.close()
+            ends.append(ours)
+        for end in ends:
+            _hear(end)
+        begin = time.monotonic() + 0.02
+        for end in ends:
+            end.send(begin)
+        return min((_hear(end) for end in ends), key=lambda rounds: rounds.live)
+    finally:
+        board.unlink()
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _hear(end: Connection) -> Rounds:
+    if not end.poll(START_S):
+        raise RuntimeError(f"a process of the self-test was silent for {START_S:.0f} s")
+    try:
+        heard: Rounds = end.recv()
+    except EOFError as error:
+        raise RuntimeError("a process of the self-test ended (see above)") from error
+    return heard
+
+
+def _rank(
+    rank: int,
+    name: str,
+    token: int,
+    settings: BoardSettings,
+    seconds: float,
+    parent: Connection,
+) -> None:
+    board = _native.Board.attach(name, RANKS, EXPERTS, token)
+    exchange = BoardExchange(
+        board,
+        rank,
+        CostModel.rows(),
+        cap_us=settings.cap_us,
+        patience_us=settings.patience_us,
+        pace=settings.pace,
+        reason="the self-test's",
+    )
+    ids = array("i", [(7 * i + rank) % EXPERTS for i in range(TOKENS * TOP_K)])
+    view = (ids.buffer_info()[0], TOKENS, TOP_K, 32)
+    parent.send("attached")
+    begin = parent.recv()
+    for burst in range(BURSTS):
+        time.sleep(max(0.0, begin + burst * seconds / BURSTS - time.monotonic()))
+        for _ in range(ROUNDS):
+            exchange.quotas(view)
+    tally = exchange.tally()
+    parent.send(
+        Rounds(tally["calls"], tally["live"], *(tally["wait_us"][n] for n in ("p50", "max")))
+    )
+    parent.recv()  # The planner stays until it is ended with the others.

@@ -1,0 +1,162 @@
+"""Around sglang's preparation of a model's MoE routers: the place where Waterfill is known to be asked for.
+
+Here it is decided whether we serve this model, and verified that we do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from waterfill_rs.config import Config
+from waterfill_rs.sglang import verdict
+from waterfill_rs.sglang.compat import ROWS, Seams, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Preparation", "tell_at_preparation"]
+
+logger = logging.getLogger(__name__)
+
+Prepare = Callable[..., Any]
+
+_DETERMINISTIC = "--enable-deterministic-inference: own counts are the same in every run"
+
+
+def tell_at_preparation(reasons: list[str]) -> Prepare:
+    """A hook for a sglang that we cannot enter: says so where a model asks for Waterfill."""
+
+    def hook(prepare: Prepare, *args: Any, **kwargs: Any) -> Any:
+        if any(_asked(_model(args, kwargs), row.enabled) for row in ROWS):
+            verdict.tell(Config.from_environment(os.environ), reasons)
+        return prepare(*args, **kwargs)
+
+    return hook
+
+
+class Preparation:
+    """The hook for a sglang that we can enter.
+
+    ``ours``, ``originals``: by sglang's name of the class. sglang's are kept from before the hooks.
+    """
+
+    def __init__(
+        self, seams: Seams, ours: Mapping[str, type], originals: Mapping[str, type]
+    ) -> None:
+        self.seams, self.ours, self.originals = seams, ours, originals
+
+    def hook(self, prepare: Prepare, *args: Any, **kwargs: Any) -> Any:
+        """Prepare with our balancers and join the ranks, or with sglang's and say why.
+
+        Raises:
+            SystemExit: another plugin is in the way, ranks disagree, or we cannot serve and must.
+        """
+        routers = _asked(_model(args, kwargs), self.seams.enabled)
+        if not routers:  # Off means off: whoever replaced these classes, Waterfill is not in use.
+            return prepare(*args, **kwargs)
+        config = Config.from_environment(os.environ)
+        arguments = resolve(self.seams.arguments)()
+        device = _device(_model(args, kwargs))
+        reasons = verdict.against_machine() or verdict.against_device(device)
+        reasons += verdict.against_model(arguments, config, self.seams)
+        if reasons:
+            verdict.tell(config, reasons)
+            with self._sglangs_balancer():
+                return prepare(*args, **kwargs)
+        self._verify_hooks()
+        result = prepare(*args, **kwargs)
+        balancers = self._verify_routers(routers)
+        self._join(balancers, config, verdict.is_deterministic(arguments), device)
+        return result
+
+    @contextlib.contextmanager
+    def _sglangs_balancer(self) -> Iterator[None]:
+        """Its preparation imports the class anew each time."""
+        module, _, name = self.seams.balancer.rpartition(".")
+        home = importlib.import_module(module)
+        replaced = getattr(home, name)
+        setattr(home, name, self.originals[self.seams.balancer])
+        try:
+            yield
+        finally:
+            setattr(home, name, replaced)
+
+    def _verify_hooks(self) -> None:
+        missing = [
+            f"{name} is not ours after registration"
+            for name, ours in self.ours.items()
+            if resolve(name) is not ours
+        ]
+        if missing:
+            verdict.stop(missing)
+
+    def _verify_routers(self, routers: list[Any]) -> list[Any]:
+        """Their balancers, all ours."""
+        ours = self.ours[self.seams.balancer]
+        balancers = [getattr(router, self.seams.holder, None) for router in routers]
+        others = [
+            f"{type(router).__name__} with {type(balancer)}"
+            for router, balancer in zip(routers, balancers, strict=True)
+            if not isinstance(balancer, ours)
+        ]
+        if others:
+            verdict.stop(
+                [
+                    f"{len(others)} of {len(routers)} MoE layers are not balanced by ours: {sorted(set(others))}"
+                ]
+            )
+        return balancers
+
+    def _join(
+        self, balancers: list[Any], config: Config, deterministic: bool, device: torch.device
+    ) -> None:
+        """Join layers that were just prepared to their peers, and say how."""
+        from waterfill_rs.sglang import recorder
+        from waterfill_rs.sglang.group import connect
+
+        fresh = [balancer for balancer in balancers if balancer.exchange is None]
+        if not fresh:
+            return
+        if deterministic and config.exchange in ("board", "group"):
+            logger.warning(
+                "waterfill-rs: exchange solo, and not %s, because of %s",
+                config.exchange,
+                _DETERMINISTIC,
+            )
+        try:
+            alone = _DETERMINISTIC if deterministic else None
+            exchange = connect(fresh, config, self.seams, device, alone)
+        except (OSError, RuntimeError, ValueError) as error:
+            verdict.stop([str(error)])
+        recorder.shared_slots_come()
+        logger.info(
+            "waterfill-rs active: %d MoE layers on %s, exchange %s, because %s",
+            len(fresh),
+            device,
+            exchange.name,
+            exchange.reason,
+        )
+
+
+def _model(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Given by name, or the attribute of the runner whose method this is."""
+    return kwargs["model"] if "model" in kwargs else args[0].model
+
+
+def _asked(model: Any, enabled: str) -> list[Any]:
+    return [module for module in model.modules() if getattr(module, enabled, False)]
+
+
+def _device(model: Any) -> torch.device:
+    """Where the model is; one without weights is where sglang would put it."""
+    import torch
+
+    weights = itertools.chain(model.parameters(), model.buffers())
+    default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return next((weight.device for weight in weights), default)

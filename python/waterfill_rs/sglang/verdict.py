@@ -1,0 +1,83 @@
+"""Can waterfill-rs serve here? The reasons against it, and how they are told."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from waterfill_rs.config import Config
+from waterfill_rs.sglang import metrics
+from waterfill_rs.sglang.compat import Seams
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["against_device", "against_machine", "against_model", "is_deterministic", "stop", "tell"]
+
+logger = logging.getLogger(__name__)
+
+
+def against_machine() -> list[str]:
+    """What keeps this machine from it, whatever the model."""
+    try:
+        importlib.import_module("waterfill_rs.torch")
+    except ImportError as error:
+        return [f"waterfill_rs.torch cannot be imported: {error}"]
+    return []
+
+
+def against_device(device: torch.device) -> list[str]:
+    """What keeps the device that a model is on from it. A kernel is made, which takes a second or two once a machine."""
+    if device.type == "cpu":
+        return []
+    if device.type != "cuda":
+        return [f"the model is on {device}, and waterfill-rs expands on CUDA devices and the CPU"]
+    from waterfill_rs.cuda import Expander
+
+    try:
+        Expander(device, physical_experts=1, ranks=1, rank=0, top_k=1)
+    except (RuntimeError, ValueError) as error:
+        return [f"no kernel can be made for {device}: {error}"]
+    return []
+
+
+def against_model(arguments: Any, config: Config, seams: Seams) -> list[str]:
+    """What in the ``ServerArgs`` in force keeps us from it."""
+    reasons = []
+    if backend := getattr(arguments, "elastic_ep_backend", None):
+        reasons.append(
+            f"--elastic-ep-backend {backend}: ranks come and go, and waterfill-rs plans for those at the start"
+        )
+    redundant = getattr(arguments, "ep_num_redundant_experts", 0)
+    if redundant and not seams.redundant:
+        reasons.append(
+            f"--ep-num-redundant-experts {redundant}: this sglang's Waterfill takes no notice of redundant experts "
+            f"and would misplace ids; use {seams.flag} without them, or a newer sglang"
+        )
+    if config.required and is_deterministic(arguments) and config.exchange in ("board", "group"):
+        reasons.append(
+            f"exchange {config.exchange} with --enable-deterministic-inference: plans would depend on "
+            "when other ranks' counts come; only exchange solo (or auto, which then is solo) does not"
+        )
+    return reasons
+
+
+def is_deterministic(arguments: Any) -> bool:
+    """Was --enable-deterministic-inference given? Then plans may depend on own counts only."""
+    return bool(getattr(arguments, "enable_deterministic_inference", False))
+
+
+def tell(config: Config, reasons: list[str]) -> None:
+    """One warning with every reason, or the end of the server where waterfill-rs was required."""
+    if config.required:
+        stop(reasons)
+    metrics.stand_aside("; ".join(reasons))
+    logger.warning("waterfill-rs is off, sglang's own Waterfill stays: %s", "; ".join(reasons))
+
+
+def stop(reasons: list[str]) -> NoReturn:
+    # SystemExit, because sglang swallows every Exception of a plugin and serves without it.
+    raise SystemExit(
+        "waterfill-rs cannot serve:\n" + "\n".join(f"- {reason}" for reason in reasons)
+    )

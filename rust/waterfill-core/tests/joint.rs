@@ -1,0 +1,140 @@
+//! Joint plans against the exact optimum of small problems, over every set of ranks.
+#![cfg(feature = "oracle")]
+
+use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Roofline, Routed, oracle};
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % n
+    }
+}
+
+struct Case {
+    placement: Placement,
+    logical: Vec<u32>,
+    routed: Vec<u32>,
+    tokens: Vec<u32>,
+    eligible: Vec<bool>,
+}
+
+impl Case {
+    /// Up to 8 ranks; every logical expert somewhere, the other slots replicas of any, in any order.
+    fn random(random: &mut Random, most_rows: usize) -> Self {
+        let ranks = 1 + random.below(8);
+        let physical = ranks * (1 + random.below(4));
+        let experts = 1 + random.below(physical);
+        let mut logical: Vec<u32> = (0..experts as u32).collect();
+        logical.extend((experts..physical).map(|_| random.below(experts) as u32));
+        (1..physical).for_each(|i| logical.swap(i, random.below(i + 1)));
+        let mut eligible: Vec<bool> = (0..ranks).map(|_| random.below(6) > 0).collect();
+        eligible[random.below(ranks)] = true;
+        Self {
+            placement: Placement::replicated(ranks, &logical).unwrap(),
+            routed: (0..physical).map(|_| random.below(most_rows) as u32).collect(),
+            tokens: (0..ranks).map(|_| random.below(most_rows) as u32).collect(),
+            logical,
+            eligible,
+        }
+    }
+
+    fn problem<'a>(&'a self, cost: &'a CostModel) -> Problem<'a> {
+        Problem {
+            placement: &self.placement,
+            cost,
+            routed: Routed::PerExpert(&self.routed),
+            tokens: &self.tokens,
+            visits: None,
+            eligible: Some(&self.eligible),
+        }
+    }
+
+    fn rows_by_logical(&self, rows: &[u32]) -> Vec<u32> {
+        let mut sums = vec![0; self.placement.logical_experts()];
+        self.logical.iter().zip(rows).for_each(|(&logical, rows)| sums[logical as usize] += rows);
+        sums
+    }
+
+    /// The jobs, as rows and the ranks allowed; and each rank's rows that nobody may move.
+    fn jobs(&self) -> (Vec<(u64, u32)>, Vec<u64>) {
+        let ranks = self.placement.ranks();
+        let mut fixed = vec![0; ranks];
+        let everyone = (0..ranks).filter(|&r| self.eligible[r]).fold(0, |set, r| set | 1 << r);
+        let mut jobs = vec![(self.tokens.iter().map(|&n| u64::from(n)).sum(), everyone)];
+        for expert in 0..self.placement.logical_experts() as u32 {
+            let at = |&p: &usize| self.logical[p] == expert;
+            let replicas: Vec<usize> = (0..self.logical.len()).filter(at).collect();
+            let on = |p: usize| 1 << self.placement.rank_of(p);
+            let allowed = replicas.iter().fold(0, |set, &p| set | on(p)) & everyone;
+            if replicas.len() == 1 || allowed == 0 {
+                replicas.iter().for_each(|&p| {
+                    fixed[self.placement.rank_of(p)] += u64::from(self.routed[p]);
+                });
+            } else {
+                jobs.push((replicas.iter().map(|&p| u64::from(self.routed[p])).sum(), allowed));
+            }
+        }
+        (jobs, fixed)
+    }
+}
+
+/// Every law but the optimum.
+fn check_laws(case: &Case, cost: &CostModel, plan: &Plan) {
+    let split = plan.replica_rows();
+    assert_eq!(case.rows_by_logical(split), case.rows_by_logical(&case.routed), "rows of experts");
+    let shared: u32 = plan.shared_rows().iter().sum();
+    assert_eq!(shared, case.tokens.iter().sum::<u32>());
+    let per_rank = case.placement.experts_per_rank();
+    let mut slowest = 0;
+    for (rank, &shared) in plan.shared_rows().iter().enumerate() {
+        let experts = rank * per_rank..(rank + 1) * per_rank;
+        let costs = experts.clone().map(|p| cost.cost(split[p].into()));
+        slowest = slowest.max(costs.sum::<u64>() + cost.cost(shared.into()));
+        if !case.eligible[rank] {
+            assert_eq!(shared, 0, "shared rows on ineligible rank {rank}");
+            for p in experts {
+                assert!(split[p] <= case.routed[p], "expert {p} gained on ineligible rank {rank}");
+            }
+        }
+    }
+    assert_eq!(plan.optimum(), slowest, "the plan ends when it says");
+}
+
+#[test]
+fn is_near_the_exact_optimum_and_no_row_goes_to_a_rank_that_is_not_eligible() {
+    let (mut planner, mut plan) = (Planner::new(), Plan::new());
+    let (mut met, mut most_over) = (0, 0);
+    for seed in 0..20_000 {
+        let case = Case::random(&mut Random(seed), 400);
+        planner.joint(&case.problem(&CostModel::Rows), &mut plan).unwrap();
+        check_laws(&case, &CostModel::Rows, &plan);
+        let (jobs, fixed) = case.jobs();
+        let over = plan.optimum() - oracle::joint_optimum(&jobs, &fixed);
+        met += u32::from(over == 0);
+        most_over = most_over.max(over);
+    }
+    assert!(met > 19_900 && most_over <= 1, "{met} met, {most_over} rows over");
+    println!("20,000 joint problems: {met} at the optimum, at most {most_over} rows over it");
+}
+
+#[test]
+fn is_never_slower_than_shared_rows_alone() {
+    let (mut planner, mut joint, mut live) = (Planner::new(), Plan::new(), Plan::new());
+    let roofline = CostModel::Roofline(Roofline::new(20.0, 0.08, 64).unwrap());
+    let mut worse = [0, 0];
+    for seed in 0..20_000 {
+        let mut case = Case::random(&mut Random(seed), 400);
+        // Rows on a rank that is not eligible stay there in one plan and leave it in the other.
+        case.eligible.fill(true);
+        for (index, cost) in [&CostModel::Rows, &roofline].into_iter().enumerate() {
+            planner.joint(&case.problem(cost), &mut joint).unwrap();
+            planner.live(&case.problem(cost), &mut live).unwrap();
+            check_laws(&case, cost, &joint);
+            worse[index] += u32::from(joint.optimum() > live.optimum());
+        }
+    }
+    assert_eq!(worse, [0, 0]);
+}

@@ -1,0 +1,74 @@
+// This rank's end of the board. A word is sequence << 32 | value, so it tells by itself to which call it
+// belongs: nothing else is published through it, every access is relaxed, and there is no fence. Partner of
+// each: the planner's relaxed loads and stores (waterfill-board's word.rs).
+
+static constexpr u32 BREAK_AFTER = 2;
+
+__device__ __forceinline__ u64 load_word(const u64 *word) {
+    u64 value;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_word(u64 *word, u32 sequence, u32 value) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"((u64)sequence << 32 | value) : "memory");
+}
+
+__device__ __forceinline__ u64 now_ns() {
+    u64 time;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
+    return time;
+}
+
+__device__ __forceinline__ u32 next_sequence(u32 last) { return last == ALL ? 1 : last + 1; }
+
+__device__ __forceinline__ u64 *in_slot(const Args &args, u32 at, u32 sequence) {
+    return args.board + (u64)(sequence % args.ring) * args.slot_words + at;
+}
+
+// Tokens, visits [ranks], counts [experts] or loads [ranks]: the last word last, which the planner reads first.
+__device__ __forceinline__ void post(const Args &args, const Shared &s, u32 tokens, u32 sequence) {
+    u64 *words = in_slot(args, args.counts_at, sequence);
+    const u32 *counts = args.posts_experts ? s.counts : s.loads;
+    u32 posted = 1 + args.ranks + (args.posts_experts ? args.experts : args.ranks);
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < posted; i += blockDim.x) {
+        u32 value = i == 0 ? tokens : i <= args.ranks ? s.visits[i - 1] : counts[i - 1 - args.ranks];
+        store_word(words + i, sequence, value);
+    }
+}
+
+// A warp reads this rank's quotas of a call into `taken`; false as long as any is missing. `sum` is theirs.
+__device__ __forceinline__ bool take(const Args &args, const Shared &s, u32 sequence, u64 *sum) {
+    const u64 *words = in_slot(args, args.quotas_at, sequence);
+    u64 mine = 0;
+#pragma unroll 1
+    for (u32 first = 0; first < args.ranks; first += WARP) {
+        u32 i = first + lane();
+        u64 word = i < args.ranks ? load_word(words + i) : (u64)sequence << 32;
+        if (!__all_sync(ALL, (u32)(word >> 32) == sequence)) return false;
+        if (i < args.ranks) s.taken[i] = (u32)word;
+        mine += (u32)word;
+    }
+    for (u32 step = WARP / 2; step > 0; step /= 2) mine += __shfl_xor_sync(ALL, mine, step);
+    *sum = mine;
+    return true;
+}
+
+// A warp waits for this call's quotas, at most `cap_ns`; `taken` has them if the outcome is TALLY_LIVE.
+__device__ __forceinline__ u32 wait(const Args &args, const Shared &s, u32 tokens, u32 sequence, u32 failures) {
+    u64 sum = 0;
+    // A broken rank waits again once the plan of its last call did come, late as it was.
+    if (failures >= BREAK_AFTER && !(sequence > 1 && take(args, s, sequence - 1, &sum))) return TALLY_BROKEN;
+    u64 begun = now_ns();
+    while (!take(args, s, sequence, &sum)) {
+        // The lanes may read different times; the first one's counts for all.
+        if (__shfl_sync(ALL, (u32)(now_ns() - begun >= args.cap_ns), 0)) {
+            if (lane() == 0) args.state->failures = failures + (failures != ALL);
+            return TALLY_TIMED_OUT;
+        }
+    }
+    if (lane() == 0) args.state->failures = 0;
+    // A foreign byte on the board must not become a wrong assignment.
+    return sum == tokens ? TALLY_LIVE : TALLY_TORN;
+}

@@ -1,0 +1,32 @@
+// The blocks of one launch: a cluster that reads each other's shared memory (sm_90 and later) if CLUSTERED, else one.
+
+__device__ __forceinline__ u32 blocks() { return CLUSTERED ? gridDim.x : 1; }
+__device__ __forceinline__ u32 block() { return CLUSTERED ? blockIdx.x : 0; }
+
+// All blocks are here, and see each other's shared memory as of here. Orders: release, acquire.
+__device__ __forceinline__ void sync_blocks() {
+#if CLUSTERED
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// The word of another block that is where `word` is in this one.
+__device__ __forceinline__ u32 read_block(const u32 *word, u32 other) {
+#if CLUSTERED
+    u32 address = (u32)__cvta_generic_to_shared(word), there, value;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(other));
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(there) : "memory");
+    return value;
+#else
+    return *word;
+#endif
+}
+
+__device__ __forceinline__ u32 sum_blocks(const u32 *word) {
+    u32 sum = 0;
+#pragma unroll 8
+    for (u32 other = 0; other < blocks(); ++other) sum += read_block(word, other);
+    return sum;
+}

@@ -1,0 +1,132 @@
+// Compile-time: CLUSTERED (0: one block), SMALL (1: at most 32 ranks), TOP_K, ID (int or long long), WEIGHT (unsigned or unsigned short: bits are copied, never
+// computed with), ROUNDS, LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::rounds).
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+static constexpr u32 WARP = 32;
+static constexpr u32 ALL = 0xffffffffu;
+// Ranks are below 1024. A slot without an expert, or a token without a destination, has rank `ranks`, whose entry of
+// each array of ranks + 1 is 0: so nobody has to ask.
+static constexpr u32 RANK_BITS = 10;
+// States of a token that are neither a rank nor a bid (assign.cuh): without a rank yet; no token, but padding.
+static constexpr u16 PENDING = 0x7ffe;
+static constexpr u16 NOBODY = 0x7fff;
+
+enum Mode : u32 { OWN = 0, LIVE = 1, GIVEN = 2 };
+enum Outcome : u32 { TALLY_LIVE = 0, TALLY_TIMED_OUT = 1, TALLY_BROKEN = 2, TALLY_TORN = 3 };
+
+// What a runner keeps on the device between calls; `State` in src/args.rs.
+struct State {
+    u32 last;      // The sequence of the last call; 0 before the first.
+    u32 failures;  // Waits in a row that ended at the cap.
+    u64 tally[4];  // Calls by Outcome.
+};
+
+// `Args` in src/args.rs, field by field.
+struct Args {
+    const ID *ids;           // [rows, TOP_K]
+    const WEIGHT *weights;   // [rows, TOP_K]
+    ID *out_ids;             // [rows, TOP_K + 1]
+    WEIGHT *out_weights;     // [rows, TOP_K + 1]
+    const int *unpadded;     // Rows at or past it are padding; null: none are.
+    const u32 *quotas;       // [ranks], for GIVEN.
+    u64 *board;              // For LIVE: the board's words, in registered host memory.
+    State *state;
+    u64 cap_ns;              // The longest wait for a plan.
+    u64 rank_multiplier;     // id / experts_per_rank = id * multiplier >> shift.
+    u32 rank_shift;
+    u32 rows, rows_per_block;
+    u32 ranks, rank, experts, experts_per_rank;
+    u32 shared_weight;       // Its bits.
+    u32 mode;
+    // The board: words from its start to this rank's counts and quotas in the first slot of the ring.
+    u32 counts_at, quotas_at, slot_words, ring, posts_experts;
+    u32 tally_at;            // Words from the board's start to this rank's calls by Outcome.
+    // Bytes from the start of dynamic shared memory to each array of `Shared`.
+    u32 counts_bytes, ranks_bytes, slots_bytes, given_bytes, table_bytes, table_stride;
+};
+
+// A block's dynamic shared memory.
+struct Shared {
+    u32 *counts;     // [experts]
+    u32 *loads;      // [ranks + 1] rows routed to each rank
+    u32 *visits;     // [ranks + 1] tokens that visit each rank
+    u32 *own;        // [ranks + 1] quotas from own counts
+    u32 *taken;      // [ranks + 1] quotas from the board, or given
+    u32 *left;       // [ranks + 1] rows of each quota still to be met; 0 at home, see `Block`
+    u32 *allowed;    // [ranks + 1] how many of this block's bids are granted
+    u32 *totals;     // [2, ranks + 1] this block's bids, by parity of the round
+    u16 *slots;      // [rows_per_block, TOP_K] the rank of each slot
+    u16 *given;      // [rows_per_block] the state of each token, see assign.cuh
+    u16 *table;      // [ranks, table_stride] bids by destination and warp's rows
+};
+
+// What the threads of a block tell each other.
+struct Block {
+    u32 tokens;             // Rows with a valid id: of this block, then of all.
+    u32 live;               // Whether `taken` has quotas that hold.
+    u32 home;               // Rows of the home quota.
+    u32 most[ROUNDS + 1];   // Most rows left anywhere but at home, by round.
+    u32 pending;            // Tokens of this block without a rank after the rounds.
+    u32 pending_before;     // Those of the blocks before it.
+    u32 sequence;           // Of this call.
+    u32 failures;           // As of its start, see State.
+};
+
+// Pointers by offsets from the one base, each by itself: so that the compiler knows them to be shared memory.
+__device__ __forceinline__ Shared shared_arrays(const Args &args) {
+    extern __shared__ __align__(16) u8 memory[];
+    u32 *ranks = (u32 *)(memory + args.ranks_bytes);
+    Shared s;
+    s.counts = (u32 *)(memory + args.counts_bytes);
+    u32 entries = args.ranks + 1;
+    s.loads = ranks;
+    s.visits = ranks + entries;
+    s.own = ranks + 2 * entries;
+    s.taken = ranks + 3 * entries;
+    s.left = ranks + 4 * entries;
+    s.allowed = ranks + 5 * entries;
+    s.totals = ranks + 6 * entries;
+    s.slots = (u16 *)(memory + args.slots_bytes);
+    s.given = (u16 *)(memory + args.given_bytes);
+    s.table = (u16 *)(memory + args.table_bytes);
+    return s;
+}
+
+__device__ __forceinline__ u32 lane() { return threadIdx.x % WARP; }
+__device__ __forceinline__ u32 warp() { return threadIdx.x / WARP; }
+__device__ __forceinline__ u32 warps() { return blockDim.x / WARP; }
+__device__ __forceinline__ u32 lanes_before() { return (1u << lane()) - 1; }
+// value / divisor, rounded up.
+__device__ __forceinline__ u32 up(u32 value, u32 divisor) { return (value + divisor - 1) / divisor; }
+__device__ __forceinline__ u32 at_most(u32 a, u32 b) { return a < b ? a : b; }
+__device__ __forceinline__ u32 at_least(u32 a, u32 b) { return a > b ? a : b; }
+
+__device__ __forceinline__ u32 warp_sum(u32 value) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(ALL, value);
+#else
+    for (u32 step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
+    return value;
+#endif
+}
+
+__device__ __forceinline__ u32 warp_max(u32 value) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(ALL, value);
+#else
+    for (u32 step = WARP / 2; step > 0; step /= 2) value = at_least(value, __shfl_xor_sync(ALL, value, step));
+    return value;
+#endif
+}
+
+// The sum over this lane and those before it.
+__device__ __forceinline__ u32 warp_prefix(u32 value) {
+    for (u32 step = 1; step < WARP; step *= 2) {
+        u32 before = __shfl_up_sync(ALL, value, step);
+        if (lane() >= step) value += before;
+    }
+    return value;
+}

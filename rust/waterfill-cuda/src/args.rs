@@ -1,0 +1,51 @@
+//! What host and kernel exchange: `Args` and `State` of kernels/types.cuh, field by field.
+
+/// The kernel's one argument.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Args {
+    pub ids: u64,
+    pub weights: u64,
+    pub out_ids: u64,
+    pub out_weights: u64,
+    pub unpadded: u64,
+    pub quotas: u64,
+    pub board: u64,
+    pub state: u64,
+    pub cap_ns: u64,
+    pub rank_multiplier: u64,
+    pub rank_shift: u32,
+    pub rows: u32,
+    pub rows_per_block: u32,
+    pub ranks: u32,
+    pub rank: u32,
+    pub experts: u32,
+    pub experts_per_rank: u32,
+    pub shared_weight: u32,
+    pub mode: u32,
+    pub counts_at: u32,
+    pub quotas_at: u32,
+    pub slot_words: u32,
+    pub ring: u32,
+    pub posts_experts: u32,
+    pub tally_at: u32,
+    pub counts_bytes: u32,
+    pub ranks_bytes: u32,
+    pub slots_bytes: u32,
+    pub given_bytes: u32,
+    pub table_bytes: u32,
+    pub table_stride: u32,
+}
+
+/// What a runner keeps on the device between calls.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct State {
+    pub last: u32,
+    pub failures: u32,
+    pub tally: [u64; 4],
+}
+
+pub(crate) const OWN: u32 = 0;
+pub(crate) const LIVE: u32 = 1;
+pub(crate) const GIVEN: u32 = 2;

@@ -1,0 +1,185 @@
+//! Kernels from their source, by NVRTC, for the GPU at hand; kept on disk by the hash of what made them.
+
+use std::ffi::{CStr, CString};
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+
+use cudarc::nvrtc::sys;
+use waterfill_core::rounds;
+
+use crate::error::{Error, Result};
+use crate::library::open_nvrtc;
+use crate::shape::{IdType, Shape, WeightType};
+
+/// The kernel's name in its module.
+pub(crate) const KERNEL: &CStr = c"expand_topk";
+
+/// The source of every variant: the files in the order in which they use each other.
+pub const FILES: [&str; 7] = [
+    include_str!("../kernels/types.cuh"),
+    include_str!("../kernels/cluster.cuh"),
+    include_str!("../kernels/count.cuh"),
+    include_str!("../kernels/own.cuh"),
+    include_str!("../kernels/board.cuh"),
+    include_str!("../kernels/assign.cuh"),
+    include_str!("../kernels/expand.cu"),
+];
+
+/// The source of a shape's kernel for one block or a cluster of them: its compile-time values, then the files.
+#[must_use]
+pub fn source(shape: &Shape, clustered: bool) -> String {
+    let id = match shape.id {
+        IdType::I32 => "int",
+        IdType::I64 => "long long",
+    };
+    let weight = match shape.weight {
+        WeightType::F32 => "unsigned",
+        WeightType::Bf16 => "unsigned short",
+    };
+    let (steps, more) = (rounds::STEPS, rounds::ROUND_STEPS);
+    let values = [
+        ("CLUSTERED", u32::from(clustered).to_string()),
+        ("SMALL", u32::from(shape.ranks <= 32).to_string()),
+        ("TOP_K", format!("{}u", shape.top_k)),
+        ("ID", id.into()),
+        ("WEIGHT", weight.into()),
+        ("ROUNDS", format!("{}u", rounds::ROUNDS)),
+        ("LEVELS", format!("{}u", rounds::LEVELS)),
+        ("STEP_LEVEL", format!("{}u", steps[0])),
+        ("STEP_TURN", format!("{}u", steps[1])),
+        ("ROUND_LEVEL", format!("{}u", more[0])),
+        ("ROUND_TURN", format!("{}u", more[1])),
+    ];
+    let defines = values.map(|(name, value)| format!("#define {name} {value}\n"));
+    defines.concat() + &FILES.concat()
+}
+
+/// Compiles with NVRTC, or finds what it compiled before.
+#[derive(Clone, Debug)]
+pub struct Compiler {
+    version: (i32, i32),
+    cache: Option<PathBuf>,
+}
+
+impl Compiler {
+    /// NVRTC by its name or as the file `nvrtc`; compiled kernels are kept in the folder `cache`, if given.
+    ///
+    /// # Errors
+    /// NVRTC is not there.
+    pub fn new(nvrtc: Option<&Path>, cache: Option<&Path>) -> Result<Self> {
+        open_nvrtc(nvrtc)?;
+        let mut version = (0, 0);
+        // SAFETY: both point to an integer each.
+        check("nvrtcVersion", unsafe { sys::nvrtcVersion(&mut version.0, &mut version.1) })?;
+        Ok(Self { version, cache: cache.map(Path::to_path_buf) })
+    }
+
+    /// The machine code of a shape's kernel, for one block or a cluster of them (from 90 on), for an
+    /// architecture, `major * 10 + minor`.
+    ///
+    /// # Errors
+    /// The compiler's, with its log. A cache that cannot be read or written is done without.
+    pub fn compile(&self, shape: &Shape, clustered: bool, architecture: u32) -> Result<Vec<u8>> {
+        let source = source(shape, clustered);
+        let options = [format!("--gpu-architecture=sm_{architecture}"), "--std=c++17".into()];
+        let file = self.cache.as_ref().map(|folder| folder.join(self.name(&source, &options)));
+        if let Some(code) = file.as_ref().and_then(|file| fs::read(file).ok()) {
+            return Ok(code);
+        }
+        let code = compile(&source, &options)?;
+        if let Some(file) = file {
+            // Without a cache every start compiles, about a second; no reason to fail.
+            let _ = keep(&file, &code);
+        }
+        Ok(code)
+    }
+
+    /// Forget what `compile` keeps for it, for a file that the driver refuses.
+    pub(crate) fn forget(&self, shape: &Shape, clustered: bool, architecture: u32) {
+        let options = [format!("--gpu-architecture=sm_{architecture}"), "--std=c++17".into()];
+        if let Some(folder) = &self.cache {
+            let _ = fs::remove_file(folder.join(self.name(&source(shape, clustered), &options)));
+        }
+    }
+
+    /// 128 bits of all that the code depends on.
+    fn name(&self, source: &str, options: &[String]) -> String {
+        let half = |salt: u64| {
+            let mut hasher = DefaultHasher::new();
+            (salt, source, options, self.version).hash(&mut hasher);
+            hasher.finish()
+        };
+        format!("{:016x}{:016x}.cubin", half(0), half(1))
+    }
+}
+
+/// Write it beside and rename: whoever reads finds all of it, and of two writers the last wins.
+fn keep(file: &Path, code: &[u8]) -> std::io::Result<()> {
+    let folder = file.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder)?;
+    let beside = file.with_extension(format!("{}.part", std::process::id()));
+    fs::write(&beside, code)?;
+    fs::rename(&beside, file)
+}
+
+fn compile(source: &str, options: &[String]) -> Result<Vec<u8>> {
+    let c_string = |text: &str| {
+        CString::new(text)
+            .map_err(|_| Error::Argument("the kernel's source holds a zero byte".into()))
+    };
+    let source = c_string(source)?;
+    let options: Vec<CString> =
+        options.iter().map(|option| c_string(option)).collect::<Result<_>>()?;
+    let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
+    let mut program = std::ptr::null_mut();
+    let (none, name) = (std::ptr::null(), c"waterfill.cu");
+    // SAFETY: NUL-terminated strings that live through the calls; no headers; `program` is destroyed below.
+    check("nvrtcCreateProgram", unsafe {
+        sys::nvrtcCreateProgram(&mut program, source.as_ptr(), name.as_ptr(), 0, none, none)
+    })?;
+    // SAFETY: `options` holds as many strings as it says.
+    let compiled =
+        unsafe { sys::nvrtcCompileProgram(program, options.len() as i32, options.as_ptr()) };
+    let code = match check("nvrtcCompileProgram", compiled) {
+        Ok(()) => code_of(program),
+        Err(Error::Compiler { call, log }) => {
+            Err(Error::Compiler { call, log: format!("{log}\n{}", log_of(program)) })
+        }
+        Err(error) => Err(error),
+    };
+    // SAFETY: made above, and not used any more.
+    unsafe { sys::nvrtcDestroyProgram(&mut program) };
+    code
+}
+
+fn code_of(program: sys::nvrtcProgram) -> Result<Vec<u8>> {
+    let mut size = 0;
+    // SAFETY: a compiled program; `size` is an integer.
+    check("nvrtcGetCUBINSize", unsafe { sys::nvrtcGetCUBINSize(program, &mut size) })?;
+    let mut code = vec![0u8; size];
+    // SAFETY: `code` has the size that was just told.
+    check("nvrtcGetCUBIN", unsafe { sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast()) })?;
+    Ok(code)
+}
+
+fn log_of(program: sys::nvrtcProgram) -> String {
+    let mut size = 0;
+    // SAFETY: a program; `size` is an integer.
+    if check("nvrtcGetProgramLogSize", unsafe { sys::nvrtcGetProgramLogSize(program, &mut size) })
+        .is_err()
+    {
+        return String::new();
+    }
+    let mut log = vec![0u8; size];
+    // SAFETY: `log` has the size that was just told.
+    unsafe { sys::nvrtcGetProgramLog(program, log.as_mut_ptr().cast()) };
+    String::from_utf8_lossy(&log).trim_end_matches('\0').to_string()
+}
+
+fn check(call: &'static str, result: sys::nvrtcResult) -> Result<()> {
+    if result == sys::nvrtcResult::NVRTC_SUCCESS {
+        return Ok(());
+    }
+    Err(Error::Compiler { call, log: format!("{result:?}") })
+}

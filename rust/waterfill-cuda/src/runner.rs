@@ -1,0 +1,364 @@
+//! One rank's end on the device: the kernel, its state, and the launch.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use waterfill_board::RING;
+
+use crate::args::{Args, GIVEN, LIVE, OWN, State};
+use crate::compiler::Compiler;
+use crate::driver::{
+    Current, Device, Kernel, Launch, OwnStream, Registered, Relaxed, Slot, Stream,
+};
+use crate::error::{Error, Result};
+use crate::shape::{Geometry, IdType, Shape, WeightType};
+
+/// Sizes of clusters to try, largest first; more than 8 blocks only some devices can.
+const CLUSTERS: [usize; 2] = [16, 8];
+/// The first architecture that has clusters.
+const WITH_CLUSTERS: u32 = 90;
+/// Shared memory that the kernel takes by itself, in bytes, and more.
+const STATIC_SHARED: usize = 1024;
+
+/// One rank's kernel and its state on one device. Its launches are for one stream at a time.
+#[derive(Debug)]
+pub struct Runner {
+    // Dropped in this order, all while the device's context lives.
+    board: Option<Arc<Registered>>,
+    state: Slot<State>,
+    kernel: Kernel,
+    /// For calls of more rows than one block takes, where the device has clusters.
+    cluster: Option<Cluster>,
+    device: Device,
+    shape: Shape,
+    shared: usize,
+    /// What every call has in common.
+    args: Args,
+}
+
+#[derive(Debug)]
+struct Cluster {
+    kernel: Kernel,
+    most_blocks: usize,
+}
+
+/// A board's words in this process's memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Board {
+    /// Address of its first word.
+    pub address: usize,
+    /// Its shape: experts as the kernel's, or as many as ranks, for the short form of loads a rank.
+    pub shape: waterfill_board::Shape,
+}
+
+/// Where a call's quotas come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Quotas {
+    /// From the rank's own counts.
+    Own,
+    /// From the board's planner, if they come within `cap` after they are waited for; else own ones.
+    Live {
+        /// The longest wait.
+        cap: Duration,
+    },
+    /// `[R]` 32-bit words on the device; own ones if they do not add up to the tokens.
+    Given {
+        /// Their address.
+        address: u64,
+    },
+}
+
+/// One call: addresses on the device, and what is at them.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// `[rows, top_k]` ids.
+    pub ids: u64,
+    /// `[rows, top_k]` weights.
+    pub weights: u64,
+    /// `[rows, top_k + 1]` ids.
+    pub out_ids: u64,
+    /// `[rows, top_k + 1]` weights.
+    pub out_weights: u64,
+    /// Rows.
+    pub rows: usize,
+    /// Weight of the shared expert's row.
+    pub shared_weight: f32,
+    /// One 32-bit integer: rows at or past it are padding. 0: there is none.
+    pub unpadded: u64,
+    /// Where the quotas come from.
+    pub quotas: Quotas,
+}
+
+/// Numbers of calls by how they ended; calls with [`Quotas::Own`] are not counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Calls with the quotas that were asked for.
+    pub live: u64,
+    /// Calls that waited to the cap.
+    pub timed_out: u64,
+    /// Calls that did not wait, because of the breaker.
+    pub broken: u64,
+    /// Calls that refused quotas that do not add up to their tokens.
+    pub torn: u64,
+}
+
+impl Runner {
+    /// Compile (or find) the kernel, load it and run it once, so that no later launch has to.
+    ///
+    /// May be called while another thread captures a graph.
+    ///
+    /// # Errors
+    /// A shape or rank that does not fit, no driver or NVRTC, or what they refuse.
+    pub fn new(ordinal: usize, shape: Shape, rank: usize, compiler: &Compiler) -> Result<Self> {
+        shape.check()?;
+        if rank >= shape.ranks {
+            let (rank, ranks) = (rank as i64, shape.ranks);
+            return Err(waterfill_core::Error::Rank { name: "rank", rank, ranks }.into());
+        }
+        let device = Device::new(ordinal)?;
+        let current = device.current()?;
+        let relaxed = Relaxed::new()?;
+        let architecture = device.architecture()?;
+        let shared = device.shared_memory()?.saturating_sub(STATIC_SHARED);
+        let kernel = load(compiler, &shape, false, architecture, shared)?;
+        let cluster = cluster(compiler, &shape, architecture, shared)?;
+        let state = Slot::new()?;
+        let args = common_args(&shape, rank, state.address());
+        drop((relaxed, current));
+        let runner = Self { board: None, state, kernel, cluster, device, shape, shared, args };
+        runner.warm()?;
+        Ok(runner)
+    }
+
+    /// Take part in `board`: from now on [`Quotas::Live`] may be asked for.
+    ///
+    /// # Errors
+    /// A board of another shape, or memory that the driver cannot register.
+    ///
+    /// # Safety
+    /// At `board.address` are the words of a board of its shape, mapped until every runner that is attached
+    /// to it is dropped, and every graph that captured one's launches; and nobody else posts for this rank.
+    pub unsafe fn attach(&mut self, board: Board) -> Result<()> {
+        let (shape, rank) = (board.shape, self.args.rank as usize);
+        let per_expert = shape.experts == self.shape.experts;
+        if shape.ranks != self.shape.ranks || !(per_expert || shape.experts == shape.ranks) {
+            return Err(Error::Argument(format!(
+                "a board of {} ranks and {} experts: give one of {} ranks and as many experts, or {} of them",
+                shape.ranks, shape.experts, self.shape.ranks, self.shape.experts
+            )));
+        }
+        let _current = self.device.current()?;
+        let _relaxed = Relaxed::new()?;
+        self.board = None;
+        // SAFETY: the caller's promise.
+        let registered =
+            unsafe { Registered::new(board.address, shape.words() * size_of::<u64>())? };
+        self.args.board = registered.device();
+        self.args.counts_at = shape.counts(0, rank) as u32;
+        self.args.quotas_at = shape.quotas(0, rank) as u32;
+        self.args.slot_words = (shape.counts(1, rank) - shape.counts(0, rank)) as u32;
+        self.args.ring = RING as u32;
+        self.args.posts_experts = u32::from(shape.experts != shape.ranks);
+        self.args.tally_at = shape.rank_tally(rank) as u32 + 1;
+        self.board = Some(registered);
+        Ok(())
+    }
+
+    /// The most rows that a call may have.
+    #[must_use]
+    pub fn max_rows(&self) -> usize {
+        let fits = |rows: &usize| self.shape.cut(*rows, self.most_blocks(), self.shared).is_ok();
+        // Fewer rows never take more memory.
+        let (mut least, mut most) = (0, 1 << 20);
+        while least < most {
+            let middle = usize::div_ceil(least + most, 2);
+            if fits(&middle) { least = middle } else { most = middle - 1 }
+        }
+        least
+    }
+
+    /// Launch one call on `stream`, a stream of the runner's device, or 0.
+    ///
+    /// Nothing is allocated or waited for, so a graph can capture it.
+    ///
+    /// # Errors
+    /// More rows than fit, [`Quotas::Live`] without a board, or what the driver refuses.
+    ///
+    /// # Safety
+    /// The addresses are those of arrays of the shape's types and the lengths that [`Call`] names, alive
+    /// until the launch (and each replay of a graph with it) has run; outputs are not written by others
+    /// meanwhile. Launches of one runner run one after the other.
+    pub unsafe fn launch(&self, call: &Call, stream: usize) -> Result<()> {
+        let current = self.device.current()?;
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_on(&current, call, Stream::borrow(stream)) }
+    }
+
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    unsafe fn launch_on(&self, _: &Current, call: &Call, stream: Stream) -> Result<()> {
+        let cut = self.shape.cut(call.rows, self.most_blocks(), self.shared)?;
+        let mut args = Args {
+            ids: call.ids,
+            weights: call.weights,
+            out_ids: call.out_ids,
+            out_weights: call.out_weights,
+            unpadded: call.unpadded,
+            rows: call.rows as u32,
+            shared_weight: weight_bits(self.shape.weight, call.shared_weight),
+            ..with_cut(self.args, &cut)
+        };
+        match call.quotas {
+            Quotas::Own => args.mode = OWN,
+            Quotas::Given { address } => (args.mode, args.quotas) = (GIVEN, address),
+            Quotas::Live { .. } if self.board.is_none() => {
+                return Err(Error::Argument(
+                    "live quotas without a board: attach one first".into(),
+                ));
+            }
+            Quotas::Live { cap } => {
+                let cap = u64::try_from(cap.as_nanos()).unwrap_or(u64::MAX);
+                (args.mode, args.cap_ns) = (LIVE, cap);
+            }
+        }
+        let launch = Launch { blocks: cut.blocks, threads: cut.threads, shared: cut.shared };
+        // SAFETY: the kernel's parameter is `Args`; its addresses are the caller's promise, or live with
+        // this runner, and the board's layout is that of the board's own crate.
+        unsafe { self.kernel_for(cut.blocks).launch(launch, stream, &args) }
+    }
+
+    fn most_blocks(&self) -> usize {
+        self.cluster.as_ref().map_or(1, |cluster| cluster.most_blocks)
+    }
+
+    fn kernel_for(&self, blocks: usize) -> &Kernel {
+        self.cluster.as_ref().filter(|_| blocks > 1).map_or(&self.kernel, |cluster| &cluster.kernel)
+    }
+
+    /// How the calls on `stream` so far ended; waits for them. Not while a graph is captured.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Safety
+    /// `stream` is a stream of the runner's device, or 0.
+    pub unsafe fn tally(&self, stream: usize) -> Result<Tally> {
+        let _current = self.device.current()?;
+        // SAFETY: the caller's promise.
+        let state = self.state.read(unsafe { Stream::borrow(stream) })?;
+        let [live, timed_out, broken, torn] = state.tally;
+        Ok(Tally { live, timed_out, broken, torn })
+    }
+
+    /// One empty launch of each kernel: whatever the driver does lazily, it does now.
+    fn warm(&self) -> Result<()> {
+        let _current = self.device.current()?;
+        let _relaxed = Relaxed::new()?;
+        let stream = OwnStream::new()?;
+        for blocks in [1, self.most_blocks()] {
+            let cut = self.shape.cut(0, 1, self.shared)?;
+            let launch = Launch { blocks, threads: cut.threads, shared: cut.shared };
+            let args = with_cut(self.args, &cut);
+            // SAFETY: the kernel's parameter is `Args`; there are no rows, so no address is read or written.
+            unsafe { self.kernel_for(blocks).launch(launch, stream.0, &args)? };
+        }
+        stream.0.synchronize()
+    }
+}
+
+fn with_cut(args: Args, cut: &Geometry) -> Args {
+    Args {
+        rows_per_block: cut.rows_per_block as u32,
+        ranks_bytes: cut.ranks_at as u32,
+        slots_bytes: cut.slots_at as u32,
+        given_bytes: cut.given_at as u32,
+        table_bytes: cut.table_at as u32,
+        table_stride: cut.table_stride as u32,
+        ..args
+    }
+}
+
+/// A kernel, from the cache or from NVRTC; anew if the driver does not take what the cache had.
+fn load(
+    compiler: &Compiler,
+    shape: &Shape,
+    clustered: bool,
+    architecture: u32,
+    shared: usize,
+) -> Result<Kernel> {
+    let code = compiler.compile(shape, clustered, architecture)?;
+    Kernel::load(&code, shared).or_else(|_| {
+        compiler.forget(shape, clustered, architecture);
+        Kernel::load(&compiler.compile(shape, clustered, architecture)?, shared)
+    })
+}
+
+/// The kernel for clusters, and the largest that the device runs with all the shared memory they may take.
+fn cluster(
+    compiler: &Compiler,
+    shape: &Shape,
+    architecture: u32,
+    shared: usize,
+) -> Result<Option<Cluster>> {
+    if architecture < WITH_CLUSTERS {
+        return Ok(None);
+    }
+    let kernel = load(compiler, shape, true, architecture, shared)?;
+    // Refused where not supported; then the smaller size is found below.
+    let _ = kernel.allow_large_clusters();
+    let runs = |blocks: usize| {
+        kernel.clusters(Launch { blocks, threads: 1024, shared }).is_ok_and(|clusters| clusters > 0)
+    };
+    let most_blocks = CLUSTERS.into_iter().find(|&blocks| runs(blocks));
+    Ok(most_blocks.map(|most_blocks| Cluster { kernel, most_blocks }))
+}
+
+fn common_args(shape: &Shape, rank: usize, state: u64) -> Args {
+    let experts_per_rank = shape.experts / shape.ranks;
+    // As `Divisor` in waterfill_core: exact for ids below 2^31.
+    let rank_shift = 31 + experts_per_rank.next_power_of_two().trailing_zeros();
+    Args {
+        state,
+        rank_multiplier: (1u64 << rank_shift).div_ceil(experts_per_rank as u64),
+        rank_shift,
+        ranks: shape.ranks as u32,
+        rank: rank as u32,
+        experts: shape.experts as u32,
+        experts_per_rank: experts_per_rank as u32,
+        ..Args::default()
+    }
+}
+
+fn weight_bits(kind: WeightType, weight: f32) -> u32 {
+    match kind {
+        WeightType::F32 => weight.to_bits(),
+        WeightType::Bf16 => {
+            let bf16: waterfill_core::Bf16 = waterfill_core::Weight::from_f32(weight);
+            bf16.0.into()
+        }
+    }
+}
+
+impl IdType {
+    /// The type of ids of so many bits.
+    #[must_use]
+    pub fn of_bits(bits: usize) -> Option<Self> {
+        match bits {
+            32 => Some(Self::I32),
+            64 => Some(Self::I64),
+            _ => None,
+        }
+    }
+}
+
+impl WeightType {
+    /// The type of weights of so many bits.
+    #[must_use]
+    pub fn of_bits(bits: usize) -> Option<Self> {
+        match bits {
+            32 => Some(Self::F32),
+            16 => Some(Self::Bf16),
+            _ => None,
+        }
+    }
+}

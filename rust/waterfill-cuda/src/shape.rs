@@ -1,0 +1,158 @@
+//! What a runner is made for, and how a call of so many rows is cut into blocks.
+
+use crate::error::{Error, Result};
+
+/// Width of expert ids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IdType {
+    /// 32 bits.
+    I32,
+    /// 64 bits.
+    I64,
+}
+
+/// Type of weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightType {
+    /// float32.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+/// What a runner is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// EP size.
+    pub ranks: usize,
+    /// Physical experts over all ranks.
+    pub experts: usize,
+    /// Routed experts of a token, 1 to 32.
+    pub top_k: usize,
+    /// Their ids.
+    pub id: IdType,
+    /// Their weights.
+    pub weight: WeightType,
+}
+
+/// The most routed experts of a token.
+const MAX_TOP_K: usize = 32;
+/// Rows of one call; sums of routed rows and rooms fit 32 bits below it.
+const MAX_ROWS: usize = 1 << 20;
+/// Rows up to which one block takes them all: one a thread.
+const BLOCK: usize = 1024;
+/// Rows of each block of a cluster, while there are blocks.
+const CLUSTERED_BLOCK: usize = 512;
+/// Fewest threads of a block: one warp waits for quotas while another plans.
+const LEAST_THREADS: usize = 128;
+const WARP: usize = 32;
+/// Arrays of a word a rank, and one more, in shared memory, as `shared_arrays` in the kernel has them.
+const RANK_ARRAYS: usize = 8;
+
+/// One call's blocks and their shared memory, in bytes from its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Geometry {
+    pub blocks: usize,
+    pub threads: usize,
+    pub rows_per_block: usize,
+    pub ranks_at: usize,
+    pub slots_at: usize,
+    pub given_at: usize,
+    pub table_at: usize,
+    /// 16-bit columns of a row of the table: an odd number of 16-byte groups, so that rows meet in no bank.
+    pub table_stride: usize,
+    pub shared: usize,
+}
+
+impl Shape {
+    /// What can be refused without a device.
+    ///
+    /// # Errors
+    /// Ranks or experts that the core refuses, a top-k outside 1 to 32.
+    pub fn check(&self) -> Result<()> {
+        waterfill_core::Placement::contiguous(self.ranks, self.experts)?;
+        if !(1..=MAX_TOP_K).contains(&self.top_k) {
+            let text =
+                format!("top_k {}: give 1 to {MAX_TOP_K} routed experts a token", self.top_k);
+            return Err(Error::Argument(text));
+        }
+        Ok(())
+    }
+
+    /// How `rows` rows are cut, with up to `most_blocks` blocks of `shared` bytes each.
+    pub(crate) fn cut(&self, rows: usize, most_blocks: usize, shared: usize) -> Result<Geometry> {
+        // A cluster's barriers cost what half a block's rows do: not for a few rows more.
+        let each = if rows <= BLOCK { BLOCK } else { CLUSTERED_BLOCK };
+        let blocks = rows.div_ceil(each).clamp(1, most_blocks);
+        let rows_per_block = rows.div_ceil(blocks).next_multiple_of(WARP);
+        let geometry = self.geometry(blocks, rows_per_block);
+        if rows <= MAX_ROWS && geometry.shared <= shared {
+            return Ok(geometry);
+        }
+        Err(Error::Argument(format!(
+            "{rows} rows of top {} over {} ranks and {} experts: they take {} bytes of shared memory in each of \
+             {blocks} blocks, the device has {shared}; give fewer rows a call (never more than {MAX_ROWS})",
+            self.top_k, self.ranks, self.experts, geometry.shared
+        )))
+    }
+
+    fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
+        let slots = rows_per_block.max(WARP);
+        let ranks_at = (4 * self.experts).next_multiple_of(16);
+        let slots_at = (ranks_at + 4 * RANK_ARRAYS * (self.ranks + 1)).next_multiple_of(16);
+        let given_at = (slots_at + 2 * slots * self.top_k).next_multiple_of(16);
+        let table_at = (given_at + 2 * slots).next_multiple_of(16);
+        let table_stride = ((slots / WARP).div_ceil(8) | 1) * 8;
+        Geometry {
+            blocks,
+            threads: rows_per_block.clamp(LEAST_THREADS, BLOCK),
+            rows_per_block,
+            ranks_at,
+            slots_at,
+            given_at,
+            table_at,
+            table_stride,
+            shared: table_at + 2 * table_stride * self.ranks,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHARED: usize = 227 << 10;
+
+    fn shape(ranks: usize, experts: usize, top_k: usize) -> Shape {
+        Shape { ranks, experts, top_k, id: IdType::I32, weight: WeightType::F32 }
+    }
+
+    #[test]
+    fn usual_calls_fit_and_cover_their_rows() {
+        for (ranks, experts) in
+            [(1, 256), (8, 256), (72, 288), (144, 288), (256, 256), (1024, 1024)]
+        {
+            for rows in [0, 1, 31, 128, 1000, 1024, 1025, 4096, 16384] {
+                for blocks in [8, 16] {
+                    let cut = shape(ranks, experts, 8).cut(rows, blocks, SHARED);
+                    if ranks == 1024 && rows == 16384 && blocks == 8 {
+                        continue;
+                    }
+                    let cut = cut.unwrap();
+                    assert!(cut.blocks * cut.rows_per_block >= rows, "{rows} rows: {cut:?}");
+                    assert!(cut.threads <= 1024 && cut.threads.is_multiple_of(WARP));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn refusals_have_the_numbers() {
+        let text = shape(8, 256, 33).check().unwrap_err().to_string();
+        assert!(text.contains("top_k 33"), "{text}");
+        let text = shape(8, 250, 8).check().unwrap_err().to_string();
+        assert!(text.contains("250"), "{text}");
+        let text = shape(8, 256, 8).cut(1 << 21, 8, SHARED).unwrap_err().to_string();
+        assert!(text.contains("2097152 rows"), "{text}");
+    }
+}

@@ -1,0 +1,68 @@
+//! Every variant's source compiles, where there is an NVRTC. No GPU is needed.
+//!
+//! `NVRTC=FILE` names the library, such as the one in torch's wheels; else it is looked for by its name.
+
+use std::path::PathBuf;
+
+use waterfill_cuda::{Compiler, IdType, Shape, WeightType};
+
+/// The machines of today, and one without clusters.
+const ARCHITECTURES: [u32; 4] = [80, 90, 100, 120];
+
+fn compiler(cache: Option<&std::path::Path>) -> Option<Compiler> {
+    let path = std::env::var_os("NVRTC").map(PathBuf::from);
+    match Compiler::new(path.as_deref(), cache) {
+        Ok(compiler) => Some(compiler),
+        // Named but not usable is a failure; not there is none.
+        Err(error) if path.is_some() => panic!("{error}"),
+        Err(error) => {
+            println!("SKIPPED: {error}");
+            None
+        }
+    }
+}
+
+fn shape(top_k: usize, id: IdType, weight: WeightType) -> Shape {
+    Shape { ranks: 8, experts: 256, top_k, id, weight }
+}
+
+#[test]
+fn every_variant_compiles() {
+    let Some(compiler) = compiler(None) else { return };
+    for id in [IdType::I32, IdType::I64] {
+        for weight in [WeightType::F32, WeightType::Bf16] {
+            for (top_k, clustered) in [(1, true), (6, false), (6, true), (8, true), (32, true)] {
+                let code = compiler.compile(&shape(top_k, id, weight), clustered, 90).unwrap();
+                assert!(code.starts_with(b"\x7fELF"), "{} bytes", code.len());
+            }
+        }
+    }
+    for architecture in ARCHITECTURES {
+        compiler
+            .compile(&shape(6, IdType::I32, WeightType::F32), architecture >= 90, architecture)
+            .unwrap();
+    }
+}
+
+#[test]
+fn what_was_compiled_is_found_again() {
+    let folder = std::env::temp_dir().join(format!("waterfill-cuda-{}", std::process::id()));
+    let Some(compiler) = compiler(Some(&folder)) else { return };
+    let shape = shape(2, IdType::I32, WeightType::F32);
+    let code = compiler.compile(&shape, false, 90).unwrap();
+    let files: Vec<_> =
+        std::fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path()).collect();
+    assert_eq!(files.len(), 1, "{files:?}");
+    // What is there is taken as it is.
+    std::fs::write(&files[0], b"kept").unwrap();
+    assert_eq!(compiler.compile(&shape, false, 90).unwrap(), b"kept");
+    assert_ne!(code, b"kept");
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn an_error_has_the_compilers_log() {
+    let Some(compiler) = compiler(None) else { return };
+    let error = compiler.compile(&shape(6, IdType::I32, WeightType::F32), false, 1).unwrap_err();
+    assert!(error.to_string().contains("gpu-architecture"), "{error}");
+}

@@ -1,0 +1,182 @@
+//! The board: a segment, the planner's thread beside it, and a look at it from outside.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use waterfill_board::{
+    BoardPlanner, Observer, Pace, PlannerThread, Published, SNAPSHOT_VERSION, Shape, Shared,
+    Snapshot, Tally, Waits,
+};
+
+use crate::error::{board_guarded, refused};
+use crate::plan::PyCostModel;
+
+pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("SNAPSHOT_VERSION", SNAPSHOT_VERSION)?;
+    module.add_class::<PyBoard>()?;
+    module.add_class::<PyPlannerThread>()?;
+    module.add_class::<PyObserver>()
+}
+
+#[pyclass(name = "Board", frozen)]
+pub struct PyBoard {
+    pub inner: Arc<Shared>,
+    pub shape: Shape,
+}
+
+#[pymethods]
+impl PyBoard {
+    #[staticmethod]
+    fn create(name: &str, ranks: usize, experts: usize, run: u128) -> PyResult<Self> {
+        board_guarded(|| {
+            let shape = Shape::new(ranks, experts)?;
+            Ok(Self { inner: Arc::new(Shared::create(name, shape, run)?), shape })
+        })
+    }
+
+    #[staticmethod]
+    fn attach(name: &str, ranks: usize, experts: usize, run: u128) -> PyResult<Self> {
+        board_guarded(|| {
+            let shape = Shape::new(ranks, experts)?;
+            Ok(Self { inner: Arc::new(Shared::attach(name, shape, run)?), shape })
+        })
+    }
+
+    fn unlink(&self) -> PyResult<()> {
+        board_guarded(|| self.inner.unlink())
+    }
+
+    #[getter]
+    fn path(&self) -> PathBuf {
+        self.inner.path().to_path_buf()
+    }
+
+    fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        snapshot_dict(py, &board_guarded(|| Snapshot::of(&self.inner, self.shape))?)
+    }
+}
+
+#[pyclass(name = "PlannerThread", frozen)]
+struct PyPlannerThread {
+    inner: std::sync::Mutex<Option<PlannerThread>>,
+}
+
+#[pymethods]
+impl PyPlannerThread {
+    #[new]
+    #[pyo3(signature = (board, cost_model, *, patience_us, pace, core=None))]
+    fn new(
+        board: &PyBoard,
+        cost_model: &PyCostModel,
+        patience_us: u64,
+        pace: &str,
+        core: Option<usize>,
+    ) -> PyResult<Self> {
+        let pace = match pace {
+            "spin" => Pace::Spin(core),
+            "park" => Pace::Park,
+            other => return Err(refused(format!("pace '{other}': give 'spin' or 'park'"))),
+        };
+        let planner = board_guarded(|| planner(board, cost_model, patience_us))?;
+        let thread = PlannerThread::spawn(planner, pace)?;
+        Ok(Self { inner: std::sync::Mutex::new(Some(thread)) })
+    }
+
+    fn stop(&self, py: Python<'_>) {
+        // The thread ends at its next look at the board; it may be asleep for four milliseconds.
+        py.detach(|| {
+            let thread = self.inner.lock().ok().and_then(|mut thread| thread.take());
+            drop(thread);
+        });
+    }
+}
+
+/// The planner of a board, for a thread or for the rank beside it.
+pub fn planner(
+    board: &PyBoard,
+    cost_model: &PyCostModel,
+    patience_us: u64,
+) -> waterfill_board::Result<BoardPlanner<Arc<Shared>>> {
+    let patience = Duration::from_micros(patience_us);
+    BoardPlanner::new(Arc::clone(&board.inner), board.shape, cost_model.inner.clone(), patience)
+}
+
+#[pyclass(name = "Observer", frozen)]
+struct PyObserver {
+    inner: Observer,
+}
+
+#[pymethods]
+impl PyObserver {
+    #[new]
+    fn new(path: PathBuf) -> PyResult<Self> {
+        board_guarded(|| Ok(Self { inner: Observer::attach(&path)? }))
+    }
+
+    fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        snapshot_dict(py, &self.inner.snapshot())
+    }
+}
+
+fn snapshot_dict<'py>(py: Python<'py>, snapshot: &Snapshot) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("version", SNAPSHOT_VERSION)?;
+    dict.set_item("ranks", snapshot.shape.ranks)?;
+    dict.set_item("experts", snapshot.shape.experts)?;
+    let ranks: PyResult<Vec<_>> = snapshot.ranks.iter().map(|rank| tally_dict(py, rank)).collect();
+    dict.set_item("by_rank", PyList::new(py, ranks?)?)?;
+    dict.set_item("planner", planner_dict(py, &snapshot.planner)?)?;
+    Ok(dict)
+}
+
+pub fn tally_dict<'py>(py: Python<'py>, tally: &Tally) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    let counts = [
+        ("process", tally.process),
+        ("calls", tally.calls()),
+        ("live", tally.live),
+        ("timed_out", tally.timed_out),
+        ("broken", tally.broken),
+        ("torn", tally.torn),
+        ("tokens", tally.tokens),
+    ];
+    for (name, count) in counts {
+        dict.set_item(name, count)?;
+    }
+    dict.set_item("wait_us", waits_dict(py, &tally.waits)?)?;
+    Ok(dict)
+}
+
+fn waits_dict<'py>(py: Python<'py>, waits: &Waits) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    let microseconds = |nanoseconds: u64| nanoseconds as f64 / 1e3;
+    dict.set_item("p50", microseconds(waits.quantile(0.5)))?;
+    dict.set_item("p99", microseconds(waits.quantile(0.99)))?;
+    dict.set_item("max", microseconds(waits.longest()))?;
+    let counted = waits.buckets().iter().enumerate().filter(|&(_, &count)| count > 0);
+    let buckets: Vec<(f64, u64)> =
+        counted.map(|(bucket, &count)| (microseconds(Waits::limit(bucket)), count)).collect();
+    dict.set_item("buckets", buckets)?;
+    Ok(dict)
+}
+
+fn planner_dict<'py>(py: Python<'py>, published: &Published) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    let counts = [
+        ("process", published.process),
+        ("whole", published.whole),
+        ("partial", published.partial),
+        ("refused", published.refused),
+        ("home_max", published.home),
+        ("planned_max", published.planned),
+        ("mean", published.mean),
+    ];
+    for (name, count) in counts {
+        dict.set_item(name, count)?;
+    }
+    dict.set_item("missed", published.missed.clone())?;
+    Ok(dict)
+}

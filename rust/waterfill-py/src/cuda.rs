@@ -1,0 +1,109 @@
+//! The kernel on a CUDA device. Tensors cross as addresses: `waterfill_rs.cuda` checks them.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use waterfill_board::{Region, Shared, Tally};
+use waterfill_cuda::{Board, Call, Compiler, IdType, Quotas, Runner, Shape, WeightType};
+
+use crate::board::PyBoard;
+use crate::error::{cuda_guarded, refused};
+
+pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<PyCudaRunner>()
+}
+
+#[pyclass(name = "CudaRunner", frozen)]
+struct PyCudaRunner {
+    inner: Runner,
+    /// Dropped after the runner, which has its memory registered.
+    _board: Option<Arc<Shared>>,
+}
+
+#[pymethods]
+impl PyCudaRunner {
+    #[new]
+    #[pyo3(signature = (device, *, ranks, experts, rank, top_k, id_bits, weight_bits, board, nvrtc, cache))]
+    #[allow(clippy::too_many_arguments)] // Keyword arguments, each with a name of its own in Python.
+    fn new(
+        py: Python<'_>,
+        device: usize,
+        ranks: usize,
+        experts: usize,
+        rank: usize,
+        top_k: usize,
+        id_bits: usize,
+        weight_bits: usize,
+        board: Option<&PyBoard>,
+        nvrtc: Option<PathBuf>,
+        cache: Option<PathBuf>,
+    ) -> PyResult<Self> {
+        let id = IdType::of_bits(id_bits)
+            .ok_or_else(|| refused(format!("ids of {id_bits} bits: give 32 or 64")))?;
+        let weight = WeightType::of_bits(weight_bits)
+            .ok_or_else(|| refused(format!("weights of {weight_bits} bits: give 32 or 16")))?;
+        let shape = Shape { ranks, experts, top_k, id, weight };
+        let board = board.map(|board| (Arc::clone(&board.inner), board.shape));
+        // The compiler takes a second where nothing is cached.
+        py.detach(|| {
+            cuda_guarded(|| {
+                let compiler = Compiler::new(nvrtc.as_deref(), cache.as_deref())?;
+                let mut inner = Runner::new(device, shape, rank, &compiler)?;
+                if let Some((memory, shape)) = &board {
+                    let address = memory.words().as_ptr() as usize;
+                    // SAFETY: these are the words of a board of that shape, and stay mapped as long as
+                    // `_board` holds them, which outlives the runner.
+                    unsafe { inner.attach(Board { address, shape: *shape })? };
+                    Tally::announce(memory, *shape, rank);
+                }
+                Ok(Self { inner, _board: board.map(|(memory, _)| memory) })
+            })
+        })
+    }
+
+    #[getter]
+    fn max_rows(&self) -> usize {
+        self.inner.max_rows()
+    }
+
+    /// Quotas: at an address on the device if it is not 0; else live ones if there is a cap; else own ones.
+    #[allow(clippy::too_many_arguments)] // One caller, `waterfill_rs.cuda`, once a layer: no objects in between.
+    fn unsafe_launch_ptr(
+        &self,
+        ids: u64,
+        weights: u64,
+        out_ids: u64,
+        out_weights: u64,
+        rows: usize,
+        shared_weight: f32,
+        unpadded: u64,
+        quotas: u64,
+        cap_us: Option<u64>,
+        stream: usize,
+    ) -> PyResult<()> {
+        let quotas = match cap_us {
+            _ if quotas != 0 => Quotas::Given { address: quotas },
+            Some(cap) => Quotas::Live { cap: Duration::from_micros(cap) },
+            None => Quotas::Own,
+        };
+        let call =
+            Call { ids, weights, out_ids, out_weights, rows, shared_weight, unpadded, quotas };
+        // SAFETY: `waterfill_rs.cuda` gives contiguous tensors of the runner's device, types and top-k,
+        // outputs fresh from torch's allocator, and torch's current stream.
+        cuda_guarded(|| unsafe { self.inner.launch(&call, stream) })
+    }
+
+    fn tally<'py>(&self, py: Python<'py>, stream: usize) -> PyResult<Bound<'py, PyDict>> {
+        // SAFETY: `waterfill_rs.cuda` gives torch's current stream. Others may run while it is waited for.
+        let tally = py.detach(|| cuda_guarded(|| unsafe { self.inner.tally(stream) }))?;
+        let dict = PyDict::new(py);
+        dict.set_item("live", tally.live)?;
+        dict.set_item("timed_out", tally.timed_out)?;
+        dict.set_item("broken", tally.broken)?;
+        dict.set_item("torn", tally.torn)?;
+        Ok(dict)
+    }
+}

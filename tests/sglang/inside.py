@@ -1,0 +1,37 @@
+"""Not a test: sizes and helpers of the tests that use the ``sglang`` fixture."""
+
+import types
+
+RANKS, RANK, EXPERTS, TOP_K, TOKENS = 8, 3, 64, 6, 200
+
+
+def prepare(sglang, *modules, experts=EXPERTS):
+    import torch
+
+    config = types.SimpleNamespace(hf_config=types.SimpleNamespace(n_routed_experts=experts))
+    sglang.setup.prepare_moe_topk(model=torch.nn.ModuleList(modules), model_config=config)
+
+
+def hash_layer(sglang):
+    return sglang.setup.HashTopK(TOP_K, EXPERTS, vocab_size=1000, layer_id=0)
+
+
+def routed_only(sglang, layer, *inputs, **options):
+    """What the same layer gives without Waterfill: the input of the expansion."""
+    balancer, layer.waterfill_balancer, layer.enable_waterfill = (
+        layer.waterfill_balancer,
+        None,
+        False,
+    )
+    try:
+        return layer(*inputs, **options)
+    finally:
+        layer.waterfill_balancer, layer.enable_waterfill = balancer, True
+
+
+def level_of(routed, tokens):
+    """The exact level, by definition: ranks' rows rise until ``tokens`` more are all placed."""
+    level = int(routed.max())
+    while int((level - routed).clamp(min=0).sum()) < tokens:
+        level += 1
+    return level

@@ -1,0 +1,97 @@
+"""The contract on every sglang in the folders that WATERFILL_SGLANGS lists: ``make test-versions``.
+
+A version runs over the newest one's dependencies, but for transformers and tokenizers, which it is given as it
+asks for them (folders ``transformers-X`` and ``tokenizers-X`` beside its own).
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+FOLDERS = [Path(f) for f in os.environ.get("WATERFILL_SGLANGS", "").split(os.pathsep) if f]
+REPORT = os.environ.get("WATERFILL_VERSIONS_REPORT")
+CHECKS = [
+    "classes_are_ours_under_every_name",
+    "elastic_ep_leaves_sglangs_own",
+    "experts_that_do_not_divide_are_refused",
+    "flags_are_in_help_and_travel_to_children",
+    "hash_router_expands",
+    "hash_router_expands_nothing_on_an_idle_rank",
+    "hash_router_refuses_to_run_before_preparation",
+    "off_leaves_sglang_untouched",
+    "other_models_are_left_alone",
+    "recorder_takes_counts_with_a_shared_slot",
+    "redundant_experts_are_counted_or_refused",
+    "v3_router_through_the_same_balancer",
+]
+
+pytestmark = pytest.mark.skipif(
+    not FOLDERS, reason="WATERFILL_SGLANGS names no sglang: make test-versions does"
+)
+
+
+def overlays(folder):
+    """Folders that this sglang needs before the installed packages."""
+    (metadata,) = folder.glob("sglang-*.dist-info/METADATA")
+    (transformers,) = re.findall(r"^Requires-Dist: transformers==(\S+)", metadata.read_text(), re.M)
+    beside = folder.with_name(f"transformers-{transformers}")
+    return [beside, *folder.parent.glob("tokenizers-*")] if beside.exists() else []
+
+
+def probe(folder, backend):
+    import waterfill_rs
+
+    package = Path(waterfill_rs.__file__).parents[1]
+    path = os.pathsep.join(map(str, [folder, *overlays(folder), package]))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WATERFILL_RS")}
+    environment |= {"PYTHONPATH": path, "WATERFILL_RS": backend}
+    script = Path(__file__).with_name("version_probe.py")
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch, "report.json")
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", script, report],
+            cwd=scratch,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(report.read_text())
+
+
+@functools.cache
+def report_of(folder):
+    """Both processes of one version: on and off."""
+    report = probe(folder, "auto")
+    report["checks"] |= probe(folder, "off")["checks"]
+    if REPORT:
+        path = Path(REPORT)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        all_reports = json.loads(path.read_text()) if path.exists() else {}
+        all_reports[report["version"]] = report["checks"]
+        path.write_text(json.dumps(all_reports, indent=1))
+    return report
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_it_is_that_sglang_and_all_was_checked(folder):
+    report = report_of(folder)
+    assert Path(report["folder"]).parent == folder.resolve()
+    assert sorted(report["checks"]) == CHECKS
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_contract(folder, check):
+    outcome = report_of(folder)["checks"][check]
+    if outcome.startswith("none:"):
+        pytest.skip(outcome)
+    assert outcome == "ok", outcome

@@ -1,0 +1,325 @@
+"""Not a test: what the contract asks of one sglang, in a process of its own: ``REPORT.json``.
+
+Each check is written there as "ok" or as what went wrong; ``test_versions.py`` reads it.
+"""
+
+import argparse
+import contextlib
+import inspect
+import json
+import os
+import pickle
+import sys
+import threading
+import traceback
+import types
+from pathlib import Path
+
+RANKS, RANK, EXPERTS, REDUNDANT, TOP_K, TOKENS = 8, 3, 56, 8, 6, 200
+PHYSICAL = EXPERTS + REDUNDANT
+
+
+class Probe:
+    def __init__(self):
+        os.environ["SGLANG_OPT_USE_FUSED_HASH_TOPK"] = "0"
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        import torch
+
+        from waterfill_rs.sglang import compat, plugin
+
+        self.torch, self.plugin = torch, plugin
+        self.seams, reasons = compat.find()
+        assert self.seams, reasons
+        self.resolve = compat.resolve
+
+    def checks(self):
+        names = [name for name in dir(self) if name.startswith("check_")]
+        return {name.removeprefix("check_"): getattr(self, name) for name in names}
+
+    # What is replaced
+
+    def check_classes_are_ours_under_every_name(self):
+        assert set(self.plugin.hooked) >= {self.seams.balancer, self.seams.hash_topk} - {None}
+        for name, ours in self.plugin.hooked.items():
+            assert self.resolve(name) is ours, name
+        if self.seams.hash_topk:
+            home = self.seams.prepare.rpartition(".")[0].removesuffix(".ModelRunner")
+            assert self.resolve(f"{home}.HashTopK") is self.plugin.hooked[self.seams.hash_topk]
+
+    def check_flags_are_in_help_and_travel_to_children(self):
+        from sglang.srt.server_args import ServerArgs
+
+        parser = argparse.ArgumentParser()
+        ServerArgs.add_cli_args(parser)
+        assert "--waterfill-rs-exchange" in parser.format_help()
+        assert self.seams.flag in parser.format_help()
+        flags = ["--waterfill-rs", "rust", "--waterfill-rs-timeout-us", "77", self.seams.flag]
+        parsed = parser.parse_args(["--model-path", "dummy", "--device", "cpu", *flags])
+        ServerArgs.__post_init__ = lambda self: None  # resolution wants a model
+        arguments = pickle.loads(pickle.dumps(ServerArgs.from_cli_args(parsed)))
+        assert getattr(arguments, self.seams.switch)
+        assert os.environ.pop("WATERFILL_RS") == "rust"
+        assert os.environ.pop("WATERFILL_RS_TIMEOUT_US") == "77"
+
+    # The hash router
+
+    def check_hash_router_refuses_to_run_before_preparation(self):
+        layer = self.hash_layer()
+        for call in (lambda: self.forward(layer), lambda: self.idle(layer)):
+            with self.raises(RuntimeError, "must be prepared by ModelRunner"):
+                call()
+
+    def check_hash_router_expands(self):
+        layer = self.hash_layer()
+        self.prepare(layer)
+        routed = self.without_waterfill(layer, self.forward)
+        self.expansion(routed, self.forward(layer), 1 / 1.5)
+
+    def check_hash_router_expands_nothing_on_an_idle_rank(self):
+        layer = self.hash_layer()
+        self.prepare(layer)
+        empty = self.idle(layer)
+        assert empty.topk_ids.shape == empty.topk_weights.shape == (0, TOP_K + 1)
+
+    # Preparation
+
+    def check_v3_router_through_the_same_balancer(self):
+        layer = self.v3_layer(2.5)
+        self.prepare(layer)
+        routed = self.without_waterfill(layer, self.forward_v3)
+        self.expansion(routed, self.forward_v3(layer), 1 / 2.5)
+
+    def check_redundant_experts_are_counted_or_refused(self):
+        layer = self.v3_layer(1.0)
+        if self.seams.redundant:
+            self.prepare(layer)
+            assert getattr(layer, self.seams.holder).num_routed_experts == PHYSICAL
+        else:
+            with self.arguments(ep_num_redundant_experts=REDUNDANT):
+                self.prepare(layer)
+            self.is_sglangs_own(layer)
+
+    def check_experts_that_do_not_divide_are_refused(self):
+        with self.raises(
+            ValueError, f"{PHYSICAL - 1} physical routed experts do not divide over 8"
+        ):
+            self.prepare(self.v3_layer(1.0), missing=1)
+
+    def check_elastic_ep_leaves_sglangs_own(self):
+        layer = self.v3_layer(1.0)
+        with self.arguments(elastic_ep_backend="mooncake"):
+            self.prepare(layer)
+        self.is_sglangs_own(layer)
+
+    def is_sglangs_own(self, layer):
+        module = type(getattr(layer, self.seams.holder)).__module__
+        assert module == self.seams.balancer.rpartition(".")[0]
+
+    def check_other_models_are_left_alone(self):
+        layer = self.v3_layer(1.0)
+        setattr(layer, self.seams.enabled, False)
+        self.prepare(layer)
+        assert getattr(layer, self.seams.holder) is None
+
+    # The recorder
+
+    def check_recorder_takes_counts_with_a_shared_slot(self):
+        from waterfill_rs.sglang import recorder
+
+        recorder.shared_slots_come()
+        module = self.resolve(self.seams.gatherers)
+        if hasattr(module, "get_device"):
+            module.get_device = lambda: "cpu"
+        else:  # Before 0.5.18 the device is in the arguments.
+            self.server_args.device = "cpu"
+        local = PHYSICAL // RANKS
+        metadata = types.SimpleNamespace(
+            num_layers=2, num_physical_experts=PHYSICAL, num_local_physical_experts=local
+        )
+        gatherer = module._DeepepLowLatencySinglePassGatherer(metadata, RANK)
+        counts = self.torch.arange(local + 1, dtype=self.torch.int)
+        gatherer.on_deepep_dispatch_low_latency(layer_idx=1, local_physical_count_of_layer=counts)
+        collected = gatherer.collect()
+        own = collected["global_physical_count"][1, local * RANK : local * (RANK + 1)]
+        assert own.tolist() == list(range(local))
+        assert collected[recorder.SHARED_ROWS].tolist() == [0, local]
+
+    # How each version is asked
+
+    def start(self):
+        """A context as sglang's scheduler has it, with Waterfill on."""
+        fields = {self.seams.switch: True}
+        if self.seams.redundant:
+            fields["ep_num_redundant_experts"] = REDUNDANT
+        try:
+            from sglang.srt.runtime_context import get_context
+
+            install = get_context().override_server_args
+        except (ImportError, AttributeError):  # Before 0.5.16.
+            from sglang.srt import server_args
+
+            arguments = object.__new__(server_args.ServerArgs)
+            vars(arguments).update(fields, model_path="dummy", device="cpu")
+            server_args.set_global_server_args_for_scheduler(arguments)
+        else:
+            install(model_path="dummy", **fields).install()
+        self.server_args = self.resolve(self.seams.arguments)()
+        self.parallel = contextlib.ExitStack()
+        with contextlib.suppress(ImportError, ValueError):
+            from sglang.srt.runtime_context import get_parallel
+
+            widths = {"tp_size": RANKS, "attn_tp_size": RANKS, "moe_ep_size": RANKS}
+            ranks = {"tp_rank": RANK, "attn_tp_rank": RANK, "moe_ep_rank": RANK}
+            self.parallel.enter_context(get_parallel().override(**widths, **ranks))
+        with contextlib.suppress(ImportError):
+            from sglang.srt.configs.shared_experts import SharedExpertsConfig
+            from sglang.srt.runtime_context import get_model
+
+            shared = SharedExpertsConfig(use_waterfill=True)
+            self.parallel.enter_context(get_model().override(shared_experts=shared))
+
+    @contextlib.contextmanager
+    def arguments(self, **fields):
+        """Arguments in force with these fields, at the place where we read them."""
+        module, _, name = self.seams.arguments.rpartition(".")
+        home, original = self.resolve(module), self.resolve(self.seams.arguments)
+        setattr(home, name, lambda: types.SimpleNamespace(**fields))
+        try:
+            yield
+        finally:
+            setattr(home, name, original)
+
+    @contextlib.contextmanager
+    def raises(self, kind, text):
+        try:
+            yield
+        except kind as error:
+            assert text in str(error), error
+        else:
+            raise AssertionError(f"no {kind.__name__} with {text!r}")
+
+    def hash_layer(self):
+        """K routed experts and one shared one that Waterfill takes over."""
+        router = self.resolve(self.seams.hash_topk)
+        if "num_fused_shared_experts" in inspect.signature(router).parameters:
+            return router(TOP_K + 1, EXPERTS, 1, 1000)
+        return router(TOP_K, EXPERTS, vocab_size=1000, layer_id=0)
+
+    def v3_layer(self, factor):
+        from sglang.srt.layers.moe.topk import TopK
+
+        layer_id = {"layer_id": 2} if "layer_id" in inspect.signature(TopK).parameters else {}
+        if "num_fused_shared_experts" in inspect.signature(TopK).parameters:
+            return TopK(
+                TOP_K + 1, num_fused_shared_experts=1, routed_scaling_factor=factor, **layer_id
+            )
+        return TopK(TOP_K, routed_scaling_factor=factor, **layer_id)
+
+    def forward(self, layer):
+        torch = self.torch
+        torch.manual_seed(0)
+        logits, ids = torch.randn(TOKENS, EXPERTS), torch.randint(0, 40, (TOKENS,))
+        return layer(torch.zeros(TOKENS, 8), logits, ids)
+
+    def forward_v3(self, layer):
+        torch = self.torch
+        torch.manual_seed(1)
+        logits = torch.randn(TOKENS, EXPERTS) + torch.linspace(0, 2, EXPERTS)
+        return layer.forward_native(torch.zeros(TOKENS, 8), logits)
+
+    def idle(self, layer):
+        return layer.empty_topk_output(self.torch.device("cpu"))
+
+    def without_waterfill(self, layer, forward):
+        balancer = getattr(layer, self.seams.holder)
+        setattr(layer, self.seams.holder, None)
+        setattr(layer, self.seams.enabled, False)
+        routed = forward(layer)
+        setattr(layer, self.seams.holder, balancer)
+        setattr(layer, self.seams.enabled, True)
+        return routed
+
+    def prepare(self, layer, missing=0):
+        # Where preparation doesn't add redundant experts, all are given as the model's.
+        experts = (EXPERTS if self.seams.redundant else PHYSICAL) - missing
+        model = self.torch.nn.ModuleList([layer])
+        config = types.SimpleNamespace(hf_config=types.SimpleNamespace(n_routed_experts=experts))
+        prepare = self.resolve(self.seams.prepare)
+        known = {
+            "model": model,
+            "model_config": config,
+            "server_args": self.server_args,
+            "moe_ep_size": RANKS,
+            "moe_ep_rank": RANK,
+        }
+        takes = inspect.signature(prepare).parameters
+        if "self" in takes:
+            return prepare(types.SimpleNamespace(**known))
+        return prepare(**{name: value for name, value in known.items() if name in takes})
+
+    def expansion(self, routed, expanded, shared_weight):
+        """Against the definition: remapped ids, equal weights, and the level of these counts."""
+        torch = self.torch
+        slot = PHYSICAL // RANKS
+        ids, shared = expanded.topk_ids[:, :-1], expanded.topk_ids[:, -1]
+        assert expanded.topk_ids.dtype == routed.topk_ids.dtype
+        assert torch.equal(ids, routed.topk_ids + routed.topk_ids // slot)
+        assert torch.equal(expanded.topk_weights[:, :-1], routed.topk_weights)
+        weights = expanded.topk_weights[:, -1]
+        assert torch.allclose(weights, torch.full_like(weights, shared_weight))
+        assert (shared % (slot + 1) == slot).all()
+        rows = torch.bincount(expanded.topk_ids.flatten() // (slot + 1), minlength=RANKS)
+        before = torch.bincount(routed.topk_ids.flatten() // slot, minlength=RANKS)
+        level = int(before.max())
+        while int((level - before).clamp(min=0).sum()) < TOKENS:
+            level += 1
+        assert int(rows.max()) == level
+
+
+def untouched():
+    """With WATERFILL_RS=off: nothing of sglang is ours, and nothing runs."""
+    from sglang.srt.plugins import load_plugins
+
+    threads = set(threading.enumerate())
+    before = set(sys.modules)
+    load_plugins()
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    brought = {name for name in set(sys.modules) - before if name.startswith("waterfill_rs")}
+    heavy = {"waterfill_rs.torch", "waterfill_rs.sglang.balancer", "waterfill_rs.sglang.topk"}
+    assert not brought & heavy, brought
+    assert set(threading.enumerate()) == threads
+    hooked = set(HookRegistry._hooks)
+    arguments = "sglang.srt.server_args.ServerArgs."
+    assert hooked == {f"{arguments}add_cli_args", f"{arguments}from_cli_args"}, hooked
+
+
+def run(check):
+    try:
+        check()
+    except BaseException:
+        return traceback.format_exc()
+    return "ok"
+
+
+def main(report):
+    import sglang
+
+    found = {"version": sglang.__version__, "folder": sglang.__path__[0], "checks": {}}
+    if os.environ.get("WATERFILL_RS") == "off":
+        found["checks"]["off_leaves_sglang_untouched"] = run(untouched)
+    else:
+        probe = Probe()
+        probe.start()
+        for name, check in probe.checks().items():
+            if probe.seams.hash_topk is None and "hash_router" in name:
+                found["checks"][name] = "none: this version's hash router has no Waterfill"
+            else:
+                found["checks"][name] = run(check)
+    Path(report).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,43 @@
+"""What the operator may ask for, and what is refused."""
+
+import pytest
+
+from waterfill_rs.config import Config
+
+
+def test_nothing_said_is_auto_everywhere():
+    config = Config.from_environment({})
+    assert (config.backend, config.exchange, config.required) == ("auto", "auto", False)
+    assert (config.board.cap_us, config.board.pace) == (500, "auto")
+
+
+def test_all_that_can_be_said():
+    config = Config.from_environment(
+        {
+            "WATERFILL_RS": "rust",
+            "WATERFILL_RS_EXCHANGE": "board",
+            "WATERFILL_RS_TIMEOUT_US": "250",
+            "WATERFILL_RS_PLANNER": "spin",
+        }
+    )
+    assert config.required and config.enabled and config.exchange == "board"
+    assert (config.board.cap_us, config.board.patience_us, config.board.pace) == (250, 125, "spin")
+
+
+@pytest.mark.parametrize(
+    "variable, value, text",
+    [
+        ("WATERFILL_RS", "on", "give one of auto, rust, upstream, off"),
+        ("WATERFILL_RS_REQUIRE", "yes", "give 0 or 1"),
+        ("WATERFILL_RS_EXCHANGE", "shm", "give one of auto, solo, board, group"),
+        ("WATERFILL_RS_PLANNER", "thread", "give one of auto, inline, park, spin"),
+        *(
+            ("WATERFILL_RS_TIMEOUT_US", value, "give microseconds from 1 to 10000000")
+            for value in ("0", "-1", "1e3", "", "10000001", "½")
+        ),
+    ],
+)
+def test_other_values_are_refused_by_variable(variable, value, text):
+    with pytest.raises(ValueError) as refused:
+        Config.from_environment({variable: value})
+    assert f"{variable}={value!r}" in str(refused.value) and text in str(refused.value)

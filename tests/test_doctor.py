@@ -1,0 +1,319 @@
+"""Each thing that the doctor names, made to happen; then the command on this machine."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from waterfill_rs import _native, doctor, self_test
+from waterfill_rs import doctor_checks as checks
+from waterfill_rs.cli import main
+from waterfill_rs.doctor_checks import Entry
+from waterfill_rs.rendezvous import BoardSettings
+
+OURS = Entry("waterfill_rs", "waterfill_rs.sglang:register", "waterfill-rs")
+OTHER = Entry("other", "other:register", "other-plugin")
+
+
+def check(finding, level, *texts):
+    """The level, and words of what is found and of what to do."""
+    assert finding.level == level, finding
+    for text in texts:
+        assert text in finding.text + finding.advice, (text, finding)
+    assert bool(finding.advice) == (level != "ok"), "each finding but the good ones says what to do"
+
+
+def test_python():
+    check(checks.python((3, 9, 1)), "fail", "3.9.1", "3.10 or newer")
+    check(checks.python((3, 10, 4)), "warn", "needs Python 3.11")
+    check(checks.python((3, 11, 0)), "ok", "3.11.0")
+
+
+def test_package():
+    here = Path("/here")
+    check(checks.package("1.0", {}, here), "fail", "not installed", "pip install")
+    check(checks.package("1.0", {here: "1.1"}, here), "fail", "1.1", "module 1.0", "anew")
+    twice = {here: "1.0", Path("/there"): "0.9"}
+    check(checks.package("1.0", twice, here), "fail", "installed 2 times", "0.9 in /there")
+    check(checks.package("1.0", {here: "1.0"}, here), "ok", "/here")
+
+
+def test_sglang_version():
+    check(doctor._sglang(None), "warn", "not installed here")
+    check(doctor._sglang("0.6.0"), "warn", "0.6.0: not in the table of versions", "--deep")
+    for version in ("0.5.13", "0.5.16", "0.5.23"):
+        check(doctor._sglang(version), "ok", version)
+    check(doctor._sglang("0.5.11"), "warn", "0.5.11")
+    assert doctor._version("no-such-distribution") is None
+
+
+@pytest.mark.parametrize(
+    "plugins, platforms, environment, level, texts",
+    [
+        ([], [], {}, "fail", ["no entry point waterfill_rs", "PYTHONPATH"]),
+        ([OURS, OURS._replace(distribution="fork")], [], {}, "fail", ["2 dist", "fork"]),
+        ([OURS], [], {"SGLANG_PLUGINS": "waterfill-rs"}, "fail", ["waterfill-rs names no entry"]),
+        ([OURS, OTHER], [], {"SGLANG_PLUGINS": "other"}, "fail", ["does not name it", "add"]),
+        ([OURS], [], {"SGLANG_PLUGINS": "waterfill_rs, othr"}, "warn", ["othr names no entry"]),
+        ([OURS], [], {"SGLANG_PLUGINS": " , "}, "ok", ["seen once"]),
+        ([OURS, OTHER], [], {"SGLANG_PLUGINS": "other, waterfill_rs"}, "ok", ["seen once"]),
+        (
+            [OURS],
+            [Entry("chip", "x:y", "waterfill-rs"), Entry("gpu", "x:y", "gpus")],
+            {"SGLANG_PLATFORM": "gpu"},
+            "fail",
+            ["SGLANG_PLATFORM=gpu leaves waterfill-rs out"],
+        ),
+        ([OURS], [Entry("gpu", "x:y", "gpus")], {"SGLANG_PLATFORM": "gpu"}, "ok", ["seen once"]),
+    ],
+)
+def test_plugin(plugins, platforms, environment, level, texts):
+    check(checks.plugin(plugins, platforms, environment), level, *texts)
+
+
+def fake_distribution(folder, name, version, entry_points):
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{entry_points}\n")
+
+
+def test_distributions_are_found_as_they_lie(tmp_path, monkeypatch):
+    fake_distribution(tmp_path / "a", "fork-of-it", "1.0", "waterfill_rs = fork:register")
+    fake_distribution(tmp_path / "b", "waterfill-rs", "9.9", "waterfill_rs = x:register")
+    for folder in ("a", "b"):
+        monkeypatch.syspath_prepend(str(tmp_path / folder))
+    entries = doctor._entries("sglang.srt.plugins")
+    assert Entry("waterfill_rs", "fork:register", "fork-of-it") in entries
+    check(checks.plugin(entries, [], {}), "fail", "fork-of-it (fork:register)")
+    assert doctor._installed()[tmp_path / "b"] == "9.9"
+
+
+def test_variables():
+    check(checks.variables({}), "ok", "auto, exchange auto, at most 500 us a layer, planner auto")
+    check(checks.variables({"WATERFILL_RS": "on"}), "fail", "WATERFILL_RS='on'")
+    check(checks.variables({"WATERFILL_RS_TIMEOUT": "5"}), "warn", "mean WATERFILL_RS_TIMEOUT_US")
+    check(checks.variables({"WATERFILL_RS": "off"}), "warn", "sglang is left as it is")
+    check(checks.variables({"WATERFILL_RS_REQUIRE": "1"}), "ok", "required")
+
+
+@pytest.mark.parametrize("ranks, experts", [(1, 1), (2, 6), (8, 256), (12, 12), (72, 288)])
+def test_a_board_takes_what_the_doctor_says(ranks, experts):
+    board = _native.Board.create(f"waterfill-rs-{os.getpid()}-{ranks:x}", ranks, experts, 7)
+    try:
+        assert board.path.stat().st_size == checks.board_bytes(ranks, experts)
+    finally:
+        board.unlink()
+
+
+def test_shared_memory(tmp_path):
+    folder, plenty = tmp_path / "shm", 2**30
+    mounts = f"none {folder} tmpfs rw 0 0\n"
+    check(checks.shared_memory(folder, mounts, None, 8), "fail", "is not there", "mount a tmpfs")
+    folder.mkdir()
+    folder.chmod(0o1777)
+    check(checks.shared_memory(folder, mounts, plenty, 8), "ok", "tmpfs, mode 1777, 1,024.0 MiB")
+    small = 2 * checks.board_bytes(8, 256) - 1
+    check(checks.shared_memory(folder, mounts, small, 8), "fail", "0.2 MiB free", "--shm-size")
+    check(checks.shared_memory(folder, "", plenty, 8), "warn", "no file system of its own")
+    disk = mounts.replace("tmpfs", "ext4")
+    check(checks.shared_memory(folder, disk, plenty, 8), "warn", "ext4", "written to a disk")
+    folder.chmod(0o777)
+    check(checks.shared_memory(folder, mounts, plenty, 8), "warn", "0777", "delete a board")
+    refusing = Path("/proc")  # no file can be made there, by root neither
+    check(checks.shared_memory(refusing, mounts, plenty, 8), "fail", "cannot be made", "writable")
+    assert doctor._free(tmp_path / "absent") is None and doctor._free(tmp_path) > 0
+
+
+def put(root, name, text):
+    file = root / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+@pytest.mark.parametrize(
+    "files, membership, quota",
+    [
+        ({}, "0::/", None),
+        ({"cpu.max": "max 100000\n"}, "0::/", None),
+        ({"cpu.max": "150000 100000\n"}, "0::/", 1.5),
+        ({"cpu.max": "800000 100000\n", "pod/cpu.max": "200000 100000\n"}, "0::/pod/one", 2.0),
+        ({"cpu.max": "400000 100000\n"}, "0::/a/path/of/the/host", 4.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, "4:cpu:/", None),
+        (
+            {"cpu/x/cpu.cfs_quota_us": "50000\n", "cpu/x/cpu.cfs_period_us": "100000\n"},
+            "5:memory:/y\n4:cpu,cpuacct:/x\n0::/",
+            0.5,
+        ),
+    ],
+)
+def test_cgroup_quota(files, membership, quota, tmp_path):
+    for name, text in files.items():
+        put(tmp_path, name, text)
+    assert checks.cgroup_quota(tmp_path, membership) == quota
+
+
+def test_cpus():
+    check(checks.cpus(64, None, 8, "inline"), "ok", "64 cores, no limit")
+    check(checks.cpus(64, 16.0, 8, "inline"), "ok", "limits them to 16")
+    check(checks.cpus(64, 7.5, 8, "inline"), "warn", "7.5 at once", "2 CPUs a rank (16)")
+    check(checks.cpus(12, None, 8, "inline"), "warn", "2 CPUs a rank")
+    check(checks.cpus(64, 32.0, 8, "spin"), "warn", "PLANNER=inline", "uses the group's time up")
+    check(checks.cpus(8, None, 8, "spin"), "fail", "give 9 CPUs")
+    check(checks.cpus(64, 8.0, 8, "spin"), "fail", "give 9 CPUs")
+
+
+class Library:
+    def cuDriverGetVersion(self, address):
+        address._obj.value = 13020
+
+
+def absent(name):
+    raise OSError(f"{name}: cannot open shared object file")
+
+
+def test_gpus_and_driver(tmp_path):
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        put(tmp_path, name, "")
+    for chosen, count in ((None, 2), ("", 0), ("-1", 0), ("1", 1), ("0,1,2", 2)):
+        environment = {} if chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}
+        assert checks.visible_gpus(tmp_path, environment) == count
+    check(checks.driver(0, absent), "ok", "no NVIDIA GPU")
+    check(checks.driver(2, absent), "fail", "2 GPUs, and no driver library", "--gpus all")
+    check(checks.driver(0, lambda name: Library()), "warn", "CUDA 13.2", "CUDA_VISIBLE_DEVICES")
+    check(checks.driver(2, lambda name: Library()), "ok", "2 GPUs, driver for CUDA 13.2")
+
+
+def test_nvrtc(tmp_path):
+    put(tmp_path, "libnvrtc.so.13", "no library")
+    loaded = []
+    check(checks.nvrtc(0, [tmp_path], absent), "ok", "not needed")
+    check(checks.nvrtc(1, [tmp_path], loaded.append), "ok", "libnvrtc.so.13")
+    assert loaded == [str(tmp_path / "libnvrtc.so.13")]
+
+    def only_files(name):  # Another test may have loaded the real one, which is then found by name.
+        return ctypes.CDLL(name) if "/" in name else absent(name)
+
+    check(checks.nvrtc(1, [tmp_path], only_files), "fail", "no NVRTC", str(tmp_path), "cuda-nvrtc")
+
+
+def test_mps(tmp_path):
+    check(checks.mps(0, 8, tmp_path), "ok", "without a GPU")
+    check(checks.mps(8, 8, tmp_path), "ok", "does not run")
+    check(checks.mps(1, 8, tmp_path), "warn", "8 ranks on 1 GPUs", "nvidia-cuda-mps-control -d")
+    put(tmp_path, "control", "")
+    check(checks.mps(1, 8, tmp_path), "ok", "MPS runs")
+
+
+def test_boards(tmp_path):
+    for name in ("waterfill-rs-11-aa", "waterfill-rs-22-bb", "waterfill-rs-33-cc", "other-11-aa"):
+        put(tmp_path, name, "")
+    rank = {"process": 11, "alive": True}
+    seen = [{"name": "waterfill-rs-33-cc", "by_rank": [rank, {"process": 0, "alive": False}]}]
+    check(checks.boards(tmp_path, seen, lambda process: process == 22), "warn", "rm", "-11-aa")
+    check(checks.boards(tmp_path, seen, lambda process: True), "ok", "1 in use now")
+    seen[0]["by_rank"].append({"process": 33, "alive": False})
+    check(checks.boards(tmp_path, seen, lambda process: True), "warn", "rank 2 of", "restart")
+
+
+def test_exchange_is_judged_by_what_was_live():
+    def judged(calls, live):
+        return doctor.exchange(BoardSettings(), lambda _: self_test.Rounds(calls, live, 5.25, 99))
+
+    check(judged(1000, 950), "ok", "950 of 1000 rounds", "within 500 us", "median wait 5.2 us")
+    check(judged(1000, 899), "warn", "WATERFILL_RS_TIMEOUT_US")
+    check(judged(1000, 0), "fail", "WATERFILL_RS_EXCHANGE=group")
+
+    def full(_):
+        raise OSError("No space left on device")
+
+    check(doctor.exchange(BoardSettings(), full), "fail", "No space left")
+
+
+@pytest.mark.parametrize("pace", ["auto", "inline", "park", "spin"])
+def test_two_processes_really_exchange(pace):
+    rounds = self_test.run(BoardSettings(cap_us=1_000_000, pace=pace), seconds=0.2)
+    assert rounds.live == rounds.calls == self_test.BURSTS * self_test.ROUNDS
+    assert 0 < rounds.median_us <= rounds.longest_us
+
+
+def test_a_process_that_ends_is_told(monkeypatch):
+    monkeypatch.setattr(
+        self_test, "EXPERTS", 254
+    )  # in this process only: the others refuse its board
+    check(doctor.exchange(BoardSettings(), self_test.run), "fail", "self-test ended (see above)")
+
+
+def test_a_check_that_fails_itself_does_not_end_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(checks, "cpus", lambda *_: 1 / 0)
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "fail cpu        the check itself failed: ZeroDivisionError" in printed
+    assert "2 processes, auto" in printed
+
+
+BALANCER, FLAGS = "sglang.x.WaterfillBalancer", "sglang.x.add_cli_args"
+
+
+@pytest.mark.parametrize(
+    "code, stands, errors, enabled, level, texts",
+    [
+        (0, {BALANCER: True, FLAGS: True}, "", True, "ok", ["all 2"]),
+        (0, {BALANCER: False, FLAGS: True}, "", True, "fail", [BALANCER, "remove one"]),
+        (0, {FLAGS: True}, "waterfill-rs is off: reason", True, "fail", ["is off: reason"]),
+        (0, {FLAGS: True}, "", False, "ok", ["all 1"]),
+        (0, {}, "Traceback: it was not loaded", True, "fail", ["it was not loaded"]),
+        (1, {}, "waterfill-rs cannot serve:\n- no", True, "fail", ["cannot serve:; - no"]),
+    ],
+)
+def test_hooks(code, stands, errors, enabled, level, texts):
+    loaded = code, f"noise\n{json.dumps(stands)}\n", errors
+    check(doctor.hooks(lambda: loaded, enabled=enabled), level, *texts)
+
+
+def test_the_command_here(capsys, monkeypatch):
+    monkeypatch.setenv("WATERFILL_RS_TIMEOUT_US", "1000000")
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    code = main(["doctor", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["version"], told["ok"]) == (doctor.JSON_VERSION, code == 0)
+    levels = {one["check"]: one["level"] for one in told["checks"]}
+    assert levels["exchange"] == levels["variables"] == levels["python"] == "ok"
+    monkeypatch.setenv("WATERFILL_RS", "on")
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr()
+    assert "fail variables  WATERFILL_RS='on': give one of" in printed.out
+    assert "-> set it to one of these" in printed.out
+    assert "checks failed" in printed.err and "variables" in printed.err
+    assert main(["doctor", "--ranks", "0"]) == 2
+
+
+OTHER_PLUGIN = """
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    HookRegistry.apply_hooks = classmethod(lambda cls: None)
+"""
+
+
+def test_the_real_hooks_in_place_and_not(tmp_path):
+    pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
+    fake_distribution(tmp_path, "other-plugin", "1.0", "other = other_plugin:register")
+    (tmp_path / "other_plugin.py").write_text(OTHER_PLUGIN)
+    command = [sys.executable, "-m", "waterfill_rs.sglang.loaded_hooks"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("WATERFILL", "SGLANG"))}
+    paths = os.pathsep.join(filter(None, (str(tmp_path), env.get("PYTHONPATH"))))
+    loaded = {}
+    for name, more in (
+        ("ours", {}),
+        ("other", {"PYTHONPATH": paths}),
+        ("on", {"WATERFILL_RS": "on"}),
+    ):
+        done = subprocess.run(command, env=env | more, capture_output=True, text=True)
+        loaded[name] = done.returncode, done.stdout, done.stderr
+    check(doctor.hooks(lambda: loaded["ours"], enabled=True), "ok", "in place")
+    check(doctor.hooks(lambda: loaded["other"], enabled=True), "fail", "WaterfillBalancer")
+    check(doctor.hooks(lambda: loaded["on"], enabled=True), "fail", "WATERFILL_RS='on'")

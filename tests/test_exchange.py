@@ -1,0 +1,344 @@
+"""Exchanges of counts: chosen alike on all ranks, equal to the plan from all counts, seen from outside."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from array import array
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import waterfill_rs
+from waterfill_rs import CostModel, _native, boards, rendezvous
+from waterfill_rs.cli import main
+from waterfill_rs.exchange import BoardExchange, GroupExchange, SoloExchange
+from waterfill_rs.rendezvous import BoardSettings, open_exchange
+from waterfill_rs.torch import count, expand_topk
+
+EXPERTS, TOP_K = 24, 3
+PATIENT = BoardSettings(cap_us=10_000_000)
+
+
+def ids_of(rank, call):
+    """Top-k ids of one call; some ranks are idle now and then, some rows are padding."""
+    generator = torch.Generator().manual_seed(1000 * call + rank)
+    rows = 0 if (call + rank) % 5 == 0 else int(torch.randint(1, 40, (), generator=generator))
+    ids = torch.rand(rows, EXPERTS, generator=generator).argsort(1)[:, :TOP_K].int().contiguous()
+    if rows > 2:
+        ids[1] = -1
+    return ids
+
+
+def expected(ranks, call):
+    """Each rank's quotas by the plan from all counts."""
+    counted = [count(ids_of(r, call), physical_experts=EXPERTS, ranks=ranks) for r in range(ranks)]
+    plan = waterfill_rs.plan(
+        [sum(column) for column in zip(*(counts for counts, _, _ in counted), strict=True)],
+        [tokens for _, _, tokens in counted],
+        ranks=ranks,
+        visits=[visits for _, visits, _ in counted],
+    )
+    return [plan.quotas_of(rank) for rank in range(ranks)]
+
+
+def quotas(exchange, ids):
+    return exchange.quotas((ids.data_ptr(), ids.shape[0], ids.shape[1], 32))
+
+
+def on_ranks(ranks, run):
+    """``run(rank, store)`` on a thread a rank; what each gave or raised."""
+    store, found = dist.HashStore(), [None] * ranks
+
+    def one(rank):
+        try:
+            found[rank] = run(rank, store)
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+def segments():
+    return sorted(path.name for path in Path("/dev/shm").glob("waterfill-rs-*"))
+
+
+@pytest.mark.parametrize("pace", ["inline", "park", "spin"])
+def test_ranks_of_one_host_meet_at_a_board_and_get_the_plan_of_all(pace):
+    before = segments()
+
+    def run(rank, store):
+        settings = BoardSettings(cap_us=PATIENT.cap_us, pace=pace)
+        exchange = open_exchange(store, ranks=3, rank=rank, experts=EXPERTS, settings=settings)
+        found = [quotas(exchange, ids_of(rank, call)) for call in range(200)]
+        exchange.close()
+        return exchange, found
+
+    found = on_ranks(3, run)
+    assert segments() == before
+    for rank, (exchange, of_rank) in enumerate(found):
+        assert exchange.name == "board" and "one host" in exchange.reason
+        assert of_rank == [expected(3, call)[rank] for call in range(200)]
+        assert exchange.tally()["live"] == exchange.tally()["calls"] == 200
+
+
+def test_tensors_are_expanded_by_what_the_exchange_gives():
+    def run(rank, store):
+        exchange = open_exchange(store, ranks=2, rank=rank, experts=EXPERTS, settings=PATIENT)
+        ids = ids_of(rank, 1)
+        weights = torch.rand(ids.shape)
+        shape = {"physical_experts": EXPERTS, "ranks": 2, "rank": rank, "shared_weight": 0.5}
+        return expand_topk(ids, weights, **shape, exchange=exchange)[0]
+
+    for rank, expanded in enumerate(on_ranks(2, run)):
+        shared = expanded[:, -1]
+        sent = torch.bincount(shared[shared >= 0] // (EXPERTS // 2 + 1), minlength=2)
+        assert sent.tolist() == expected(2, 1)[rank]
+
+
+@pytest.mark.parametrize(
+    "field, values", [("experts", (24, 48)), ("choice", ("board", "auto")), ("ranks", (2, 3))]
+)
+def test_ranks_that_disagree_all_refuse_with_both_values(field, values):
+    def run(rank, store):
+        wanted = {"ranks": 2, "experts": EXPERTS, "choice": "auto", field: values[rank]}
+        return open_exchange(store, rank=rank, **wanted)
+
+    for one in on_ranks(2, run):
+        assert isinstance(one, ValueError), one
+        assert f"{field} is" in str(one) and all(str(value) in str(one) for value in values)
+
+
+def test_a_rank_of_another_version_is_named_whatever_its_card_holds():
+    store = dist.HashStore()
+    store.set("card/1", json.dumps({"version": "9.9", "ranks": 2, "a field of 9.9": 0}))
+    with pytest.raises(
+        ValueError, match=f"version is 9.9 on rank 1 and {waterfill_rs.__version__}"
+    ):
+        open_exchange(store, ranks=2, rank=0, experts=24)
+    with pytest.raises(ValueError, match="rank 2: give one from 0 to 1"):
+        open_exchange(store, ranks=2, rank=2, experts=24)
+
+
+@pytest.mark.parametrize("field", ["_boot", "_device"])
+def test_ranks_that_are_apart_do_not_try_a_board(field, monkeypatch):
+    names = iter(["1", "2", "3", "4"])
+    lock = threading.Lock()
+
+    def another():
+        with lock:
+            return next(names)
+
+    monkeypatch.setattr(rendezvous, field, another)
+    found = on_ranks(2, lambda rank, store: open_exchange(store, ranks=2, rank=rank, experts=24))
+    for exchange in found:
+        assert exchange.name == "solo" and "rank 0 and" in exchange.reason
+    found = on_ranks(
+        2, lambda rank, store: open_exchange(store, ranks=2, rank=rank, experts=24, choice="board")
+    )
+    for error in found:
+        assert "the board was asked for and cannot be had" in str(error)
+
+
+def test_a_board_that_one_rank_cannot_have_is_nobodys(monkeypatch):
+    before = segments()
+    attach = _native.Board.attach
+
+    class Refusing:
+        create = _native.Board.create
+
+        @staticmethod
+        def attach(name, ranks, experts, run):
+            return attach(name, ranks, experts, run ^ 1)
+
+    monkeypatch.setattr(rendezvous._native, "Board", Refusing)
+    found = on_ranks(2, lambda rank, store: open_exchange(store, ranks=2, rank=rank, experts=24))
+    for exchange in found:
+        assert exchange.name == "solo"
+        assert "rank 1" in exchange.reason and "run token, low" in exchange.reason
+    assert segments() == before
+
+
+def test_a_lone_rank_and_a_choice_need_no_peer():
+    lone = open_exchange(dist.HashStore(), ranks=1, rank=0, experts=24)
+    assert isinstance(lone, SoloExchange) and lone.reason == "there is one rank"
+    with pytest.raises(ValueError, match="exchange 'bord': give one of auto, solo, board, group"):
+        open_exchange(dist.HashStore(), ranks=1, rank=0, experts=24, choice="bord")
+
+
+def test_a_forked_child_cannot_be_the_rank():
+    board = _native.Board.create(f"waterfill-rs-test-{os.getpid()}", 1, 4, 7)
+    board.unlink()
+    exchange = BoardExchange(
+        board,
+        0,
+        CostModel.rows(),
+        cap_us=1_000_000,
+        patience_us=1000,
+        pace="park",
+        reason="a test",
+    )
+    ids = torch.zeros(1, 1, dtype=torch.int32)
+    assert quotas(exchange, ids) == [1]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            quotas(exchange, ids)
+            os.write(writer, b"went on")
+        except RuntimeError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert f"is a fork of {os.getpid()}" in os.read(reader, 1000).decode()
+    assert quotas(exchange, ids) == [1]
+    exchange.close()
+
+
+def test_ids_that_are_no_experts_post_nothing():
+    def run(rank, store):
+        exchange = open_exchange(store, ranks=2, rank=rank, experts=EXPERTS, settings=PATIENT)
+        bad = torch.full((2, TOP_K), EXPERTS, dtype=torch.int32)
+        with pytest.raises(ValueError, match="expert id 24 in row 0"):
+            quotas(exchange, bad)
+        return quotas(exchange, ids_of(rank, 1))
+
+    assert on_ranks(2, run) == expected(2, 1)
+
+
+def group_rank(rank, ranks, calls, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    exchange = open_exchange(
+        dist.PrefixStore("waterfill", store),
+        ranks=ranks,
+        rank=rank,
+        experts=EXPERTS,
+        choice="group",
+        group=dist.group.WORLD,
+    )
+    assert isinstance(exchange, GroupExchange) and exchange.reason == "it was asked for"
+    for call in range(calls):
+        found = quotas(exchange, ids_of(rank, call))
+        assert found == expected(ranks, call)[rank], f"call {call}"
+    assert exchange.tally()["calls"] == calls
+    with pytest.raises(ValueError, match=f"the process group has {ranks} ranks: give one of 9"):
+        GroupExchange(dist.group.WORLD, 9, 9, 0, CostModel.rows(), "a test")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks, calls", [(2, 2000), (4, 200), (8, 50)])
+def test_a_group_gives_the_plan_of_all_with_idle_ranks_and_uneven_batches(ranks, calls):
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(group_rank, args=(ranks, calls, folder), nprocs=ranks)
+
+
+def test_status_and_top_see_a_board_from_outside(capsys, monkeypatch):
+    with monkeypatch.context() as nowhere:
+        nowhere.setattr(boards, "find", list)
+        assert main(["status"]) == 1
+    assert "no board found" in capsys.readouterr().err
+    name = f"waterfill-rs-{os.getpid()}-seen"
+    board = _native.Board.create(name, 2, 4, 7)
+    board.unlink()
+    ports = [_native.Port(board, 0, CostModel.rows(), plans_patience_us=1)]
+    ports.append(_native.Port(board, 1, CostModel.rows()))
+    ids = array("i", [0, 1, 1])
+    view = (ids.buffer_info()[0], 3, 1, 32)
+    assert ports[0].unsafe_quotas_ptr(view, 10_000_000)[0] == "live"
+    assert main(["status", "--json"]) == 0
+    (seen,) = (one for one in json.loads(capsys.readouterr().out) if one["name"] == name)
+    assert (seen["version"], seen["name"]) == (_native.SNAPSHOT_VERSION, name)
+    assert (seen["planner"]["partial"], seen["planner"]["missed"]) == (1, [0, 1])
+    assert seen["by_rank"][0]["live"] == 1 and seen["by_rank"][0]["alive"]
+    assert seen["by_rank"][0]["tokens"] == 3
+    (found,) = (board for board in boards.find() if board.name == name)
+    assert seen == json.loads(json.dumps(found.snapshot()))
+    assert main(["status"]) == 0
+    assert f"board {name}: 2 ranks" in capsys.readouterr().out
+    assert main(["top", "--count", "2", "--interval", "0.01"]) == 0
+    assert "live/s" in capsys.readouterr().out
+    for interval in ("0", "nan", "inf"):
+        assert main(["top", "--count", "2", "--interval", interval]) == 2
+
+
+def test_top_gives_rates_over_the_time_that_passed(capsys, monkeypatch):
+    name = f"waterfill-rs-{os.getpid()}-rates"
+    board = _native.Board.create(name, 1, 4, 7)
+    board.unlink()
+    port = _native.Port(board, 0, CostModel.rows(), plans_patience_us=1)
+    ids = array("i", [0])
+    find, now = boards.find, [0.0]
+
+    def slowly():
+        now[0] += 10.0
+        for _ in range(100):
+            port.unsafe_quotas_ptr((ids.buffer_info()[0], 1, 1, 32), 10_000_000)
+        return [board for board in find() if board.name == name]
+
+    monkeypatch.setattr(boards, "find", slowly)
+    monkeypatch.setattr("waterfill_rs.status.time.monotonic", lambda: now[0])
+    assert main(["top", "--count", "2", "--interval", "0.01"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[3] == "10"
+
+
+def test_an_observer_refuses_what_is_no_board(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 4096)
+    with pytest.raises(ValueError, match="mode is"):
+        _native.Observer(file)
+    file.chmod(0o600)
+    with pytest.raises(ValueError, match="magic and version"):
+        _native.Observer(file)
+    with pytest.raises(OSError, match="opening the segment failed"):
+        _native.Observer(tmp_path / "absent")
+
+
+MEET = """
+import sys, datetime, torch.distributed as dist
+from waterfill_rs.rendezvous import BoardSettings, open_exchange
+rank, folder = int(sys.argv[1]), sys.argv[2]
+store = dist.FileStore(folder + "/store", 2)
+store.set_timeout(datetime.timedelta(seconds=60))
+settings = BoardSettings(cap_us=10_000_000)
+exchange = open_exchange(store, ranks=2, rank=rank, experts=4, settings=settings)
+print(exchange.name, exchange.reason)
+"""
+
+
+@pytest.mark.parametrize(
+    "namespace, name, reason",
+    [
+        ("mount -t tmpfs none /dev/shm;", "solo", "/dev/shm (device) is"),
+        ("true;", "board", "one host"),
+    ],
+)
+@pytest.mark.parametrize("flags", ["-m", "-mi", "-mpf"])
+def test_containers_meet_at_a_board_only_if_they_share_dev_shm(
+    namespace, name, reason, flags, tmp_path
+):
+    own = ["unshare", flags, "sh", "-c", f'{namespace} exec "$@"', "sh"]
+    if subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("unshare is not permitted here")
+    rank = [sys.executable, "-c", MEET]
+    started = [
+        subprocess.Popen([*prefix, *rank, str(i), tmp_path], stdout=subprocess.PIPE, text=True)
+        for i, prefix in enumerate(([], own))
+    ]
+    for process in started:
+        said, _ = process.communicate(timeout=120)
+        assert said.startswith(name) and reason in said
