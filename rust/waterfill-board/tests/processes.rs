@@ -162,10 +162,7 @@ fn a_stopped_peer_is_waited_for_no_longer_than_the_cap_and_comes_back() {
     assert_eq!(tally.calls(), u64::from(call));
     assert_eq!(tally.torn, 0, "{tally:?}");
     // Together again each time it came back; a machine that is busy elsewhere may lose some.
-    assert!(
-        published.whole > back,
-        "{back} times back, and together too seldom: {published:?}"
-    );
+    assert!(published.whole > back, "{back} times back, and together too seldom: {published:?}");
     println!(
         "{toggles} toggles: {} live, {} at the cap, {} broken; longest call {longest:?}; {} plans whole, {} partial",
         tally.live, tally.timed_out, tally.broken, published.whole, published.partial
