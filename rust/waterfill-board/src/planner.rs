@@ -6,6 +6,7 @@ use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed, score
 
 use crate::error::{Result, check_length};
 use crate::layout::{RING, Shape};
+use crate::port::EAGER_POLLS;
 use crate::region::Region;
 use crate::sync::Instant;
 use crate::tally::Published;
@@ -101,11 +102,13 @@ impl<R: Region> BoardPlanner<R> {
         }
         if !any {
             self.idle = self.idle.wrapping_add(1);
-            // Looking further takes longer than looking where the next counts should come.
-            if self.idle.is_multiple_of(64) {
-                self.catch_up();
+            // Looking further takes longer than looking where the next counts should come; on a crowded core,
+            // where a poll may come once in milliseconds, there is nothing to be saved.
+            if !(self.idle.is_multiple_of(64) || self.idle > EAGER_POLLS) || !self.catch_up() {
+                return false;
             }
-            return false;
+            // At once: by the next poll the ring may have gone on again. One level deep, because `idle` is 0.
+            return self.poll();
         }
         if !enough && self.begun.get_or_insert_with(Instant::now).elapsed() < self.patience {
             return false;
@@ -129,6 +132,7 @@ impl<R: Region> BoardPlanner<R> {
         }
         self.published.show(self.region.words(), self.shape);
         self.arrived.fill(false);
+        self.idle = 0;
         self.begun = None;
         self.next = self.next.next();
     }
@@ -157,8 +161,8 @@ impl<R: Region> BoardPlanner<R> {
 
     /// Nobody posted the next call: if a later one stands in the ring, all went on without us (this
     /// process was stopped, or began late), so go on there. Only whole counts tell: one foreign word far
-    /// ahead would send the planner to where no rank ever comes.
-    fn catch_up(&mut self) {
+    /// ahead would send the planner to where no rank ever comes. True if it goes on there.
+    fn catch_up(&mut self) -> bool {
         let mut later = self.next;
         for _ in 1..RING {
             later = later.next();
@@ -170,10 +174,12 @@ impl<R: Region> BoardPlanner<R> {
                     && words.iter().all(|word| word::sequence(word) == Some(found))
                 {
                     self.next = found;
-                    return;
+                    self.idle = 0;
+                    return true;
                 }
             }
         }
+        false
     }
 
     /// Plan with those that arrived, and write the quotas of each of them.

@@ -241,8 +241,7 @@ impl<R: Region> Port<R> {
 }
 
 /// Looks at the board before a waiter lets others have its core: a few microseconds.
-#[cfg(not(any(loom, shuttle)))]
-const EAGER_POLLS: u32 = 256;
+pub(crate) const EAGER_POLLS: u32 = 256;
 
 /// Whether a waiter reads the clock after so many looks: it takes as long as a look, so not at each, until
 /// between two looks others have the core, for milliseconds each on a crowded one.

@@ -176,6 +176,30 @@ fn calls_go_on_over_the_wrap_of_the_sequence() {
 }
 
 #[test]
+fn a_planner_that_gets_its_core_seldom_still_makes_plans() {
+    let shape = Shape::new(1, 1).unwrap();
+    let board = Arc::new(Heap::new(shape));
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
+    let mut port = port(&board, shape, 0);
+    let (posted, mut quotas) = (Posted { tokens: 1, visits: &[1], counts: &[1] }, [0]);
+    // The ring goes round twice between two polls.
+    let mut polls = 0..400;
+    let planned = |_| {
+        for _ in 0..8 {
+            port.exchange(posted, Duration::ZERO, &mut quotas).unwrap();
+        }
+        planner.poll()
+    };
+    assert!(polls.any(planned), "no plan in 400 polls");
+    while planner.poll() {}
+    port.post(posted).unwrap();
+    let meanwhile = || {
+        planner.poll();
+    };
+    assert_eq!(port.finish_with(posted, LONG, &mut quotas, meanwhile).unwrap(), Source::Live);
+}
+
+#[test]
 fn a_late_plan_closes_the_breaker_over_the_wrap_too() {
     let shape = Shape::new(1, 1).unwrap();
     let board = Arc::new(Heap::new(shape));

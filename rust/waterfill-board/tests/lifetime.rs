@@ -86,6 +86,10 @@ fn the_planners_thread_takes_no_signal() {
 
 /// A process with a planner's thread, in a wait that does not end; `exits` after a moment, or never.
 fn waiting(exits: bool) -> bool {
+    for signal in [libc::SIGINT, libc::SIGQUIT] {
+        // SAFETY: changes only this process; a shell may have started the tests with these ignored.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     let (board, shape, _planner) = start(Pace::Spin(None));
     if exits {
         thread::spawn(|| {

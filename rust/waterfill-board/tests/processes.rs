@@ -8,6 +8,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -51,11 +52,13 @@ fn now() -> u64 {
 }
 
 /// Ranks of a model call in step because of its other work; here a clock keeps them together. A rank that
-/// is behind makes up for it. Asleep, and for a little always, so that a core or two are enough for everybody.
+/// is behind makes up for it, and does not sleep: on an idle core that may take longer than a call.
 fn wait_for_call(begun: u64, call: u32) {
     const BETWEEN_CALLS: u64 = 200_000;
-    let due = begun + u64::from(call) * BETWEEN_CALLS;
-    std::thread::sleep(Duration::from_nanos(due.saturating_sub(now()).max(20_000)));
+    match (begun + u64::from(call) * BETWEEN_CALLS).saturating_sub(now()) {
+        0 => std::thread::yield_now(),
+        early => std::thread::sleep(Duration::from_nanos(early)),
+    }
 }
 
 /// Not a test: what a rank process runs. It exchanges until it is killed, and says when it began.
@@ -87,6 +90,12 @@ fn start_rank(name: &str, begun: u64) -> Child {
     child
 }
 
+/// One test with busy processes at a time: together they would want more cores than there are.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A board, its planner, a rank process that is attached, and this process's end; the name is gone.
 fn start(name: &str, begun: u64) -> (PlannerThread, Child, Port<Shared>) {
     let board = Shared::create(name, shape(), RUN).unwrap();
@@ -106,6 +115,7 @@ fn signal(child: &Child, signal: Signal) {
 
 #[test]
 fn a_peer_killed_at_any_moment_costs_its_share_and_nothing_else() {
+    let _alone = alone();
     let name = name("kill");
     for round in 0..count(10, 1000) {
         let origin = now();
@@ -135,6 +145,7 @@ fn a_peer_killed_at_any_moment_costs_its_share_and_nothing_else() {
 
 #[test]
 fn a_stopped_peer_is_waited_for_no_longer_than_the_cap_and_comes_back() {
+    let _alone = alone();
     const CALLS: u32 = 50;
     let name = name("stop");
     let origin = now();
@@ -261,6 +272,7 @@ fn check_plans(mut port: Port<Shared>, rank: usize, calls: u64, mut meanwhile: i
 
 #[test]
 fn between_processes_every_plan_is_the_cores_for_that_call() {
+    let _alone = alone();
     let name = name("litmus");
     let calls = u64::from(count(50_000, 5_000_000));
     let board = Shared::create(&name, shape(), RUN).unwrap();
