@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
 
 SERVE = """
-import argparse, types
+import argparse
 from sglang.srt.plugins import load_plugins
 {sabotage}
 load_plugins()
@@ -26,10 +26,10 @@ ServerArgs.from_cli_args(parsed)
 print("parsed")
 from sglang.srt.model_executor.model_runner_components import moe_ep_setup
 if hasattr(moe_ep_setup, "prepare_moe_topk"):
-    router = types.SimpleNamespace(enable_waterfill={asked}, waterfill_balancer=None)
-    moe_ep_setup.prepare_moe_topk(
-        model=types.SimpleNamespace(modules=lambda: [router]), model_config=None
-    )
+    import torch
+    router = torch.nn.Module()
+    router.enable_waterfill, router.waterfill_balancer = {asked}, None
+    moe_ep_setup.prepare_moe_topk(model=torch.nn.ModuleList([router]), model_config=None)
 print("served")
 """
 
@@ -156,7 +156,7 @@ def test_installed_and_off_is_as_not_installed():
     without, off, on = look(SGLANG_PLUGINS="none"), look(WATERFILL_RS="off"), look()
     arguments = [f"sglang.srt.server_args.ServerArgs.{n}_cli_args" for n in ("add", "from")]
     assert off.pop("hooks") == arguments and without.pop("hooks") == []
-    assert len(on.pop("hooks")) == 8
+    assert len(on.pop("hooks")) == 9
     # The flags' own wrappers bring modules of the standard library at most.
     assert {m for m in off["modules"] if m.startswith(("sglang", "torch", "triton"))} == {
         m for m in without["modules"] if m.startswith(("sglang", "torch", "triton"))
