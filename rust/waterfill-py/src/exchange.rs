@@ -63,6 +63,10 @@ impl Counted {
     }
 }
 
+fn check_rank(rank: usize, ranks: usize) -> waterfill_core::Result<()> {
+    if rank < ranks { Ok(()) } else { Err(Error::Rank { name: "rank", rank: rank as i64, ranks }) }
+}
+
 /// A rank on its own.
 #[pyclass(name = "Solo")]
 struct PySolo {
@@ -78,9 +82,7 @@ impl PySolo {
     #[new]
     fn new(ranks: usize, experts: usize, rank: usize, cost_model: &PyCostModel) -> PyResult<Self> {
         guarded(|| {
-            if rank >= ranks {
-                return Err(Error::Rank { name: "rank", rank: rank as i64, ranks });
-            }
+            check_rank(rank, ranks)?;
             Ok(Self {
                 counted: Counted::new(ranks, experts)?,
                 cost: cost_model.inner.clone(),
@@ -222,9 +224,7 @@ impl PyGroupPlanner {
     #[new]
     fn new(ranks: usize, experts: usize, rank: usize, cost_model: &PyCostModel) -> PyResult<Self> {
         guarded(|| {
-            if rank >= ranks {
-                return Err(Error::Rank { name: "rank", rank: rank as i64, ranks });
-            }
+            check_rank(rank, ranks)?;
             Ok(Self {
                 counted: Counted::new(ranks, experts)?,
                 cost: cost_model.inner.clone(),
