@@ -1,8 +1,9 @@
-"""The kernel's time: GPU time inside a CUDA graph, host time a call. ``gpu.py own``, ``gpu.py live``.
+"""The kernel's time: GPU time inside a CUDA graph, host time a call. ``gpu.py own``, ``gpu.py sglang``, ``gpu.py live``.
 
 GPU time: a graph of CALLS calls, replayed REPLAYS times between two events; the median replay over CALLS. The
 inputs rotate over several sets. ``empty`` is a graph of as many empty kernels: what a launch alone takes.
-``live``: RANKS processes on one GPU (start ``nvidia-cuda-mps-control -d`` before), a planner in the first, the
+``sglang``: the same beside the static mode of the sglang that is installed (below 64 rows it leaves shared rows at
+home), the two graphs in turn. ``live``: RANKS processes on one GPU (start ``nvidia-cuda-mps-control -d`` before), a planner in the first, the
 time of each rank's replays; then waits over single calls.
 """
 
@@ -96,6 +97,38 @@ def own(all_ranks=OWN_RANKS, all_rows=OWN_ROWS) -> None:
         print(f"{ranks:<5}{experts:<8}" + "".join(cells), flush=True)
 
 
+def beside_sglang(all_ranks=(8, 16, 32), all_rows=OWN_ROWS) -> None:
+    import sglang
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+    from sglang.srt.layers.moe.waterfill import WaterfillBalancer
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, sglang {sglang.__version__}")
+    print("own counts beside sglang's static mode, GPU us (host us), and the GPU time's ratio")
+    for ranks in all_ranks:
+        rank = ranks // 2
+        run = Expander("cuda", physical_experts=256, ranks=ranks, rank=rank, top_k=TOP_K)
+        theirs = WaterfillBalancer(256, ranks, rank, 0, 2.5)
+
+        def ours(ids, weights, run=run):
+            return run(ids, weights, 0.4)
+
+        def static(ids, weights, balancer=theirs):
+            return balancer.expand_topk(StandardTopKOutput(weights, ids, None), len(ids))
+
+        for rows in all_rows:
+            sets = inputs(rows, 256)
+            graphs = [graph_of(call, sets) for call in (ours, static)]
+            # In turn, so that both see the same machine.
+            turns = [[statistics.median(replay_us(graph, 9)) for graph in graphs] for _ in range(9)]
+            gpu = [statistics.median(of) for of in zip(*turns, strict=True)]
+            host = [host_us(call, sets) for call in (ours, static)]
+            print(
+                f"EP {ranks} N={rows}: ours {gpu[0]:.2f} ({host[0]:.1f}), sglang {gpu[1]:.2f} ({host[1]:.1f}), "
+                f"{gpu[1] / gpu[0]:.1f}x",
+                flush=True,
+            )
+
+
 def live() -> None:
     print(
         "live, us a call in a graph: median of the ranks' medians, slowest rank's p99; own counts beside"
@@ -177,5 +210,7 @@ if __name__ == "__main__":
         rank_process(int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))
     elif sys.argv[1] == "live":
         live()
+    elif sys.argv[1] == "sglang":
+        beside_sglang()
     else:
         own()

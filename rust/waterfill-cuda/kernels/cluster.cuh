@@ -12,6 +12,19 @@ __device__ __forceinline__ void sync_blocks() {
 #endif
 }
 
+// The same in halves: nothing of another block is read after the first, and its memory may go after the second.
+__device__ __forceinline__ void leave_blocks() {
+#if CLUSTERED
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void end_blocks() {
+#if CLUSTERED
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
 // The word of another block that is where `word` is in this one.
 __device__ __forceinline__ u32 read_block(const u32 *word, u32 other) {
 #if CLUSTERED

@@ -17,7 +17,6 @@ pub(crate) struct Args {
     pub rank_shift: u32,
     pub rows: u32,
     pub rows_per_block: u32,
-    pub ranks: u32,
     pub rank: u32,
     pub experts: u32,
     pub experts_per_rank: u32,

@@ -40,7 +40,7 @@ pub fn source(shape: &Shape, clustered: bool) -> String {
     let (steps, more) = (rounds::STEPS, rounds::ROUND_STEPS);
     let values = [
         ("CLUSTERED", u32::from(clustered).to_string()),
-        ("SMALL", u32::from(shape.ranks <= 32).to_string()),
+        ("RANKS", format!("{}u", shape.ranks)),
         ("TOP_K", format!("{}u", shape.top_k)),
         ("ID", id.into()),
         ("WEIGHT", weight.into()),

@@ -321,7 +321,6 @@ fn common_args(shape: &Shape, rank: usize, state: u64) -> Args {
         state,
         rank_multiplier: (1u64 << rank_shift).div_ceil(experts_per_rank as u64),
         rank_shift,
-        ranks: shape.ranks as u32,
         rank: rank as u32,
         experts: shape.experts as u32,
         experts_per_rank: experts_per_rank as u32,

@@ -47,7 +47,7 @@ const CLUSTERED_BLOCK: usize = 512;
 const LEAST_THREADS: usize = 128;
 const WARP: usize = 32;
 /// Arrays of a word a rank, and one more, in shared memory, as `shared_arrays` in the kernel has them.
-const RANK_ARRAYS: usize = 8;
+const RANK_ARRAYS: usize = 10;
 
 /// One call's blocks and their shared memory, in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,14 +105,14 @@ impl Shape {
         let table_stride = ((slots / WARP).div_ceil(8) | 1) * 8;
         Geometry {
             blocks,
-            threads: rows_per_block.clamp(LEAST_THREADS, BLOCK),
+            threads: (rows_per_block + 2 * WARP).clamp(LEAST_THREADS, BLOCK),
             rows_per_block,
             ranks_at,
             slots_at,
             given_at,
             table_at,
             table_stride,
-            shared: table_at + 2 * table_stride * self.ranks,
+            shared: table_at + 2 * table_stride * (self.ranks + 1),
         }
     }
 }
