@@ -26,15 +26,36 @@ __device__ __forceinline__ u64 *in_slot(const Args &args, u32 at, u32 sequence) 
     return args.board + (u64)(sequence % args.ring) * args.slot_words + at;
 }
 
-// Tokens, visits [ranks], counts [experts] or loads [ranks]: the last word last, which the planner reads first.
+// Words that a rank posts: tokens, visits [ranks], counts [experts] or loads [ranks].
+__device__ __forceinline__ u32 posted(const Args &args) {
+    return 1 + args.ranks + (args.posts_experts ? args.experts : args.ranks);
+}
+
+// Call `put(i, value)` for each of this rank's, the last word last, which the planner reads first.
+template <typename Put>
+__device__ __forceinline__ void for_each_posted(const Args &args, const Shared &s, u32 tokens, Put put) {
+    const u32 *counts = args.posts_experts ? s.counts : s.loads;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < posted(args); i += blockDim.x) {
+        put(i, i == 0 ? tokens : i <= args.ranks ? s.visits[i - 1] : counts[i - 1 - args.ranks]);
+    }
+}
+
 __device__ __forceinline__ void post(const Args &args, const Shared &s, u32 tokens, u32 sequence) {
     u64 *words = in_slot(args, args.counts_at, sequence);
-    const u32 *counts = args.posts_experts ? s.counts : s.loads;
-    u32 posted = 1 + args.ranks + (args.posts_experts ? args.experts : args.ranks);
+    for_each_posted(args, s, tokens, [&](u32 i, u32 value) { store_word(words + i, sequence, value); });
+}
+
+// Post what a collective brought from all ranks, on a board that nobody else writes counts on: a warp a rank.
+__device__ __forceinline__ void post_all(const Args &args, u32 sequence) {
+    u64 *words = in_slot(args, args.counts_at - args.rank * args.counts_stride, sequence);
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < posted; i += blockDim.x) {
-        u32 value = i == 0 ? tokens : i <= args.ranks ? s.visits[i - 1] : counts[i - 1 - args.ranks];
-        store_word(words + i, sequence, value);
+    for (u32 rank = warp(); rank < args.ranks; rank += warps()) {
+        const u32 *values = args.words + (u64)rank * posted(args);
+#pragma unroll 1
+        for (u32 i = lane(); i < posted(args); i += WARP) {
+            store_word(words + (u64)rank * args.counts_stride + i, sequence, values[i]);
+        }
     }
 }
 

@@ -42,6 +42,7 @@ __device__ __forceinline__ void take_slots(const Args &args, const Shared &s, u3
         u32 rank = (u32)(((u64)(u32)id * args.rank_multiplier) >> args.rank_shift);
         s.slots[i] = (u16)(valid ? rank : args.ranks);
         if (valid) atomicAdd(&s.counts[(u32)id], 1u);
+        if (!args.out_ids) continue;
         // An id past the last expert names none, so nothing downstream may take it for one.
         ID moved = valid ? id + (ID)rank : id < 0 ? id : (ID)-1;
         u64 out = (u64)first * (TOP_K + 1) + i + row;

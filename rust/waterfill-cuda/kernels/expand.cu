@@ -1,4 +1,5 @@
-// One launch a call: count, post, wait for the plan (or plan from own counts), assign, expand.
+// One launch a call: count, post, wait for the plan (or plan from own counts), assign, expand. Where a collective
+// brings the counts it is two, with the collective between them: the first one only counts.
 
 // Sum the blocks' counts into the first one's.
 __device__ __forceinline__ void gather(const Args &args, const Shared &s, Block &b) {
@@ -62,6 +63,21 @@ __device__ __forceinline__ void open_quotas(const Args &args, const Shared &s, B
     __syncthreads();
 }
 
+__device__ __forceinline__ void post_counts(const Args &args, const Shared &s, const Block &b) {
+    if (args.mode == COUNT) {
+        for_each_posted(args, s, b.tokens, [&](u32 i, u32 value) { args.words[i] = value; });
+    } else if (args.mode == LIVE && args.words) {
+        post_all(args, b.sequence);
+    } else if (args.mode == LIVE) {
+        post(args, s, b.tokens, b.sequence);
+    }
+}
+
+// Nobody leaves while its shared memory is read.
+__device__ __forceinline__ void leave() {
+    if (CLUSTERED) sync_blocks();
+}
+
 extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_constant__ Args args) {
     __shared__ Block b;
     Shared s = shared_arrays(args);
@@ -94,13 +110,13 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     if (CLUSTERED) gather(args, s, b);
     else __syncthreads();
 
-    if (block() == 0 && args.mode == LIVE) post(args, s, b.tokens, b.sequence);
+    if (block() == 0) post_counts(args, s, b);
+    if (args.mode == COUNT) return leave();
     if (block() == 0 && warp() == 0 && args.mode != OWN) get_quotas(args, s, b);
     if (block() == 0 && warp() == 1) plan_own(args, s, b.tokens);
     open_quotas(args, s, b);
 
     bool anywhere = run_rounds(args, s, b, first, rows);
     place_rest(args, s, b, first, rows, anywhere);
-    // Nobody leaves while its shared memory is read.
-    if (CLUSTERED) sync_blocks();
+    leave();
 }
