@@ -257,6 +257,13 @@ class CudaRunner:
     @property
     def max_rows(self) -> int:
         """The most rows that a call may have."""
+    @property
+    def words(self) -> int:
+        """Integers that ``unsafe_count_ptr`` writes: tokens, visits ``[R]``, counts as the board has them."""
+    def unsafe_count_ptr(
+        self, ids: int, weights: int, rows: int, unpadded: int, out: int, stream: int
+    ) -> None:
+        """Count by one launch on ``stream``: int32 ``[words]`` at ``out``."""
     def unsafe_launch_ptr(
         self,
         ids: int,
@@ -267,9 +274,11 @@ class CudaRunner:
         shared_weight: float,
         unpadded: int,
         quotas: int,
+        gathered: int,
         cap_us: int | None,
         stream: int,
     ) -> None:
-        """One launch on ``stream``. Quotas at an address unless 0; else live ones, waited for ``cap_us``; else own."""
+        """One launch on ``stream``. Quotas at an address unless 0; else live ones, waited for ``cap_us``, of the
+        counts ``[ranks, words]`` at ``gathered`` unless 0; else own."""
     def tally(self, stream: int) -> dict[str, int]:
         """``live``, ``timed_out``, ``broken``, ``torn``: how calls with given or live quotas ended; waits for the stream."""

@@ -100,6 +100,7 @@ class Expander:
             cache=_cache(),
         )
         self._launch = self._runner.unsafe_launch_ptr
+        self.words: int = self._runner.words
         self.max_rows: int = self._runner.max_rows
 
     def __call__(
@@ -110,6 +111,7 @@ class Expander:
         *,
         quotas: Tensor | None = None,
         cap_us: int | None = None,
+        gathered: Tensor | None = None,
         num_token_non_padded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Widen ids and weights to ``[N, K + 1]``; see ``waterfill_rs.torch.expand_topk``.
@@ -117,6 +119,8 @@ class Expander:
         Args:
             quotas: int32 ``[ranks]`` on the device; own ones if they do not add up to the tokens.
             cap_us: wait so long for the board's plan. Without it, and without quotas: from own counts.
+            gathered: int32 ``[ranks * words]`` on the device, what ``count`` wrote on each rank: posted for all of
+                them, on a board of this process alone. Without it, this rank posts its own.
             num_token_non_padded: int32, one element, on the device: rows at or past it are padding.
 
         Raises:
@@ -125,6 +129,10 @@ class Expander:
         self._check(topk_ids, topk_weights, quotas, num_token_non_padded)
         if cap_us is not None and not self._has_board:
             raise ValueError(f"cap_us {cap_us} without a board: give the Expander one")
+        if gathered is not None:
+            if cap_us is None:
+                raise ValueError("gathered counts without cap_us: give the longest wait")
+            self._refuse("gathered", gathered, torch.int32, (self.ranks * self.words,))
         rows = topk_ids.shape[0]
         out_ids = topk_ids.new_empty((rows, self.top_k + 1))
         out_weights = topk_weights.new_empty((rows, self.top_k + 1))
@@ -137,10 +145,38 @@ class Expander:
             shared_weight,
             0 if num_token_non_padded is None else num_token_non_padded.data_ptr(),
             0 if quotas is None else quotas.data_ptr(),
+            0 if gathered is None else gathered.data_ptr(),
             cap_us,
             self._stream(),
         )
         return out_ids, out_weights
+
+    def count(
+        self,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        out: Tensor,
+        *,
+        num_token_non_padded: Tensor | None = None,
+    ) -> None:
+        """Write what a call with these tensors posts to ``out``, int32 ``[words]`` on the device, by one launch.
+
+        Words are tokens, visits ``[ranks]``, and counts ``[physical_experts]``, or ``[ranks]`` without a board of
+        counts per expert. For a collective; see ``gathered``.
+
+        Raises:
+            ValueError: tensors that do not fit, before anything is written.
+        """
+        self._check(topk_ids, topk_weights, None, num_token_non_padded)
+        self._refuse("out", out, torch.int32, (self.words,))
+        self._runner.unsafe_count_ptr(
+            topk_ids.data_ptr(),
+            topk_weights.data_ptr(),
+            topk_ids.shape[0],
+            0 if num_token_non_padded is None else num_token_non_padded.data_ptr(),
+            out.data_ptr(),
+            self._stream(),
+        )
 
     def tally(self) -> dict[str, int]:
         """How calls with given or live quotas ended: ``live``, ``timed_out``, ``broken``, ``torn``. Waits for them."""

@@ -1,16 +1,24 @@
-"""One model's layers on a CUDA device: the kernel posts, waits and expands; a planner's thread plans on the node."""
+"""One model's layers on a CUDA device: the kernel posts, waits and expands; a planner's thread plans beside it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from waterfill_rs import CostModel, _native
 from waterfill_rs.cuda import Expander
 
-__all__ = ["DeviceExchange"]
+__all__ = ["DeviceExchange", "DeviceGroupExchange"]
+
+# Its name from torch 2.14 on, or the one before.
+_all_gather = getattr(
+    torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor
+)
+NO_COUNT = -1
+"""As unsigned the most there is: no planner takes it for a number of tokens."""
 
 
 class DeviceExchange:
@@ -18,7 +26,10 @@ class DeviceExchange:
 
     Its kernel is made at the first call, which is when top-k and dtypes are known, and must not be within the
     capture of a graph. With ``board`` (of ``ranks`` experts: loads a rank) plans are from live counts; without,
-    from own ones. Rank 0 has the planner.
+    from own ones.
+
+    Args:
+        plans: this process has the board's planner. Of ranks that share a board, rank 0 has.
     """
 
     def __init__(
@@ -30,6 +41,7 @@ class DeviceExchange:
         rank: int,
         reason: str,
         board: _native.Board | None = None,
+        plans: bool = False,
         cap_us: int = 500,
         patience_us: int = 250,
         pace: str = "park",
@@ -42,7 +54,7 @@ class DeviceExchange:
         self._cap_us = None if board is None else cap_us
         self._expander: Expander | None = None
         self._planner: _native.PlannerThread | None = None
-        if board is not None and rank == 0:
+        if board is not None and plans:
             self._planner = _native.PlannerThread(
                 board, CostModel.rows(), patience_us=patience_us, pace=pace, core=core
             )
@@ -83,3 +95,63 @@ class DeviceExchange:
         """End the planner's thread. Graphs that were captured are not replayed afterwards."""
         if self._planner is not None:
             self._planner.stop()
+
+
+class DeviceGroupExchange(DeviceExchange):
+    """Live counts of ranks on any number of hosts: one all-gather a call on the layer's stream.
+
+    It is between two launches, and a graph captures all three: the first counts; the second posts all ranks' counts
+    on a board of this process alone, whose planner makes of them the plan that every rank's makes.
+
+    The collective is as alive as the model's own, and has no cap; the wait for the planner has one. ``group``: the
+    ``torch.distributed`` process group of these ranks, whose backend takes CUDA tensors.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        group: Any,
+        *,
+        ranks: int,
+        experts: int,
+        rank: int,
+        reason: str,
+        board: _native.Board,
+        cap_us: int = 500,
+        pace: str = "park",
+    ) -> None:
+        if (found := torch.distributed.get_world_size(group)) != ranks:
+            raise ValueError(f"the process group has {found} ranks: give one of {ranks}")
+        super().__init__(
+            device,
+            ranks=ranks,
+            experts=experts,
+            rank=rank,
+            reason=reason,
+            board=board,
+            plans=True,
+            cap_us=cap_us,
+            # All counts come at once. Should one not, then rather no plan in time than one that no other rank has.
+            patience_us=2 * cap_us,
+            pace=pace,
+        )
+        self.name = "group"
+        self._group = group
+        words = 1 + 2 * ranks
+        self._own = torch.zeros(words, dtype=torch.int32, device=device)
+        self._all = torch.zeros(ranks * words, dtype=torch.int32, device=device)
+
+    def expand(self, ids: Tensor, weights: Tensor, shared_weight: float) -> tuple[Tensor, Tensor]:
+        """As there; a rank that refuses its tensors joins the others first, who then have own counts for this call."""
+        try:
+            expander = self._expander or self._prepare(ids, weights)
+            expander.count(ids, weights, self._own)
+        except ValueError:
+            self._own.fill_(NO_COUNT)
+            self._gather()
+            raise
+        self._gather()
+        return expander(ids, weights, shared_weight, cap_us=self._cap_us, gathered=self._all)
+
+    def _gather(self) -> None:
+        _all_gather(self._all, self._own, group=self._group)

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["CHOICES", "BoardSettings", "Choice", "Store", "board_name", "open_exchange"]
 
 Choice = Literal["auto", "solo", "board", "group"]
+Name = Literal["solo", "board", "group"]
 CHOICES: tuple[Choice, ...] = ("auto", "solo", "board", "group")
 
 _SHARED_MEMORY = "/dev/shm"
@@ -54,19 +55,23 @@ class BoardSettings:
 
 @dataclass(frozen=True)
 class _Card:
-    """Of one rank. The first four must be equal on all ranks, the last three are where it is."""
+    """Of one rank. ``_ALIKE`` must be equal on all ranks, the others are where it is."""
 
     version: str
     ranks: int
     experts: int
     choice: str
+    layers_on: str
+    timeout_us: int
+    cost_model: str
+    process_group: bool
     boot: str
     shared_memory: str
     user: int
 
-    @staticmethod
-    def of(ranks: int, experts: int, choice: str) -> _Card:
-        return _Card(__version__, ranks, experts, choice, _boot(), _device(), os.getuid())
+
+_PLACE = ("boot", "shared_memory", "user")
+_ALIKE = tuple(field.name for field in fields(_Card) if field.name not in _PLACE)
 
 
 def _boot() -> str:
@@ -105,9 +110,9 @@ def open_exchange(
 
     Args:
         choice: ``auto``: a board on one node, else the group, else own counts. Others: that one or an error.
-        group: the ``torch.distributed`` process group of these ranks, for ``group``.
-        device: the CUDA device on which this rank's layers run, if they do: then a board has loads a rank, counts
-            by a collective are not to be had, and ``cost_model`` is rows.
+        group: the ``torch.distributed`` process group of these ranks, for ``group``; with a device, one for its tensors.
+        device: the CUDA device on which this rank's layers run, if they do: then ranks tell loads a rank, and
+            ``cost_model`` is rows.
 
     Raises:
         ValueError: ranks that disagree, with both sides' values; a choice that cannot be had, with the reason.
@@ -119,23 +124,42 @@ def open_exchange(
         raise ValueError(f"exchange {choice!r}: give one of {', '.join(CHOICES)}")
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank}: give one from 0 to {ranks - 1}")
-    if device is not None:
-        if choice == "group":
-            raise ValueError(
-                "exchange group with layers on a CUDA device: give auto, board or solo"
-            )
-        group = None  # The kernel takes counts from a board alone.
-    cards = _meet(store, _Card.of(ranks, experts, choice), rank)
-    name, reason = _decide(cards, group is not None)
+    if device is not None and settings.pace == "inline":
+        raise ValueError("planner inline with layers on a CUDA device: give auto, park or spin")
+    own = _Card(
+        version=__version__,
+        ranks=ranks,
+        experts=experts,
+        choice=choice,
+        layers_on="cpu" if device is None else device.type,
+        timeout_us=settings.cap_us,
+        cost_model=repr(model),
+        process_group=group is not None,
+        boot=_boot(),
+        shared_memory=_device(),
+        user=os.getuid(),
+    )
+    name, reason = _decide(_meet(store, own, rank))
     board: _native.Board | None = None
     if name == "board":
         board, refusal = _open_board(store, ranks, experts if device is None else ranks, rank)
-        if board is None and choice == "board":
-            raise ValueError(f"the board was asked for and cannot be had: {refusal}")
         if board is None:
-            name, reason = ("solo" if group is None else "group"), refusal
+            name, reason = _instead(choice, name, "solo" if group is None else "group", refusal)
+    if name == "group" and device is not None:
+        board, refusal = _own_board(store, ranks, rank)
+        if board is None:
+            name, reason = _instead(choice, name, "solo", refusal)
     if device is not None:
-        return _on_device(device, ranks, experts, rank, reason, board, settings)
+        return _on_device(
+            device,
+            ranks,
+            experts,
+            rank,
+            reason,
+            board,
+            settings,
+            group if name == "group" else None,
+        )
     if board is not None:
         return BoardExchange(
             board,
@@ -160,11 +184,24 @@ def _on_device(
     reason: str,
     board: _native.Board | None,
     settings: BoardSettings,
+    group: Any,
 ) -> DeviceExchange:
-    from waterfill_rs.device import DeviceExchange
+    from waterfill_rs.device import DeviceExchange, DeviceGroupExchange
 
-    if settings.pace == "inline":
-        raise ValueError("planner inline with layers on a CUDA device: give auto, park or spin")
+    pace = "spin" if settings.pace == "spin" else "park"
+    if group is not None and board is not None:
+        # Each process has a planner, so none is pinned: several would share the core.
+        return DeviceGroupExchange(
+            device,
+            group,
+            ranks=ranks,
+            experts=experts,
+            rank=rank,
+            reason=reason,
+            board=board,
+            cap_us=settings.cap_us,
+            pace=pace,
+        )
     return DeviceExchange(
         device,
         ranks=ranks,
@@ -172,9 +209,10 @@ def _on_device(
         rank=rank,
         reason=reason,
         board=board,
+        plans=rank == 0,
         cap_us=settings.cap_us,
         patience_us=settings.patience_us,
-        pace="spin" if settings.pace == "spin" else "park",
+        pace=pace,
         core=settings.core,
     )
 
@@ -186,7 +224,7 @@ def _meet(store: Store, own: _Card, rank: int) -> list[_Card]:
         # Compared before the next is waited for, and before it is read as a card: it may be of a rank that
         # counts fewer ranks, or of a version with other fields.
         card = json.loads(store.get(f"card/{other}"))
-        for field in ("version", "ranks", "experts", "choice"):
+        for field in _ALIKE:
             mine, theirs = getattr(own, field), card.get(field)
             if mine != theirs:
                 raise ValueError(
@@ -197,11 +235,9 @@ def _meet(store: Store, own: _Card, rank: int) -> list[_Card]:
     return cards
 
 
-def _decide(
-    cards: Sequence[_Card], has_group: bool
-) -> tuple[Literal["solo", "board", "group"], str]:
-    """The same on every rank, because it looks at the cards only (and at what all ranks have alike)."""
-    choice = cards[0].choice
+def _decide(cards: Sequence[_Card]) -> tuple[Name, str]:
+    """The same on every rank, because it looks at the cards only."""
+    choice, has_group = cards[0].choice, cards[0].process_group
     if choice == "solo":
         return "solo", "it was asked for"
     if len(cards) == 1 and choice != "board":
@@ -216,6 +252,13 @@ def _decide(
     if choice == "board":
         raise ValueError(f"the board was asked for and cannot be had: {apart}")
     return ("group" if has_group else "solo"), apart
+
+
+def _instead(choice: Choice, lacking: Name, instead: Name, refusal: str) -> tuple[Name, str]:
+    """What is used where ``lacking`` cannot be had, unless that was asked for by name."""
+    if choice == lacking:
+        raise ValueError(f"the {lacking} was asked for and cannot be had: {refusal}")
+    return instead, refusal
 
 
 def _apart(cards: Sequence[_Card]) -> str | None:
@@ -247,19 +290,40 @@ def _open_board(
         told = json.loads(store.get("board"))
         if "refused" in told:
             return None, f"rank 0: {told['refused']}"
-        word = "attached"
+        word = _HAVE
         if board is None:
             try:
                 board = _native.Board.attach(told["name"], ranks, experts, int(told["run"], 16))
             except (OSError, ValueError) as error:
                 word = str(error)
-        store.set(f"attached/{rank}", word)
-        for other in range(ranks):
-            word = store.get(f"attached/{other}").decode()
-            if word != "attached":
-                return None, f"rank {other}: {word}"
-        return board, ""
+        refusal = _first_refusal(store, "attached", ranks, rank, word)
+        return (None, refusal) if refusal else (board, "")
     finally:
         # Everybody is attached, or nobody will be.
         if rank == 0 and board is not None:
             board.unlink()
+
+
+def _own_board(store: Store, ranks: int, rank: int) -> tuple[_native.Board | None, str]:
+    """A board of this process alone; or none, and why some rank could not have one. All ranks come to the same."""
+    board: _native.Board | None = None
+    word = _HAVE
+    try:
+        board = _native.Board.create(board_name(), ranks, ranks, secrets.randbits(128))
+        board.unlink()
+    except (OSError, ValueError) as error:
+        word = str(error)
+    refusal = _first_refusal(store, "own", ranks, rank, word)
+    return (None, refusal) if refusal else (board, "")
+
+
+_HAVE = "attached"
+
+
+def _first_refusal(store: Store, key: str, ranks: int, rank: int, word: str) -> str:
+    """Tell the others this rank's word; the first of all ranks' that is not ``_HAVE``, or empty."""
+    store.set(f"{key}/{rank}", word)
+    for other in range(ranks):
+        if (said := store.get(f"{key}/{other}").decode()) != _HAVE:
+            return f"rank {other}: {said}"
+    return ""

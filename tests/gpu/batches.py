@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from waterfill_rs.torch import expand_topk
+import waterfill_rs
+from waterfill_rs.torch import count, expand_topk
 
 SHARED_WEIGHT = 0.4
 
@@ -68,3 +69,17 @@ def random_quotas(seed: int, topk_ids: Tensor, ranks: int, rank: int) -> list[in
     to = torch.randint(0, ranks, (tokens,), generator=random)
     to[torch.rand(tokens, generator=random) < 1 / 3] = rank
     return torch.bincount(to, minlength=ranks).tolist()
+
+
+def planned(made: list[tuple[Tensor, Tensor]], experts: int) -> list[list[int]]:
+    """Every rank's quotas, from all ranks' counts."""
+    ranks = len(made)
+    counted = [count(ids, physical_experts=experts, ranks=ranks) for ids, _ in made]
+    plan = waterfill_rs.plan(
+        [sum(of) for of in zip(*(counts for counts, _, _ in counted), strict=True)],
+        [tokens for _, _, tokens in counted],
+        ranks=ranks,
+        physical_experts=experts,
+        visits=[visits for _, visits, _ in counted],
+    )
+    return [plan.quotas_of(rank) for rank in range(ranks)]

@@ -11,12 +11,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from batches import SHARED_WEIGHT, batch, on_cpu, same
+from batches import SHARED_WEIGHT, batch, on_cpu, planned, same
 
-import waterfill_rs
 from waterfill_rs import CostModel, _native
 from waterfill_rs.cuda import Expander
-from waterfill_rs.torch import count
 
 EXPERTS, TOP_K = 48, 6
 SECOND = 1_000_000
@@ -78,20 +76,6 @@ def batches(seed: int, ranks: int) -> list:
     return [batch(seed * 100 + rank, rows[rank], TOP_K, EXPERTS) for rank in range(ranks)]
 
 
-def planned(made) -> list[list[int]]:
-    """Every rank's quotas, from all ranks' counts."""
-    ranks = len(made)
-    counted = [count(ids, physical_experts=EXPERTS, ranks=ranks) for ids, _ in made]
-    plan = waterfill_rs.plan(
-        [sum(of) for of in zip(*(counts for counts, _, _ in counted), strict=True)],
-        [tokens for _, _, tokens in counted],
-        ranks=ranks,
-        physical_experts=EXPERTS,
-        visits=[visits for _, visits, _ in counted],
-    )
-    return [plan.quotas_of(rank) for rank in range(ranks)]
-
-
 @pytest.mark.parametrize(
     "group",
     [dict(ranks=ranks, per_expert=each) for ranks in (1, 2, 3, 4) for each in (True, False)],
@@ -101,7 +85,9 @@ def test_live_plans_are_the_planners(group):
     ranks = group.ranks
     for seed in range(40):
         made = batches(seed, ranks)
-        for rank, (out, quotas) in enumerate(zip(group.step(made), planned(made), strict=True)):
+        for rank, (out, quotas) in enumerate(
+            zip(group.step(made), planned(made, EXPERTS), strict=True)
+        ):
             where = dict(experts=EXPERTS, ranks=ranks, rank=rank)
             assert same(out, on_cpu(*made[rank], quotas=quotas, **where)), (
                 f"seed {seed} rank {rank}"
@@ -196,7 +182,7 @@ def test_a_graph_over_the_board_goes_on_counting(mode):
                 with torch.cuda.stream(stream):
                     graph.replay()
             torch.cuda.synchronize()
-            for rank, quotas in enumerate(planned(made)):
+            for rank, quotas in enumerate(planned(made, EXPERTS)):
                 expected = on_cpu(*made[rank], experts=EXPERTS, ranks=2, rank=rank, quotas=quotas)
                 assert same(tensors[rank][2], expected), f"seed {seed} rank {rank}"
         assert [tally["live"] for tally in group.tallies()] == [50, 50]

@@ -86,6 +86,6 @@ def _open(
         experts=experts,
         choice=config.exchange,
         settings=config.board,
-        group=coordinator.cpu_group,
+        group=coordinator.device_group if device.type == "cuda" else coordinator.cpu_group,
         device=device if device.type == "cuda" else None,
     )

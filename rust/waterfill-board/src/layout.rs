@@ -64,7 +64,13 @@ impl Shape {
     /// The first word of the counts that `rank` posts for a call with this tag.
     #[must_use]
     pub fn counts(&self, tag: u32, rank: usize) -> usize {
-        self.ring() + tag as usize % RING * self.slot() + rank * lines(self.posted())
+        self.ring() + tag as usize % RING * self.slot() + rank * self.counts_stride()
+    }
+
+    /// Words from the counts of one rank to those of the next.
+    #[must_use]
+    pub fn counts_stride(&self) -> usize {
+        lines(self.posted())
     }
 
     /// The first word of the quotas of `rank` for a call with this tag, `[R]`.
@@ -76,7 +82,7 @@ impl Shape {
     /// Words of one slot of the ring.
     #[must_use]
     pub fn slot(&self) -> usize {
-        self.ranks * (lines(self.posted()) + lines(self.ranks))
+        self.ranks * (self.counts_stride() + lines(self.ranks))
     }
 }
 

@@ -27,18 +27,37 @@ __device__ __forceinline__ u64 *in_slot(const Args &args, u32 at, u32 sequence) 
     return args.board + (u64)(sequence % args.ring) * args.slot_words + at;
 }
 
-// Tokens, visits [RANKS], counts [experts] or loads [RANKS]: the last word last, which the planner reads first.
-__device__ __forceinline__ void post(const Args &args, const Shared &s, const Block &b) {
-    u64 *words = in_slot(args, args.counts_at, b.sequence);
-    u32 counts = args.posts_experts ? args.experts : RANKS;
+// Words that a rank posts: tokens, visits [RANKS], counts [experts] or loads [RANKS].
+__device__ __forceinline__ u32 posted(const Args &args) { return 1 + RANKS + (args.posts_experts ? args.experts : RANKS); }
+
+// Call `put(i, value)` for each of this rank's, the last word last, which the planner reads first.
+template <typename Put>
+__device__ __forceinline__ void for_each_posted(const Args &args, const Shared &s, const Block &b, Put put) {
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < 1 + RANKS + counts; i += blockDim.x) {
+    for (u32 i = threadIdx.x; i < posted(args); i += blockDim.x) {
         u32 value;
         if (i == 0) value = all_tokens(b);
         else if (i <= RANKS) value = s.all_visits[i - 1];
         else if (args.posts_experts) value = sum_blocks(s.counts + i - 1 - RANKS);
         else value = s.all_loads[i - 1 - RANKS];
-        store_word(words + i, b.sequence, value);
+        put(i, value);
+    }
+}
+
+__device__ __forceinline__ void post(const Args &args, const Shared &s, const Block &b) {
+    u64 *words = in_slot(args, args.counts_at, b.sequence);
+    for_each_posted(args, s, b, [&](u32 i, u32 value) { store_word(words + i, b.sequence, value); });
+}
+
+// Post what a collective brought from all ranks, on a board that nobody else writes counts on: a warp a rank.
+__device__ __forceinline__ void post_all(const Args &args, u32 sequence) {
+    u64 *words = in_slot(args, args.counts_at - args.rank * args.counts_stride, sequence);
+#pragma unroll 1
+    for (u32 rank = warp(); rank < RANKS; rank += warps()) {
+        const u32 *values = args.words + (u64)rank * posted(args);
+#pragma unroll 1
+        for (u32 i = lane(); i < posted(args); i += WARP)
+            store_word(words + (u64)rank * args.counts_stride + i, sequence, values[i]);
     }
 }
 

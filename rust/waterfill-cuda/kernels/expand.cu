@@ -1,4 +1,16 @@
-// One launch a call: count, post, wait for the plan (or plan from own counts), assign, expand.
+// One launch a call: count, post, wait for the plan (or plan from own counts), assign, expand. Where a collective
+// brings the counts it is two, with the collective between them: the first one only counts.
+
+// What others are to know of this call, by the first block.
+__device__ __forceinline__ void post_counts(const Args &args, const Shared &s, const Block &b) {
+    if (args.mode == COUNT) {
+        for_each_posted(args, s, b, [&](u32 i, u32 value) { args.words[i] = value; });
+    } else if (args.mode == LIVE && args.words) {
+        post_all(args, b.sequence);
+    } else if (args.mode == LIVE) {
+        post(args, s, b);
+    }
+}
 
 // One warp opens quotas from the board, or given ones, if any are to be had; each block's its own given ones.
 __device__ __forceinline__ void take_quotas(const Args &args, const Shared &s, Block &b) {
@@ -73,14 +85,19 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     for (u32 base = BATCH * blockDim.x; base < rows * TOP_K; base += BATCH * blockDim.x) {
         Slots more = load_slots(args, first, rows, base);
         count_slots(args, s, first, rows, unpadded, more, base);
-        write_slots(args, first, rows, more, base);
+        if (args.mode != COUNT) write_slots(args, first, rows, more, base);
     }
     __syncthreads();
     count_tokens(s, b, rows);
     gather(s, b);
 
+    if (block() == 0) post_counts(args, s, b);
+    if (args.mode == COUNT) {
+        leave_blocks();
+        return end_blocks();
+    }
+
     // While one warp plans and another waits, the others write; these two have the fewest rows, or none.
-    if (block() == 0 && args.mode == LIVE) post(args, s, b);
     if (warp() == warps() - 1) plan_own(args, s, b);
     if (warp() == warps() - 2 && (args.mode == GIVEN || (args.mode == LIVE && block() == 0))) take_quotas(args, s, b);
     write_slots(args, first, rows, slots, 0);

@@ -16,7 +16,7 @@ static constexpr u32 ENTRIES = RANKS + 1;
 static constexpr u16 PENDING = 0x7ffe;
 static constexpr u16 NOBODY = 0x7fff;
 
-enum Mode : u32 { OWN = 0, LIVE = 1, GIVEN = 2 };
+enum Mode : u32 { OWN = 0, LIVE = 1, GIVEN = 2, COUNT = 3 };
 enum Outcome : u32 { TALLY_LIVE = 0, TALLY_TIMED_OUT = 1, TALLY_BROKEN = 2, TALLY_TORN = 3 };
 
 // What a runner keeps on the device between calls; `State` in src/args.rs.
@@ -30,10 +30,13 @@ struct State {
 struct Args {
     const ID *ids;           // [rows, TOP_K]
     const WEIGHT *weights;   // [rows, TOP_K]
-    ID *out_ids;             // [rows, TOP_K + 1]
+    ID *out_ids;             // [rows, TOP_K + 1]; for COUNT null, and nothing is expanded.
     WEIGHT *out_weights;     // [rows, TOP_K + 1]
     const int *unpadded;     // Rows at or past it are padding; null: none are.
     const u32 *quotas;       // [RANKS], for GIVEN.
+    // [posted(args)] for COUNT: what this rank would post is written there. [RANKS, posted(args)] for LIVE: what all
+    // ranks would post, and this one posts for all; null: for itself.
+    u32 *words;
     u64 *board;              // For LIVE: the board's words, in registered host memory.
     State *state;
     u64 cap_ns;              // The longest wait for a plan.
@@ -45,6 +48,7 @@ struct Args {
     u32 mode;
     // The board: words from its start to this rank's counts and quotas in the first slot of the ring.
     u32 counts_at, quotas_at, slot_words, ring, posts_experts;
+    u32 counts_stride;       // Words from a rank's counts to the next one's.
     u32 tally_at;            // Words from the board's start to this rank's calls by Outcome.
     // Bytes from the start of dynamic shared memory to each array of `Shared`.
     u32 counts_bytes, ranks_bytes, slots_bytes, given_bytes, table_bytes, table_stride;

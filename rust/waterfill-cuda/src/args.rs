@@ -10,6 +10,7 @@ pub(crate) struct Args {
     pub out_weights: u64,
     pub unpadded: u64,
     pub quotas: u64,
+    pub words: u64,
     pub board: u64,
     pub state: u64,
     pub cap_ns: u64,
@@ -27,6 +28,7 @@ pub(crate) struct Args {
     pub slot_words: u32,
     pub ring: u32,
     pub posts_experts: u32,
+    pub counts_stride: u32,
     pub tally_at: u32,
     pub counts_bytes: u32,
     pub ranks_bytes: u32,
@@ -48,3 +50,4 @@ pub(crate) struct State {
 pub(crate) const OWN: u32 = 0;
 pub(crate) const LIVE: u32 = 1;
 pub(crate) const GIVEN: u32 = 2;
+pub(crate) const COUNT: u32 = 3;

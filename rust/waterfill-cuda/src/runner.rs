@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use waterfill_board::RING;
 
-use crate::args::{Args, GIVEN, LIVE, OWN, State};
+use crate::args::{Args, COUNT, GIVEN, LIVE, OWN, State};
 use crate::compiler::Compiler;
 use crate::driver::{
     Current, Device, Kernel, Launch, OwnStream, Registered, Relaxed, Slot, Stream,
@@ -60,6 +60,13 @@ pub enum Quotas {
     Live {
         /// The longest wait.
         cap: Duration,
+    },
+    /// As [`Live`](Self::Live), over a board on which this rank posts what a collective brought from all.
+    Gathered {
+        /// The longest wait.
+        cap: Duration,
+        /// `[R, words]` 32-bit words on the device: what [`Runner::count`] wrote on each rank, in their order.
+        address: u64,
     },
     /// `[R]` 32-bit words on the device; own ones if they do not add up to the tokens.
     Given {
@@ -159,9 +166,18 @@ impl Runner {
         self.args.slot_words = (shape.counts(1, rank) - shape.counts(0, rank)) as u32;
         self.args.ring = RING as u32;
         self.args.posts_experts = u32::from(shape.experts != shape.ranks);
+        self.args.counts_stride = shape.counts_stride() as u32;
         self.args.tally_at = shape.rank_tally(rank) as u32 + 1;
         self.board = Some(registered);
         Ok(())
+    }
+
+    /// Words that [`count`](Self::count) writes.
+    #[must_use]
+    pub fn words(&self) -> usize {
+        let counts =
+            if self.args.posts_experts == 0 { self.shape.ranks } else { self.shape.experts };
+        1 + self.shape.ranks + counts
     }
 
     /// The most rows that a call may have.
@@ -194,11 +210,55 @@ impl Runner {
         unsafe { self.launch_on(&current, call, Stream::borrow(stream)) }
     }
 
+    /// Write what a call would post, [`words`](Self::words) 32-bit words at `out`, and nothing else: for a
+    /// collective that brings all ranks' to [`Quotas::Gathered`]. As [`launch`](Self::launch), a graph can capture it.
+    ///
+    /// # Errors
+    /// More rows than fit, or what the driver refuses.
+    ///
+    /// # Safety
+    /// As there, for the call's inputs and `out`; its outputs and quotas are not looked at.
+    pub unsafe fn count(&self, call: &Call, out: u64, stream: usize) -> Result<()> {
+        let current = self.device.current()?;
+        let cut = self.shape.cut(call.rows, self.most_blocks(), self.shared)?;
+        let args = Args { mode: COUNT, words: out, out_ids: 0, ..self.args_of(call, &cut) };
+        // SAFETY: the caller's promise.
+        unsafe { self.run(&current, &cut, args, Stream::borrow(stream)) }
+    }
+
     /// # Safety
     /// As [`launch`](Self::launch).
-    unsafe fn launch_on(&self, _: &Current, call: &Call, stream: Stream) -> Result<()> {
+    unsafe fn launch_on(&self, current: &Current, call: &Call, stream: Stream) -> Result<()> {
         let cut = self.shape.cut(call.rows, self.most_blocks(), self.shared)?;
-        let mut args = Args {
+        let mut args = self.args_of(call, &cut);
+        match call.quotas {
+            Quotas::Own => args.mode = OWN,
+            Quotas::Given { address } => (args.mode, args.quotas) = (GIVEN, address),
+            Quotas::Live { .. } | Quotas::Gathered { .. } if self.board.is_none() => {
+                return Err(Error::Argument(
+                    "live quotas without a board: attach one first".into(),
+                ));
+            }
+            Quotas::Live { cap } => (args.mode, args.cap_ns) = (LIVE, nanoseconds(cap)),
+            Quotas::Gathered { cap, address } => {
+                (args.mode, args.cap_ns, args.words) = (LIVE, nanoseconds(cap), address);
+            }
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.run(current, &cut, args, stream) }
+    }
+
+    /// # Safety
+    /// The addresses of `args` are as [`launch`](Self::launch) and [`count`](Self::count) ask for.
+    unsafe fn run(&self, _: &Current, cut: &Geometry, args: Args, stream: Stream) -> Result<()> {
+        let launch = Launch { blocks: cut.blocks, threads: cut.threads, shared: cut.shared };
+        // SAFETY: the kernel's parameter is `Args`; its addresses are the caller's promise, or live with
+        // this runner, and the board's layout is that of the board's own crate.
+        unsafe { self.kernel_for(cut.blocks).launch(launch, stream, &args) }
+    }
+
+    fn args_of(&self, call: &Call, cut: &Geometry) -> Args {
+        Args {
             ids: call.ids,
             weights: call.weights,
             out_ids: call.out_ids,
@@ -206,25 +266,8 @@ impl Runner {
             unpadded: call.unpadded,
             rows: call.rows as u32,
             shared_weight: weight_bits(self.shape.weight, call.shared_weight),
-            ..with_cut(self.args, &cut)
-        };
-        match call.quotas {
-            Quotas::Own => args.mode = OWN,
-            Quotas::Given { address } => (args.mode, args.quotas) = (GIVEN, address),
-            Quotas::Live { .. } if self.board.is_none() => {
-                return Err(Error::Argument(
-                    "live quotas without a board: attach one first".into(),
-                ));
-            }
-            Quotas::Live { cap } => {
-                let cap = u64::try_from(cap.as_nanos()).unwrap_or(u64::MAX);
-                (args.mode, args.cap_ns) = (LIVE, cap);
-            }
+            ..with_cut(self.args, cut)
         }
-        let launch = Launch { blocks: cut.blocks, threads: cut.threads, shared: cut.shared };
-        // SAFETY: the kernel's parameter is `Args`; its addresses are the caller's promise, or live with
-        // this runner, and the board's layout is that of the board's own crate.
-        unsafe { self.kernel_for(cut.blocks).launch(launch, stream, &args) }
     }
 
     fn most_blocks(&self) -> usize {
@@ -264,6 +307,10 @@ impl Runner {
         }
         stream.0.synchronize()
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn with_cut(args: Args, cut: &Geometry) -> Args {

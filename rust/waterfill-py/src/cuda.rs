@@ -69,7 +69,30 @@ impl PyCudaRunner {
         self.inner.max_rows()
     }
 
-    /// Quotas: at an address on the device if it is not 0; else live ones if there is a cap; else own ones.
+    /// int32 words that `unsafe_count_ptr` writes.
+    #[getter]
+    fn words(&self) -> usize {
+        self.inner.words()
+    }
+
+    fn unsafe_count_ptr(
+        &self,
+        ids: u64,
+        weights: u64,
+        rows: usize,
+        unpadded: u64,
+        out: u64,
+        stream: usize,
+    ) -> PyResult<()> {
+        let (out_ids, out_weights, shared_weight, quotas) = (0, 0, 0.0, Quotas::Own);
+        let call =
+            Call { ids, weights, out_ids, out_weights, rows, shared_weight, unpadded, quotas };
+        // SAFETY: as at `unsafe_launch_ptr`; `out` is an int32 tensor of `words` elements on that device.
+        cuda_guarded(|| unsafe { self.inner.count(&call, out, stream) })
+    }
+
+    /// Quotas: at an address on the device if it is not 0; else live ones if there is a cap, from the counts
+    /// at `gathered` if that is not 0; else own ones.
     #[allow(clippy::too_many_arguments)] // One caller, `waterfill_rs.cuda`, once a layer: no objects in between.
     fn unsafe_launch_ptr(
         &self,
@@ -81,18 +104,20 @@ impl PyCudaRunner {
         shared_weight: f32,
         unpadded: u64,
         quotas: u64,
+        gathered: u64,
         cap_us: Option<u64>,
         stream: usize,
     ) -> PyResult<()> {
-        let quotas = match cap_us {
+        let quotas = match cap_us.map(Duration::from_micros) {
             _ if quotas != 0 => Quotas::Given { address: quotas },
-            Some(cap) => Quotas::Live { cap: Duration::from_micros(cap) },
+            Some(cap) if gathered != 0 => Quotas::Gathered { cap, address: gathered },
+            Some(cap) => Quotas::Live { cap },
             None => Quotas::Own,
         };
         let call =
             Call { ids, weights, out_ids, out_weights, rows, shared_weight, unpadded, quotas };
         // SAFETY: `waterfill_rs.cuda` gives contiguous tensors of the runner's device, types and top-k,
-        // outputs fresh from torch's allocator, and torch's current stream.
+        // outputs fresh from torch's allocator, and torch's current stream; `gathered` has `ranks * words` elements.
         cuda_guarded(|| unsafe { self.inner.launch(&call, stream) })
     }
 

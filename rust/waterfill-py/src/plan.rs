@@ -43,6 +43,11 @@ impl PyCostModel {
         guarded(|| Ok(Self { inner: CostModel::Table(Table::new(&points)?) }))
     }
 
+    /// Equal texts are equal models.
+    fn __repr__(&self) -> String {
+        format!("CostModel({:?})", self.inner)
+    }
+
     fn cost(&self, rows: i128) -> PyResult<u64> {
         // Costs of a layer's rows cannot overflow; of more they could.
         let rows: u32 = fit("rows", rows)?;
