@@ -2,24 +2,12 @@
 // belongs: nothing else is published through it, every access is relaxed, and there is no fence. Partner of
 // each: the planner's relaxed loads and stores (waterfill-board's word.rs).
 
+__device__ __forceinline__ void store_word(u64 *word, u32 sequence, u32 value) {
+    store_relaxed(word, (u64)sequence << 32 | value);
+}
+
 static constexpr u32 BREAK_AFTER = 2;
 static constexpr u32 MOST_SELDOM = 6;
-
-__device__ __forceinline__ u64 load_word(const u64 *word) {
-    u64 value;
-    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
-    return value;
-}
-
-__device__ __forceinline__ void store_word(u64 *word, u32 sequence, u32 value) {
-    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"((u64)sequence << 32 | value) : "memory");
-}
-
-__device__ __forceinline__ u64 now_ns() {
-    u64 time;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
-    return time;
-}
 
 __device__ __forceinline__ u32 next_sequence(u32 last) { return last == ALL ? 1 : last + 1; }
 
@@ -68,7 +56,7 @@ __device__ __forceinline__ bool take(const Args &args, u32 *quotas, u32 sequence
 #pragma unroll 1
     for (u32 first = 0; first < RANKS; first += WARP) {
         u32 i = first + lane();
-        u64 word = i < RANKS ? load_word(words + i) : (u64)sequence << 32;
+        u64 word = i < RANKS ? load_relaxed(words + i) : (u64)sequence << 32;
         if (!__all_sync(ALL, (u32)(word >> 32) == sequence)) return false;
         if (i < RANKS) quotas[i] = (u32)word;
         mine += (u32)word;

@@ -6,7 +6,9 @@ __device__ __forceinline__ u32 block() { return CLUSTERED ? blockIdx.x : 0; }
 // All blocks are here, and see each other's shared memory as of here. Orders: release, acquire.
 __device__ __forceinline__ void sync_blocks() {
 #if CLUSTERED
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    release_shared();
+    arrive_at_cluster();
+    wait_for_cluster();
 #else
     __syncthreads();
 #endif
@@ -15,23 +17,20 @@ __device__ __forceinline__ void sync_blocks() {
 // The same in halves: nothing of another block is read after the first, and its memory may go after the second.
 __device__ __forceinline__ void leave_blocks() {
 #if CLUSTERED
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    arrive_at_cluster();
 #endif
 }
 
 __device__ __forceinline__ void end_blocks() {
 #if CLUSTERED
-    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+    wait_for_cluster();
 #endif
 }
 
 // The word of another block that is where `word` is in this one.
 __device__ __forceinline__ u32 read_block(const u32 *word, u32 other) {
 #if CLUSTERED
-    u32 address = (u32)__cvta_generic_to_shared(word), there, value;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(other));
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(there) : "memory");
-    return value;
+    return read_cluster(word, other);
 #else
     return *word;
 #endif

@@ -35,7 +35,7 @@ __device__ __forceinline__ void take_quotas(const Args &args, const Shared &s, B
     if (args.mode == LIVE) {
         args.state->last = b.sequence;
         // Relaxed: a count that nobody decides by, for those who look from outside (waterfill-board's tally.rs).
-        asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(args.board + args.tally_at + outcome), "l"(calls) : "memory");
+        store_relaxed(args.board + args.tally_at + outcome, calls);
     }
 }
 
@@ -70,8 +70,8 @@ __device__ __forceinline__ void start(const Args &args, const Shared &s, Block &
 }
 
 extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_constant__ Args args) {
-    __shared__ Block b;
     Shared s = shared_arrays(args);
+    Block &b = *s.block;
     u32 first = at_most(block() * args.rows_per_block, args.rows);
     u32 rows = at_most(args.rows_per_block, args.rows - first);
     Slots slots = load_slots(args, first, rows, 0);
@@ -88,6 +88,11 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
         if (args.mode != COUNT) write_slots(args, first, rows, more, base);
     }
     __syncthreads();
+    bool plans = warp() == warps() - 1;
+    Entries bases;
+    u32 sum = 0;
+    // With one block its loads are all, and visits need not be awaited.
+    if (!CLUSTERED && plans) sum = estimate(args, s, bases);
     count_tokens(s, b, rows);
     gather(s, b);
 
@@ -98,7 +103,8 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     }
 
     // While one warp plans and another waits, the others write; these two have the fewest rows, or none.
-    if (warp() == warps() - 1) plan_own(args, s, b);
+    if (CLUSTERED && plans) sum = estimate(args, s, bases);
+    if (plans) plan_own(args, s, b, bases, sum);
     if (warp() == warps() - 2 && (args.mode == GIVEN || (args.mode == LIVE && block() == 0))) take_quotas(args, s, b);
     write_slots(args, first, rows, slots, 0);
     if (CLUSTERED && args.mode == LIVE) share_quotas(s, b);

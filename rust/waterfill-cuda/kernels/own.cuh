@@ -93,8 +93,8 @@ __device__ __forceinline__ u32 spread(u32 rows, Entries &capacities, Entries &ow
 #pragma unroll UNROLLED
     for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
         u32 i = chunk * WARP + lane();
-        capacities[chunk] = before + warp_prefix(i < RANKS ? capacities[chunk] : 0);
-        before = __shfl_sync(ALL, capacities[chunk], WARP - 1);
+        capacities[chunk] = before + warp_prefix(i < RANKS ? capacities[chunk] : 0, at_most(RANKS, WARP));
+        before = __shfl_sync(ALL, capacities[chunk], at_most(RANKS, WARP) - 1);
     }
     u32 total = before, fits = at_most(rows, total), given = 0;
     if (fits == 0) return 0;
@@ -103,7 +103,7 @@ __device__ __forceinline__ u32 spread(u32 rows, Entries &capacities, Entries &ow
     for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
         u32 shared = share(fits, capacities[chunk], total, inverse), previous = __shfl_up_sync(ALL, shared, 1);
         own[chunk] += shared - (lane() == 0 ? given : previous);
-        given = __shfl_sync(ALL, shared, WARP - 1);
+        if (CHUNKS > 1) given = __shfl_sync(ALL, shared, WARP - 1);
     }
     return fits;
 }
@@ -122,10 +122,10 @@ __device__ __forceinline__ void open_quotas(const Args &args, const Shared &s, B
     }
 }
 
-// Own quotas, open: own rank first, then visited ranks, then any.
-__device__ __forceinline__ void plan_own(const Args &args, const Shared &s, Block &b) {
-    Entries bases, room, capacity, own{};
-    u32 tokens = all_tokens(b), sum = estimate(args, s, bases), top = 0;
+// Own quotas, open, from the estimate and its sum: own rank first, then visited ranks, then any.
+__device__ __forceinline__ void plan_own(const Args &args, const Shared &s, Block &b, Entries &bases, u32 sum) {
+    Entries room, capacity, own{};
+    u32 tokens = all_tokens(b), top = 0;
     if (tokens > 0) top = CHUNKS == 1 ? level_of_few(bases, tokens) : level_of_many(bases, tokens, sum);
     for_each([&](u32 chunk, u32) { top = at_least(top, bases[chunk]); });
     top = warp_max(top);

@@ -1,10 +1,5 @@
 // Compile-time: CLUSTERED (0: one block), RANKS, TOP_K, ID (int or long long), WEIGHT (unsigned or unsigned short: bits are
-// copied, never computed with), ROUNDS, LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::rounds).
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
+// copied, never computed with), BLOCK_BYTES, ROUNDS, LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::rounds).
 static constexpr u32 WARP = 32;
 static constexpr u32 ALL = 0xffffffffu;
 // Ranks are below 1024. A slot without an expert, or a token without a destination, has rank NO_RANK, at which no quota
@@ -54,22 +49,6 @@ struct Args {
     u32 counts_bytes, ranks_bytes, slots_bytes, given_bytes, table_bytes, table_stride;
 };
 
-// A block's dynamic shared memory.
-struct Shared {
-    u32 *counts;      // [experts] rows routed to each expert, where the board has counts an expert
-    u32 *loads;       // [ENTRIES] rows routed to each rank
-    u32 *visits;      // [ENTRIES] tokens that visit each rank
-    u32 *all_loads;   // [ENTRIES] those of all blocks; the same arrays if there is one
-    u32 *all_visits;  // [ENTRIES]
-    u32 *quotas;      // [2, ENTRIES] rows of each quota still to be met, by Open; 0 at home
-    u32 *allowed;     // [ENTRIES] how many of this block's bids are granted
-    u32 *until;       // [ENTRIES] sums of the rows left in the end
-    u32 *totals;      // [2, ENTRIES] this block's bids, by parity of the round
-    u16 *slots;       // [rows_per_block, TOP_K] the rank of each slot
-    u16 *given;       // [rows_per_block] the state of each token, see assign.cuh
-    u16 *table;       // [ENTRIES, table_stride] bids by destination and warp's rows; at NO_RANK the pending in the end
-};
-
 // Where quotas are from: own counts; the board, or given.
 enum Source : u32 { PLANNED = 0, TAKEN = 1 };
 
@@ -91,12 +70,31 @@ struct Block {
     u32 sequence;        // Of this call.
     u32 failures;        // As of its start, see State.
 };
+static_assert(sizeof(Block) <= BLOCK_BYTES, "src/shape.rs leaves room for it");
+
+// A block's dynamic shared memory.
+struct Shared {
+    Block *block;
+    u32 *counts;      // [experts] rows routed to each expert, where the board has counts an expert
+    u32 *loads;       // [ENTRIES] rows routed to each rank
+    u32 *visits;      // [ENTRIES] tokens that visit each rank
+    u32 *all_loads;   // [ENTRIES] those of all blocks; the same arrays if there is one
+    u32 *all_visits;  // [ENTRIES]
+    u32 *quotas;      // [2, ENTRIES] rows of each quota still to be met, by Open; 0 at home
+    u32 *allowed;     // [ENTRIES] how many of this block's bids are granted
+    u32 *until;       // [ENTRIES] sums of the rows left in the end
+    u32 *totals;      // [2, ENTRIES] this block's bids, by parity of the round
+    u16 *slots;       // [rows_per_block, TOP_K] the rank of each slot
+    u16 *given;       // [rows_per_block] the state of each token, see assign.cuh
+    u16 *table;       // [ENTRIES, table_stride] bids by destination and warp's rows; at NO_RANK the pending in the end
+};
 
 // Pointers by offsets from the one base, each by itself: so that the compiler knows them to be shared memory.
 __device__ __forceinline__ Shared shared_arrays(const Args &args) {
-    extern __shared__ __align__(16) u8 memory[];
+    u8 *memory = shared_memory();
     u32 *ranks = (u32 *)(memory + args.ranks_bytes);
     Shared s;
+    s.block = (Block *)memory;
     s.counts = (u32 *)(memory + args.counts_bytes);
     s.loads = ranks;
     s.visits = ranks + ENTRIES;
@@ -144,9 +142,10 @@ __device__ __forceinline__ u64 warp_sum_long(u64 value) {
     return value;
 }
 
-// The sum over this lane and those before it.
-__device__ __forceinline__ u32 warp_prefix(u32 value) {
-    for (u32 step = 1; step < WARP; step *= 2) {
+// The sum over this lane and those before it, of `lanes` that may not be 0.
+__device__ __forceinline__ u32 warp_prefix(u32 value, u32 lanes = WARP) {
+#pragma unroll
+    for (u32 step = 1; step < lanes; step *= 2) {
         u32 before = __shfl_up_sync(ALL, value, step);
         if (lane() >= step) value += before;
     }
