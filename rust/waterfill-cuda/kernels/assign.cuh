@@ -87,12 +87,10 @@ __device__ __forceinline__ void close_round(const Args &args, const Shared &s, B
         u32 rank = first + lane(), rest = 0, granted = 0;
         if (rank < RANKS) {
             u32 before = 0, all = 0;
-#pragma unroll 8
-            for (u32 other = 0; other < blocks(); ++other) {
-                u32 bids = read_block(totals + rank, other);
-                if (other < block()) before += bids;
+            for_each_block(totals + rank, [&](u32 other, u32 bids) {
+                before += other < block() ? bids : 0;
                 all += bids;
-            }
+            });
             rest = left[rank];
             granted = at_most(rest, before);
             s.allowed[rank] = rest - granted;
@@ -177,19 +175,18 @@ __device__ __forceinline__ u32 pending_before(const Args &args, const Shared &s,
 
 // Tokens without a rank: at home while rows are left there, then wherever some are. Then the last column.
 // If `anywhere` is false rows are left at home alone, as many as such tokens.
-__device__ __forceinline__ void place_rest(const Args &args, const Shared &s, const Block &b, u32 home, u32 first_row,
-                                           u32 rows, bool anywhere) {
+__device__ __forceinline__ void place_rest(const Args &args, const Shared &s, const Block &b, const Rows &rows, u32 home,
+                                           bool anywhere) {
 #pragma unroll 1
-    for (u32 base = warp() * WARP; base < rows; base += blockDim.x) {
+    for (u32 base = warp() * WARP; base < rows.count; base += blockDim.x) {
         u32 before = anywhere ? pending_before(args, s, b, base) : 0, row = base + lane();
-        u16 state = row < rows ? s.given[row] : NOBODY;
+        u16 state = row < rows.count ? s.given[row] : NOBODY;
         u32 place = before + __popc(__ballot_sync(ALL, state == PENDING) & lanes_before());
-        if (row >= rows) continue;
-        u32 rank = state;
+        if (row >= rows.count) continue;
+        u32 rank = state, out = row * (TOP_K + 1) + TOP_K;
         if (state == PENDING) rank = anywhere && place >= home ? leftover(s, place - home) : args.rank;
-        u64 out = (u64)(first_row + row) * (TOP_K + 1) + TOP_K;
         bool token = state != NOBODY;
-        args.out_ids[out] = token ? (ID)(rank * (args.experts_per_rank + 1) + args.experts_per_rank) : (ID)-1;
-        args.out_weights[out] = token ? (WEIGHT)args.shared_weight : (WEIGHT)0;
+        rows.out_ids[out] = token ? (ID)(rank * (args.experts_per_rank + 1) + args.experts_per_rank) : (ID)-1;
+        rows.out_weights[out] = token ? (WEIGHT)args.shared_weight : (WEIGHT)0;
     }
 }

@@ -36,9 +36,22 @@ __device__ __forceinline__ u32 read_block(const u32 *word, u32 other) {
 #endif
 }
 
+// Call `visit(other, value)` for the word of each block, several in flight at once; of blocks that are not there, 0.
+template <typename Visit>
+__device__ __forceinline__ void for_each_block(const u32 *word, Visit visit) {
+    static constexpr u32 IN_FLIGHT = CLUSTERED ? 8 : 1;
+#pragma unroll 1
+    for (u32 first = 0; first < blocks(); first += IN_FLIGHT) {
+        u32 values[IN_FLIGHT];
+#pragma unroll
+        for (u32 j = 0; j < IN_FLIGHT; ++j) values[j] = first + j < blocks() ? read_block(word, first + j) : 0;
+#pragma unroll
+        for (u32 j = 0; j < IN_FLIGHT; ++j) visit(first + j, values[j]);
+    }
+}
+
 __device__ __forceinline__ u32 sum_blocks(const u32 *word) {
     u32 sum = 0;
-#pragma unroll 8
-    for (u32 other = 0; other < blocks(); ++other) sum += read_block(word, other);
+    for_each_block(word, [&](u32, u32 value) { sum += value; });
     return sum;
 }

@@ -8,64 +8,80 @@ __device__ __forceinline__ void clear(u32 *words, u32 count) {
 // Slots that a thread has in flight at once: of memory's latency, one is paid a batch.
 static constexpr u32 BATCH = TOP_K < 8 ? TOP_K : 8;
 
+// A block's rows in the arrays, and its slots: those at or past `padded` are of padded rows.
+struct Rows {
+    const ID *ids;
+    const WEIGHT *weights;
+    ID *out_ids;
+    WEIGHT *out_weights;
+    u32 first, count;
+    u32 slots, padded;
+
+    __device__ __forceinline__ Rows(const Args &args) {
+        first = at_most(block() * args.rows_per_block, args.rows);
+        count = at_most(args.rows_per_block, args.rows - first);
+        ids = args.ids + (u64)first * TOP_K;
+        weights = args.weights + (u64)first * TOP_K;
+        out_ids = args.out_ids + (u64)first * (TOP_K + 1);
+        out_weights = args.out_weights + (u64)first * (TOP_K + 1);
+        slots = padded = count * TOP_K;
+    }
+
+    __device__ __forceinline__ void pad(const Args &args) {
+        if (!args.unpadded) return;
+        int unpadded = *args.unpadded;
+        if (unpadded < (int)(first + count)) padded = unpadded < (int)first ? 0 : (unpadded - first) * TOP_K;
+    }
+};
+
 // A thread's part of `BATCH * blockDim.x` slots from `base` on, side by side with its neighbours'.
 struct Slots {
     ID ids[BATCH];
     WEIGHT weights[BATCH];
 };
 
-__device__ __forceinline__ Slots load_slots(const Args &args, u32 first, u32 rows, u32 base) {
+__device__ __forceinline__ Slots load_slots(const Rows &rows, u32 base) {
     Slots slots;
 #pragma unroll
     for (u32 j = 0; j < BATCH; ++j) {
         u32 i = base + j * blockDim.x + threadIdx.x;
-        u64 at = (u64)first * TOP_K + i;
         slots.ids[j] = -1;
         slots.weights[j] = 0;
-        if (i < rows * TOP_K) {
-            slots.ids[j] = args.ids[at];
-            slots.weights[j] = args.weights[at];
+        if (i < rows.slots) {
+            slots.ids[j] = rows.ids[i];
+            slots.weights[j] = rows.weights[i];
         }
     }
     return slots;
 }
 
-__device__ __forceinline__ bool is_expert(const Args &args, ID id) { return id >= 0 && id < (ID)args.experts; }
-
-__device__ __forceinline__ u32 rank_of(const Args &args, ID id) {
-    return (u32)(((u64)(u32)id * args.rank_multiplier) >> args.rank_shift);
-}
-
-// Each slot's rank is kept, and its row counted there; slots of padded rows lose their ids.
-__device__ __forceinline__ void count_slots(const Args &args, const Shared &s, u32 first, u32 rows, u32 unpadded,
-                                            Slots &slots, u32 base) {
+// Each slot's rank is kept, and its row counted there.
+__device__ __forceinline__ void count_slots(const Args &args, const Shared &s, const Rows &rows, const Slots &slots, u32 base) {
 #pragma unroll
     for (u32 j = 0; j < BATCH; ++j) {
         u32 i = base + j * blockDim.x + threadIdx.x;
-        if (i >= rows * TOP_K) break;
-        if (first + i / TOP_K >= unpadded) slots.ids[j] = -1;
-        ID id = slots.ids[j];
-        bool expert = is_expert(args, id);
-        u32 rank = expert ? rank_of(args, id) : NO_RANK;
+        if (i >= rows.slots) break;
+        bool expert = (UNSIGNED_ID)slots.ids[j] < args.experts && i < rows.padded;
+        u32 id = (u32)slots.ids[j];
+        u32 rank = expert ? __umulhi(2 * id, args.rank_multiplier) : NO_RANK;
         s.slots[i] = (u16)rank;
         atomicAdd(&s.loads[rank], 1u);
-        if (args.posts_experts && expert) atomicAdd(&s.counts[(u32)id], 1u);
+        if (args.posts_experts && expert) atomicAdd(&s.counts[id], 1u);
     }
 }
 
 // Each slot's id goes out moved up by its rank, its weight as it is.
-__device__ __forceinline__ void write_slots(const Args &args, u32 first, u32 rows, const Slots &slots, u32 base) {
+__device__ __forceinline__ void write_slots(const Shared &s, const Rows &rows, const Slots &slots, u32 base) {
 #pragma unroll
     for (u32 j = 0; j < BATCH; ++j) {
         u32 i = base + j * blockDim.x + threadIdx.x;
-        if (i >= rows * TOP_K) break;
-        ID id = slots.ids[j];
-        bool expert = is_expert(args, id);
+        if (i >= rows.slots) break;
+        u32 rank = s.slots[i], out = i + i / TOP_K;
+        bool expert = rank != NO_RANK;
+        ID id = i < rows.padded ? slots.ids[j] : (ID)-1;
         // An id past the last expert names none, so nothing downstream may take it for one.
-        ID moved = expert ? id + (ID)rank_of(args, id) : id < 0 ? id : (ID)-1;
-        u64 out = (u64)first * (TOP_K + 1) + i + i / TOP_K;
-        args.out_ids[out] = moved;
-        args.out_weights[out] = expert ? slots.weights[j] : (WEIGHT)0;
+        rows.out_ids[out] = expert ? id + (ID)rank : id < 0 ? id : (ID)-1;
+        rows.out_weights[out] = expert ? slots.weights[j] : (WEIGHT)0;
     }
 }
 

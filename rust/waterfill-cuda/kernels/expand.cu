@@ -72,20 +72,18 @@ __device__ __forceinline__ void start(const Args &args, const Shared &s, Block &
 extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_constant__ Args args) {
     Shared s = shared_arrays(args);
     Block &b = *s.block;
-    u32 first = at_most(block() * args.rows_per_block, args.rows);
-    u32 rows = at_most(args.rows_per_block, args.rows - first);
-    Slots slots = load_slots(args, first, rows, 0);
+    Rows rows(args);
+    Slots slots = load_slots(rows, 0);
     start(args, s, b);
-    u32 unpadded = ALL;
-    if (args.unpadded) unpadded = (u32)(*args.unpadded < 0 ? 0 : *args.unpadded);
+    rows.pad(args);
     __syncthreads();
 
-    count_slots(args, s, first, rows, unpadded, slots, 0);
+    count_slots(args, s, rows, slots, 0);
 #pragma unroll 1
-    for (u32 base = BATCH * blockDim.x; base < rows * TOP_K; base += BATCH * blockDim.x) {
-        Slots more = load_slots(args, first, rows, base);
-        count_slots(args, s, first, rows, unpadded, more, base);
-        if (args.mode != COUNT) write_slots(args, first, rows, more, base);
+    for (u32 base = BATCH * blockDim.x; base < rows.slots; base += BATCH * blockDim.x) {
+        Slots more = load_slots(rows, base);
+        count_slots(args, s, rows, more, base);
+        if (args.mode != COUNT) write_slots(s, rows, more, base);
     }
     __syncthreads();
     bool plans = warp() == warps() - 1;
@@ -93,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     u32 sum = 0;
     // With one block its loads are all, and visits need not be awaited.
     if (!CLUSTERED && plans) sum = estimate(args, s, bases);
-    count_tokens(s, b, rows);
+    count_tokens(s, b, rows.count);
     gather(s, b);
 
     if (block() == 0) post_counts(args, s, b);
@@ -106,14 +104,14 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     if (CLUSTERED && plans) sum = estimate(args, s, bases);
     if (plans) plan_own(args, s, b, bases, sum);
     if (warp() == warps() - 2 && (args.mode == GIVEN || (args.mode == LIVE && block() == 0))) take_quotas(args, s, b);
-    write_slots(args, first, rows, slots, 0);
+    write_slots(s, rows, slots, 0);
     if (CLUSTERED && args.mode == LIVE) share_quotas(s, b);
     else __syncthreads();
 
     u32 *left = s.quotas + b.source * ENTRIES;
     Open open = b.open[b.source];
-    bool anywhere = run_rounds(args, s, b, left, open.most, first, rows);
+    bool anywhere = run_rounds(args, s, b, left, open.most, rows.first, rows.count);
     leave_blocks();
-    place_rest(args, s, b, open.home, first, rows, anywhere);
+    place_rest(args, s, b, rows, open.home, anywhere);
     end_blocks();
 }

@@ -1,4 +1,4 @@
-// Compile-time: CLUSTERED (0: one block), RANKS, TOP_K, ID (int or long long), WEIGHT (unsigned or unsigned short: bits are
+// Compile-time: CLUSTERED (0: one block), RANKS, TOP_K, ID and UNSIGNED_ID (int or long long), WEIGHT (unsigned or unsigned short: bits are
 // copied, never computed with), BLOCK_BYTES, ROUNDS, LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::rounds).
 static constexpr u32 WARP = 32;
 static constexpr u32 ALL = 0xffffffffu;
@@ -35,8 +35,7 @@ struct Args {
     u64 *board;              // For LIVE: the board's words, in registered host memory.
     State *state;
     u64 cap_ns;              // The longest wait for a plan.
-    u64 rank_multiplier;     // id / experts_per_rank = id * multiplier >> shift.
-    u32 rank_shift;
+    u32 rank_multiplier;     // id / experts_per_rank = 2 * id * multiplier >> 32.
     u32 rows, rows_per_block;
     u32 rank, experts, experts_per_rank;
     u32 shared_weight;       // Its bits.

@@ -44,6 +44,7 @@ pub fn source(shape: &Shape, clustered: bool) -> String {
         ("RANKS", format!("{}u", shape.ranks)),
         ("TOP_K", format!("{}u", shape.top_k)),
         ("ID", id.into()),
+        ("UNSIGNED_ID", format!("unsigned {id}")),
         ("WEIGHT", weight.into()),
         ("BLOCK_BYTES", format!("{BLOCK_BYTES}u")),
         ("ROUNDS", format!("{}u", rounds::ROUNDS)),

@@ -361,12 +361,9 @@ fn cluster(
 
 fn common_args(shape: &Shape, rank: usize, state: u64) -> Args {
     let experts_per_rank = shape.experts / shape.ranks;
-    // As `Divisor` in waterfill_core: exact for ids below 2^31.
-    let rank_shift = 31 + experts_per_rank.next_power_of_two().trailing_zeros();
     Args {
         state,
-        rank_multiplier: (1u64 << rank_shift).div_ceil(experts_per_rank as u64),
-        rank_shift,
+        rank_multiplier: (1u32 << 31).div_ceil(experts_per_rank as u32),
         rank: rank as u32,
         experts: shape.experts as u32,
         experts_per_rank: experts_per_rank as u32,

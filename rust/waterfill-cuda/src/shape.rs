@@ -37,6 +37,8 @@ pub struct Shape {
 
 /// The most routed experts of a token.
 const MAX_TOP_K: usize = 32;
+/// Physical experts; the kernel's division of ids by experts a rank is exact while their square is below 2^31.
+const MAX_EXPERTS: usize = 1 << 15;
 /// Rows of one call; sums of routed rows and rooms fit 32 bits below it.
 const MAX_ROWS: usize = 1 << 20;
 /// Rows up to which one block takes them all: a cluster's barriers cost more than it saves.
@@ -73,9 +75,13 @@ impl Shape {
     /// What can be refused without a device.
     ///
     /// # Errors
-    /// Ranks or experts that the core refuses, a top-k outside 1 to 32.
+    /// Ranks or experts that the core refuses, more than 32,768 experts, a top-k outside 1 to 32.
     pub fn check(&self) -> Result<()> {
         waterfill_core::Placement::contiguous(self.ranks, self.experts)?;
+        if self.experts > MAX_EXPERTS {
+            let text = format!("{} experts: give {MAX_EXPERTS} at most", self.experts);
+            return Err(Error::Argument(text));
+        }
         if !(1..=MAX_TOP_K).contains(&self.top_k) {
             let text =
                 format!("top_k {}: give 1 to {MAX_TOP_K} routed experts a token", self.top_k);
@@ -153,7 +159,19 @@ mod tests {
     }
 
     #[test]
+    fn ids_are_divided_exactly() {
+        for each in (1..200).chain([255, 256, 257, 4095, 4096, 16384, MAX_EXPERTS]) {
+            let multiplier = u64::from((1u32 << 31).div_ceil(each as u32));
+            for id in 0..MAX_EXPERTS as u64 {
+                assert_eq!((2 * id * multiplier) >> 32, id / each as u64, "{id} / {each}");
+            }
+        }
+    }
+
+    #[test]
     fn refusals_have_the_numbers() {
+        let text = shape(8, 1 << 16, 8).check().unwrap_err().to_string();
+        assert!(text.contains("65536 experts"), "{text}");
         let text = shape(8, 256, 33).check().unwrap_err().to_string();
         assert!(text.contains("top_k 33"), "{text}");
         let text = shape(8, 250, 8).check().unwrap_err().to_string();
