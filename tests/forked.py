@@ -14,13 +14,39 @@ import types
 from pathlib import Path
 
 # Only for speed: a name that is not there is passed over.
-BENEATH_SGLANG = """
-    torch torch._dynamo torch._inductor.lowering torch._inductor.codegen.cpp torch._inductor.codegen.triton
-    torch._inductor.kernel.flex.flex_attention torch.distributed torch.utils.cpp_extension triton triton_kernels
-    transformers transformers.models.auto.modeling_auto transformers.processing_utils torchvision torchaudio
-    torchcodec flashinfer compressed_tensors networkx scipy.special IPython aiohttp fastapi uvicorn gguf
-    mistral_common pydantic_extra_types zmq jsonschema msgspec soundfile
-""".split()
+BENEATH_SGLANG = [
+    "torch",
+    "torch._dynamo",
+    "torch._inductor.lowering",
+    "torch._inductor.codegen.cpp",
+    "torch._inductor.codegen.triton",
+    "torch._inductor.kernel.flex.flex_attention",
+    "torch.distributed",
+    "torch.utils.cpp_extension",
+    "triton",
+    "triton_kernels",
+    "transformers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.processing_utils",
+    "torchvision",
+    "torchaudio",
+    "torchcodec",
+    "flashinfer",
+    "compressed_tensors",
+    "networkx",
+    "scipy.special",
+    "IPython",
+    "aiohttp",
+    "fastapi",
+    "uvicorn",
+    "gguf",
+    "mistral_common",
+    "pydantic_extra_types",
+    "zmq",
+    "jsonschema",
+    "msgspec",
+    "soundfile",
+]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(BENEATH_SGLANG)
