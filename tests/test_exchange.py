@@ -184,6 +184,40 @@ def test_a_board_that_one_rank_cannot_have_is_nobodys(monkeypatch):
     assert segments() == before
 
 
+def test_a_group_on_devices_that_one_rank_has_no_board_for_is_nobodys(monkeypatch):
+    names, lock = iter("12345678"), threading.Lock()
+    create = _native.Board.create
+
+    def another():
+        with lock:
+            return next(names)
+
+    class Once:
+        @staticmethod
+        def create(*arguments):
+            with lock:
+                if getattr(Once, "made", False):
+                    raise OSError("No space left on device")
+                Once.made = True
+            return create(*arguments)
+
+    monkeypatch.setattr(rendezvous, "_boot", another)
+    monkeypatch.setattr(rendezvous, "_check_group", lambda group, ranks: None)
+
+    def run(choice):
+        monkeypatch.setattr(rendezvous._native, "Board", type("Board", (Once,), {}))
+        Once.made = False
+        where = {"device": torch.device("cuda", 0), "group": object(), "choice": choice}
+        return on_ranks(2, lambda r, s: open_exchange(s, ranks=2, rank=r, experts=24, **where))
+
+    before = segments()
+    for exchange in run("auto"):
+        assert exchange.name == "solo" and "No space left" in exchange.reason, exchange
+    for error in run("group"):
+        assert "the group was asked for and cannot be had: rank" in str(error)
+    assert segments() == before
+
+
 def test_a_lone_rank_and_a_choice_need_no_peer():
     lone = open_exchange(dist.HashStore(), ranks=1, rank=0, experts=24)
     assert isinstance(lone, SoloExchange) and lone.reason == "there is one rank"

@@ -37,14 +37,15 @@ def pair(limits):
     return ends
 
 
-def together(ends, calls):
-    """Each rank's gathered words of these calls, the ranks on a thread each."""
+def together(ends, calls, pace=0.0):
+    """Each rank's gathered words of these calls, ``pace`` seconds apart, the ranks on a thread each."""
     found = [[], []]
 
     def run(rank):
         for call in calls:
             gathered = ends[rank].gather(words(rank, call))
             found[rank].append(None if gathered is None else gathered.tolist())
+            time.sleep(pace)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -70,8 +71,8 @@ def test_a_late_rank_is_waited_for_twice_and_met_again_in_step(caplog):
     assert [ends[1].gather(words(1, c)).tolist() for c in range(5, 25)] == [
         both(call) for call in range(5, 25)
     ]
-    found = together(ends, range(25, 40))
-    assert found[0][-5:] == found[1][-5:] == [both(call) for call in range(35, 40)]
+    found = together(ends, range(25, 65), pace=0.01)
+    assert found[0][-5:] == found[1][-5:] == [both(call) for call in range(60, 65)]
     said = [record.message for record in caplog.records]
     assert sum("2 rounds in a row" in text for text in said) == 1
     assert sum("live again" in text for text in said) == 1

@@ -88,10 +88,10 @@ class Link:
         """How it ended, and what it brought."""
         gathered = own.new_empty((self._ranks, len(own)))
         work = self._group.allgather([list(gathered.unbind())], [own])
-        while self._pending and self._pending[0].is_completed():
-            self._pending.popleft().wait()  # It failed if that raises.
-        waits = self._late < BREAK_AFTER or not self._pending
         self._pending.append(work)
+        while self._pending[0] is not work and self._pending[0].is_completed():
+            self._pending.popleft().wait()  # It failed if that raises.
+        waits = self._late < BREAK_AFTER or self._pending[0] is work
         if self._has_come(work, self._limits.wait if waits else 0):
             return "live", gathered
         if len(self._pending) > MOST_PENDING:
