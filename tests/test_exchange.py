@@ -19,6 +19,7 @@ import waterfill_rs
 from waterfill_rs import CostModel, _native, boards, rendezvous
 from waterfill_rs.cli import main
 from waterfill_rs.exchange import BoardExchange, GroupExchange, SoloExchange
+from waterfill_rs.link import Limits, Link
 from waterfill_rs.rendezvous import BoardSettings, open_exchange
 from waterfill_rs.torch import count, expand_topk
 
@@ -108,16 +109,29 @@ def test_tensors_are_expanded_by_what_the_exchange_gives():
 
 
 @pytest.mark.parametrize(
-    "field, values", [("experts", (24, 48)), ("choice", ("board", "auto")), ("ranks", (2, 3))]
+    "field, argument, values, words",
+    [
+        ("experts", "experts", (24, 48), ("24", "48")),
+        ("choice", "choice", ("board", "auto"), ("board", "auto")),
+        ("ranks", "ranks", (2, 3), ("2", "3")),
+        ("timeout_us", "settings", (BoardSettings(7), BoardSettings(9)), ("7", "9")),
+        (
+            "cost_model",
+            "cost_model",
+            (CostModel.rows(), CostModel.roofline(20.0, 0.1, 64)),
+            ("Rows", "tile: 64"),
+        ),
+    ],
 )
-def test_ranks_that_disagree_all_refuse_with_both_values(field, values):
+def test_ranks_that_disagree_all_refuse_with_both_values(field, argument, values, words):
     def run(rank, store):
-        wanted = {"ranks": 2, "experts": EXPERTS, "choice": "auto", field: values[rank]}
+        wanted = {"ranks": 2, "experts": EXPERTS, "choice": "auto", argument: values[rank]}
         return open_exchange(store, rank=rank, **wanted)
 
     for one in on_ranks(2, run):
         assert isinstance(one, ValueError), one
-        assert f"{field} is" in str(one) and all(str(value) in str(one) for value in values)
+        assert f"{field} is" in str(one) and all(word in str(one) for word in words), one
+        assert "on rank 0" in str(one) and "on rank 1" in str(one)
 
 
 def test_a_rank_of_another_version_is_named_whatever_its_card_holds():
@@ -167,6 +181,40 @@ def test_a_board_that_one_rank_cannot_have_is_nobodys(monkeypatch):
     for exchange in found:
         assert exchange.name == "solo"
         assert "rank 1" in exchange.reason and "run token, low" in exchange.reason
+    assert segments() == before
+
+
+def test_a_group_on_devices_that_one_rank_has_no_board_for_is_nobodys(monkeypatch):
+    names, lock = iter("12345678"), threading.Lock()
+    create = _native.Board.create
+
+    def another():
+        with lock:
+            return next(names)
+
+    class Once:
+        @staticmethod
+        def create(*arguments):
+            with lock:
+                if getattr(Once, "made", False):
+                    raise OSError("No space left on device")
+                Once.made = True
+            return create(*arguments)
+
+    monkeypatch.setattr(rendezvous, "_boot", another)
+    monkeypatch.setattr(rendezvous, "_check_group", lambda group, ranks: None)
+
+    def run(choice):
+        monkeypatch.setattr(rendezvous._native, "Board", type("Board", (Once,), {}))
+        Once.made = False
+        where = {"device": torch.device("cuda", 0), "group": object(), "choice": choice}
+        return on_ranks(2, lambda r, s: open_exchange(s, ranks=2, rank=r, experts=24, **where))
+
+    before = segments()
+    for exchange in run("auto"):
+        assert exchange.name == "solo" and "No space left" in exchange.reason, exchange
+    for error in run("group"):
+        assert "the group was asked for and cannot be had: rank" in str(error)
     assert segments() == before
 
 
@@ -236,7 +284,7 @@ def group_rank(rank, ranks, calls, folder):
         assert found == expected(ranks, call)[rank], f"call {call}"
     assert exchange.tally()["calls"] == calls
     with pytest.raises(ValueError, match=f"the process group has {ranks} ranks: give one of 9"):
-        GroupExchange(dist.group.WORLD, 9, 9, 0, CostModel.rows(), "a test")
+        open_exchange(store, ranks=9, rank=0, experts=9, group=dist.group.WORLD)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -245,6 +293,29 @@ def group_rank(rank, ranks, calls, folder):
 def test_a_group_gives_the_plan_of_all_with_idle_ranks_and_uneven_batches(ranks, calls):
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(group_rank, args=(ranks, calls, folder), nprocs=ranks)
+
+
+def linked(rank, store, limits=None):
+    link = Link(store, rank, 2, limits or Limits(wait=20, lost=60))
+    return GroupExchange(link, 2, EXPERTS, rank, CostModel.rows(), "a test")
+
+
+def test_a_rank_that_refuses_its_ids_keeps_no_one_waiting_and_gets_no_tokens():
+    def run(rank, store):
+        exchange = linked(rank, store)
+        if rank == 1:
+            bad = torch.full((2, TOP_K), EXPERTS, dtype=torch.int32)
+            with pytest.raises(ValueError, match="expert id 24 in row 0"):
+                quotas(exchange, bad)
+            alone = None
+        else:
+            alone = quotas(exchange, ids_of(0, 1))
+        return alone, quotas(exchange, ids_of(rank, 2)), exchange.tally()["live"]
+
+    first, second = on_ranks(2, run)
+    tokens = count(ids_of(0, 1), physical_experts=EXPERTS, ranks=2)[2]
+    assert first == ([tokens, 0], expected(2, 2)[0], 2)
+    assert second == (None, expected(2, 2)[1], 2)
 
 
 def test_status_and_top_see_a_board_from_outside(capsys, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, final
 
 __all__ = [
+    "REFUSED",
     "SNAPSHOT_VERSION",
     "Board",
     "CostModel",
@@ -121,6 +122,9 @@ def unsafe_traffic_ptr(
 ) -> tuple[int, int]:
     """``(extra_copies, extra_messages)`` of one source's shared ranks."""
 
+REFUSED: int
+"""In place of its tokens, of a rank that refused its ids, for ``GroupPlanner``."""
+
 SNAPSHOT_VERSION: int
 """Of what ``Board.snapshot`` and ``Observer.snapshot`` give."""
 
@@ -227,6 +231,8 @@ class GroupPlanner:
         """Integers that each rank contributes: tokens, visits ``[R]``, counts ``[P]``."""
     def unsafe_count_ptr(self, ids: tuple[int, int, int, int], out: int) -> None:
         """Write this rank's, int32 ``[words]`` at ``out``."""
+    def own_quotas(self) -> list[int]:
+        """Quotas ``[ranks]`` from what was counted last, by itself."""
     def unsafe_quotas_ptr(self, gathered: int) -> list[int]:
         """Quotas ``[ranks]`` from all ranks', int32 ``[ranks, words]`` at ``gathered``."""
 

@@ -120,8 +120,6 @@ class DeviceGroupExchange(DeviceExchange):
         cap_us: int = 500,
         pace: str = "park",
     ) -> None:
-        if (found := torch.distributed.get_world_size(group)) != ranks:
-            raise ValueError(f"the process group has {found} ranks: give one of {ranks}")
         super().__init__(
             device,
             ranks=ranks,

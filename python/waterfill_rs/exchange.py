@@ -6,9 +6,12 @@ tokens. Every rank of the group makes the same calls in the same order, a rank w
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from waterfill_rs import CostModel, _native
+
+if TYPE_CHECKING:
+    from waterfill_rs.link import Link
 
 __all__ = ["BoardExchange", "Exchange", "GroupExchange", "Ids", "Pace", "SoloExchange"]
 
@@ -35,7 +38,7 @@ class Exchange(Protocol):
         """Count, exchange, and give this rank's quotas.
 
         Raises:
-            ValueError: an id at or above the number of experts, with its place. Nothing was posted then.
+            ValueError: an id at or above the number of experts, with its place. The others learn no counts then.
         """
         ...
 
@@ -115,39 +118,37 @@ class BoardExchange:
 
 
 class GroupExchange:
-    """Live counts by one all-gather a call through a ``torch.distributed`` process group, any number of nodes.
+    """Live counts by one all-gather a call over gloo, any number of nodes; see ``waterfill_rs.link`` for one that is late.
 
-    It is as alive as the group: no cap, because a collective that one rank gives up is lost for all. Where
-    the model's own collectives would hang, so does this; a rank that refuses its ids never joins, and the others wait.
+    A rank that refuses its ids tells the others so first: they plan without it, so this call is not to be made again.
     """
 
     name = "group"
 
     def __init__(
-        self, group: Any, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str
+        self, link: Link, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str
     ) -> None:
         import torch
-        import torch.distributed
 
-        if (found := torch.distributed.get_world_size(group)) != ranks:
-            raise ValueError(f"the process group has {found} ranks: give one of {ranks}")
         self.reason = reason
-        self._gather = torch.distributed.all_gather_into_tensor
-        self._group = group
+        self.link = link
         self._end = _native.GroupPlanner(ranks, experts, rank, cost_model)
-        self._own = torch.zeros(self._end.words, dtype=torch.int32)
-        # Flat, because gloo takes no other shape.
-        self._all = torch.zeros(ranks * self._end.words, dtype=torch.int32)
-        self._calls = 0
+        self._new = torch.empty(self._end.words, dtype=torch.int32).new_empty
 
     def quotas(self, ids: Ids) -> list[int]:
-        self._end.unsafe_count_ptr(ids, self._own.data_ptr())
-        self._gather(self._all, self._own, group=self._group)
-        self._calls += 1
-        return self._end.unsafe_quotas_ptr(self._all.data_ptr())
+        own = self._new(self._end.words)
+        try:
+            self._end.unsafe_count_ptr(ids, own.data_ptr())
+        except ValueError:
+            self.link.gather(own.fill_(_native.REFUSED))
+            raise
+        gathered = self.link.gather(own)
+        if gathered is None:
+            return self._end.own_quotas()
+        return self._end.unsafe_quotas_ptr(gathered.data_ptr())
 
     def tally(self) -> dict[str, Any]:
-        return {"calls": self._calls, "live": self._calls}
+        return {"calls": sum(self.link.tally.values()), **self.link.tally}
 
     def close(self) -> None:
-        pass
+        self.link.close()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from waterfill_rs.device import DeviceExchange
+    from waterfill_rs.link import Limits
 
 __all__ = ["CHOICES", "BoardSettings", "Choice", "Store", "board_name", "open_exchange"]
 
@@ -105,14 +106,17 @@ def open_exchange(
     group: Any = None,
     cost_model: CostModel | None = None,
     device: torch.device | None = None,
+    limits: Limits | None = None,
 ) -> Exchange | DeviceExchange:
     """Meet the other ranks and open this rank's end. All ranks call it, with keys of their own in ``store``.
 
     Args:
         choice: ``auto``: a board on one node, else the group, else own counts. Others: that one or an error.
-        group: the ``torch.distributed`` process group of these ranks, for ``group``; with a device, one for its tensors.
+        group: the ``torch.distributed`` process group of these ranks. Without it there is no ``group``: with a device its
+            collectives are used; on the CPU connections of our own are made beside it.
         device: the CUDA device on which this rank's layers run, if they do: then ranks tell loads a rank, and
             ``cost_model`` is rows.
+        limits: of the group on the CPU; by default its ``wait`` is the settings' cap if that is longer.
 
     Raises:
         ValueError: ranks that disagree, with both sides' values; a choice that cannot be had, with the reason.
@@ -124,6 +128,8 @@ def open_exchange(
         raise ValueError(f"exchange {choice!r}: give one of {', '.join(CHOICES)}")
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank}: give one from 0 to {ranks - 1}")
+    if group is not None:
+        _check_group(group, ranks)
     if device is not None and settings.pace == "inline":
         raise ValueError("planner inline with layers on a CUDA device: give auto, park or spin")
     own = _Card(
@@ -172,8 +178,19 @@ def open_exchange(
             reason=reason,
         )
     if name == "group":
-        return GroupExchange(group, ranks, experts, rank, model, reason)
+        from waterfill_rs.link import Limits, Link
+
+        limits = limits or Limits(wait=max(Limits.wait, settings.cap_us / 1e6))
+        link = Link(store, rank, ranks, limits)
+        return GroupExchange(link, ranks, experts, rank, model, reason)
     return SoloExchange(ranks, experts, rank, model, reason)
+
+
+def _check_group(group: Any, ranks: int) -> None:
+    import torch.distributed
+
+    if (found := torch.distributed.get_world_size(group)) != ranks:
+        raise ValueError(f"the process group has {found} ranks: give one of {ranks}")
 
 
 def _on_device(

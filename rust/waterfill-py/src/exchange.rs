@@ -19,6 +19,7 @@ use crate::tensors::{Ids, array, array_mut, unknown_bits};
 pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PySolo>()?;
     module.add_class::<PyPort>()?;
+    module.add("REFUSED", REFUSED as i32)?;
     module.add_class::<PyGroupPlanner>()
 }
 
@@ -206,6 +207,9 @@ fn name_of(source: Source) -> &'static str {
     }
 }
 
+/// In place of its tokens, of a rank that refused its ids: it takes part, and nothing is known of it.
+const REFUSED: u32 = u32::MAX;
+
 /// Plans from counts that a collective brought: the same on every rank.
 #[pyclass(name = "GroupPlanner")]
 struct PyGroupPlanner {
@@ -215,7 +219,9 @@ struct PyGroupPlanner {
     tokens: Vec<u32>,
     visits: Vec<u32>,
     routed: Vec<u32>,
+    eligible: Vec<bool>,
     planner: Planner,
+    own: OwnPlanner,
     plan: Plan,
 }
 
@@ -232,7 +238,9 @@ impl PyGroupPlanner {
                 tokens: vec![0; ranks],
                 visits: vec![0; ranks * ranks],
                 routed: vec![0; experts],
+                eligible: vec![true; ranks],
                 planner: Planner::new(),
+                own: OwnPlanner::new(),
                 plan: Plan::new(),
             })
         })
@@ -266,6 +274,15 @@ impl PyGroupPlanner {
         })
     }
 
+    /// This rank's quotas from what it counted last, by itself.
+    fn own_quotas(&mut self, py: Python<'_>) -> PyResult<Vec<u32>> {
+        py.detach(|| {
+            let mut quotas = vec![0; self.tokens.len()];
+            guarded(|| self.own.plan(&self.counted.own(&self.cost, self.rank), &mut quotas))?;
+            Ok(quotas)
+        })
+    }
+
     /// This rank's quotas from what all ranks contributed, `[R, words]` int32.
     fn unsafe_quotas_ptr(&mut self, py: Python<'_>, gathered: usize) -> PyResult<Vec<u32>> {
         py.detach(|| {
@@ -282,9 +299,16 @@ impl PyGroupPlanner {
         let ranks = self.tokens.len();
         self.routed.fill(0);
         for (rank, words) in gathered.chunks_exact(1 + ranks + self.routed.len()).enumerate() {
+            let visits_of_rank = &mut self.visits[rank * ranks..][..ranks];
+            self.eligible[rank] = words[0] != REFUSED;
+            if !self.eligible[rank] {
+                self.tokens[rank] = 0;
+                visits_of_rank.fill(0);
+                continue;
+            }
             let (visits, counts) = words[1..].split_at(ranks);
             self.tokens[rank] = words[0];
-            self.visits[rank * ranks..][..ranks].copy_from_slice(visits);
+            visits_of_rank.copy_from_slice(visits);
             for (sum, &rows) in self.routed.iter_mut().zip(counts) {
                 *sum = sum.saturating_add(rows);
             }
@@ -295,7 +319,7 @@ impl PyGroupPlanner {
             routed: Routed::PerExpert(&self.routed),
             tokens: &self.tokens,
             visits: Some(&self.visits),
-            eligible: None,
+            eligible: Some(&self.eligible),
         };
         self.planner.live(&problem, &mut self.plan)?;
         let mut quotas = vec![0; ranks];
