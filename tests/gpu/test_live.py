@@ -94,6 +94,9 @@ def test_live_plans_are_the_planners(group):
             )
     live = {"live": 40, "timed_out": 0, "broken": 0, "torn": 0}
     assert group.tallies() == [live] * ranks
+    # From outside the same is seen.
+    seen = group.board.snapshot()["by_rank"]
+    assert [{name: tally[name] for name in live} for tally in seen] == group.tallies()
 
 
 @pytest.mark.parametrize("group", [dict(ranks=2, planner=False)], indirect=True)
