@@ -195,6 +195,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         rank=rank,
         reason="the test's",
         board=board,
+        plans=rank == 0,
         cap_us=WAIT_US,
         patience_us=WAIT_US,
     )
