@@ -3,10 +3,9 @@
 import ctypes
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from waterfill_rs import _native, doctor, self_test
@@ -303,17 +302,15 @@ def test_the_real_hooks_in_place_and_not(tmp_path):
     pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
     fake_distribution(tmp_path, "other-plugin", "1.0", "other = other_plugin:register")
     (tmp_path / "other_plugin.py").write_text(OTHER_PLUGIN)
-    command = [sys.executable, "-m", "waterfill_rs.sglang.loaded_hooks"]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("WATERFILL", "SGLANG"))}
-    paths = os.pathsep.join(filter(None, (str(tmp_path), env.get("PYTHONPATH"))))
-    loaded = {}
-    for name, more in (
-        ("ours", {}),
-        ("other", {"PYTHONPATH": paths}),
-        ("on", {"WATERFILL_RS": "on"}),
-    ):
-        done = subprocess.run(command, env=env | more, capture_output=True, text=True)
-        loaded[name] = done.returncode, done.stdout, done.stderr
-    check(doctor.hooks(lambda: loaded["ours"], enabled=True), "ok", "in place")
-    check(doctor.hooks(lambda: loaded["other"], enabled=True), "fail", "WaterfillBalancer")
-    check(doctor.hooks(lambda: loaded["on"], enabled=True), "fail", "WATERFILL_RS='on'")
+    look = "import runpy; runpy.run_module('waterfill_rs.sglang.loaded_hooks', run_name='__main__')"
+    beside = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+
+    def loaded(code, **variables):
+        done = forked.run(code, SGLANG_PLUGINS="", **variables)
+        return done.returncode, done.stdout, done.stderr
+
+    ours, other = loaded(look), loaded(beside + look)
+    check(doctor.hooks(lambda: ours, enabled=True), "ok", "in place")
+    check(doctor.hooks(lambda: other, enabled=True), "fail", "WaterfillBalancer")
+    wrong = loaded(look, WATERFILL_RS="on")
+    check(doctor.hooks(lambda: wrong, enabled=True), "fail", "WATERFILL_RS='on'")

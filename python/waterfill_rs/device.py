@@ -85,11 +85,11 @@ class DeviceExchange:
         return self._expander
 
     def tally(self) -> dict[str, Any]:
-        """How the calls so far ended; waits for the device."""
-        if self._expander is None:
+        """How the calls with live counts ended so far, as the kernel tells the board: does not wait for the device."""
+        if self.board is None:
             return {"calls": 0}
-        counts = self._expander.tally()
-        return {"calls": sum(counts.values()), **counts}
+        tally = self.board.snapshot()["by_rank"][self._shape["rank"]]
+        return {name: tally[name] for name in ("calls", "live", "timed_out", "broken", "torn")}
 
     def close(self) -> None:
         """End the planner's thread. Graphs that were captured are not replayed afterwards."""

@@ -11,7 +11,8 @@ from batches import SHARED_WEIGHT, batch, on_cpu, random_quotas, same
 from waterfill_rs.cuda import Expander
 from waterfill_rs.torch import expand_topk
 
-ALL_RANKS = [*range(1, 73), 144, 256, 1024]
+# Each is compiled by itself.
+ALL_RANKS = [*range(1, 18), 24, 31, 32, 33, 40, 48, 63, 64, 65, 72, 144, 256, 1024]
 ALL_ROWS = [0, 1, 7, 8, 32, 128, 1000, 1024, 1025, 4096, 16384]
 
 
@@ -125,20 +126,25 @@ def test_torch_compile_keeps_it_in_one_graph():
 
 
 @pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
-def test_a_graph_gives_what_eager_gives(mode):
+@pytest.mark.parametrize("given", [False, True])
+def test_a_graph_gives_what_eager_gives(mode, given):
     graphs = []
+    quotas = torch.zeros(8, dtype=torch.int32, device="cuda") if given else None
     for rows in (1, 64, 1024, 4096):
         run = Expander("cuda", physical_experts=256, ranks=8, rank=3, top_k=6)
         topk_ids = torch.zeros((rows, 6), dtype=torch.int32, device="cuda")
         topk_weights = torch.zeros((rows, 6), device="cuda")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode=mode):
-            out = run(topk_ids, topk_weights, SHARED_WEIGHT)
+            out = run(topk_ids, topk_weights, SHARED_WEIGHT, quotas=quotas)
         graphs.append((graph, topk_ids, topk_weights, out))
     for seed in range(200):
         graph, topk_ids, topk_weights, out = graphs[seed % len(graphs)]
         ids, weights = batch(seed, len(topk_ids), 6, 256)
-        expected = on_cpu(ids, weights, experts=256, ranks=8, rank=3)
+        rows = random_quotas(seed, ids, 8, 3) if given else None
+        expected = on_cpu(ids, weights, experts=256, ranks=8, rank=3, quotas=rows)
+        if given:
+            quotas.copy_(torch.tensor(rows, dtype=torch.int32))
         topk_ids.copy_(ids)
         topk_weights.copy_(weights)
         different = torch.zeros((), dtype=torch.int64, device="cuda")

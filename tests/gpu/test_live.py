@@ -94,6 +94,9 @@ def test_live_plans_are_the_planners(group):
             )
     live = {"live": 40, "timed_out": 0, "broken": 0, "torn": 0}
     assert group.tallies() == [live] * ranks
+    # From outside the same is seen.
+    seen = group.board.snapshot()["by_rank"]
+    assert [{name: tally[name] for name in live} for tally in seen] == group.tallies()
 
 
 @pytest.mark.parametrize("group", [dict(ranks=2, planner=False)], indirect=True)
@@ -137,7 +140,7 @@ def test_foreign_bytes_change_nothing_but_the_balance(group):
     writer = threading.Thread(target=scribble, args=(words,))
     writer.start()
     try:
-        for seed in range(1500):
+        for seed in range(10_000 if os.environ.get("WATERFILL_SOAK") else 1500):
             made = batches(seed % 50, 3)
             for rank, (ids, weights) in enumerate(group.step(made, cap_us=50)):
                 lawful(rank, made[rank], ids.cpu(), weights.cpu())
@@ -158,7 +161,8 @@ def lawful(rank: int, made, ids, weights) -> None:
     assert bool((shared[token] % each == each - 1).all() and (shared[token] < 3 * each).all())
 
 
-def test_a_graph_over_the_board_goes_on_counting():
+@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
+def test_a_graph_over_the_board_goes_on_counting(mode):
     group = Group(2)
     try:
         tensors = []
@@ -167,7 +171,7 @@ def test_a_graph_over_the_board_goes_on_counting():
             ids = torch.zeros((64, TOP_K), dtype=torch.int32, device="cuda")
             weights = torch.zeros((64, TOP_K), device="cuda")
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="global"):
+            with torch.cuda.graph(graph, capture_error_mode=mode):
                 out = group.expanders[rank](ids, weights, SHARED_WEIGHT, cap_us=SECOND)
             tensors.append((ids, weights, out))
             graphs.append(graph)

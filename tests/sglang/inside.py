@@ -1,5 +1,6 @@
-"""Not a test: sizes and helpers of the tests that use the ``sglang`` fixture."""
+"""Not a test: sizes and helpers of the tests that use the real sglang."""
 
+import os
 import types
 
 RANKS, RANK, EXPERTS, TOP_K, TOKENS = 8, 3, 64, 6, 200
@@ -35,3 +36,17 @@ def level_of(routed, tokens):
     while int((level - routed).clamp(min=0).sum()) < tokens:
         level += 1
     return level
+
+
+def server_child(arguments):
+    """What a process that the server started with these ``ServerArgs`` has of ours."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.layers.moe import waterfill
+
+    return {
+        "model": arguments.model_path,
+        "balancer": waterfill.WaterfillBalancer.__module__,
+        "variables": {k: v for k, v in os.environ.items() if k.startswith("WATERFILL")},
+    }

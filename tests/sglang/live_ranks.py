@@ -1,8 +1,7 @@
-"""Not a test: one rank of two that prepare a model with the real sglang and run layers: ``RANK FOLDER``."""
+"""Not a test: one rank of two that prepare a model with the real sglang and run layers."""
 
 import json
 import os
-import sys
 import types
 from pathlib import Path
 
@@ -64,7 +63,3 @@ def expand(layer, rank, call):
     routed = torch.bincount(ids[:, :-1].flatten() // slots, minlength=RANKS).tolist()
     shared = torch.bincount(ids[:, -1] // slots, minlength=RANKS).tolist()
     return {"tokens": rows, "routed": routed, "shared": shared}
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])

@@ -1,76 +1,70 @@
 """Flags and variables in real processes of sglang: parsed, inherited by spawned children, refused aloud."""
 
-import os
-import subprocess
-import sys
+import json
 
 import pytest
 
 pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
 
-PROGRAM = """
-import multiprocessing, os, pickle, sys
+import forked
 
-
-def child(queue, pickled):
-    from sglang.srt.plugins import load_plugins
-    load_plugins()
-    arguments = pickle.loads(pickled)
-    from sglang.srt.layers.moe import waterfill
-    queue.put((arguments.model_path, waterfill.WaterfillBalancer.__module__))
-
-
-if __name__ == "__main__":
-    from sglang.srt.plugins import load_plugins
-    load_plugins()
-    import argparse
-    from sglang.srt.server_args import ServerArgs
-    parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
-    parsed = parser.parse_args(["--model-path", "dummy", "--device", "cpu", *sys.argv[1:]])
-    ServerArgs.__post_init__ = lambda self: None  # resolution wants a model
-    arguments = ServerArgs.from_cli_args(parsed)
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=child, args=(queue, pickle.dumps(arguments)))
-    process.start()
-    print(*queue.get(timeout=180), os.environ.get("WATERFILL_RS"), os.environ.get("WATERFILL_RS_REQUIRE"))
-    process.join()
+PARSE = """
+import argparse, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+parsed = parser.parse_args(["--model-path", "dummy", "--device", "cpu", *sys.argv[1:]])
+ServerArgs.__post_init__ = lambda self: None  # resolution wants a model
+arguments = ServerArgs.from_cli_args(parsed)
+"""
+HERE = """
+import json
+from inside import server_child
+print(json.dumps(server_child(arguments)))
+"""
+SPAWNED = """
+import json, multiprocessing
+from inside import server_child
+with multiprocessing.get_context("spawn").Pool(1) as pool:
+    print(json.dumps(pool.apply(server_child, [arguments])))
 """
 
 
-def run(tmp_path, *flags, **environment):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WATERFILL")} | environment
-    return subprocess.run(
-        [sys.executable, program, *flags], capture_output=True, text=True, env=env, timeout=300
-    )
+def parsed(where, *flags, **environment):
+    """What a process of the server has once these flags are parsed, and the finished process."""
+    done = forked.run(PARSE + where, *flags, **environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]), done
 
 
-def test_flags_reach_a_spawned_child_and_come_before_variables(tmp_path):
-    done = run(tmp_path, "--waterfill-rs", "upstream", WATERFILL_RS="rust")
-    assert done.stdout.split() == [
-        "dummy",
-        "sglang.srt.layers.moe.waterfill",
-        "upstream",
-        "None",
-    ], done.stderr[-2000:]
+def test_flags_reach_a_spawned_child():
+    flags = ["--waterfill-rs", "rust", "--waterfill-rs-timeout-us", "77", "--enable-waterfill"]
+    child, _ = parsed(SPAWNED, *flags, "--waterfill-rs-planner", "spin:1")
+    assert child["model"] == "dummy"
+    assert child["balancer"] == "waterfill_rs.sglang.balancer"
+    assert child["variables"] == {
+        "WATERFILL_RS": "rust",
+        "WATERFILL_RS_TIMEOUT_US": "77",
+        "WATERFILL_RS_PLANNER": "spin:1",
+    }
 
 
-def test_required_serves_where_it_can(tmp_path):
-    done = run(tmp_path, "--waterfill-rs-require")
-    assert done.stdout.split() == [
-        "dummy",
-        "waterfill_rs.sglang.balancer",
-        "None",
-        "1",
-    ], done.stderr[-2000:]
+def test_flags_come_before_variables():
+    here, _ = parsed(HERE, "--waterfill-rs", "upstream", WATERFILL_RS="rust")
+    assert here["variables"] == {"WATERFILL_RS": "upstream"}
 
 
-def test_rust_by_name_serves_and_says_what_is_missing(tmp_path):
-    done = run(tmp_path, "--waterfill-rs", "rust")
-    assert "waterfill_rs.sglang.balancer rust" in done.stdout, done.stderr[-2000:]
+def test_required_serves_where_it_can():
+    here, _ = parsed(HERE, "--waterfill-rs-require")
+    assert here["balancer"] == "waterfill_rs.sglang.balancer"
+    assert here["variables"] == {"WATERFILL_RS_REQUIRE": "1"}
+
+
+def test_rust_by_name_serves_and_says_what_is_missing():
+    here, done = parsed(HERE, "--waterfill-rs", "rust")
+    assert here["balancer"] == "waterfill_rs.sglang.balancer"
     assert "balances nothing without sglang's --enable-waterfill" in done.stderr
 
 
@@ -85,10 +79,8 @@ def test_required_ends_the_process_with_every_reason():
     )
     found = {}
     for required, backend in (("0", "auto"), ("1", "auto"), ("0", "rust")):
-        env = {**os.environ, "WATERFILL_RS_REQUIRE": required, "WATERFILL_RS": backend}
-        found[required, backend] = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=env
-        )
+        variables = {"WATERFILL_RS_REQUIRE": required, "WATERFILL_RS": backend}
+        found[required, backend] = forked.run(code, **variables)
     tolerant = found.pop(("0", "auto"))
     assert tolerant.returncode == 0 and "served" in tolerant.stdout
     assert "waterfill" not in tolerant.stderr.lower(), "nobody asked for Waterfill yet"

@@ -1,13 +1,10 @@
 """The real sglang, on the CPU, with the package entering through its plugin entry point."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
 
+import forked
 import torch
 from inside import EXPERTS, RANK, RANKS, TOKENS, TOP_K, hash_layer, level_of, prepare, routed_only
 
@@ -110,20 +107,16 @@ def test_a_layer_that_sglang_does_not_prepare_stops_the_server(sglang):
         prepare(sglang, hash_layer(sglang), stranger)
 
 
-def run_plugins(**environment):
-    """A fresh process that loads plugins and prints what it then has."""
-    code = (
-        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
-        "from sglang.srt.layers.moe import hash_topk, waterfill\n"
-        "import sys; print(hash_topk.HashTopK.__module__, waterfill.WaterfillBalancer.__module__,"
-        " 'waterfill_rs.torch' in sys.modules)"
-    )
-    env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+LOADED = """
+from sglang.srt.plugins import load_plugins; load_plugins()
+from sglang.srt.layers.moe import hash_topk, waterfill
+import sys
+print(hash_topk.HashTopK.__module__, waterfill.WaterfillBalancer.__module__, "waterfill_rs.torch" in sys.modules)
+"""
 
 
 def test_off_leaves_sglang_untouched():
-    done = run_plugins(WATERFILL_RS="off")
+    done = forked.run(LOADED, WATERFILL_RS="off")
     assert done.stdout.split()[-3:] == [
         "sglang.srt.layers.moe.hash_topk",
         "sglang.srt.layers.moe.waterfill",
@@ -132,6 +125,6 @@ def test_off_leaves_sglang_untouched():
 
 
 def test_a_wrong_value_stops_the_process_and_says_which():
-    done = run_plugins(WATERFILL_RS="on")
+    done = forked.run(LOADED, WATERFILL_RS="on")
     assert done.returncode == 1
     assert "WATERFILL_RS='on': give one of auto, rust, upstream, off" in done.stderr

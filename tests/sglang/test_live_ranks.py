@@ -1,33 +1,26 @@
 """Two real processes of the real sglang: its preparation joins them, and their layers are levelled together."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
 
+import forked
+
 import waterfill_rs
 
 
 def test_two_ranks_of_sglang_are_levelled_by_live_counts(tmp_path):
-    script = Path(__file__).with_name("live_ranks.py")
-    env = {**os.environ, "WATERFILL_RS_TIMEOUT_US": "10000000"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), tmp_path],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        _, error = rank.communicate(timeout=400)
-        assert rank.returncode == 0, error[-3000:]
+    code = "import sys, live_ranks; live_ranks.main(int(sys.argv[1]), sys.argv[2])"
+
+    def run(rank):
+        return forked.run(code, str(rank), str(tmp_path), WATERFILL_RS_TIMEOUT_US="10000000")
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(run, range(2)):
+            assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for exchange, name in (("auto", "board"), ("group", "group")):
         for rank in range(2):

@@ -180,8 +180,9 @@ collector.log_stats(SchedulerStats())
 
 def test_sglangs_own_collector_shows_ours(tmp_path):
     pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
-    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "WATERFILL_RS": "off"}
-    done = subprocess.run([sys.executable, "-c", SGLANG], env=env, capture_output=True, text=True)
+    import forked
+
+    done = forked.run(SGLANG, PROMETHEUS_MULTIPROC_DIR=str(tmp_path), WATERFILL_RS="off")
     assert done.returncode == 0, done.stderr[-3000:]
     page = read(tmp_path)
     assert page["sglang:num_running_reqs", "0"] == 0

@@ -19,16 +19,27 @@ FOLDERS = [Path(f) for f in os.environ.get("WATERFILL_SGLANGS", "").split(os.pat
 REPORT = os.environ.get("WATERFILL_VERSIONS_REPORT")
 CHECKS = [
     "classes_are_ours_under_every_name",
+    "deterministic_inference_takes_own_counts",
+    "draft_model_has_an_exchange_of_its_own",
     "elastic_ep_leaves_sglangs_own",
     "experts_that_do_not_divide_are_refused",
     "flags_are_in_help_and_travel_to_children",
     "hash_router_expands",
     "hash_router_expands_nothing_on_an_idle_rank",
+    "hash_router_gives_padded_rows_no_shared_row",
     "hash_router_refuses_to_run_before_preparation",
+    "live_counts_of_two_ranks_give_the_optimum",
+    "metrics_are_pushed_after_sglangs",
     "off_leaves_sglang_untouched",
     "other_models_are_left_alone",
+    "recorder_counts_before_dispatch_in_mode_auto",
     "recorder_takes_counts_with_a_shared_slot",
+    "recorder_takes_them_in_normal_mode",
     "redundant_experts_are_counted_or_refused",
+    "redundant_experts_before_and_after_a_rebalance",
+    "two_batches_are_levelled_one_by_one",
+    "v3_router_expands_nothing_on_an_idle_rank",
+    "v3_router_gives_padded_rows_no_shared_row",
     "v3_router_through_the_same_balancer",
 ]
 
@@ -92,6 +103,6 @@ def test_it_is_that_sglang_and_all_was_checked(folder):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_contract(folder, check):
     outcome = report_of(folder)["checks"][check]
-    if outcome.startswith("none:"):
-        pytest.skip(outcome)
-    assert outcome == "ok", outcome
+    if outcome == "none":
+        pytest.skip("this version's hash router has no Waterfill")
+    assert outcome in ("ok", "refused"), outcome

@@ -1,21 +1,24 @@
 """Not a test: what the contract asks of one sglang, in a process of its own: ``REPORT.json``.
 
-Each check is written there as "ok" or as what went wrong; ``test_versions.py`` reads it.
+Each check is written there as "ok", as "none" or "refused" where this version has or gets no such thing, or as what
+went wrong; ``test_versions.py`` reads it.
 """
 
 import argparse
 import contextlib
 import inspect
 import json
+import multiprocessing
 import os
 import pickle
 import sys
+import tempfile
 import threading
 import traceback
 import types
 from pathlib import Path
 
-RANKS, RANK, EXPERTS, REDUNDANT, TOP_K, TOKENS = 8, 3, 56, 8, 6, 200
+RANKS, RANK, EXPERTS, REDUNDANT, TOP_K, TOKENS, REAL = 8, 3, 56, 8, 6, 200, 70
 PHYSICAL = EXPERTS + REDUNDANT
 
 
@@ -29,7 +32,11 @@ class Probe:
 
         from waterfill_rs.sglang import compat, plugin
 
+        torch.set_num_threads(
+            1
+        )  # A pool of threads would not come along into the forks of a check.
         self.torch, self.plugin = torch, plugin
+        self.padded = torch.arange(REAL, TOKENS)
         self.seams, reasons = compat.find()
         assert self.seams, reasons
         self.resolve = compat.resolve
@@ -63,6 +70,13 @@ class Probe:
         assert os.environ.pop("WATERFILL_RS") == "rust"
         assert os.environ.pop("WATERFILL_RS_TIMEOUT_US") == "77"
 
+    def check_metrics_are_pushed_after_sglangs(self):
+        from waterfill_rs.sglang import loaded_hooks, metrics
+
+        assert loaded_hooks.found()[metrics.SEAM]
+        takes = list(inspect.signature(self.resolve(metrics.SEAM)).parameters)
+        assert takes[:2] == ["self", "stats"], takes
+
     # The hash router
 
     def check_hash_router_refuses_to_run_before_preparation(self):
@@ -83,7 +97,59 @@ class Probe:
         empty = self.idle(layer)
         assert empty.topk_ids.shape == empty.topk_weights.shape == (0, TOP_K + 1)
 
+    def check_hash_router_gives_padded_rows_no_shared_row(self):
+        layer = self.hash_layer()
+        self.prepare(layer)
+        self.is_padded(self.forward(layer, num_token_non_padded=self.torch.tensor(REAL)))
+
+    # The other router
+
+    def check_v3_router_gives_padded_rows_no_shared_row(self):
+        layer = self.v3_layer(1.0)
+        self.prepare(layer)
+        self.is_padded(self.expanded(layer, lambda ids: ids.index_fill(0, self.padded, -1)))
+
+    def is_padded(self, expanded):
+        assert (expanded.topk_ids[REAL:] == -1).all()
+        assert (expanded.topk_weights[REAL:, -1] == 0).all()
+        assert (expanded.topk_ids[:REAL, -1] % (PHYSICAL // RANKS + 1) == PHYSICAL // RANKS).all()
+
+    def check_v3_router_expands_nothing_on_an_idle_rank(self):
+        layer = self.v3_layer(1.0)
+        self.prepare(layer)
+        empty = self.expanded(layer, lambda ids: ids[:0])
+        assert empty.topk_ids.shape == (0, TOP_K + 1)
+
+    def expanded(self, layer, change):
+        """What a prepared router makes of its own ids, changed: its native path on the CPU has no such option."""
+        routed = self.without_waterfill(layer, self.forward_v3)
+        ids = change(routed.topk_ids)
+        given = routed._replace(topk_ids=ids, topk_weights=routed.topk_weights[: len(ids)])
+        return getattr(layer, self.seams.expands)(given, len(ids))
+
+    def check_two_batches_are_levelled_one_by_one(self):
+        layer = self.v3_layer(1.0)
+        self.prepare(layer)
+        for rows in (slice(0, 90), slice(90, None)):
+            routed = self.without_waterfill(layer, lambda one, r=rows: self.forward_v3(one, r))
+            self.expansion(routed, self.forward_v3(layer, rows), 1.0)
+
     # Preparation
+
+    def check_draft_model_has_an_exchange_of_its_own(self):
+        layers = target, other, draft = [self.v3_layer(1.0) for _ in range(3)]
+        self.prepare(target, other)
+        self.prepare(draft)
+        exchanges = [getattr(layer, self.seams.holder).exchange for layer in layers]
+        assert exchanges[0] is exchanges[1] is not exchanges[2]
+
+    def check_deterministic_inference_takes_own_counts(self):
+        layer = self.v3_layer(1.0)
+        fields = {"ep_num_redundant_experts": 0, self.seams.switch: True}
+        with self.arguments(enable_deterministic_inference=True, **fields):
+            self.prepare(layer)
+        exchange = getattr(layer, self.seams.holder).exchange
+        assert exchange.name == "solo" and "deterministic" in exchange.reason
 
     def check_v3_router_through_the_same_balancer(self):
         layer = self.v3_layer(2.5)
@@ -100,6 +166,20 @@ class Probe:
             with self.arguments(ep_num_redundant_experts=REDUNDANT):
                 self.prepare(layer)
             self.is_sglangs_own(layer)
+            return "refused"
+
+    def check_redundant_experts_before_and_after_a_rebalance(self):
+        if not self.seams.redundant:
+            return "refused"
+        layer, torch = self.v3_layer(1.0), self.torch
+        self.prepare(layer)
+        routed = self.without_waterfill(layer, self.forward_v3)
+        torch.manual_seed(7)
+        for mapping in (torch.arange(EXPERTS) + REDUNDANT, torch.randperm(PHYSICAL)[:EXPERTS]):
+            physical = mapping[routed.topk_ids.long()].to(routed.topk_ids.dtype)
+            assert physical.max() >= EXPERTS
+            expanded = self.expanded(layer, lambda _, ids=physical: ids)
+            self.expansion(routed._replace(topk_ids=physical), expanded, 1.0)
 
     def check_experts_that_do_not_divide_are_refused(self):
         with self.raises(
@@ -123,9 +203,90 @@ class Probe:
         self.prepare(layer)
         assert getattr(layer, self.seams.holder) is None
 
+    # Live counts
+
+    def check_live_counts_of_two_ranks_give_the_optimum(self):
+        import waterfill_rs
+
+        fork = multiprocessing.get_context("fork")
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = [fork.Process(target=self.live_rank, args=(rank, folder)) for rank in (0, 1)]
+            for rank in ranks:
+                rank.start()
+            for rank in ranks:
+                rank.join(120)
+                assert rank.exitcode == 0, rank.exitcode
+            found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in (0, 1)]
+        for calls in zip(*found, strict=True):
+            routed, shared, tokens = (
+                [sum(column) for column in zip(*(call[name] for call in calls), strict=True)]
+                for name in ("routed", "shared", "tokens")
+            )
+            plan = waterfill_rs.plan(routed, tokens, ranks=2)
+            assert max(r + s for r, s in zip(routed, shared, strict=True)) == plan.optimum
+
+    def live_rank(self, rank, folder):
+        """One of two processes: three calls of two layers, over the board; writes rows by rank of each call."""
+        import torch.distributed as dist
+
+        os.environ["WATERFILL_RS_TIMEOUT_US"] = "10000000"
+        store = dist.FileStore(f"{folder}/store", 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        group = types.SimpleNamespace(ranks=[0, 1], cpu_group=dist.group.WORLD)
+        module, _, name = self.seams.group.rpartition(".")
+        setattr(self.resolve(module), name, lambda: group)
+        self.be(2, rank)
+        layers = [self.v3_layer(1.0), self.v3_layer(1.0)]
+        self.prepare(*layers)
+        exchange = getattr(layers[0], self.seams.holder).exchange
+        found, slots = [], PHYSICAL // 2 + 1
+        for call in range(3):
+            rows = slice(0, 40 + 30 * rank + call)
+            ids = self.forward_v3(layers[call % 2], rows).topk_ids // slots
+            routed, shared = (
+                self.torch.bincount(part.flatten(), minlength=2).tolist()
+                for part in (ids[:, :-1], ids[:, -1])
+            )
+            tokens = [rows.stop * (r == rank) for r in (0, 1)]
+            found.append({"routed": routed, "shared": shared, "tokens": tokens})
+        assert exchange.name == "board" and exchange.tally()["live"] == 3, exchange.tally()
+        Path(folder, f"{rank}.json").write_text(json.dumps(found))
+        dist.barrier()
+
     # The recorder
 
     def check_recorder_takes_counts_with_a_shared_slot(self):
+        module, recorder = self.recording()
+        gatherer = module._DeepepLowLatencySinglePassGatherer(self.metadata(), RANK)
+        counts = self.torch.arange(PHYSICAL // RANKS + 1, dtype=self.torch.int)
+        gatherer.on_deepep_dispatch_low_latency(layer_idx=1, local_physical_count_of_layer=counts)
+        self.is_recorded(gatherer.collect(), recorder)
+
+    def check_recorder_takes_them_in_normal_mode(self):
+        module, recorder = self.recording()
+        self.torch.distributed.get_rank = lambda: 0
+        gatherer = module._DeepepNormalSinglePassGatherer(self.metadata(), RANK)
+        names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert")
+        counts = list(range(PHYSICAL // RANKS + 1))
+        gatherer.on_deepep_dispatch_normal(
+            layer_idx=1, local_physical_count_of_layer=counts, **dict.fromkeys(names)
+        )
+        self.is_recorded(gatherer.collect(), recorder)
+
+    def check_recorder_counts_before_dispatch_in_mode_auto(self):
+        _, recorder = self.recording()
+
+        def none(*_):
+            raise NotImplementedError
+
+        hook = recorder.gatherer_of_auto(self.seams)
+        with self.arguments(**{self.seams.switch: True}):
+            gatherer = hook(none, self.server_args, self.metadata(), RANK)
+        gatherer.on_select_experts(layer_idx=0, topk_ids=self.torch.tensor([[1, 2], [2, -1]]))
+        assert gatherer.collect()["global_physical_count"][0, :3].tolist() == [0, 1, 2]
+
+    def recording(self):
+        """sglang's module with its devices on the CPU, and ours, told that Waterfill is on."""
         from waterfill_rs.sglang import recorder
 
         recorder.shared_slots_come()
@@ -134,14 +295,16 @@ class Probe:
             module.get_device = lambda: "cpu"
         else:  # Before 0.5.18 the device is in the arguments.
             self.server_args.device = "cpu"
+        return module, recorder
+
+    def metadata(self):
         local = PHYSICAL // RANKS
-        metadata = types.SimpleNamespace(
+        return types.SimpleNamespace(
             num_layers=2, num_physical_experts=PHYSICAL, num_local_physical_experts=local
         )
-        gatherer = module._DeepepLowLatencySinglePassGatherer(metadata, RANK)
-        counts = self.torch.arange(local + 1, dtype=self.torch.int)
-        gatherer.on_deepep_dispatch_low_latency(layer_idx=1, local_physical_count_of_layer=counts)
-        collected = gatherer.collect()
+
+    def is_recorded(self, collected, recorder):
+        local = PHYSICAL // RANKS
         own = collected["global_physical_count"][1, local * RANK : local * (RANK + 1)]
         assert own.tolist() == list(range(local))
         assert collected[recorder.SHARED_ROWS].tolist() == [0, local]
@@ -167,18 +330,23 @@ class Probe:
             install(model_path="dummy", **fields).install()
         self.server_args = self.resolve(self.seams.arguments)()
         self.parallel = contextlib.ExitStack()
-        with contextlib.suppress(ImportError, ValueError):
-            from sglang.srt.runtime_context import get_parallel
-
-            widths = {"tp_size": RANKS, "attn_tp_size": RANKS, "moe_ep_size": RANKS}
-            ranks = {"tp_rank": RANK, "attn_tp_rank": RANK, "moe_ep_rank": RANK}
-            self.parallel.enter_context(get_parallel().override(**widths, **ranks))
+        self.be(RANKS, RANK)
         with contextlib.suppress(ImportError):
             from sglang.srt.configs.shared_experts import SharedExpertsConfig
             from sglang.srt.runtime_context import get_model
 
             shared = SharedExpertsConfig(use_waterfill=True)
             self.parallel.enter_context(get_model().override(shared_experts=shared))
+
+    def be(self, ranks, rank):
+        """This process is one rank of so many, for the preparations to come."""
+        self.ranks, self.rank = ranks, rank
+        with contextlib.suppress(ImportError, ValueError):
+            from sglang.srt.runtime_context import get_parallel
+
+            widths = {"tp_size": ranks, "attn_tp_size": ranks, "moe_ep_size": ranks}
+            places = {"tp_rank": rank, "attn_tp_rank": rank, "moe_ep_rank": rank}
+            self.parallel.enter_context(get_parallel().override(**widths, **places))
 
     @contextlib.contextmanager
     def arguments(self, **fields):
@@ -217,17 +385,17 @@ class Probe:
             )
         return TopK(TOP_K, routed_scaling_factor=factor, **layer_id)
 
-    def forward(self, layer):
+    def forward(self, layer, **more):
         torch = self.torch
         torch.manual_seed(0)
         logits, ids = torch.randn(TOKENS, EXPERTS), torch.randint(0, 40, (TOKENS,))
-        return layer(torch.zeros(TOKENS, 8), logits, ids)
+        return layer(torch.zeros(TOKENS, 8), logits, ids, **more)
 
-    def forward_v3(self, layer):
+    def forward_v3(self, layer, rows=slice(None), **more):
         torch = self.torch
         torch.manual_seed(1)
         logits = torch.randn(TOKENS, EXPERTS) + torch.linspace(0, 2, EXPERTS)
-        return layer.forward_native(torch.zeros(TOKENS, 8), logits)
+        return layer.forward_native(torch.zeros(TOKENS, 8)[rows], logits[rows], **more)
 
     def idle(self, layer):
         return layer.empty_topk_output(self.torch.device("cpu"))
@@ -241,18 +409,18 @@ class Probe:
         setattr(layer, self.seams.enabled, True)
         return routed
 
-    def prepare(self, layer, missing=0):
+    def prepare(self, *layers, missing=0):
         # Where preparation doesn't add redundant experts, all are given as the model's.
         experts = (EXPERTS if self.seams.redundant else PHYSICAL) - missing
-        model = self.torch.nn.ModuleList([layer])
+        model = self.torch.nn.ModuleList(layers)
         config = types.SimpleNamespace(hf_config=types.SimpleNamespace(n_routed_experts=experts))
         prepare = self.resolve(self.seams.prepare)
         known = {
             "model": model,
             "model_config": config,
             "server_args": self.server_args,
-            "moe_ep_size": RANKS,
-            "moe_ep_rank": RANK,
+            "moe_ep_size": self.ranks,
+            "moe_ep_rank": self.rank,
         }
         takes = inspect.signature(prepare).parameters
         if "self" in takes:
@@ -273,7 +441,7 @@ class Probe:
         rows = torch.bincount(expanded.topk_ids.flatten() // (slot + 1), minlength=RANKS)
         before = torch.bincount(routed.topk_ids.flatten() // slot, minlength=RANKS)
         level = int(before.max())
-        while int((level - before).clamp(min=0).sum()) < TOKENS:
+        while int((level - before).clamp(min=0).sum()) < len(ids):
             level += 1
         assert int(rows.max()) == level
 
@@ -298,10 +466,9 @@ def untouched():
 
 def run(check):
     try:
-        check()
+        return check() or "ok"
     except BaseException:
         return traceback.format_exc()
-    return "ok"
 
 
 def main(report):
@@ -314,10 +481,8 @@ def main(report):
         probe = Probe()
         probe.start()
         for name, check in probe.checks().items():
-            if probe.seams.hash_topk is None and "hash_router" in name:
-                found["checks"][name] = "none: this version's hash router has no Waterfill"
-            else:
-                found["checks"][name] = run(check)
+            missing = probe.seams.hash_topk is None and "hash_router" in name
+            found["checks"][name] = "none" if missing else run(check)
     Path(report).write_text(json.dumps(found, indent=1))
 
 

@@ -130,7 +130,7 @@ class _Watched:
         for peer, tally in enumerate(snapshot["by_rank"]):
             missed = metrics.missed.labels(peer=peer, **labels)
             missed.inc(self._grown(("missed", peer), planner["missed"][peer]))
-            if tally["process"]:  # Ranks on a CUDA device do not say who they are.
+            if tally["process"]:  # 0 until the rank has attached.
                 alive = metrics.alive.labels(peer=peer, **labels)
                 alive.set(is_alive(tally["process"]))
         sums = ("home_max", "planned_max", "mean")

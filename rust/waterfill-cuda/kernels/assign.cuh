@@ -5,40 +5,53 @@
 
 static constexpr u16 BID = 0x8000;
 
-// The destination that a token bids for in this round; `ranks` for none. Loads first: none waits for another.
-__device__ __forceinline__ u32 wanted(const Args &args, const Shared &s, const Ranks &ranks, u32 row, u32 round, u32 most) {
+__device__ constexpr u32 bits_of(u32 value) { return value == 0 ? 0 : 1 + bits_of(value / 2); }
+
+// The destination that a token bids for in this round; NO_RANK for none. Loads first: none waits for another.
+__device__ __forceinline__ u32 wanted(const u32 *left, const Ranks &ranks, u32 row, u32 round, u32 most) {
     u32 level = __umulhi(row * STEP_LEVEL + round * ROUND_LEVEL, LEVELS);
-    u32 first = __umulhi(row * STEP_TURN + round * ROUND_TURN, args.ranks);
+    u32 first = __umulhi(row * STEP_TURN + round * ROUND_TURN, RANKS);
     u32 above = level * most / LEVELS;
-    u32 left[TOP_K];
+    u32 rows[TOP_K];
 #pragma unroll
-    for (u32 k = 0; k < TOP_K; ++k) left[k] = s.left[ranks.rank[k]];
+    for (u32 k = 0; k < TOP_K; ++k) rows[k] = left[ranks.rank[k]];
     // The nearest of those above the level, else of those that are open: the least distance, with its rank.
     u32 best = ALL;
 #pragma unroll
     for (u32 k = 0; k < TOP_K; ++k) {
-        u32 rank = ranks.rank[k];
-        u32 distance = rank - first + (rank < first ? args.ranks : 0);
-        u32 key = (distance + (left[k] > above ? 0 : 1 << RANK_BITS)) << RANK_BITS | rank;
-        best = at_most(best, left[k] > 0 ? key : ALL);
+        u32 distance = ranks.rank[k] - first;
+        distance = at_most(distance, distance + RANKS);
+        u32 key = (distance + (rows[k] > above ? 0 : 1 << RANK_BITS)) << RANK_BITS | ranks.rank[k];
+        best = at_most(best, rows[k] > 0 ? key : ALL);
     }
-    return best == ALL ? args.ranks : best & ((1 << RANK_BITS) - 1);
+    return best == ALL ? NO_RANK : best & ((1 << RANK_BITS) - 1);
+}
+
+// The lanes of the same rank: a ballot a bit, which takes less than __match_any_sync for this few bits.
+__device__ __forceinline__ u32 same_rank(u32 rank) {
+    u32 same = ALL;
+#pragma unroll
+    for (u32 bit = 0; bit < bits_of(NO_RANK); ++bit) {
+        u32 votes = __ballot_sync(ALL, rank >> bit & 1);
+        same &= rank >> bit & 1 ? votes : ~votes;
+    }
+    return same;
 }
 
 // A warp's bids for its 32 rows from `base` on.
-__device__ __forceinline__ bool bid(const Args &args, const Shared &s, u32 first_row, u32 base, u32 rows, u32 round, u32 most) {
+__device__ __forceinline__ void bid(const Args &args, const Shared &s, const u32 *left, u32 first_row, u32 base, u32 rows,
+                                    u32 round, u32 most) {
     u32 column = base / WARP, row = base + lane();
 #pragma unroll 1
-    for (u32 rank = lane(); rank < args.ranks; rank += WARP) s.table[rank * args.table_stride + column] = 0;
-    __syncwarp();
+    for (u32 rank = lane(); rank < RANKS; rank += WARP) s.table[rank * args.table_stride + column] = 0;
     bool pending = row < rows && s.given[row] == PENDING;
-    u32 rank = wanted(args, s, Ranks(args, s, row, pending), first_row + row, round, most);
-    u32 same = __match_any_sync(ALL, rank);
-    if (rank == args.ranks) return false;
+    u32 rank = wanted(left, Ranks(s, row, pending), first_row + row, round, most);
+    u32 same = same_rank(rank);
+    __syncwarp();
+    if (rank == NO_RANK) return;
     u32 order = __popc(same & lanes_before());
     if (order == 0) s.table[rank * args.table_stride + column] = (u16)__popc(same);
-    s.given[row] = (u16)(BID | order << 10 | rank);
-    return true;
+    s.given[row] = (u16)(BID | order << RANK_BITS | rank);
 }
 
 // Over one destination's columns: from counts to sums of the columns before; gives the sum of all.
@@ -63,139 +76,117 @@ __device__ __forceinline__ u32 add_columns(u16 *columns, u32 count) {
 }
 
 // Close the bids of a round: how many of this block's are granted at each destination, and what is left there.
-__device__ __forceinline__ void close_round(const Args &args, const Shared &s, Block &b, u32 columns, u32 round) {
-    u32 *totals = s.totals + round % 2 * (args.ranks + 1);
+__device__ __forceinline__ void close_round(const Args &args, const Shared &s, Block &b, u32 *left, u32 columns, u32 round) {
+    u32 *totals = s.totals + round % 2 * ENTRIES;
 #pragma unroll 1
-    for (u32 rank = threadIdx.x; rank < args.ranks; rank += blockDim.x)
+    for (u32 rank = threadIdx.x; rank < RANKS; rank += blockDim.x)
         totals[rank] = add_columns(s.table + rank * args.table_stride, columns);
     if (CLUSTERED) sync_blocks();
 #pragma unroll 1
-    for (u32 first = warp() * WARP; first < args.ranks; first += blockDim.x) {
-        u32 rank = first + lane(), left = 0;
-        if (rank < args.ranks) {
+    for (u32 first = warp() * WARP; first < RANKS; first += blockDim.x) {
+        u32 rank = first + lane(), rest = 0, granted = 0;
+        if (rank < RANKS) {
             u32 before = 0, all = 0;
-#pragma unroll 8
-            for (u32 other = 0; other < blocks(); ++other) {
-                u32 bids = read_block(totals + rank, other);
-                if (other < block()) before += bids;
+            for_each_block(totals + rank, [&](u32 other, u32 bids) {
+                before += other < block() ? bids : 0;
                 all += bids;
-            }
-            left = s.left[rank];
-            s.allowed[rank] = left - at_most(left, before);
-            left -= at_most(left, all);
-            s.left[rank] = left;
+            });
+            rest = left[rank];
+            granted = at_most(rest, before);
+            s.allowed[rank] = rest - granted;
+            rest -= at_most(rest, all);
+            left[rank] = rest;
         }
-        u32 most = warp_max(left);
-        if (lane() == 0) atomicMax(&b.most[round + 1], most);
+        u32 most = warp_max(rest), before = CLUSTERED ? warp_sum(granted) : 0;
+        if (lane() == 0) atomicMax(&b.most[round], most);
+        if (lane() == 0 && CLUSTERED) atomicAdd(&b.granted_before, before);
     }
 }
 
-// A warp's bids are granted in the order of the tokens, or pending again.
-__device__ __forceinline__ void grant(const Args &args, const Shared &s, u32 base, u32 rows) {
+// A warp's bids are granted in the order of the tokens, or pending again. Gives its pending rows.
+__device__ __forceinline__ u32 grant(const Args &args, const Shared &s, u32 base, u32 rows) {
     u32 row = base + lane();
     u16 state = row < rows ? s.given[row] : NOBODY;
-    if (!(state & BID)) return;
-    u32 rank = state & 0x3ff, order = state >> 10 & 0x1f;
-    order += s.table[rank * args.table_stride + base / WARP];
-    s.given[row] = order < s.allowed[rank] ? (u16)rank : PENDING;
-}
-
-// Gives whether rows are left anywhere but at home.
-__device__ __forceinline__ bool run_rounds(const Args &args, const Shared &s, Block &b, u32 first_row, u32 rows) {
-#pragma unroll 1
-    for (u32 round = 0; round < ROUNDS; ++round) {
-        u32 most = b.most[round];
-        if (most == 0) return false;
-        bool any = false;
-#pragma unroll 1
-        for (u32 base = warp() * WARP; base < rows; base += blockDim.x)
-            any |= bid(args, s, first_row, base, rows, round, most);
-        // Nobody bids: nothing would change. Blocks of a cluster stay in step instead.
-        if (!__syncthreads_or(any) && !CLUSTERED) return true;
-        close_round(args, s, b, up(rows, WARP), round);
-        __syncthreads();
-#pragma unroll 1
-        for (u32 base = warp() * WARP; base < rows; base += blockDim.x) grant(args, s, base, rows);
-        __syncwarp();
+    if (state & BID) {
+        u32 rank = state & ((1 << RANK_BITS) - 1), order = state >> RANK_BITS & (WARP - 1);
+        order += s.table[rank * args.table_stride + base / WARP];
+        state = order < s.allowed[rank] ? (u16)rank : PENDING;
+        s.given[row] = state;
     }
-    return b.most[ROUNDS] > 0;
+    return __popc(__ballot_sync(ALL, state == PENDING));
 }
 
-// Sums of the rows left anywhere but at home, up to and with each rank, into `allowed`. By one warp.
-__device__ __forceinline__ void sum_left(const Args &args, const Shared &s) {
+// Sums of the rows left anywhere but at home, up to and with each rank, into `until`. By one warp.
+__device__ __forceinline__ void sum_left(const Shared &s, const u32 *left) {
     u32 sum = 0;
 #pragma unroll 1
-    for (u32 first = 0; first < args.ranks; first += WARP) {
+    for (u32 first = 0; first < RANKS; first += WARP) {
         u32 rank = first + lane();
-        u32 until = sum + warp_prefix(rank < args.ranks ? s.left[rank] : 0);
-        if (rank < args.ranks) s.allowed[rank] = until;
+        u32 until = sum + warp_prefix(rank < RANKS ? left[rank] : 0);
+        if (rank < RANKS) s.until[rank] = until;
         sum = __shfl_sync(ALL, until, WARP - 1);
     }
 }
 
+// Gives whether rows are left anywhere but at home; then `until` and the table's last row tell where, and for whom.
+__device__ __forceinline__ bool run_rounds(const Args &args, const Shared &s, Block &b, u32 *left, u32 most, u32 first_row,
+                                           u32 rows) {
+#pragma unroll 1
+    for (u32 round = 0; round < ROUNDS && most > 0; ++round) {
+#pragma unroll 1
+        for (u32 base = warp() * WARP; base < rows; base += blockDim.x)
+            bid(args, s, left, first_row, base, rows, round, most);
+        __syncthreads();
+        close_round(args, s, b, left, up(rows, WARP), round);
+        __syncthreads();
+        most = b.most[round];
+#pragma unroll 1
+        for (u32 base = warp() * WARP; base < rows; base += blockDim.x) {
+            u32 pending = grant(args, s, base, rows);
+            if (lane() == 0) s.table[NO_RANK * args.table_stride + base / WARP] = (u16)pending;
+        }
+        __syncwarp();
+    }
+    if (most == 0) return false;
+    if (warp() == warps() - 1) sum_left(s, left);
+    __syncthreads();
+    return true;
+}
+
 // The rank of the token that is number `place` among those that found no room at home.
-__device__ __forceinline__ u32 leftover(const Args &args, const Shared &s, u32 place) {
-    u32 least = 0, most = args.ranks - 1;
+__device__ __forceinline__ u32 leftover(const Shared &s, u32 place) {
+    u32 least = 0, most = RANKS - 1;
     while (least < most) {
         u32 middle = (least + most) / 2;
-        if (s.allowed[middle] > place) most = middle;
+        if (s.until[middle] > place) most = middle;
         else least = middle + 1;
     }
     return least;
 }
 
-// `table` gets the pending tokens before each warp's rows, `b.pending_before` those of the blocks before.
-__device__ __forceinline__ void number_pending(const Args &args, const Shared &s, Block &b, u32 rows) {
-    u32 columns = up(rows, WARP);
-    u16 *pending = s.table;
-    __syncthreads();
+// The pending tokens of all blocks before a warp's rows from `base` on.
+__device__ __forceinline__ u32 pending_before(const Args &args, const Shared &s, const Block &b, u32 base) {
+    const u16 *pending = s.table + NO_RANK * args.table_stride;
+    u32 mine = 0;
 #pragma unroll 1
-    for (u32 base = warp() * WARP; base < rows; base += blockDim.x) {
-        u32 row = base + lane();
-        u32 votes = __ballot_sync(ALL, row < rows && s.given[row] == PENDING);
-        if (lane() == 0) pending[base / WARP] = (u16)__popc(votes);
-    }
-    __syncthreads();
-    if (warp() == 0) {
-        u32 sum = 0;
-#pragma unroll 1
-        for (u32 first = 0; first < columns; first += WARP) {
-            u32 own = first + lane() < columns ? pending[first + lane()] : 0;
-            u32 until = sum + warp_prefix(own);
-            if (first + lane() < columns) pending[first + lane()] = (u16)(until - own);
-            sum = __shfl_sync(ALL, until, WARP - 1);
-        }
-        if (lane() == 0) b.pending = sum;
-    }
-    if (warp() == 1) sum_left(args, s);
-    sync_blocks();
-    if (threadIdx.x == 0) {
-        u32 before = 0;
-#pragma unroll 1
-        for (u32 other = 0; other < block(); ++other) before += read_block(&b.pending, other);
-        b.pending_before = before;
-    }
-    __syncthreads();
+    for (u32 column = lane(); column < base / WARP; column += WARP) mine += pending[column];
+    return warp_sum(mine) + (CLUSTERED ? b.tokens_before - b.granted_before : 0);
 }
 
 // Tokens without a rank: at home while rows are left there, then wherever some are. Then the last column.
 // If `anywhere` is false rows are left at home alone, as many as such tokens.
-__device__ __forceinline__ void place_rest(const Args &args, const Shared &s, Block &b, u32 first_row, u32 rows, bool anywhere) {
-    if (anywhere) number_pending(args, s, b, rows);
+__device__ __forceinline__ void place_rest(const Args &args, const Shared &s, const Block &b, const Rows &rows, u32 home,
+                                           bool anywhere) {
 #pragma unroll 1
-    for (u32 base = warp() * WARP; base < rows; base += blockDim.x) {
-        u32 row = base + lane();
-        u16 state = row < rows ? s.given[row] : NOBODY;
-        u32 votes = __ballot_sync(ALL, state == PENDING);
-        if (row >= rows) continue;
-        u32 rank = state == PENDING ? args.rank : state;
-        if (state == PENDING && anywhere) {
-            u32 place = b.pending_before + s.table[base / WARP] + __popc(votes & lanes_before());
-            if (place >= b.home) rank = leftover(args, s, place - b.home);
-        }
-        u64 out = (u64)(first_row + row) * (TOP_K + 1) + TOP_K;
+    for (u32 base = warp() * WARP; base < rows.count; base += blockDim.x) {
+        u32 before = anywhere ? pending_before(args, s, b, base) : 0, row = base + lane();
+        u16 state = row < rows.count ? s.given[row] : NOBODY;
+        u32 place = before + __popc(__ballot_sync(ALL, state == PENDING) & lanes_before());
+        if (row >= rows.count) continue;
+        u32 rank = state, out = row * (TOP_K + 1) + TOP_K;
+        if (state == PENDING) rank = anywhere && place >= home ? leftover(s, place - home) : args.rank;
         bool token = state != NOBODY;
-        args.out_ids[out] = token ? (ID)(rank * (args.experts_per_rank + 1) + args.experts_per_rank) : (ID)-1;
-        args.out_weights[out] = token ? (WEIGHT)args.shared_weight : (WEIGHT)0;
+        rows.out_ids[out] = token ? (ID)(rank * (args.experts_per_rank + 1) + args.experts_per_rank) : (ID)-1;
+        rows.out_weights[out] = token ? (WEIGHT)args.shared_weight : (WEIGHT)0;
     }
 }

@@ -2,23 +2,12 @@
 // belongs: nothing else is published through it, every access is relaxed, and there is no fence. Partner of
 // each: the planner's relaxed loads and stores (waterfill-board's word.rs).
 
-static constexpr u32 BREAK_AFTER = 2;
-
-__device__ __forceinline__ u64 load_word(const u64 *word) {
-    u64 value;
-    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
-    return value;
-}
-
 __device__ __forceinline__ void store_word(u64 *word, u32 sequence, u32 value) {
-    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"((u64)sequence << 32 | value) : "memory");
+    store_relaxed(word, (u64)sequence << 32 | value);
 }
 
-__device__ __forceinline__ u64 now_ns() {
-    u64 time;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
-    return time;
-}
+static constexpr u32 BREAK_AFTER = 2;
+static constexpr u32 MOST_SELDOM = 6;
 
 __device__ __forceinline__ u32 next_sequence(u32 last) { return last == ALL ? 1 : last + 1; }
 
@@ -26,63 +15,70 @@ __device__ __forceinline__ u64 *in_slot(const Args &args, u32 at, u32 sequence) 
     return args.board + (u64)(sequence % args.ring) * args.slot_words + at;
 }
 
-// Words that a rank posts: tokens, visits [ranks], counts [experts] or loads [ranks].
-__device__ __forceinline__ u32 posted(const Args &args) {
-    return 1 + args.ranks + (args.posts_experts ? args.experts : args.ranks);
-}
+// Words that a rank posts: tokens, visits [RANKS], counts [experts] or loads [RANKS].
+__device__ __forceinline__ u32 posted(const Args &args) { return 1 + RANKS + (args.posts_experts ? args.experts : RANKS); }
 
 // Call `put(i, value)` for each of this rank's, the last word last, which the planner reads first.
 template <typename Put>
-__device__ __forceinline__ void for_each_posted(const Args &args, const Shared &s, u32 tokens, Put put) {
-    const u32 *counts = args.posts_experts ? s.counts : s.loads;
+__device__ __forceinline__ void for_each_posted(const Args &args, const Shared &s, const Block &b, Put put) {
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < posted(args); i += blockDim.x) {
-        put(i, i == 0 ? tokens : i <= args.ranks ? s.visits[i - 1] : counts[i - 1 - args.ranks]);
+        u32 value;
+        if (i == 0) value = all_tokens(b);
+        else if (i <= RANKS) value = s.all_visits[i - 1];
+        else if (args.posts_experts) value = sum_blocks(s.counts + i - 1 - RANKS);
+        else value = s.all_loads[i - 1 - RANKS];
+        put(i, value);
     }
 }
 
-__device__ __forceinline__ void post(const Args &args, const Shared &s, u32 tokens, u32 sequence) {
-    u64 *words = in_slot(args, args.counts_at, sequence);
-    for_each_posted(args, s, tokens, [&](u32 i, u32 value) { store_word(words + i, sequence, value); });
+__device__ __forceinline__ void post(const Args &args, const Shared &s, const Block &b) {
+    u64 *words = in_slot(args, args.counts_at, b.sequence);
+    for_each_posted(args, s, b, [&](u32 i, u32 value) { store_word(words + i, b.sequence, value); });
 }
 
 // Post what a collective brought from all ranks, on a board that nobody else writes counts on: a warp a rank.
 __device__ __forceinline__ void post_all(const Args &args, u32 sequence) {
     u64 *words = in_slot(args, args.counts_at - args.rank * args.counts_stride, sequence);
 #pragma unroll 1
-    for (u32 rank = warp(); rank < args.ranks; rank += warps()) {
+    for (u32 rank = warp(); rank < RANKS; rank += warps()) {
         const u32 *values = args.words + (u64)rank * posted(args);
 #pragma unroll 1
-        for (u32 i = lane(); i < posted(args); i += WARP) {
+        for (u32 i = lane(); i < posted(args); i += WARP)
             store_word(words + (u64)rank * args.counts_stride + i, sequence, values[i]);
-        }
     }
 }
 
-// A warp reads this rank's quotas of a call into `taken`; false as long as any is missing. `sum` is theirs.
-__device__ __forceinline__ bool take(const Args &args, const Shared &s, u32 sequence, u64 *sum) {
+// A warp reads this rank's quotas of a call; false as long as any is missing. `sum` is theirs.
+__device__ __forceinline__ bool take(const Args &args, u32 *quotas, u32 sequence, u64 *sum) {
     const u64 *words = in_slot(args, args.quotas_at, sequence);
     u64 mine = 0;
 #pragma unroll 1
-    for (u32 first = 0; first < args.ranks; first += WARP) {
+    for (u32 first = 0; first < RANKS; first += WARP) {
         u32 i = first + lane();
-        u64 word = i < args.ranks ? load_word(words + i) : (u64)sequence << 32;
+        u64 word = i < RANKS ? load_relaxed(words + i) : (u64)sequence << 32;
         if (!__all_sync(ALL, (u32)(word >> 32) == sequence)) return false;
-        if (i < args.ranks) s.taken[i] = (u32)word;
+        if (i < RANKS) quotas[i] = (u32)word;
         mine += (u32)word;
     }
-    for (u32 step = WARP / 2; step > 0; step /= 2) mine += __shfl_xor_sync(ALL, mine, step);
-    *sum = mine;
+    *sum = warp_sum_long(mine);
     return true;
 }
 
-// A warp waits for this call's quotas, at most `cap_ns`; `taken` has them if the outcome is TALLY_LIVE.
-__device__ __forceinline__ u32 wait(const Args &args, const Shared &s, u32 tokens, u32 sequence, u32 failures) {
+// Whether a broken rank waits again: once the plan of its last call did come, late as it was. One that waited so in
+// vain, as for a planner that is slow and always late, tries ever more seldom (waterfill-board's port.rs).
+__device__ __forceinline__ bool tries_again(const Args &args, u32 *quotas, u32 sequence, u32 failures) {
+    u32 seldom = 1u << at_most(failures - BREAK_AFTER, MOST_SELDOM);
     u64 sum = 0;
-    // A broken rank waits again once the plan of its last call did come, late as it was.
-    if (failures >= BREAK_AFTER && !(sequence > 1 && take(args, s, sequence - 1, &sum))) return TALLY_BROKEN;
-    u64 begun = now_ns();
-    while (!take(args, s, sequence, &sum)) {
+    return sequence % seldom == 0 && sequence > 1 && take(args, quotas, sequence - 1, &sum);
+}
+
+// A warp waits for this call's quotas, at most `cap_ns`; `quotas` has them if the outcome is TALLY_LIVE.
+__device__ __forceinline__ u32 wait(const Args &args, u32 *quotas, const Block &b) {
+    u32 sequence = b.sequence, failures = b.failures;
+    if (failures >= BREAK_AFTER && !tries_again(args, quotas, sequence, failures)) return TALLY_BROKEN;
+    u64 begun = now_ns(), sum = 0;
+    while (!take(args, quotas, sequence, &sum)) {
         // The lanes may read different times; the first one's counts for all.
         if (__shfl_sync(ALL, (u32)(now_ns() - begun >= args.cap_ns), 0)) {
             if (lane() == 0) args.state->failures = failures + (failures != ALL);
@@ -91,5 +87,5 @@ __device__ __forceinline__ u32 wait(const Args &args, const Shared &s, u32 token
     }
     if (lane() == 0) args.state->failures = 0;
     // A foreign byte on the board must not become a wrong assignment.
-    return sum == tokens ? TALLY_LIVE : TALLY_TORN;
+    return sum == all_tokens(b) ? TALLY_LIVE : TALLY_TORN;
 }

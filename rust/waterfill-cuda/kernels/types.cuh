@@ -1,15 +1,12 @@
-// Compile-time: CLUSTERED (0: one block), SMALL (1: at most 32 ranks), TOP_K, ID (int or long long), WEIGHT (unsigned or unsigned short: bits are copied, never
-// computed with), ROUNDS, LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::rounds).
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
+// Compile-time: CLUSTERED (0: one block), RANKS, TOP_K, ID and UNSIGNED_ID (int or long long), WEIGHT (unsigned or unsigned short: bits are
+// copied, never computed with), BLOCK_BYTES, ROUNDS, LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::rounds).
 static constexpr u32 WARP = 32;
 static constexpr u32 ALL = 0xffffffffu;
-// Ranks are below 1024. A slot without an expert, or a token without a destination, has rank `ranks`, whose entry of
-// each array of ranks + 1 is 0: so nobody has to ask.
+// Ranks are below 1024. A slot without an expert, or a token without a destination, has rank NO_RANK, at which no quota
+// has rows: so nobody has to ask.
 static constexpr u32 RANK_BITS = 10;
+static constexpr u32 NO_RANK = RANKS;
+static constexpr u32 ENTRIES = RANKS + 1;
 // States of a token that are neither a rank nor a bid (assign.cuh): without a rank yet; no token, but padding.
 static constexpr u16 PENDING = 0x7ffe;
 static constexpr u16 NOBODY = 0x7fff;
@@ -31,17 +28,16 @@ struct Args {
     ID *out_ids;             // [rows, TOP_K + 1]; for COUNT null, and nothing is expanded.
     WEIGHT *out_weights;     // [rows, TOP_K + 1]
     const int *unpadded;     // Rows at or past it are padding; null: none are.
-    const u32 *quotas;       // [ranks], for GIVEN.
-    // [posted(args)] for COUNT: what this rank would post is written there. [ranks, posted(args)] for LIVE: what all
+    const u32 *quotas;       // [RANKS], for GIVEN.
+    // [posted(args)] for COUNT: what this rank would post is written there. [RANKS, posted(args)] for LIVE: what all
     // ranks would post, and this one posts for all; null: for itself.
     u32 *words;
     u64 *board;              // For LIVE: the board's words, in registered host memory.
     State *state;
     u64 cap_ns;              // The longest wait for a plan.
-    u64 rank_multiplier;     // id / experts_per_rank = id * multiplier >> shift.
-    u32 rank_shift;
+    u32 rank_multiplier;     // id / experts_per_rank = 2 * id * multiplier >> 32.
     u32 rows, rows_per_block;
-    u32 ranks, rank, experts, experts_per_rank;
+    u32 rank, experts, experts_per_rank;
     u32 shared_weight;       // Its bits.
     u32 mode;
     // The board: words from its start to this rank's counts and quotas in the first slot of the ring.
@@ -52,47 +48,61 @@ struct Args {
     u32 counts_bytes, ranks_bytes, slots_bytes, given_bytes, table_bytes, table_stride;
 };
 
-// A block's dynamic shared memory.
-struct Shared {
-    u32 *counts;     // [experts]
-    u32 *loads;      // [ranks + 1] rows routed to each rank
-    u32 *visits;     // [ranks + 1] tokens that visit each rank
-    u32 *own;        // [ranks + 1] quotas from own counts
-    u32 *taken;      // [ranks + 1] quotas from the board, or given
-    u32 *left;       // [ranks + 1] rows of each quota still to be met; 0 at home, see `Block`
-    u32 *allowed;    // [ranks + 1] how many of this block's bids are granted
-    u32 *totals;     // [2, ranks + 1] this block's bids, by parity of the round
-    u16 *slots;      // [rows_per_block, TOP_K] the rank of each slot
-    u16 *given;      // [rows_per_block] the state of each token, see assign.cuh
-    u16 *table;      // [ranks, table_stride] bids by destination and warp's rows
+// Where quotas are from: own counts; the board, or given.
+enum Source : u32 { PLANNED = 0, TAKEN = 1 };
+
+// Quotas that are open for bids.
+struct Open {
+    u32 home;  // Rows of the home quota.
+    u32 most;  // Most rows anywhere but at home.
 };
 
 // What the threads of a block tell each other.
 struct Block {
-    u32 tokens;             // Rows with a valid id: of this block, then of all.
-    u32 live;               // Whether `taken` has quotas that hold.
-    u32 home;               // Rows of the home quota.
-    u32 most[ROUNDS + 1];   // Most rows left anywhere but at home, by round.
-    u32 pending;            // Tokens of this block without a rank after the rounds.
-    u32 pending_before;     // Those of the blocks before it.
-    u32 sequence;           // Of this call.
-    u32 failures;           // As of its start, see State.
+    u32 tokens;          // Rows with a valid id.
+    u32 all_tokens;      // Those of all blocks.
+    u32 tokens_before;   // Those of the blocks before this one.
+    u32 source;          // Which quotas hold.
+    Open open[2];        // By Source.
+    u32 most[ROUNDS];    // Most rows left anywhere but at home, after each round.
+    u32 granted_before;  // Bids of the blocks before this one that were granted.
+    u32 sequence;        // Of this call.
+    u32 failures;        // As of its start, see State.
+};
+static_assert(sizeof(Block) <= BLOCK_BYTES, "src/shape.rs leaves room for it");
+
+// A block's dynamic shared memory.
+struct Shared {
+    Block *block;
+    u32 *counts;      // [experts] rows routed to each expert, where the board has counts an expert
+    u32 *loads;       // [ENTRIES] rows routed to each rank
+    u32 *visits;      // [ENTRIES] tokens that visit each rank
+    u32 *all_loads;   // [ENTRIES] those of all blocks; the same arrays if there is one
+    u32 *all_visits;  // [ENTRIES]
+    u32 *quotas;      // [2, ENTRIES] rows of each quota still to be met, by Open; 0 at home
+    u32 *allowed;     // [ENTRIES] how many of this block's bids are granted
+    u32 *until;       // [ENTRIES] sums of the rows left in the end
+    u32 *totals;      // [2, ENTRIES] this block's bids, by parity of the round
+    u16 *slots;       // [rows_per_block, TOP_K] the rank of each slot
+    u16 *given;       // [rows_per_block] the state of each token, see assign.cuh
+    u16 *table;       // [ENTRIES, table_stride] bids by destination and warp's rows; at NO_RANK the pending in the end
 };
 
 // Pointers by offsets from the one base, each by itself: so that the compiler knows them to be shared memory.
 __device__ __forceinline__ Shared shared_arrays(const Args &args) {
-    extern __shared__ __align__(16) u8 memory[];
+    u8 *memory = shared_memory();
     u32 *ranks = (u32 *)(memory + args.ranks_bytes);
     Shared s;
+    s.block = (Block *)memory;
     s.counts = (u32 *)(memory + args.counts_bytes);
-    u32 entries = args.ranks + 1;
     s.loads = ranks;
-    s.visits = ranks + entries;
-    s.own = ranks + 2 * entries;
-    s.taken = ranks + 3 * entries;
-    s.left = ranks + 4 * entries;
-    s.allowed = ranks + 5 * entries;
-    s.totals = ranks + 6 * entries;
+    s.visits = ranks + ENTRIES;
+    s.all_loads = CLUSTERED ? ranks + 2 * ENTRIES : s.loads;
+    s.all_visits = s.all_loads + ENTRIES;
+    s.quotas = ranks + 4 * ENTRIES;
+    s.allowed = ranks + 6 * ENTRIES;
+    s.until = ranks + 7 * ENTRIES;
+    s.totals = ranks + 8 * ENTRIES;
     s.slots = (u16 *)(memory + args.slots_bytes);
     s.given = (u16 *)(memory + args.given_bytes);
     s.table = (u16 *)(memory + args.table_bytes);
@@ -126,9 +136,15 @@ __device__ __forceinline__ u32 warp_max(u32 value) {
 #endif
 }
 
-// The sum over this lane and those before it.
-__device__ __forceinline__ u32 warp_prefix(u32 value) {
-    for (u32 step = 1; step < WARP; step *= 2) {
+__device__ __forceinline__ u64 warp_sum_long(u64 value) {
+    for (u32 step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
+    return value;
+}
+
+// The sum over this lane and those before it, of `lanes` that may not be 0.
+__device__ __forceinline__ u32 warp_prefix(u32 value, u32 lanes = WARP) {
+#pragma unroll
+    for (u32 step = 1; step < lanes; step *= 2) {
         u32 before = __shfl_up_sync(ALL, value, step);
         if (lane() >= step) value += before;
     }

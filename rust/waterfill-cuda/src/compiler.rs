@@ -10,13 +10,14 @@ use waterfill_core::rounds;
 
 use crate::error::{Error, Result};
 use crate::library::open_nvrtc;
-use crate::shape::{IdType, Shape, WeightType};
+use crate::shape::{BLOCK_BYTES, IdType, Shape, WeightType};
 
 /// The kernel's name in its module.
 pub(crate) const KERNEL: &CStr = c"expand_topk";
 
 /// The source of every variant: the files in the order in which they use each other.
-pub const FILES: [&str; 7] = [
+pub const FILES: [&str; 8] = [
+    include_str!("../kernels/ptx.cuh"),
     include_str!("../kernels/types.cuh"),
     include_str!("../kernels/cluster.cuh"),
     include_str!("../kernels/count.cuh"),
@@ -40,10 +41,12 @@ pub fn source(shape: &Shape, clustered: bool) -> String {
     let (steps, more) = (rounds::STEPS, rounds::ROUND_STEPS);
     let values = [
         ("CLUSTERED", u32::from(clustered).to_string()),
-        ("SMALL", u32::from(shape.ranks <= 32).to_string()),
+        ("RANKS", format!("{}u", shape.ranks)),
         ("TOP_K", format!("{}u", shape.top_k)),
         ("ID", id.into()),
+        ("UNSIGNED_ID", format!("unsigned {id}")),
         ("WEIGHT", weight.into()),
+        ("BLOCK_BYTES", format!("{BLOCK_BYTES}u")),
         ("ROUNDS", format!("{}u", rounds::ROUNDS)),
         ("LEVELS", format!("{}u", rounds::LEVELS)),
         ("STEP_LEVEL", format!("{}u", steps[0])),

@@ -17,8 +17,6 @@ use crate::shape::{Geometry, IdType, Shape, WeightType};
 const CLUSTERS: [usize; 2] = [16, 8];
 /// The first architecture that has clusters.
 const WITH_CLUSTERS: u32 = 90;
-/// Shared memory that the kernel takes by itself, in bytes, and more.
-const STATIC_SHARED: usize = 1024;
 
 /// One rank's kernel and its state on one device. Its launches are for one stream at a time.
 #[derive(Debug)]
@@ -126,7 +124,7 @@ impl Runner {
         let current = device.current()?;
         let relaxed = Relaxed::new()?;
         let architecture = device.architecture()?;
-        let shared = device.shared_memory()?.saturating_sub(STATIC_SHARED);
+        let shared = device.shared_memory()?;
         let kernel = load(compiler, &shape, false, architecture, shared)?;
         let cluster = cluster(compiler, &shape, architecture, shared)?;
         let state = Slot::new()?;
@@ -316,6 +314,7 @@ fn nanoseconds(time: Duration) -> u64 {
 fn with_cut(args: Args, cut: &Geometry) -> Args {
     Args {
         rows_per_block: cut.rows_per_block as u32,
+        counts_bytes: cut.counts_at as u32,
         ranks_bytes: cut.ranks_at as u32,
         slots_bytes: cut.slots_at as u32,
         given_bytes: cut.given_at as u32,
@@ -362,13 +361,9 @@ fn cluster(
 
 fn common_args(shape: &Shape, rank: usize, state: u64) -> Args {
     let experts_per_rank = shape.experts / shape.ranks;
-    // As `Divisor` in waterfill_core: exact for ids below 2^31.
-    let rank_shift = 31 + experts_per_rank.next_power_of_two().trailing_zeros();
     Args {
         state,
-        rank_multiplier: (1u64 << rank_shift).div_ceil(experts_per_rank as u64),
-        rank_shift,
-        ranks: shape.ranks as u32,
+        rank_multiplier: (1u32 << 31).div_ceil(experts_per_rank as u32),
         rank: rank as u32,
         experts: shape.experts as u32,
         experts_per_rank: experts_per_rank as u32,

@@ -37,17 +37,23 @@ pub struct Shape {
 
 /// The most routed experts of a token.
 const MAX_TOP_K: usize = 32;
+/// Physical experts; the kernel's division of ids by experts a rank is exact while their square is below 2^31.
+const MAX_EXPERTS: usize = 1 << 15;
 /// Rows of one call; sums of routed rows and rooms fit 32 bits below it.
 const MAX_ROWS: usize = 1 << 20;
-/// Rows up to which one block takes them all: one a thread.
-const BLOCK: usize = 1024;
+/// Rows up to which one block takes them all: a cluster's barriers cost more than it saves.
+const BLOCK: usize = 256;
 /// Rows of each block of a cluster, while there are blocks.
-const CLUSTERED_BLOCK: usize = 512;
-/// Fewest threads of a block: one warp waits for quotas while another plans.
+const CLUSTERED_BLOCK: usize = 128;
 const LEAST_THREADS: usize = 128;
+const MOST_THREADS: usize = 1024;
+/// Warps beyond those with rows, while there are threads: one waits for quotas while another plans.
+const PLANNING_WARPS: usize = 2;
 const WARP: usize = 32;
+/// Shared memory for what the threads of a block tell each other: `Block` in kernels/types.cuh.
+pub(crate) const BLOCK_BYTES: usize = 128;
 /// Arrays of a word a rank, and one more, in shared memory, as `shared_arrays` in the kernel has them.
-const RANK_ARRAYS: usize = 8;
+const RANK_ARRAYS: usize = 10;
 
 /// One call's blocks and their shared memory, in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +61,7 @@ pub(crate) struct Geometry {
     pub blocks: usize,
     pub threads: usize,
     pub rows_per_block: usize,
+    pub counts_at: usize,
     pub ranks_at: usize,
     pub slots_at: usize,
     pub given_at: usize,
@@ -68,9 +75,13 @@ impl Shape {
     /// What can be refused without a device.
     ///
     /// # Errors
-    /// Ranks or experts that the core refuses, a top-k outside 1 to 32.
+    /// Ranks or experts that the core refuses, more than 32,768 experts, a top-k outside 1 to 32.
     pub fn check(&self) -> Result<()> {
         waterfill_core::Placement::contiguous(self.ranks, self.experts)?;
+        if self.experts > MAX_EXPERTS {
+            let text = format!("{} experts: give {MAX_EXPERTS} at most", self.experts);
+            return Err(Error::Argument(text));
+        }
         if !(1..=MAX_TOP_K).contains(&self.top_k) {
             let text =
                 format!("top_k {}: give 1 to {MAX_TOP_K} routed experts a token", self.top_k);
@@ -81,7 +92,6 @@ impl Shape {
 
     /// How `rows` rows are cut, with up to `most_blocks` blocks of `shared` bytes each.
     pub(crate) fn cut(&self, rows: usize, most_blocks: usize, shared: usize) -> Result<Geometry> {
-        // A cluster's barriers cost what half a block's rows do: not for a few rows more.
         let each = if rows <= BLOCK { BLOCK } else { CLUSTERED_BLOCK };
         let blocks = rows.div_ceil(each).clamp(1, most_blocks);
         let rows_per_block = rows.div_ceil(blocks).next_multiple_of(WARP);
@@ -98,21 +108,23 @@ impl Shape {
 
     fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
         let slots = rows_per_block.max(WARP);
-        let ranks_at = (4 * self.experts).next_multiple_of(16);
+        let counts_at = BLOCK_BYTES;
+        let ranks_at = (counts_at + 4 * self.experts).next_multiple_of(16);
         let slots_at = (ranks_at + 4 * RANK_ARRAYS * (self.ranks + 1)).next_multiple_of(16);
         let given_at = (slots_at + 2 * slots * self.top_k).next_multiple_of(16);
         let table_at = (given_at + 2 * slots).next_multiple_of(16);
         let table_stride = ((slots / WARP).div_ceil(8) | 1) * 8;
         Geometry {
             blocks,
-            threads: rows_per_block.clamp(LEAST_THREADS, BLOCK),
+            threads: (rows_per_block + PLANNING_WARPS * WARP).clamp(LEAST_THREADS, MOST_THREADS),
             rows_per_block,
+            counts_at,
             ranks_at,
             slots_at,
             given_at,
             table_at,
             table_stride,
-            shared: table_at + 2 * table_stride * self.ranks,
+            shared: table_at + 2 * table_stride * (self.ranks + 1),
         }
     }
 }
@@ -147,7 +159,19 @@ mod tests {
     }
 
     #[test]
+    fn ids_are_divided_exactly() {
+        for each in (1..200).chain([255, 256, 257, 4095, 4096, 16384, MAX_EXPERTS]) {
+            let multiplier = u64::from((1u32 << 31).div_ceil(each as u32));
+            for id in 0..MAX_EXPERTS as u64 {
+                assert_eq!((2 * id * multiplier) >> 32, id / each as u64, "{id} / {each}");
+            }
+        }
+    }
+
+    #[test]
     fn refusals_have_the_numbers() {
+        let text = shape(8, 1 << 16, 8).check().unwrap_err().to_string();
+        assert!(text.contains("65536 experts"), "{text}");
         let text = shape(8, 256, 33).check().unwrap_err().to_string();
         assert!(text.contains("top_k 33"), "{text}");
         let text = shape(8, 250, 8).check().unwrap_err().to_string();

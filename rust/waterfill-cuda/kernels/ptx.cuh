@@ -1,0 +1,52 @@
+// What only PTX can say: shared memory, a cluster's blocks, words that the host sees, the clock. The test without a
+// GPU puts its own in place of this file (src/emulated.rs).
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+__device__ __forceinline__ u8 *shared_memory() {
+    extern __shared__ __align__(16) u8 memory[];
+    return memory;
+}
+
+#if CLUSTERED
+// All threads of all blocks call both, the second after the first.
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+// Orders: acquire.
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// Before an arrival. Orders: release, of this block's shared memory alone: nothing else is exchanged, and a release of
+// all memory waits until the last column is written, which takes as long as a round.
+__device__ __forceinline__ void release_shared() {
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
+    asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+#else
+    asm volatile("fence.acq_rel.cluster;" ::: "memory");
+#endif
+}
+
+// The word of another block that is where `word` is in this one.
+__device__ __forceinline__ u32 read_cluster(const u32 *word, u32 other) {
+    u32 address = (u32)__cvta_generic_to_shared(word), there, value;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(other));
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(there) : "memory");
+    return value;
+}
+#endif
+
+__device__ __forceinline__ u64 load_relaxed(const u64 *word) {
+    u64 value;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_relaxed(u64 *word, u64 value) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ u64 now_ns() {
+    u64 time;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
+    return time;
+}
