@@ -35,7 +35,10 @@ def main(rank, lost, folder):
     )
     assert exchange.name == "group" and "host (boot id)" in exchange.reason
     longest, refused = 0.0, 0
-    while not (folder / "stop").exists():
+    while not all((folder / f"{each}.stopped").exists() for each in range(2)):
+        if (folder / "stop").exists():
+            logging.disable()  # From here on the other one may be gone.
+            (folder / f"{rank}.stopped").touch()
         ids = torch.rand(40, EXPERTS).argsort(1)[:, :TOP_K].int().contiguous()
         begun = time.monotonic()
         quotas = exchange.quotas((ids.data_ptr(), *ids.shape, 32))

@@ -73,6 +73,7 @@ def test_a_late_rank_is_waited_for_twice_and_met_again_in_step(caplog):
     ]
     found = together(ends, range(25, 65), pace=0.01)
     assert found[0][-5:] == found[1][-5:] == [both(call) for call in range(60, 65)]
+    assert ends[0].tally["live"] > 5
     said = [record.message for record in caplog.records]
     assert sum("2 rounds in a row" in text for text in said) == 1
     assert sum("live again" in text for text in said) == 1
@@ -101,6 +102,28 @@ def test_connections_that_broke_are_made_anew_and_all_go_on_at_one_call(caplog):
     said = [record.message for record in caplog.records]
     assert sum("are lost" in text for text in said) == 2
     assert sum("live again" in text for text in said) == 2
+
+
+def test_a_rank_that_is_calls_ahead_lets_the_others_catch_up():
+    ends = pair(Limits(wait=0.3, lost=60))
+    together(ends, range(5))
+    for call in range(5, 10):
+        assert ends[0].gather(words(0, call)) is None
+    # From here on rank 0 is five calls ahead, at the same pace.
+    found = [[], []]
+
+    def run(rank, calls):
+        for call in calls:
+            gathered = ends[rank].gather(words(rank, call))
+            found[rank].append(gathered is not None)
+            time.sleep(0.01)
+
+    threads = [threading.Thread(target=run, args=(r, range(10 - 5 * r, 100))) for r in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(found[0][-20:]) and all(found[1][-20:]), found
 
 
 @pytest.fixture

@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 _distributed: Any = torch.distributed
 
 BREAK_AFTER = 2
-"""After so many late rounds in a row nobody waits for another until those before it have come."""
+"""After so many late rounds in a row a rank waits for another if those before it have come, or now and then."""
+TRY_EVERY = 64
+"""Then: in one call of so many, which all ranks count alike. A rank that is calls ahead lets the others catch up there."""
 MOST_PENDING = 256
 """Rounds that may be to come."""
 LEAST_AHEAD = 64
@@ -91,7 +93,8 @@ class Link:
         self._pending.append(work)
         while self._pending[0] is not work and self._pending[0].is_completed():
             self._pending.popleft().wait()  # It failed if that raises.
-        waits = self._late < BREAK_AFTER or self._pending[0] is work
+        caught_up = self._pending[0] is work
+        waits = self._late < BREAK_AFTER or caught_up or self._calls % TRY_EVERY == 0
         if self._has_come(work, self._limits.wait if waits else 0):
             return "live", gathered
         if len(self._pending) > MOST_PENDING:
