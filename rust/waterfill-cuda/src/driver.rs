@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::sys;
 
@@ -283,15 +283,16 @@ impl<T: Copy + Default> Slot<T> {
     }
 }
 
-/// Host memory of this process's own that the device may read and write.
+/// Host memory of this process's own that the device may read and write, as long as one of its users lives.
 #[derive(Debug)]
 pub(crate) struct Registered {
     host: usize,
     device: sys::CUdeviceptr,
 }
 
-/// What is registered, by address: the driver refuses to register memory twice.
-static REGISTERED: Mutex<BTreeMap<usize, Weak<Registered>>> = Mutex::new(BTreeMap::new());
+/// What is registered, by address: how many use it, and where the device sees it. The driver refuses to register
+/// memory twice, so its calls are made under the lock: nobody finds memory that is about to be given up.
+static REGISTERED: Mutex<BTreeMap<usize, (usize, sys::CUdeviceptr)>> = Mutex::new(BTreeMap::new());
 
 impl Registered {
     /// The memory at `address`, registered now or already.
@@ -299,20 +300,14 @@ impl Registered {
     /// # Safety
     /// `address` is that of `bytes` mapped bytes, which stay mapped as long as this lives and as long as
     /// any launch that was given them runs.
-    pub unsafe fn new(address: usize, bytes: usize) -> Result<Arc<Self>> {
+    pub unsafe fn new(address: usize, bytes: usize) -> Result<Self> {
         let mut all = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(registered) = all.get(&address).and_then(Weak::upgrade) {
-            return Ok(registered);
-        }
-        let host = address as *mut c_void;
-        // Portable: for every context of this process; device map: at an address that kernels can use.
-        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
-        call!(cuMemHostRegister_v2, host, bytes, flags)?;
-        let mut registered = Self { host: address, device: 0 };
-        registered.device = ask!(cuMemHostGetDevicePointer_v2, host, 0)?;
-        let registered = Arc::new(registered);
-        all.insert(address, Arc::downgrade(&registered));
-        Ok(registered)
+        let (users, device) = match all.get(&address) {
+            Some(&(users, device)) => (users + 1, device),
+            None => (1, register(address as *mut c_void, bytes)?),
+        };
+        all.insert(address, (users, device));
+        Ok(Self { host: address, device })
     }
 
     pub fn device(&self) -> u64 {
@@ -320,8 +315,24 @@ impl Registered {
     }
 }
 
+fn register(host: *mut c_void, bytes: usize) -> Result<sys::CUdeviceptr> {
+    // Portable: for every context of this process; device map: at an address that kernels can use.
+    let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+    call!(cuMemHostRegister_v2, host, bytes, flags)?;
+    ask!(cuMemHostGetDevicePointer_v2, host, 0).inspect_err(|_| {
+        let _ = call!(cuMemHostUnregister, host);
+    })
+}
+
 impl Drop for Registered {
     fn drop(&mut self) {
-        let _ = call!(cuMemHostUnregister, self.host as *mut c_void);
+        let mut all = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
+        match all.get_mut(&self.host) {
+            Some((users, _)) if *users > 1 => *users -= 1,
+            _ => {
+                all.remove(&self.host);
+                let _ = call!(cuMemHostUnregister, self.host as *mut c_void);
+            }
+        }
     }
 }

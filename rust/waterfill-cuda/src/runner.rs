@@ -1,6 +1,5 @@
 //! One rank's end on the device: the kernel, its state, and the launch.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use waterfill_board::RING;
@@ -22,7 +21,7 @@ const WITH_CLUSTERS: u32 = 90;
 #[derive(Debug)]
 pub struct Runner {
     // Dropped in this order, all while the device's context lives.
-    board: Option<Arc<Registered>>,
+    board: Option<Registered>,
     state: Slot<State>,
     kernel: Kernel,
     /// For calls of more rows than one block takes, where the device has clusters.
