@@ -78,6 +78,7 @@ fuzz: target/tools/bin/cargo-fuzz ## a segment's bytes, a board's words, plans a
 gpu: wheel ## the wheel for a GPU machine, and what to run there
 	@echo "== on the GPU machine: pip install dist/*.whl pytest, then"
 	@echo "python -m pytest tests/gpu && python benches/gpu.py own && nvidia-cuda-mps-control -d && python benches/gpu.py live"
+	@echo "== where sglang 0.5.13 or newer is: python benches/gpu.py sglang; where two GPUs are: python benches/gpu_group.py"
 bench: .venv/test .venv/native ## cargo bench, and the same work in numpy
 	cargo bench
 	$(BIN)/python benches/host.py
