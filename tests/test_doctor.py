@@ -96,7 +96,9 @@ def test_variables():
     check(checks.variables({}), "ok", "auto, exchange auto, at most 500 us a layer, planner auto")
     check(checks.variables({"WATERFILL_RS": "on"}), "fail", "WATERFILL_RS='on'")
     check(checks.variables({"WATERFILL_RS_TIMEOUT": "5"}), "warn", "mean WATERFILL_RS_TIMEOUT_US")
-    check(checks.variables({"WATERFILL_RS9876543210": "5"}), "warn", "is none of ours", "there are")
+    check(
+        checks.variables({f"WATERFILL_RS{'9' * 40}": "5"}), "warn", "is none of ours", "there are"
+    )
     check(checks.variables({"WATERFILL_RS": "off"}), "warn", "sglang is left as it is")
     check(checks.variables({"WATERFILL_RS_REQUIRE": "1"}), "ok", "required")
 
@@ -246,6 +248,11 @@ def test_a_process_that_ends_is_told(monkeypatch):
         self_test, "EXPERTS", 254
     )  # in this process only: the others refuse its board
     check(doctor.exchange(BoardSettings(), self_test.run), "fail", "self-test ended (see above)")
+
+
+def test_a_core_that_is_not_there_is_told():
+    settings = BoardSettings(pace="spin", core=1023)
+    check(doctor.exchange(settings, self_test.run), "fail", "self-test ended (see above)")
 
 
 def test_a_check_that_fails_itself_does_not_end_the_others(monkeypatch, capsys):
