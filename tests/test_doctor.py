@@ -96,6 +96,9 @@ def test_variables():
     check(checks.variables({}), "ok", "auto, exchange auto, at most 500 us a layer, planner auto")
     check(checks.variables({"WATERFILL_RS": "on"}), "fail", "WATERFILL_RS='on'")
     check(checks.variables({"WATERFILL_RS_TIMEOUT": "5"}), "warn", "mean WATERFILL_RS_TIMEOUT_US")
+    check(
+        checks.variables({f"WATERFILL_RS{'9' * 40}": "5"}), "warn", "is none of ours", "there are"
+    )
     check(checks.variables({"WATERFILL_RS": "off"}), "warn", "sglang is left as it is")
     check(checks.variables({"WATERFILL_RS_REQUIRE": "1"}), "ok", "required")
 
@@ -247,6 +250,11 @@ def test_a_process_that_ends_is_told(monkeypatch):
     check(doctor.exchange(BoardSettings(), self_test.run), "fail", "self-test ended (see above)")
 
 
+def test_a_core_that_is_not_there_is_told():
+    settings = BoardSettings(pace="spin", core=1023)
+    check(doctor.exchange(settings, self_test.run), "fail", "self-test ended (see above)")
+
+
 def test_a_check_that_fails_itself_does_not_end_the_others(monkeypatch, capsys):
     monkeypatch.setattr(checks, "cpus", lambda *_: 1 / 0)
     assert main(["doctor"]) == 1
@@ -266,12 +274,18 @@ BALANCER, FLAGS = "sglang.x.WaterfillBalancer", "sglang.x.add_cli_args"
         (0, {FLAGS: True}, "waterfill-rs is off: reason", True, "fail", ["is off: reason"]),
         (0, {FLAGS: True}, "", False, "ok", ["all 1"]),
         (0, {}, "Traceback: it was not loaded", True, "fail", ["it was not loaded"]),
+        (0, {}, "", True, "fail", ["not replaced: nothing was said"]),
         (1, {}, "waterfill-rs cannot serve:\n- no", True, "fail", ["cannot serve:; - no"]),
     ],
 )
 def test_hooks(code, stands, errors, enabled, level, texts):
     loaded = code, f"noise\n{json.dumps(stands)}\n", errors
     check(doctor.hooks(lambda: loaded, enabled=enabled), level, *texts)
+
+
+def test_hooks_that_take_too_long_to_look_at(monkeypatch):
+    monkeypatch.setattr(doctor, "DEEP_S", 0.01)
+    check(doctor.hooks(doctor._load_hooks, enabled=True), "fail", "not done in 0.01 s")
 
 
 def test_the_command_here(capsys, monkeypatch):

@@ -9,8 +9,8 @@ from array import array
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from waterfill_rs import CostModel, _native
-from waterfill_rs.exchange import BoardExchange
+from waterfill_rs import _native
+from waterfill_rs.rank_processes import end_of
 from waterfill_rs.rendezvous import BoardSettings, board_name
 
 __all__ = ["Rounds", "run"]
@@ -82,15 +82,7 @@ def _rank(
     parent: Connection,
 ) -> None:
     board = _native.Board.attach(name, RANKS, EXPERTS, token)
-    exchange = BoardExchange(
-        board,
-        rank,
-        CostModel.rows(),
-        cap_us=settings.cap_us,
-        patience_us=settings.patience_us,
-        pace=settings.pace,
-        reason="the self-test's",
-    )
+    exchange = end_of(board, rank, settings, "the self-test's")
     ids = array("i", [(7 * i + rank) % EXPERTS for i in range(TOKENS * TOP_K)])
     view = (ids.buffer_info()[0], TOKENS, TOP_K, 32)
     parent.send("attached")

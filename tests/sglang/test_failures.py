@@ -39,6 +39,13 @@ SABOTAGES = {
         "recorder.replacements = replacements",
         "the plugin failed: RuntimeError('nonsense')",
     ),
+    "register_panics": (
+        "from waterfill_rs.sglang import recorder\n"
+        "class PanicException(BaseException): pass  # as pyo3's\n"
+        "def replacements(seams): raise PanicException('nonsense')\n"
+        "recorder.replacements = replacements",
+        "a defect in the Rust core, please report it: nonsense",
+    ),
     "target_missing": (
         "from sglang.srt.model_executor.model_runner_components import moe_ep_setup\n"
         "del moe_ep_setup.prepare_moe_topk",

@@ -145,6 +145,48 @@ def test_deterministic_inference_uses_own_counts(sglang, arguments, monkeypatch,
     assert torch.equal(once.topk_ids, again.topk_ids)
 
 
+class PanicException(BaseException):
+    """As pyo3's: no Exception."""
+
+
+def panics(*_, **__):
+    raise PanicException("index out of bounds")
+
+
+DEFECT = "a defect in the Rust core, please report it: index out of bounds"
+
+
+def test_a_panic_in_a_call_is_an_error_that_sglang_handles(sglang, monkeypatch):
+    from waterfill_rs import _native
+
+    layer = hash_layer(sglang)
+    prepare(sglang, layer)
+    with monkeypatch.context() as patch:
+        patch.setattr(_native, "unsafe_expand_ptr", panics)
+        with pytest.raises(RuntimeError, match=DEFECT):
+            layer(*inputs())
+    assert layer(*inputs()).topk_ids.shape == (TOKENS, TOP_K + 1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "rust"])
+def test_a_panic_while_ranks_are_joined_stops_the_server(sglang, monkeypatch, backend):
+    from waterfill_rs import _native
+
+    monkeypatch.setenv("WATERFILL_RS", backend)
+    monkeypatch.setattr(_native, "Solo", panics)
+    with pytest.raises(SystemExit, match=DEFECT):
+        prepare(sglang, hash_layer(sglang))
+
+
+def test_a_panic_while_a_kernel_is_made_is_a_reason(monkeypatch):
+    from waterfill_rs import cuda
+    from waterfill_rs.sglang import verdict
+
+    monkeypatch.setattr(cuda, "Expander", panics)
+    (reason,) = verdict.against_device(torch.device("cuda"))
+    assert "no kernel can be made for cuda" in reason and DEFECT in reason
+
+
 # sglang's recorder
 
 

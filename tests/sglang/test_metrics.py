@@ -116,21 +116,31 @@ def test_two_processes_are_read_from_one_page(tmp_path):
     assert alone["sglang:waterfill_exchange_seconds_count", "0"] - slow == 1, "it waited 3 s"
 
 
+class PanicException(BaseException):
+    """As pyo3's: no Exception."""
+
+
 class FailingExchange(SoloExchange):
+    """``kind``: what its tally raises."""
+
     def tally(self):
-        raise RuntimeError("no tally")
+        raise self.kind("no tally")
 
 
 def test_metrics_that_fail_are_told_once_and_cost_nothing_else(monkeypatch, caplog):
-    now = iter([0.0, 10.0])
+    now = iter([0.0, 10.0, 20.0, 30.0])
     page = metrics.Page(clock=lambda: next(now))
     monkeypatch.setattr(metrics, "_page", page)
-    metrics.watch(FailingExchange(2, 4, 0, CostModel.rows(), "a test"), leads=True)
     collector = types.SimpleNamespace(labels={"model_name": "m"})
-    for _ in range(2):
-        assert metrics.after_log_stats(None, collector, "stats") is None
-    (record,) = caplog.records
-    assert "waterfill-rs metrics stop" in record.message and "no tally" in caplog.text
+    for kind in (RuntimeError, PanicException):
+        exchange = FailingExchange(2, 4, 0, CostModel.rows(), "a test")
+        exchange.kind = kind
+        metrics.watch(exchange, leads=True)
+        for _ in range(2):  # The second time there is nothing to push.
+            assert metrics.after_log_stats(None, collector, "stats") is None
+        (record,) = caplog.records
+        assert "waterfill-rs metrics stop" in record.message and "no tally" in caplog.text
+        caplog.clear()
 
 
 def test_waits_are_in_the_first_bucket_that_holds_them():

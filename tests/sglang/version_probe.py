@@ -36,7 +36,6 @@ class Probe:
             1
         )  # A pool of threads would not come along into the forks of a check.
         self.torch, self.plugin = torch, plugin
-        self.padded = torch.arange(REAL, TOKENS)
         self.seams, reasons = compat.find()
         assert self.seams, reasons
         self.resolve = compat.resolve
@@ -100,14 +99,17 @@ class Probe:
     def check_hash_router_gives_padded_rows_no_shared_row(self):
         layer = self.hash_layer()
         self.prepare(layer)
-        self.is_padded(self.forward(layer, num_token_non_padded=self.torch.tensor(REAL)))
+        self.is_padded(self.expanded(layer, self.forward, self.pad))
 
     # The other router
 
     def check_v3_router_gives_padded_rows_no_shared_row(self):
         layer = self.v3_layer(1.0)
         self.prepare(layer)
-        self.is_padded(self.expanded(layer, lambda ids: ids.index_fill(0, self.padded, -1)))
+        self.is_padded(self.expanded(layer, self.forward_v3, self.pad))
+
+    def pad(self, ids):
+        return ids.index_fill(0, self.torch.arange(REAL, TOKENS), -1)
 
     def is_padded(self, expanded):
         assert (expanded.topk_ids[REAL:] == -1).all()
@@ -117,12 +119,12 @@ class Probe:
     def check_v3_router_expands_nothing_on_an_idle_rank(self):
         layer = self.v3_layer(1.0)
         self.prepare(layer)
-        empty = self.expanded(layer, lambda ids: ids[:0])
+        empty = self.expanded(layer, self.forward_v3, lambda ids: ids[:0])
         assert empty.topk_ids.shape == (0, TOP_K + 1)
 
-    def expanded(self, layer, change):
-        """What a prepared router makes of its own ids, changed: its native path on the CPU has no such option."""
-        routed = self.without_waterfill(layer, self.forward_v3)
+    def expanded(self, layer, forward, change):
+        """What a prepared router makes of its own ids, changed here: on the CPU not every version can do it itself."""
+        routed = self.without_waterfill(layer, forward)
         ids = change(routed.topk_ids)
         given = routed._replace(topk_ids=ids, topk_weights=routed.topk_weights[: len(ids)])
         return getattr(layer, self.seams.expands)(given, len(ids))
@@ -178,7 +180,7 @@ class Probe:
         for mapping in (torch.arange(EXPERTS) + REDUNDANT, torch.randperm(PHYSICAL)[:EXPERTS]):
             physical = mapping[routed.topk_ids.long()].to(routed.topk_ids.dtype)
             assert physical.max() >= EXPERTS
-            expanded = self.expanded(layer, lambda _, ids=physical: ids)
+            expanded = self.expanded(layer, self.forward_v3, lambda _, ids=physical: ids)
             self.expansion(routed._replace(topk_ids=physical), expanded, 1.0)
 
     def check_experts_that_do_not_divide_are_refused(self):
@@ -385,17 +387,17 @@ class Probe:
             )
         return TopK(TOP_K, routed_scaling_factor=factor, **layer_id)
 
-    def forward(self, layer, **more):
+    def forward(self, layer):
         torch = self.torch
         torch.manual_seed(0)
         logits, ids = torch.randn(TOKENS, EXPERTS), torch.randint(0, 40, (TOKENS,))
-        return layer(torch.zeros(TOKENS, 8), logits, ids, **more)
+        return layer(torch.zeros(TOKENS, 8), logits, ids)
 
-    def forward_v3(self, layer, rows=slice(None), **more):
+    def forward_v3(self, layer, rows=slice(None)):
         torch = self.torch
         torch.manual_seed(1)
         logits = torch.randn(TOKENS, EXPERTS) + torch.linspace(0, 2, EXPERTS)
-        return layer.forward_native(torch.zeros(TOKENS, 8)[rows], logits[rows], **more)
+        return layer.forward_native(torch.zeros(TOKENS, 8)[rows], logits[rows])
 
     def idle(self, layer):
         return layer.empty_topk_output(self.torch.device("cpu"))

@@ -9,6 +9,7 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput
 from waterfill_rs.device import DeviceExchange
 from waterfill_rs.exchange import Exchange
 from waterfill_rs.sglang.compat import SCALING_FACTOR, Seams
+from waterfill_rs.sglang.panics import panics_are_errors
 from waterfill_rs.torch import expand_topk
 
 __all__ = ["ScalingFactorBalancer", "WaterfillBalancer", "balancer_of"]
@@ -56,6 +57,7 @@ class WaterfillBalancer:
         self.shared_weight = shared_weight
         self.exchange: Exchange | DeviceExchange | None = None
 
+    @panics_are_errors
     def expand_topk(
         self, topk_output: StandardTopKOutput, num_tokens: int, *, is_decode: bool | None = None
     ) -> StandardTopKOutput:

@@ -17,6 +17,7 @@ from waterfill_rs.rendezvous import open_exchange
 from waterfill_rs.sglang import metrics
 from waterfill_rs.sglang.balancer import WaterfillBalancer
 from waterfill_rs.sglang.compat import Seams, resolve
+from waterfill_rs.sglang.panics import panics_are_errors
 
 __all__ = ["connect"]
 
@@ -24,6 +25,7 @@ _runners = itertools.count()
 """Models prepared so far in this process: target and draft models call in an order of their own each."""
 
 
+@panics_are_errors
 def connect(
     balancers: Sequence[WaterfillBalancer],
     config: Config,

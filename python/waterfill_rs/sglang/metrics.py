@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import waterfill_rs
 from waterfill_rs.boards import is_alive
+from waterfill_rs.sglang.panics import panics_are_errors
 
 __all__ = ["SEAM", "Page", "after_log_stats", "install", "stand_aside", "watch"]
 
@@ -81,6 +82,7 @@ class Page:
         """Show nothing more."""
         self.reasons_off, self._watched = [], []
 
+    @panics_are_errors
     def push(self, labels: Mapping[str, Any]) -> None:
         """Add what came since the last push, under these labels, unless that was a moment ago."""
         now = self._clock()

@@ -25,6 +25,7 @@ from waterfill_rs.config import (
 from waterfill_rs.rendezvous import CHOICES
 from waterfill_rs.sglang import compat, metrics, verdict
 from waterfill_rs.sglang.compat import ROWS, Seams
+from waterfill_rs.sglang.panics import panics_are_errors
 
 __all__ = ["hooked", "register"]
 
@@ -74,6 +75,7 @@ def _against_entering() -> list[str]:
     return _failure or compat.find()[1]
 
 
+@panics_are_errors
 def _enter(seams: Seams) -> None:
     """Hook what Waterfill is made of. Whether we serve is decided where a model is prepared.
 

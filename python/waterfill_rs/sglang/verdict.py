@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from waterfill_rs.config import Config
 from waterfill_rs.sglang import metrics
 from waterfill_rs.sglang.compat import Seams
+from waterfill_rs.sglang.panics import panics_are_errors
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ def against_device(device: torch.device) -> list[str]:
     from waterfill_rs.cuda import Expander
 
     try:
-        Expander(device, physical_experts=1, ranks=1, rank=0, top_k=1)
+        panics_are_errors(Expander)(device, physical_experts=1, ranks=1, rank=0, top_k=1)
     except (RuntimeError, ValueError) as error:
         return [f"no kernel can be made for {device}: {error}"]
     return []

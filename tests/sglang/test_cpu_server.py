@@ -1,0 +1,56 @@
+"""sglang's own scheduler process started on the CPU: with us, switched off, and as if we were not installed."""
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
+
+import forked
+
+START = """
+import json, sys, threading
+import cpu_server
+scheduler = cpu_server.start(sys.argv[1], "--enable-waterfill")
+model = scheduler.tp_worker.model_runner.model
+routers = [m for m in model.modules() if getattr(m, "enable_waterfill", False)]
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry
+print(json.dumps({
+    "balancers": [type(router.waterfill_balancer).__module__ for router in routers],
+    "expanded": [
+        list(router.forward_native(torch.zeros(5, 256), torch.randn(5, 16)).topk_ids.shape) for router in routers
+    ],
+    "hooks": sorted(HookRegistry._hooks),
+    "threads": sorted(thread.name for thread in threading.enumerate()),
+    "modules": sorted(name for name in sys.modules if name.startswith(("sglang", "torch", "triton"))),
+}))
+sys.stdout.flush()
+import os
+os._exit(0)  # The scheduler's own threads and sockets have no end but its signals.
+"""
+
+
+def start(folder, **environment):
+    """What the process then has, and its log without what differs between any two starts."""
+    done = forked.run(START, str(folder), **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = [re.sub(r"^\[[-\d :]+|-?[\d.]+ (GB|s)\b", "", line) for line in done.stderr.splitlines()]
+    return json.loads(done.stdout.splitlines()[-1]), log
+
+
+def test_the_scheduler_starts_with_us_and_is_sglangs_without(tmp_path):
+    on, told = start(tmp_path)
+    assert on["balancers"] == ["waterfill_rs.sglang.balancer"] * 2
+    assert on["expanded"] == [[5, 5], [5, 5]]
+    (line,) = (line for line in told if "waterfill-rs" in line)
+    assert "active: 2 MoE layers on cpu, exchange solo, because there is one rank" in line
+
+    off, off_told = start(tmp_path, WATERFILL_RS="off")
+    without, without_told = start(tmp_path, SGLANG_PLUGINS="none")
+    assert off["balancers"] == ["sglang.srt.layers.moe.waterfill"] * 2
+    arguments = [f"sglang.srt.server_args.ServerArgs.{name}_cli_args" for name in ("add", "from")]
+    assert off.pop("hooks") == arguments and without.pop("hooks") == []
+    assert off == without
+    assert off_told == without_told
