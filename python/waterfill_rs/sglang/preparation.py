@@ -20,6 +20,8 @@ from waterfill_rs.sglang.compat import ROWS, Seams, resolve
 if TYPE_CHECKING:
     import torch
 
+    from waterfill_rs.sglang.peers import Peers
+
 __all__ = ["Preparation", "tell_at_preparation"]
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,10 @@ class Preparation:
         device = _device(_model(args, kwargs))
         reasons = verdict.against_machine() or verdict.against_device(device)
         reasons += verdict.against_model(arguments, config, self.seams)
+        # All layers of a model are prepared at once: those of one that was are joined.
+        peers: Peers | None = None
+        if any(getattr(router, self.seams.holder, None) is None for router in routers):
+            peers, reasons = self._agree(reasons)
         if reasons:
             verdict.tell(config, reasons)
             with self._sglangs_balancer():
@@ -72,8 +78,18 @@ class Preparation:
         self._verify_hooks()
         result = prepare(*args, **kwargs)
         balancers = self._verify_routers(routers)
-        self._join(balancers, config, verdict.is_deterministic(arguments), device)
+        self._join(balancers, config, peers, verdict.is_deterministic(arguments), device)
         return result
+
+    def _agree(self, reasons: list[str]) -> tuple[Peers | None, list[str]]:
+        """The other ranks, and what keeps any rank from serving: one that stands aside must leave nobody waiting."""
+        from waterfill_rs.sglang.peers import peers_of_next_model
+
+        peers = peers_of_next_model(self.seams)
+        try:
+            return peers, peers.agree(reasons) if peers else reasons
+        except RuntimeError as error:
+            return peers, reasons or [f"the other ranks cannot be asked: {error}"]
 
     @contextlib.contextmanager
     def _sglangs_balancer(self) -> Iterator[None]:
@@ -114,7 +130,12 @@ class Preparation:
         return balancers
 
     def _join(
-        self, balancers: list[Any], config: Config, deterministic: bool, device: torch.device
+        self,
+        balancers: list[Any],
+        config: Config,
+        peers: Peers | None,
+        deterministic: bool,
+        device: torch.device,
     ) -> None:
         """Join layers that were just prepared to their peers, and say how."""
         from waterfill_rs.sglang import recorder
@@ -131,7 +152,7 @@ class Preparation:
             )
         try:
             alone = _DETERMINISTIC if deterministic else None
-            exchange = connect(fresh, config, self.seams, device, alone)
+            exchange = connect(fresh, config, peers, device, alone)
         except (OSError, RuntimeError, ValueError) as error:
             verdict.stop([str(error)])
         recorder.shared_slots_come()
