@@ -145,6 +145,59 @@ def test_deterministic_inference_uses_own_counts(sglang, arguments, monkeypatch,
     assert torch.equal(once.topk_ids, again.topk_ids)
 
 
+@pytest.fixture
+def preparation(sglang):
+    """Of a process that serves no model yet."""
+    from waterfill_rs.sglang import compat, preparation
+
+    return preparation.Preparation(compat.find()[0], {}, {})
+
+
+def without_layers(preparation, **configuration):
+    config = types.SimpleNamespace(**configuration)
+    done = preparation.hook(
+        lambda **_: "prepared", model=torch.nn.Linear(2, 2), model_config=config
+    )
+    assert done == "prepared"
+
+
+def test_waterfill_on_a_model_without_such_layers_is_told(preparation, arguments, caplog):
+    arguments(enable_waterfill=False)
+    without_layers(preparation)
+    arguments(enable_waterfill=True)
+    without_layers(preparation, is_draft_model=True)
+    assert not caplog.text
+    without_layers(preparation)
+    assert (
+        "waterfill-rs balances nothing: --enable-waterfill is on, and no MoE layer" in caplog.text
+    )
+
+
+def test_waterfill_on_a_model_without_such_layers_stops_it_where_required(
+    preparation, arguments, monkeypatch, caplog
+):
+    monkeypatch.setenv("WATERFILL_RS_REQUIRE", "1")
+    arguments(enable_waterfill=True)
+    with pytest.raises(SystemExit, match="no MoE layer here has Waterfill"):
+        without_layers(preparation)
+    arguments(enable_waterfill=True, pp_size=2)
+    without_layers(preparation)
+    assert "balances nothing" in caplog.text, "another stage may have them"
+
+
+def test_a_model_whose_first_weights_are_offloaded_runs_where_the_others_are():
+    from waterfill_rs.sglang.preparation import _device
+
+    def weight(device):
+        return types.SimpleNamespace(device=torch.device(device))
+
+    def model(*devices):
+        return types.SimpleNamespace(parameters=lambda: map(weight, devices), buffers=list)
+
+    assert _device(model("cpu", "meta", "cuda:3", "cpu")) == torch.device("cuda:3")
+    assert _device(model("cpu", "cpu")) == torch.device("cpu")
+
+
 # sglang's recorder
 
 

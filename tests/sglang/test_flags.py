@@ -62,8 +62,9 @@ def test_required_serves_where_it_can():
     assert here["variables"] == {"WATERFILL_RS_REQUIRE": "1"}
 
 
-def test_rust_by_name_serves_and_says_what_is_missing():
-    here, done = parsed(HERE, "--waterfill-rs", "rust")
+@pytest.mark.parametrize("variable", [{"WATERFILL_RS": "rust"}, {"WATERFILL_RS_REQUIRE": "1"}])
+def test_required_serves_and_says_what_is_missing(variable):
+    here, done = parsed(HERE, **variable)
     assert here["balancer"] == "waterfill_rs.sglang.balancer"
     assert "balances nothing without sglang's --enable-waterfill" in done.stderr
 

@@ -180,6 +180,6 @@ def _judge(config: Config, parsed: Any) -> None:
     asked = any(getattr(parsed, row.switch, False) for row in ROWS)
     if reasons and (asked or config.required):
         verdict.tell(config, reasons)
-    elif getattr(parsed, "waterfill_rs", None) == "rust" and not asked:
+    elif config.required and not asked:
         flag = (compat.find()[0] or ROWS[0]).flag
-        logger.warning("--waterfill-rs rust balances nothing without sglang's %s", flag)
+        logger.warning("waterfill-rs was required, and balances nothing without sglang's %s", flag)

@@ -52,6 +52,7 @@ class Preparation:
         self, seams: Seams, ours: Mapping[str, type], originals: Mapping[str, type]
     ) -> None:
         self.seams, self.ours, self.originals = seams, ours, originals
+        self._serves = False
 
     def hook(self, prepare: Prepare, *args: Any, **kwargs: Any) -> Any:
         """Prepare with our balancers and join the ranks, or with sglang's and say why.
@@ -61,6 +62,8 @@ class Preparation:
         """
         routers = _asked(_model(args, kwargs), self.seams.enabled)
         if not routers:  # Off means off: whoever replaced these classes, Waterfill is not in use.
+            if not self._serves and not _is_draft(args, kwargs):
+                self._tell_if_asked_in_vain()
             return prepare(*args, **kwargs)
         config = Config.from_environment(os.environ)
         arguments = resolve(self.seams.arguments)()
@@ -80,6 +83,15 @@ class Preparation:
         balancers = self._verify_routers(routers)
         self._join(balancers, config, peers, verdict.is_deterministic(arguments), device)
         return result
+
+    def _tell_if_asked_in_vain(self) -> None:
+        try:
+            arguments = resolve(self.seams.arguments)()
+        except Exception:  # Not a server's: and then nothing of ours may fail here.
+            return
+        if getattr(arguments, self.seams.switch, False):
+            config = Config.from_environment(os.environ)
+            verdict.tell_of_no_layer(config, arguments, self.seams)
 
     def _agree(self, reasons: list[str]) -> tuple[Peers | None, list[str]]:
         """The other ranks, and what keeps any rank from serving: one that stands aside must leave nobody waiting."""
@@ -156,6 +168,7 @@ class Preparation:
         except (OSError, RuntimeError, ValueError) as error:
             verdict.stop([str(error)])
         recorder.shared_slots_come()
+        self._serves = True
         # Ranks of a board are of one node: one line for them all.
         told = exchange.name != "board" or fresh[0].rank == 0
         logger.log(
@@ -173,14 +186,23 @@ def _model(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return kwargs["model"] if "model" in kwargs else args[0].model
 
 
+def _is_draft(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """A draft model often has no MoE layer, and the target's are what Waterfill is for."""
+    configuration = kwargs.get("model_config") or getattr(next(iter(args), None), "model_config", 0)
+    return bool(getattr(configuration, "is_draft_model", False))
+
+
 def _asked(model: Any, enabled: str) -> list[Any]:
     return [module for module in model.modules() if getattr(module, enabled, False)]
 
 
 def _device(model: Any) -> torch.device:
-    """Where the model is; one without weights is where sglang would put it."""
+    """Where the model's layers run; one without weights is where sglang would put it."""
     import torch
 
     weights = itertools.chain(model.parameters(), model.buffers())
+    devices: list[torch.device] = list(dict.fromkeys(weight.device for weight in weights))
+    # Weights that sglang offloads are on the CPU between their uses, or nowhere.
+    running = [device for device in devices if device.type not in ("cpu", "meta")]
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return next((weight.device for weight in weights), default)
+    return next(iter((*running, *devices)), default)

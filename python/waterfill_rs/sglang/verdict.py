@@ -13,7 +13,15 @@ from waterfill_rs.sglang.compat import Seams
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["against_device", "against_machine", "against_model", "is_deterministic", "stop", "tell"]
+__all__ = [
+    "against_device",
+    "against_machine",
+    "against_model",
+    "is_deterministic",
+    "stop",
+    "tell",
+    "tell_of_no_layer",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +82,19 @@ def tell(config: Config, reasons: list[str]) -> None:
         stop(reasons)
     metrics.stand_aside("; ".join(reasons))
     logger.warning("waterfill-rs is off, sglang's own Waterfill stays: %s", "; ".join(reasons))
+
+
+def tell_of_no_layer(config: Config, arguments: Any, seams: Seams) -> None:
+    """Waterfill was asked for, and no layer of this rank's model has it: sglang itself says nothing then."""
+    reason = (
+        f"{seams.flag} is on, and no MoE layer here has Waterfill: the model needs a shared expert that sglang "
+        "fuses, and sglang's log says where it does not"
+    )
+    # A stage of a pipeline may have none while others have.
+    if config.required and getattr(arguments, "pp_size", 1) == 1:
+        stop([reason])
+    metrics.stand_aside(reason)
+    logger.warning("waterfill-rs balances nothing: %s", reason)
 
 
 def stop(reasons: list[str]) -> NoReturn:
