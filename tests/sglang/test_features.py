@@ -145,6 +145,30 @@ def test_deterministic_inference_uses_own_counts(sglang, arguments, monkeypatch,
     assert torch.equal(once.topk_ids, again.topk_ids)
 
 
+def test_two_streams_at_once_leave_sglangs_own_and_say_so(sglang, arguments, caplog):
+    layer = hash_layer(sglang)
+    arguments(enable_pdmux=True)
+    prepare(sglang, layer)
+    assert "sglang's own Waterfill stays: --enable-pdmux" in caplog.text
+    assert type(layer.waterfill_balancer).__module__ == "sglang.srt.layers.moe.waterfill"
+
+
+def test_layers_prepared_past_our_hook_are_told_once(sglang, monkeypatch, caplog):
+    from waterfill_rs.sglang import balancer
+
+    layer = hash_layer(sglang)
+    prepare(sglang, layer)
+    layer.waterfill_balancer.exchange = None
+    balancer._tell_not_joined.cache_clear()
+    monkeypatch.setenv("WATERFILL_RS_REQUIRE", "1")
+    with pytest.raises(RuntimeError, match="prepared past its hook"):
+        layer(*inputs())
+    monkeypatch.setenv("WATERFILL_RS_REQUIRE", "0")
+    for _ in range(2):
+        assert layer(*inputs()).topk_ids.shape == (TOKENS, TOP_K + 1)
+    assert caplog.text.count("prepared past its hook") == 1
+
+
 @pytest.fixture
 def preparation(sglang):
     """Of a process that serves no model yet."""

@@ -57,6 +57,11 @@ def against_model(arguments: Any, config: Config, seams: Seams) -> list[str]:
         reasons.append(
             f"--elastic-ep-backend {backend}: ranks come and go, and waterfill-rs plans for those at the start"
         )
+    if getattr(arguments, "enable_pdmux", False):
+        reasons.append(
+            "--enable-pdmux: prefill and decode run a model's layers on two streams at once, and waterfill-rs "
+            "numbers the calls of one stream, in the same order on all ranks"
+        )
     redundant = getattr(arguments, "ep_num_redundant_experts", 0)
     if redundant and not seams.redundant:
         reasons.append(
