@@ -153,6 +153,18 @@ def test_two_streams_at_once_leave_sglangs_own_and_say_so(sglang, arguments, cap
     assert type(layer.waterfill_balancer).__module__ == "sglang.srt.layers.moe.waterfill"
 
 
+def test_packed_ids_of_the_routed_columns_are_left_behind(sglang):
+    """Since 0.5.23 a router may give them beside, for FlashInfer's and Marlin's experts, which then read nothing else."""
+    layer = hash_layer(sglang)
+    prepare(sglang, layer)
+    routed = routed_only(sglang, layer, *inputs())
+    packed = sglang.topk.StandardTopKOutputPacked(*routed, packed_topk_ids=routed.topk_ids)
+    expanded = layer.waterfill_balancer.expand_topk(packed, TOKENS)
+    assert type(expanded) is sglang.topk.StandardTopKOutput
+    assert expanded.topk_ids.shape == (TOKENS, TOP_K + 1)
+    assert expanded.router_logits is routed.router_logits
+
+
 def test_layers_prepared_past_our_hook_are_told_once(sglang, monkeypatch, caplog):
     from waterfill_rs.sglang import balancer
 

@@ -88,16 +88,19 @@ class WaterfillBalancer:
         routed = topk_ids.contiguous(), topk_output.topk_weights.contiguous()
         if isinstance(self.exchange, DeviceExchange):
             ids, weights = self.exchange.expand(*routed, self.shared_weight)
-            return topk_output._replace(topk_ids=ids, topk_weights=weights)
-        ids, weights = expand_topk(
-            *routed,
-            physical_experts=self.num_routed_experts,
-            ranks=self.world_size,
-            rank=self.rank,
-            shared_weight=self.shared_weight,
-            exchange=self.exchange,
+        else:
+            ids, weights = expand_topk(
+                *routed,
+                physical_experts=self.num_routed_experts,
+                ranks=self.world_size,
+                rank=self.rank,
+                shared_weight=self.shared_weight,
+                exchange=self.exchange,
+            )
+        # As sglang's, always the plain type: one with packed ids beside would keep those of the routed columns alone.
+        return StandardTopKOutput(
+            topk_ids=ids, topk_weights=weights, router_logits=topk_output.router_logits
         )
-        return topk_output._replace(topk_ids=ids, topk_weights=weights)
 
 
 class ScalingFactorBalancer(WaterfillBalancer):
