@@ -2,7 +2,14 @@
 
 import pytest
 
-from waterfill_rs.config import Config
+from waterfill_rs.config import (
+    BACKEND_VARIABLE,
+    EXCHANGE_VARIABLE,
+    PLANNER_VARIABLE,
+    REQUIRE_VARIABLE,
+    TIMEOUT_VARIABLE,
+    Config,
+)
 
 
 def test_nothing_said_is_auto_everywhere():
@@ -24,6 +31,13 @@ def test_all_that_can_be_said():
     assert (config.board.cap_us, config.board.patience_us, config.board.pace) == (250, 125, "spin")
 
 
+def test_an_empty_variable_is_as_none():
+    """Deployments that pass ``NAME=${NAME:-}`` on, of a server that may not even use Waterfill."""
+    names = (BACKEND_VARIABLE, REQUIRE_VARIABLE, EXCHANGE_VARIABLE, TIMEOUT_VARIABLE)
+    empty = dict.fromkeys((*names, PLANNER_VARIABLE), "")
+    assert Config.from_environment(empty) == Config.from_environment({})
+
+
 def test_a_spinning_planner_may_have_a_core():
     board = Config.from_environment({"WATERFILL_RS_PLANNER": "spin:3"}).board
     assert (board.pace, board.core) == ("spin", 3)
@@ -40,7 +54,7 @@ def test_a_spinning_planner_may_have_a_core():
         ("WATERFILL_RS_PLANNER", "park:1", "or spin:CORE to pin it"),
         *(
             ("WATERFILL_RS_TIMEOUT_US", value, "give microseconds from 1 to 10000000")
-            for value in ("0", "-1", "1e3", "", "10000001", "½")
+            for value in ("0", "-1", "1e3", " ", "10000001", "½")
         ),
     ],
 )

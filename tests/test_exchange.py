@@ -340,7 +340,11 @@ def test_status_and_top_see_a_board_from_outside(capsys, monkeypatch):
     (found,) = (board for board in boards.find() if board.name == name)
     assert seen == json.loads(json.dumps(found.snapshot()))
     assert main(["status"]) == 0
-    assert f"board {name}: 2 ranks" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"board {name}: 2 ranks" in told
+    assert ["-", "-", "-"] in [line.split()[-3:] for line in told.splitlines()], (
+        "rank 1 never waited"
+    )
     assert main(["top", "--count", "2", "--interval", "0.01"]) == 0
     assert "live/s" in capsys.readouterr().out
     for interval in ("0", "nan", "inf"):

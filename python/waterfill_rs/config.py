@@ -49,7 +49,7 @@ class Config:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str]) -> Config:
-        """Read the variables.
+        """Read the variables; an empty one is as none.
 
         Raises:
             ValueError: naming the variable, its value and the values allowed.
@@ -70,7 +70,7 @@ class Config:
 def _one_of(
     environment: Mapping[str, str], variable: str, allowed: Sequence[Any], default: str
 ) -> str:
-    value = environment.get(variable, default)
+    value = environment.get(variable) or default
     if value not in allowed:
         raise ValueError(f"{variable}={value!r}: give one of {', '.join(allowed)}")
     return value
@@ -78,7 +78,7 @@ def _one_of(
 
 def _planner(environment: Mapping[str, str]) -> tuple[Pace, int | None]:
     """The pace, and the core of ``spin:CORE``."""
-    text = environment.get(PLANNER_VARIABLE, "auto")
+    text = environment.get(PLANNER_VARIABLE) or "auto"
     pace, colon, core = text.partition(":")
     if pace in PACES and not colon:
         return pace, None
@@ -90,7 +90,7 @@ def _planner(environment: Mapping[str, str]) -> tuple[Pace, int | None]:
 
 
 def _microseconds(environment: Mapping[str, str], default: int) -> int:
-    text = environment.get(TIMEOUT_VARIABLE, str(default))
+    text = environment.get(TIMEOUT_VARIABLE) or str(default)
     value = int(text) if text.isascii() and text.isdigit() else 0
     if not 1 <= value <= LONGEST_TIMEOUT_US:
         raise ValueError(

@@ -106,7 +106,7 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
             SHARED_MEMORY, _text(Path("/proc/mounts")), _free(SHARED_MEMORY), ranks_here
         ),
         "cpu": lambda: checks.cpus(
-            len(os.sched_getaffinity(0)), _quota(), ranks_here, settings.pace
+            len(os.sched_getaffinity(0)), _quota(), ranks_here, settings.pace, gpus
         ),
         "gpu": lambda: checks.driver(gpus),
         "nvrtc": lambda: checks.nvrtc(gpus, _nvrtc_folders()),

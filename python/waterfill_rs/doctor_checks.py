@@ -259,19 +259,22 @@ def _quota_of(folder: Path) -> list[float]:
     return [] if quota in ("max", "-1") else [int(quota) / int(period)]
 
 
-def cpus(cores: int, quota: float | None, ranks: int, pace: str) -> Finding:
+def cpus(cores: int, quota: float | None, ranks: int, pace: str, gpus: int = 0) -> Finding:
     """``cores``: that this process may run on. The cores are shared by ``ranks`` and what sglang runs beside."""
     limit = (
         "no limit by a cgroup" if quota is None else f"a cgroup limits them to {quota:g} at once"
     )
     text = f"{cores} cores, {limit}; {ranks} ranks, planner {pace}"
     usable = cores if quota is None else min(cores, quota)
+    if pace == "inline" and gpus:
+        advice = "WATERFILL_RS_PLANNER=auto: ranks with layers on a GPU refuse inline, and end"
+        return Finding("cpu", "fail", text, advice)
+    calm = "WATERFILL_RS_PLANNER=" + ("park" if gpus else "inline")
     if pace == "spin" and usable < ranks + 1:
-        advice = f"WATERFILL_RS_PLANNER=inline, or give {ranks + 1} CPUs: the spinning thread needs its own"
+        advice = f"{calm}, or give {ranks + 1} CPUs: the spinning thread needs its own"
         return Finding("cpu", "fail", text, advice)
     if pace == "spin" and quota is not None:
-        advice = "WATERFILL_RS_PLANNER=inline: a spinning thread uses the group's time up"
-        return Finding("cpu", "warn", text, advice)
+        return Finding("cpu", "warn", text, f"{calm}: a spinning thread uses the group's time up")
     if usable < 2 * ranks:
         advice = (
             f"give 2 CPUs a rank ({2 * ranks}): with fewer, layers wait for a core and go on alone"

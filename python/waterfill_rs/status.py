@@ -98,10 +98,12 @@ def describe(
             then = {**then, "missed": before["planner"]["missed"][rank]}
             counts = {name: round((count - then[name]) / seconds) for name, count in counts.items()}
         waits = tally["wait_us"]
+        # The kernel of a rank on a GPU does not measure its waits.
+        told = [f"{waits[n]:.0f}" if waits["buckets"] else "-" for n in ("p50", "p99", "max")]
         lines.append(
             f"{rank:>6}{tally['process']:>9}{_state(tally):>9}{counts['live']:>11}"
             f"{counts['timed_out']:>12}{counts['broken']:>10}{counts['torn']:>8}{counts['missed']:>10}"
-            f"       {waits['p50']:>9.0f}{waits['p99']:>9.0f}{waits['max']:>9.0f}"
+            f"       {told[0]:>9}{told[1]:>9}{told[2]:>9}"
         )
     return "\n".join(lines)
 

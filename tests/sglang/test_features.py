@@ -187,6 +187,95 @@ def test_a_panic_while_a_kernel_is_made_is_a_reason(monkeypatch):
     assert "no kernel can be made for cuda" in reason and DEFECT in reason
 
 
+def test_two_streams_at_once_leave_sglangs_own_and_say_so(sglang, arguments, caplog):
+    layer = hash_layer(sglang)
+    arguments(enable_pdmux=True)
+    prepare(sglang, layer)
+    assert "sglang's own Waterfill stays: --enable-pdmux" in caplog.text
+    assert type(layer.waterfill_balancer).__module__ == "sglang.srt.layers.moe.waterfill"
+
+
+def test_packed_ids_of_the_routed_columns_are_left_behind(sglang):
+    """Since 0.5.23 a router may give them beside, for FlashInfer's and Marlin's experts, which then read nothing else."""
+    layer = hash_layer(sglang)
+    prepare(sglang, layer)
+    routed = routed_only(sglang, layer, *inputs())
+    packed = sglang.topk.StandardTopKOutputPacked(*routed, packed_topk_ids=routed.topk_ids)
+    expanded = layer.waterfill_balancer.expand_topk(packed, TOKENS)
+    assert type(expanded) is sglang.topk.StandardTopKOutput
+    assert expanded.topk_ids.shape == (TOKENS, TOP_K + 1)
+    assert expanded.router_logits is routed.router_logits
+
+
+def test_layers_prepared_past_our_hook_are_told_once(sglang, monkeypatch, caplog):
+    from waterfill_rs.sglang import balancer
+
+    layer = hash_layer(sglang)
+    prepare(sglang, layer)
+    layer.waterfill_balancer.exchange = None
+    balancer._tell_not_joined.cache_clear()
+    monkeypatch.setenv("WATERFILL_RS_REQUIRE", "1")
+    with pytest.raises(RuntimeError, match="prepared past its hook"):
+        layer(*inputs())
+    monkeypatch.setenv("WATERFILL_RS_REQUIRE", "0")
+    for _ in range(2):
+        assert layer(*inputs()).topk_ids.shape == (TOKENS, TOP_K + 1)
+    assert caplog.text.count("prepared past its hook") == 1
+
+
+@pytest.fixture
+def preparation(sglang):
+    """Of a process that serves no model yet."""
+    from waterfill_rs.sglang import compat, preparation
+
+    return preparation.Preparation(compat.find()[0], {}, {})
+
+
+def without_layers(preparation, **configuration):
+    config = types.SimpleNamespace(**configuration)
+    done = preparation.hook(
+        lambda **_: "prepared", model=torch.nn.Linear(2, 2), model_config=config
+    )
+    assert done == "prepared"
+
+
+def test_waterfill_on_a_model_without_such_layers_is_told(preparation, arguments, caplog):
+    arguments(enable_waterfill=False)
+    without_layers(preparation)
+    arguments(enable_waterfill=True)
+    without_layers(preparation, is_draft_model=True)
+    assert not caplog.text
+    without_layers(preparation)
+    assert (
+        "waterfill-rs balances nothing: --enable-waterfill is on, and no MoE layer" in caplog.text
+    )
+
+
+def test_waterfill_on_a_model_without_such_layers_stops_it_where_required(
+    preparation, arguments, monkeypatch, caplog
+):
+    monkeypatch.setenv("WATERFILL_RS_REQUIRE", "1")
+    arguments(enable_waterfill=True)
+    with pytest.raises(SystemExit, match="no MoE layer here has Waterfill"):
+        without_layers(preparation)
+    arguments(enable_waterfill=True, pp_size=2)
+    without_layers(preparation)
+    assert "balances nothing" in caplog.text, "another stage may have them"
+
+
+def test_a_model_whose_first_weights_are_offloaded_runs_where_the_others_are():
+    from waterfill_rs.sglang.preparation import _device
+
+    def weight(device):
+        return types.SimpleNamespace(device=torch.device(device))
+
+    def model(*devices):
+        return types.SimpleNamespace(parameters=lambda: map(weight, devices), buffers=list)
+
+    assert _device(model("cpu", "meta", "cuda:3", "cpu")) == torch.device("cuda:3")
+    assert _device(model("cpu", "cpu")) == torch.device("cpu")
+
+
 # sglang's recorder
 
 

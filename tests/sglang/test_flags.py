@@ -62,10 +62,21 @@ def test_required_serves_where_it_can():
     assert here["variables"] == {"WATERFILL_RS_REQUIRE": "1"}
 
 
-def test_rust_by_name_serves_and_says_what_is_missing():
-    here, done = parsed(HERE, "--waterfill-rs", "rust")
+@pytest.mark.parametrize("variable", [{"WATERFILL_RS": "rust"}, {"WATERFILL_RS_REQUIRE": "1"}])
+def test_required_serves_and_says_what_is_missing(variable):
+    here, done = parsed(HERE, **variable)
     assert here["balancer"] == "waterfill_rs.sglang.balancer"
     assert "balances nothing without sglang's --enable-waterfill" in done.stderr
+
+
+def test_ray_actors_which_load_no_plugins_are_told():
+    _, done = parsed(HERE, "--enable-waterfill", "--use-ray")
+    assert "waterfill-rs is off, sglang's own Waterfill stays: --use-ray" in done.stderr
+    flags = ["--enable-waterfill", "--use-ray", "--waterfill-rs-require"]
+    required = forked.run(PARSE + HERE, *flags)
+    assert required.returncode == 1 and "- --use-ray: sglang's Ray actors" in required.stderr
+    _, done = parsed(HERE, "--use-ray")
+    assert "waterfill-rs is off" not in done.stderr
 
 
 def test_required_ends_the_process_with_every_reason():

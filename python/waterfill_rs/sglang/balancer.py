@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 from typing import Any
 
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
+from waterfill_rs.config import Config
 from waterfill_rs.device import DeviceExchange
 from waterfill_rs.exchange import Exchange
 from waterfill_rs.sglang.compat import SCALING_FACTOR, Seams
@@ -14,12 +18,26 @@ from waterfill_rs.torch import expand_topk
 
 __all__ = ["ScalingFactorBalancer", "WaterfillBalancer", "balancer_of"]
 
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _tell_not_joined() -> None:
+    """Once a process. sglang logs a hook that it cannot apply, and goes on; another plugin's may go round ours."""
+    text = (
+        "waterfill-rs: layers were prepared past its hook, so all plans are from own counts: "
+        "see waterfill-rs doctor --deep, and for another plugin that hooks the preparation"
+    )
+    if Config.from_environment(os.environ).required:
+        raise RuntimeError(text)
+    logger.warning(text)
+
 
 class WaterfillBalancer:
     """Widens one MoE layer's top-k by the shared expert.
 
     ``exchange``, set once by the plugin after sglang's preparation, is shared by all layers of a model, which
-    call it in the same order on every rank. Without one, own counts decide.
+    call it in the same order on every rank. Without one, own counts decide, with a warning.
     """
 
     def __init__(
@@ -67,19 +85,24 @@ class WaterfillBalancer:
             raise ValueError(
                 f"Waterfill: {num_tokens} tokens, and topk_ids has {topk_ids.shape[0]} rows"
             )
+        if self.exchange is None:
+            _tell_not_joined()
         routed = topk_ids.contiguous(), topk_output.topk_weights.contiguous()
         if isinstance(self.exchange, DeviceExchange):
             ids, weights = self.exchange.expand(*routed, self.shared_weight)
-            return topk_output._replace(topk_ids=ids, topk_weights=weights)
-        ids, weights = expand_topk(
-            *routed,
-            physical_experts=self.num_routed_experts,
-            ranks=self.world_size,
-            rank=self.rank,
-            shared_weight=self.shared_weight,
-            exchange=self.exchange,
+        else:
+            ids, weights = expand_topk(
+                *routed,
+                physical_experts=self.num_routed_experts,
+                ranks=self.world_size,
+                rank=self.rank,
+                shared_weight=self.shared_weight,
+                exchange=self.exchange,
+            )
+        # As sglang's, always the plain type: one with packed ids beside would keep those of the routed columns alone.
+        return StandardTopKOutput(
+            topk_ids=ids, topk_weights=weights, router_logits=topk_output.router_logits
         )
-        return topk_output._replace(topk_ids=ids, topk_weights=weights)
 
 
 class ScalingFactorBalancer(WaterfillBalancer):

@@ -1,13 +1,10 @@
-"""One model's layers joined to their expert-parallel peers: which ranks, which store, which exchange."""
+"""One model's layers joined to their expert-parallel peers by an exchange."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from waterfill_rs import CostModel
 from waterfill_rs.config import Config
@@ -16,20 +13,17 @@ from waterfill_rs.exchange import Exchange, SoloExchange
 from waterfill_rs.rendezvous import open_exchange
 from waterfill_rs.sglang import metrics
 from waterfill_rs.sglang.balancer import WaterfillBalancer
-from waterfill_rs.sglang.compat import Seams, resolve
 from waterfill_rs.sglang.panics import panics_are_errors
+from waterfill_rs.sglang.peers import Peers
 
 __all__ = ["connect"]
-
-_runners = itertools.count()
-"""Models prepared so far in this process: target and draft models call in an order of their own each."""
 
 
 @panics_are_errors
 def connect(
     balancers: Sequence[WaterfillBalancer],
     config: Config,
-    seams: Seams,
+    peers: Peers | None,
     device: torch.device,
     alone: str | None = None,
 ) -> Exchange | DeviceExchange:
@@ -50,7 +44,7 @@ def connect(
     exchange = (
         _alone(ranks, experts, rank, device, alone)
         if alone
-        else _open(ranks, experts, rank, device, config, seams)
+        else _open(ranks, experts, rank, device, config, peers)
     )
     for balancer in balancers:
         balancer.exchange = exchange
@@ -67,22 +61,21 @@ def _alone(
 
 
 def _open(
-    ranks: int, experts: int, rank: int, device: torch.device, config: Config, seams: Seams
+    ranks: int,
+    experts: int,
+    rank: int,
+    device: torch.device,
+    config: Config,
+    peers: Peers | None,
 ) -> Exchange | DeviceExchange:
-    runner = next(_runners)
-    if not dist.is_initialized():
+    if peers is None:
         reason = "torch.distributed is not initialised"
         if config.exchange not in ("auto", "solo"):
             raise ValueError(f"exchange {config.exchange} was asked for, and {reason}")
         return _alone(ranks, experts, rank, device, reason)
-    coordinator: Any = resolve(seams.group)()
-    peers = "-".join(map(str, coordinator.ranks))
-    rendezvous: Any = dist.distributed_c10d
-    store = rendezvous.PrefixStore(
-        f"waterfill_rs/{runner}/{peers}", rendezvous._get_default_store()
-    )
+    coordinator = peers.coordinator
     return open_exchange(
-        store,
+        peers.store,
         ranks=ranks,
         rank=rank,
         experts=experts,

@@ -180,8 +180,10 @@ def _judge(config: Config, parsed: Any) -> None:
     """What can be said when the server's flags are read, before a model is loaded."""
     reasons = _against_entering() + verdict.against_machine()
     asked = any(getattr(parsed, row.switch, False) for row in ROWS)
+    if asked and getattr(parsed, "use_ray", False):
+        reasons = [*reasons, "--use-ray: sglang's Ray actors load no plugins"]
     if reasons and (asked or config.required):
         verdict.tell(config, reasons)
-    elif getattr(parsed, "waterfill_rs", None) == "rust" and not asked:
+    elif config.required and not asked:
         flag = (compat.find()[0] or ROWS[0]).flag
-        logger.warning("--waterfill-rs rust balances nothing without sglang's %s", flag)
+        logger.warning("waterfill-rs was required, and balances nothing without sglang's %s", flag)

@@ -20,6 +20,8 @@ from waterfill_rs.sglang.compat import ROWS, Seams, resolve
 if TYPE_CHECKING:
     import torch
 
+    from waterfill_rs.sglang.peers import Peers
+
 __all__ = ["Preparation", "tell_at_preparation"]
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class Preparation:
         self, seams: Seams, ours: Mapping[str, type], originals: Mapping[str, type]
     ) -> None:
         self.seams, self.ours, self.originals = seams, ours, originals
+        self._serves = False
 
     def hook(self, prepare: Prepare, *args: Any, **kwargs: Any) -> Any:
         """Prepare with our balancers and join the ranks, or with sglang's and say why.
@@ -59,12 +62,18 @@ class Preparation:
         """
         routers = _asked(_model(args, kwargs), self.seams.enabled)
         if not routers:  # Off means off: whoever replaced these classes, Waterfill is not in use.
+            if not self._serves and not _is_draft(args, kwargs):
+                self._tell_if_asked_in_vain()
             return prepare(*args, **kwargs)
         config = Config.from_environment(os.environ)
         arguments = resolve(self.seams.arguments)()
         device = _device(_model(args, kwargs))
         reasons = verdict.against_machine() or verdict.against_device(device)
         reasons += verdict.against_model(arguments, config, self.seams)
+        # All layers of a model are prepared at once: those of one that was are joined.
+        peers: Peers | None = None
+        if any(getattr(router, self.seams.holder, None) is None for router in routers):
+            peers, reasons = self._agree(reasons)
         if reasons:
             verdict.tell(config, reasons)
             with self._sglangs_balancer():
@@ -72,8 +81,27 @@ class Preparation:
         self._verify_hooks()
         result = prepare(*args, **kwargs)
         balancers = self._verify_routers(routers)
-        self._join(balancers, config, verdict.is_deterministic(arguments), device)
+        self._join(balancers, config, peers, verdict.is_deterministic(arguments), device)
         return result
+
+    def _tell_if_asked_in_vain(self) -> None:
+        try:
+            arguments = resolve(self.seams.arguments)()
+        except Exception:  # Not a server's: and then nothing of ours may fail here.
+            return
+        if getattr(arguments, self.seams.switch, False):
+            config = Config.from_environment(os.environ)
+            verdict.tell_of_no_layer(config, arguments, self.seams)
+
+    def _agree(self, reasons: list[str]) -> tuple[Peers | None, list[str]]:
+        """The other ranks, and what keeps any rank from serving: one that stands aside must leave nobody waiting."""
+        from waterfill_rs.sglang.peers import peers_of_next_model
+
+        peers = peers_of_next_model(self.seams)
+        try:
+            return peers, peers.agree(reasons) if peers else reasons
+        except RuntimeError as error:
+            return peers, reasons or [f"the other ranks cannot be asked: {error}"]
 
     @contextlib.contextmanager
     def _sglangs_balancer(self) -> Iterator[None]:
@@ -114,7 +142,12 @@ class Preparation:
         return balancers
 
     def _join(
-        self, balancers: list[Any], config: Config, deterministic: bool, device: torch.device
+        self,
+        balancers: list[Any],
+        config: Config,
+        peers: Peers | None,
+        deterministic: bool,
+        device: torch.device,
     ) -> None:
         """Join layers that were just prepared to their peers, and say how."""
         from waterfill_rs.sglang import recorder
@@ -131,10 +164,11 @@ class Preparation:
             )
         try:
             alone = _DETERMINISTIC if deterministic else None
-            exchange = connect(fresh, config, self.seams, device, alone)
+            exchange = connect(fresh, config, peers, device, alone)
         except (OSError, RuntimeError, ValueError) as error:
             verdict.stop([str(error)])
         recorder.shared_slots_come()
+        self._serves = True
         # Ranks of a board are of one node: one line for them all.
         told = exchange.name != "board" or fresh[0].rank == 0
         logger.log(
@@ -152,14 +186,23 @@ def _model(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return kwargs["model"] if "model" in kwargs else args[0].model
 
 
+def _is_draft(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """A draft model often has no MoE layer, and the target's are what Waterfill is for."""
+    configuration = kwargs.get("model_config") or getattr(next(iter(args), None), "model_config", 0)
+    return bool(getattr(configuration, "is_draft_model", False))
+
+
 def _asked(model: Any, enabled: str) -> list[Any]:
     return [module for module in model.modules() if getattr(module, enabled, False)]
 
 
 def _device(model: Any) -> torch.device:
-    """Where the model is; one without weights is where sglang would put it."""
+    """Where the model's layers run; one without weights is where sglang would put it."""
     import torch
 
     weights = itertools.chain(model.parameters(), model.buffers())
+    devices: list[torch.device] = list(dict.fromkeys(weight.device for weight in weights))
+    # Weights that sglang offloads are on the CPU between their uses, or nowhere.
+    running = [device for device in devices if device.type not in ("cpu", "meta")]
     default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return next((weight.device for weight in weights), default)
+    return next(iter((*running, *devices)), default)

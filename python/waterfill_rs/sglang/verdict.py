@@ -14,7 +14,15 @@ from waterfill_rs.sglang.panics import panics_are_errors
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["against_device", "against_machine", "against_model", "is_deterministic", "stop", "tell"]
+__all__ = [
+    "against_device",
+    "against_machine",
+    "against_model",
+    "is_deterministic",
+    "stop",
+    "tell",
+    "tell_of_no_layer",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +58,11 @@ def against_model(arguments: Any, config: Config, seams: Seams) -> list[str]:
         reasons.append(
             f"--elastic-ep-backend {backend}: ranks come and go, and waterfill-rs plans for those at the start"
         )
+    if getattr(arguments, "enable_pdmux", False):
+        reasons.append(
+            "--enable-pdmux: prefill and decode run a model's layers on two streams at once, and waterfill-rs "
+            "numbers the calls of one stream, in the same order on all ranks"
+        )
     redundant = getattr(arguments, "ep_num_redundant_experts", 0)
     if redundant and not seams.redundant:
         reasons.append(
@@ -75,6 +88,19 @@ def tell(config: Config, reasons: list[str]) -> None:
         stop(reasons)
     metrics.stand_aside("; ".join(reasons))
     logger.warning("waterfill-rs is off, sglang's own Waterfill stays: %s", "; ".join(reasons))
+
+
+def tell_of_no_layer(config: Config, arguments: Any, seams: Seams) -> None:
+    """Waterfill was asked for, and no layer of this rank's model has it: sglang itself says nothing then."""
+    reason = (
+        f"{seams.flag} is on, and no MoE layer here has Waterfill: the model needs a shared expert that sglang "
+        "fuses, and sglang's log says where it does not"
+    )
+    # A stage of a pipeline may have none while others have.
+    if config.required and getattr(arguments, "pp_size", 1) == 1:
+        stop([reason])
+    metrics.stand_aside(reason)
+    logger.warning("waterfill-rs balances nothing: %s", reason)
 
 
 def stop(reasons: list[str]) -> NoReturn:
