@@ -37,6 +37,14 @@ fn every_variant_compiles() {
             }
         }
     }
+    // Arrays, loops and ballots depend on the number of ranks: around a warp, around 16, both ends.
+    for ranks in [1, 16, 17, 32, 33, 1024] {
+        for (clustered, top_k) in [(false, 7), (true, 32)] {
+            let shape =
+                Shape { ranks, experts: ranks, ..shape(top_k, IdType::I64, WeightType::Bf16) };
+            compiler.compile(&shape, clustered, 90).unwrap();
+        }
+    }
     for architecture in ARCHITECTURES {
         compiler
             .compile(&shape(6, IdType::I32, WeightType::F32), architecture >= 90, architecture)
