@@ -1,10 +1,10 @@
 """The kernel's time: GPU time inside a CUDA graph, host time a call. ``gpu.py own``, ``gpu.py sglang``, ``gpu.py live``.
 
 GPU time: a graph of CALLS calls, replayed REPLAYS times between two events; the median replay over CALLS. The
-inputs rotate over several sets. ``empty`` is a graph of as many empty kernels: what a launch alone takes.
+inputs rotate over several sets. ``own`` begins with the same of a memset of one float: about what a launch alone takes.
 ``sglang``: the same beside the static mode of the sglang that is installed (below 64 rows it leaves shared rows at
-home), the two graphs in turn. ``live``: RANKS processes on one GPU (start ``nvidia-cuda-mps-control -d`` before), a planner in the first, the
-time of each rank's replays; then waits over single calls.
+home), the two graphs in turn. ``live``: RANKS processes on one GPU (start ``nvidia-cuda-mps-control -d`` before), a
+planner beside them, the time of each rank's replays.
 """
 
 from __future__ import annotations

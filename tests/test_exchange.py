@@ -184,6 +184,28 @@ def test_a_board_that_one_rank_cannot_have_is_nobodys(monkeypatch):
     assert segments() == before
 
 
+def test_a_store_that_is_lost_while_the_board_is_made_leaves_no_name():
+    class Lost(dist.Store):
+        def __init__(self):
+            super().__init__()
+            self.held = dist.HashStore()
+
+        def set(self, key, value):
+            if key == "board":
+                raise dist.DistNetworkError("connection reset")
+            for rank in "01":  # The other one is where this is, and alike.
+                self.held.set(f"card/{rank}", value)
+
+        def get(self, key):
+            return self.held.get(key)
+
+    before = segments()
+    store = Lost()
+    with pytest.raises(dist.DistNetworkError, match="connection reset"):
+        open_exchange(store, ranks=2, rank=0, experts=24)
+    assert segments() == before
+
+
 def test_a_group_on_devices_that_one_rank_has_no_board_for_is_nobodys(monkeypatch):
     names, lock = iter("12345678"), threading.Lock()
     create = _native.Board.create

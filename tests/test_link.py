@@ -126,6 +126,32 @@ def test_a_rank_that_is_calls_ahead_lets_the_others_catch_up():
     assert all(found[0][-20:]) and all(found[1][-20:]), found
 
 
+LOSES = """
+import os, sys, torch, torch.distributed as dist
+from waterfill_rs.link import Link
+rank, folder, closes = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
+link = Link(dist.FileStore(folder + "/store", 2), rank, 2)
+def gather():
+    return link.gather(torch.zeros(1, dtype=torch.int32))
+assert gather() is not None
+if rank == 1:
+    os._exit(0)
+while link._group is not None:
+    gather()
+if closes:
+    link.close()
+"""
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_process_that_looks_for_a_lost_rank_ends_as_any_other(tmp_path, closes):
+    arguments = [str(tmp_path), str(closes)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", LOSES, str(rank), *arguments]) for rank in range(2)
+    ]
+    assert [process.wait(timeout=60) for process in started] == [0, 0]
+
+
 @pytest.fixture
 def hosts():
     """Two network namespaces joined by a cable, which ``cut(True)`` cuts: their prefixes, their cards, and ``cut``."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -62,7 +63,11 @@ class Link:
         self._attempt = 0
         self._joined: tuple[Any, int] | None = None  # Of the thread, for `gather`.
         self._closed = threading.Event()
+        self._joining: list[threading.Thread] = []
         self._group: Any = self._connect(store)
+        # A thread that frees connections when the interpreter has ended aborts the process, so it is ended before.
+        most = self._limits.lost + _LONGEST_LOOK_S
+        self._end = weakref.finalize(self, _end, self._closed, self._joining, most)
 
     def gather(self, own: Tensor) -> Tensor | None:
         """All ranks' words, int32 ``[ranks, words]``; None if they did not come in time. Waits ``limits.wait`` at most.
@@ -83,8 +88,8 @@ class Link:
         return gathered
 
     def close(self) -> None:
-        """Make no new connections from now on."""
-        self._closed.set()
+        """Make no new connections from now on. Waits for the thread that did, about as long as a lost round at most."""
+        self._end()
 
     def _round(self, own: Tensor) -> tuple[str, Tensor | None]:
         """How it ended, and what it brought."""
@@ -136,9 +141,11 @@ class Link:
         )
         lost = self._group, self._pending
         self._group, self._pending, self._late = None, deque(), max(self._late, BREAK_AFTER)
-        threading.Thread(
+        thread = threading.Thread(
             target=self._join_again, args=lost, name="waterfill-link", daemon=True
-        ).start()
+        )
+        thread.start()
+        self._joining[:] = [*filter(threading.Thread.is_alive, self._joining), thread]
 
     def _go_on_with_new_connections(self) -> None:
         if self._group is None and self._joined is not None:
@@ -155,7 +162,7 @@ class Link:
         self._make_new_connections()
         # Freed with work to do, a group waits for it, and everybody with it: so this thread keeps the lost one.
         while not all(work.is_completed() for work in pending):
-            time.sleep(_LONGEST_LOOK_S)
+            time.sleep(_LOOK_S)
 
     def _make_new_connections(self) -> None:
         looks = _LOOK_S
@@ -199,3 +206,10 @@ class Link:
         first = torch.tensor([self._calls + LEAST_AHEAD + int(a_second)])
         group.allreduce([first], _distributed.ReduceOp.MAX).wait()
         return group, int(first)
+
+
+def _end(closed: threading.Event, joining: list[threading.Thread], seconds: float) -> None:
+    closed.set()
+    for thread in joining:
+        if thread is not threading.current_thread():
+            thread.join(seconds)

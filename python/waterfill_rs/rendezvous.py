@@ -296,14 +296,14 @@ def _open_board(
 ) -> tuple[_native.Board | None, str]:
     """The board; or none, and why some rank could not have it. All ranks come to the same."""
     board: _native.Board | None = None
-    if rank == 0:
-        name, run = board_name(), secrets.randbits(128)
-        try:
-            board = _native.Board.create(name, ranks, experts, run)
-            store.set("board", json.dumps({"name": name, "run": f"{run:x}"}))
-        except (OSError, ValueError) as error:
-            store.set("board", json.dumps({"refused": str(error)}))
     try:
+        if rank == 0:
+            name, run = board_name(), secrets.randbits(128)
+            try:
+                board = _native.Board.create(name, ranks, experts, run)
+                store.set("board", json.dumps({"name": name, "run": f"{run:x}"}))
+            except (OSError, ValueError) as error:
+                store.set("board", json.dumps({"refused": str(error)}))
         told = json.loads(store.get("board"))
         if "refused" in told:
             return None, f"rank 0: {told['refused']}"

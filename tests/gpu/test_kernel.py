@@ -13,7 +13,8 @@ from waterfill_rs.torch import expand_topk
 
 # Each is compiled by itself.
 ALL_RANKS = [*range(1, 18), 24, 31, 32, 33, 40, 48, 63, 64, 65, 72, 144, 256, 1024]
-ALL_ROWS = [0, 1, 7, 8, 32, 128, 1000, 1024, 1025, 4096, 16384]
+# With 2049 a cluster's last blocks have none.
+ALL_ROWS = [0, 1, 7, 8, 32, 128, 256, 257, 1000, 1024, 1025, 2049, 4096, 16384]
 
 
 @functools.lru_cache(maxsize=64)
@@ -34,7 +35,7 @@ def check(seed, rows, top_k, experts, ranks, *, ids=torch.int32, weights=torch.f
     rank = seed % ranks
     run = expander(experts, ranks, rank, top_k, ids, weights)
     if rows > run.max_rows:
-        return
+        pytest.skip(f"{rows} rows: at most {run.max_rows} fit this device's shared memory")
     topk_ids, topk_weights = batch(seed, rows, top_k, experts, ids=ids, weights=weights, **options)
     case = f"{rows} rows, top {top_k}, {experts} experts on {ranks} ranks, rank {rank}"
     there = (topk_ids.cuda(), topk_weights.cuda())

@@ -70,7 +70,8 @@ __device__ __forceinline__ bool take(const Args &args, u32 *quotas, u32 sequence
 __device__ __forceinline__ bool tries_again(const Args &args, u32 *quotas, u32 sequence, u32 failures) {
     u32 seldom = 1u << at_most(failures - BREAK_AFTER, MOST_SELDOM);
     u64 sum = 0;
-    return sequence % seldom == 0 && sequence > 1 && take(args, quotas, sequence - 1, &sum);
+    u32 previous = sequence > 1 ? sequence - 1 : ALL;
+    return sequence % seldom == 0 && take(args, quotas, previous, &sum);
 }
 
 // A warp waits for this call's quotas, at most `cap_ns`; `quotas` has them if the outcome is TALLY_LIVE.

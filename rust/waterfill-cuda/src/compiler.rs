@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, CString};
 use std::fs;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
 use std::path::{Path, PathBuf};
 
 use cudarc::nvrtc::sys;
@@ -87,7 +87,7 @@ impl Compiler {
         let source = source(shape, clustered);
         let options = [format!("--gpu-architecture=sm_{architecture}"), "--std=c++17".into()];
         let file = self.cache.as_ref().map(|folder| folder.join(self.name(&source, &options)));
-        if let Some(code) = file.as_ref().and_then(|file| fs::read(file).ok()) {
+        if let Some(code) = file.as_ref().and_then(|file| kept(file)) {
             return Ok(code);
         }
         let code = compile(&source, &options)?;
@@ -117,13 +117,33 @@ impl Compiler {
     }
 }
 
-/// Write it beside and rename: whoever reads finds all of it, and of two writers the last wins.
+/// What `keep` wrote, if all of it is there. The driver is told no length: it would read past the end of a file that a
+/// crash of the machine left short or empty, at every start from then on.
+fn kept(file: &Path) -> Option<Vec<u8>> {
+    let mut code = fs::read(file).ok()?;
+    let hash = code.split_off(code.len().checked_sub(size_of::<u64>())?);
+    (hash == hash_of(&code)).then_some(code)
+}
+
+/// Write it beside, with its hash behind it, and rename: whoever reads finds all of it, and of several writers the last
+/// wins. Beside is a file of this call's own: other threads keep the same kernel, and other containers' processes have
+/// the same number.
 fn keep(file: &Path, code: &[u8]) -> std::io::Result<()> {
     let folder = file.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
-    let beside = file.with_extension(format!("{}.part", std::process::id()));
-    fs::write(&beside, code)?;
-    fs::rename(&beside, file)
+    let own = RandomState::new().hash_one(std::process::id());
+    let beside = file.with_extension(format!("{own:016x}.part"));
+    let written = fs::write(&beside, [code, &hash_of(code)].concat())
+        .and_then(|()| fs::rename(&beside, file));
+    written.inspect_err(|_| {
+        let _ = fs::remove_file(&beside);
+    })
+}
+
+fn hash_of(code: &[u8]) -> [u8; size_of::<u64>()] {
+    let mut hasher = DefaultHasher::new();
+    code.hash(&mut hasher);
+    hasher.finish().to_ne_bytes()
 }
 
 fn compile(source: &str, options: &[String]) -> Result<Vec<u8>> {
@@ -185,4 +205,49 @@ fn check(call: &'static str, result: sys::nvrtcResult) -> Result<()> {
         return Ok(());
     }
     Err(Error::Compiler { call, log: format!("{result:?}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("waterfill-cuda-{name}-{}", std::process::id()))
+    }
+
+    #[test]
+    fn a_file_that_is_not_whole_is_none() {
+        let folder = folder("cut");
+        let file = folder.join("code.cubin");
+        let code: Vec<u8> = (0..100).collect();
+        keep(&file, &code).unwrap();
+        assert_eq!(kept(&file), Some(code));
+        let whole = fs::read(&file).unwrap();
+        for length in 0..whole.len() {
+            fs::write(&file, &whole[..length]).unwrap();
+            assert_eq!(kept(&file), None, "{length} of {} bytes", whole.len());
+        }
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn threads_that_keep_the_same_kernel_do_not_cut_each_others() {
+        let folder = folder("threads");
+        let (file, code) = (folder.join("code.cubin"), vec![7; 1 << 20]);
+        keep(&file, &code).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..20 {
+                        keep(&file, &code).unwrap();
+                        assert!(kept(&file).is_some_and(|found| found == code));
+                    }
+                });
+            }
+        });
+        let files: Vec<_> =
+            fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path()).collect();
+        assert_eq!(files, [file]);
+        fs::remove_dir_all(folder).unwrap();
+    }
 }

@@ -283,56 +283,27 @@ impl<T: Copy + Default> Slot<T> {
     }
 }
 
-/// Host memory of this process's own that the device may read and write, as long as one of its users lives.
-#[derive(Debug)]
-pub(crate) struct Registered {
-    host: usize,
-    device: sys::CUdeviceptr,
-}
+/// Where the device sees host memory, by its address in this process: the driver refuses to register memory twice.
+static REGISTERED: Mutex<BTreeMap<usize, sys::CUdeviceptr>> = Mutex::new(BTreeMap::new());
 
-/// What is registered, by address: how many use it, and where the device sees it. The driver refuses to register
-/// memory twice, so its calls are made under the lock: nobody finds memory that is about to be given up.
-static REGISTERED: Mutex<BTreeMap<usize, (usize, sys::CUdeviceptr)>> = Mutex::new(BTreeMap::new());
-
-impl Registered {
-    /// The memory at `address`, registered now or already.
-    ///
-    /// # Safety
-    /// `address` is that of `bytes` mapped bytes, which stay mapped as long as this lives and as long as
-    /// any launch that was given them runs.
-    pub unsafe fn new(address: usize, bytes: usize) -> Result<Self> {
-        let mut all = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
-        let (users, device) = match all.get(&address) {
-            Some(&(users, device)) => (users + 1, device),
-            None => (1, register(address as *mut c_void, bytes)?),
-        };
-        all.insert(address, (users, device));
-        Ok(Self { host: address, device })
+/// Host memory of this process's own that the device may read and write from now on, and where the device sees it. It
+/// is never given up, for the reason that a [`Kernel`] is not unloaded; and whoever drops a runner, such as a garbage
+/// collector, has no context to do it in, and may do it while a launch runs or another thread captures.
+///
+/// # Safety
+/// `address` is that of `bytes` mapped bytes, which stay mapped as long as the process lives.
+pub(crate) unsafe fn register(address: usize, bytes: usize) -> Result<sys::CUdeviceptr> {
+    let mut all = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(&device) = all.get(&address) {
+        return Ok(device);
     }
-
-    pub fn device(&self) -> u64 {
-        self.device
-    }
-}
-
-fn register(host: *mut c_void, bytes: usize) -> Result<sys::CUdeviceptr> {
+    let host = address as *mut c_void;
     // Portable: for every context of this process; device map: at an address that kernels can use.
     let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
     call!(cuMemHostRegister_v2, host, bytes, flags)?;
-    ask!(cuMemHostGetDevicePointer_v2, host, 0).inspect_err(|_| {
+    let device = ask!(cuMemHostGetDevicePointer_v2, host, 0).inspect_err(|_| {
         let _ = call!(cuMemHostUnregister, host);
-    })
-}
-
-impl Drop for Registered {
-    fn drop(&mut self) {
-        let mut all = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
-        match all.get_mut(&self.host) {
-            Some((users, _)) if *users > 1 => *users -= 1,
-            _ => {
-                all.remove(&self.host);
-                let _ = call!(cuMemHostUnregister, self.host as *mut c_void);
-            }
-        }
-    }
+    })?;
+    all.insert(address, device);
+    Ok(device)
 }

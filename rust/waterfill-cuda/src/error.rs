@@ -31,13 +31,6 @@ pub enum Error {
         /// Its log, or its result's name.
         log: String,
     },
-    /// The cache's folder or a file in it.
-    Cache {
-        /// Where.
-        path: std::path::PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
     /// A shape or an argument that does not fit.
     Argument(String),
     /// A shape that the core refuses, in its words.
@@ -50,7 +43,6 @@ impl fmt::Display for Error {
             Self::Library { name, reason } => write!(f, "{name} cannot be used: {reason}"),
             Self::Driver { call, name, code } => write!(f, "{call} failed: {name} ({code})"),
             Self::Compiler { call, log } => write!(f, "{call} failed: {log}"),
-            Self::Cache { path, source } => write!(f, "{}: {source}", path.display()),
             Self::Argument(text) => f.write_str(text),
             Self::Core(error) => error.fmt(f),
         }
@@ -60,7 +52,6 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Cache { source, .. } => Some(source),
             Self::Core(error) => Some(error),
             _ => None,
         }

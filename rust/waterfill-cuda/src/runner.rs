@@ -6,9 +6,7 @@ use waterfill_board::RING;
 
 use crate::args::{Args, COUNT, GIVEN, LIVE, OWN, State};
 use crate::compiler::Compiler;
-use crate::driver::{
-    Current, Device, Kernel, Launch, OwnStream, Registered, Relaxed, Slot, Stream,
-};
+use crate::driver::{Current, Device, Kernel, Launch, OwnStream, Relaxed, Slot, Stream, register};
 use crate::error::{Error, Result};
 use crate::shape::{Geometry, IdType, Shape, WeightType};
 
@@ -20,13 +18,12 @@ const WITH_CLUSTERS: u32 = 90;
 /// One rank's kernel and its state on one device. Its launches are for one stream at a time.
 #[derive(Debug)]
 pub struct Runner {
-    // Dropped in this order, all while the device's context lives.
-    board: Option<Registered>,
     state: Slot<State>,
     kernel: Kernel,
     /// For calls of more rows than one block takes, where the device has clusters.
     cluster: Option<Cluster>,
     device: Device,
+    has_board: bool,
     shape: Shape,
     shared: usize,
     /// What every call has in common.
@@ -129,7 +126,8 @@ impl Runner {
         let state = Slot::new()?;
         let args = common_args(&shape, rank, state.address());
         drop((relaxed, current));
-        let runner = Self { board: None, state, kernel, cluster, device, shape, shared, args };
+        let has_board = false;
+        let runner = Self { state, kernel, cluster, device, has_board, shape, shared, args };
         runner.warm()?;
         Ok(runner)
     }
@@ -140,8 +138,8 @@ impl Runner {
     /// A board of another shape, or memory that the driver cannot register.
     ///
     /// # Safety
-    /// At `board.address` are the words of a board of its shape, mapped until every runner that is attached
-    /// to it is dropped, and every graph that captured one's launches; and nobody else posts for this rank.
+    /// At `board.address` are the words of a board of its shape, mapped as long as the process lives; and nobody else
+    /// posts for this rank.
     pub unsafe fn attach(&mut self, board: Board) -> Result<()> {
         let (shape, rank) = (board.shape, self.args.rank as usize);
         let per_expert = shape.experts == self.shape.experts;
@@ -153,11 +151,8 @@ impl Runner {
         }
         let _current = self.device.current()?;
         let _relaxed = Relaxed::new()?;
-        self.board = None;
         // SAFETY: the caller's promise.
-        let registered =
-            unsafe { Registered::new(board.address, shape.words() * size_of::<u64>())? };
-        self.args.board = registered.device();
+        self.args.board = unsafe { register(board.address, shape.words() * size_of::<u64>())? };
         self.args.counts_at = shape.counts(0, rank) as u32;
         self.args.quotas_at = shape.quotas(0, rank) as u32;
         self.args.slot_words = (shape.counts(1, rank) - shape.counts(0, rank)) as u32;
@@ -165,7 +160,7 @@ impl Runner {
         self.args.posts_experts = u32::from(shape.experts != shape.ranks);
         self.args.counts_stride = shape.counts_stride() as u32;
         self.args.tally_at = shape.rank_tally(rank) as u32 + 1;
-        self.board = Some(registered);
+        self.has_board = true;
         Ok(())
     }
 
@@ -199,8 +194,8 @@ impl Runner {
     ///
     /// # Safety
     /// The addresses are those of arrays of the shape's types and the lengths that [`Call`] names, alive
-    /// until the launch (and each replay of a graph with it) has run; outputs are not written by others
-    /// meanwhile. Launches of one runner run one after the other.
+    /// until the launch (and each replay of a graph with it) has run; nothing of it is written by others
+    /// meanwhile: blocks that saw different quotas would wait for each other at different places. Launches of one runner run one after the other.
     pub unsafe fn launch(&self, call: &Call, stream: usize) -> Result<()> {
         let current = self.device.current()?;
         // SAFETY: the caller's promise.
@@ -231,7 +226,7 @@ impl Runner {
         match call.quotas {
             Quotas::Own => args.mode = OWN,
             Quotas::Given { address } => (args.mode, args.quotas) = (GIVEN, address),
-            Quotas::Live { .. } | Quotas::Gathered { .. } if self.board.is_none() => {
+            Quotas::Live { .. } | Quotas::Gathered { .. } if !self.has_board => {
                 return Err(Error::Argument(
                     "live quotas without a board: attach one first".into(),
                 ));

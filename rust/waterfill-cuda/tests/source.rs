@@ -37,6 +37,14 @@ fn every_variant_compiles() {
             }
         }
     }
+    // Arrays, loops and ballots depend on the number of ranks: around a warp, around 16, both ends.
+    for ranks in [1, 16, 17, 32, 33, 1024] {
+        for (clustered, top_k) in [(false, 7), (true, 32)] {
+            let shape =
+                Shape { ranks, experts: ranks, ..shape(top_k, IdType::I64, WeightType::Bf16) };
+            compiler.compile(&shape, clustered, 90).unwrap();
+        }
+    }
     for architecture in ARCHITECTURES {
         compiler
             .compile(&shape(6, IdType::I32, WeightType::F32), architecture >= 90, architecture)
@@ -53,10 +61,16 @@ fn what_was_compiled_is_found_again() {
     let files: Vec<_> =
         std::fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path()).collect();
     assert_eq!(files.len(), 1, "{files:?}");
-    // What is there is taken as it is.
-    std::fs::write(&files[0], b"kept").unwrap();
-    assert_eq!(compiler.compile(&shape, false, 90).unwrap(), b"kept");
-    assert_ne!(code, b"kept");
+    // It is taken as it is; what a crash of the machine left of it is not.
+    let (whole, written) = (&files[0], || files[0].metadata().unwrap().modified().unwrap());
+    let before = written();
+    assert_eq!(compiler.compile(&shape, false, 90).unwrap(), code);
+    assert_eq!(written(), before, "it was compiled again");
+    for left in [b"".as_slice(), &code[..code.len() / 2]] {
+        std::fs::write(whole, left).unwrap();
+        assert_eq!(compiler.compile(&shape, false, 90).unwrap(), code);
+        assert!(std::fs::read(whole).unwrap().len() > code.len(), "it was not kept anew");
+    }
     std::fs::remove_dir_all(folder).unwrap();
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use waterfill_board::{Region, Shared, Tally};
+use waterfill_board::{Region, Tally};
 use waterfill_cuda::{Board, Call, Compiler, IdType, Quotas, Runner, Shape, WeightType};
 
 use crate::board::PyBoard;
@@ -19,8 +19,6 @@ pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
 #[pyclass(name = "CudaRunner", frozen)]
 struct PyCudaRunner {
     inner: Runner,
-    /// Dropped after the runner, which has its memory registered.
-    _board: Option<Arc<Shared>>,
 }
 
 #[pymethods]
@@ -54,12 +52,13 @@ impl PyCudaRunner {
                 let mut inner = Runner::new(device, shape, rank, &compiler)?;
                 if let Some((memory, shape)) = &board {
                     let address = memory.words().as_ptr() as usize;
-                    // SAFETY: these are the words of a board of that shape, and stay mapped as long as
-                    // `_board` holds them, which outlives the runner.
+                    // Launches, and graphs that captured them, may outlive every object of Python's.
+                    std::mem::forget(Arc::clone(memory));
+                    // SAFETY: these are the words of a board of that shape, mapped for good as of the line above.
                     unsafe { inner.attach(Board { address, shape: *shape })? };
                     Tally::announce(memory, *shape, rank);
                 }
-                Ok(Self { inner, _board: board.map(|(memory, _)| memory) })
+                Ok(Self { inner })
             })
         })
     }
