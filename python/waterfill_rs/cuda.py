@@ -60,7 +60,8 @@ class Expander:
         device: a CUDA device.
         ids: dtype of the ids.
         weights: dtype of the weights.
-        board: where ranks and planner meet. Its experts are ``physical_experts``, or ``ranks`` for loads alone.
+        board: where ranks and planner meet. Its experts are ``physical_experts``, or ``ranks`` for loads alone. It stays
+            mapped until the process ends, because graphs may.
 
     Raises:
         ValueError: a shape, rank, dtype or board that does not fit.
