@@ -89,3 +89,19 @@ def test_bad_input_is_refused_with_its_numbers(name):
     ids, weights, changes, text = REFUSED[name]
     with pytest.raises(ValueError, match=text):
         expand_topk(ids, weights, **{**GOOD, **changes})
+
+
+def test_a_user_without_a_home_keeps_no_kernels(monkeypatch):
+    import pwd
+
+    from waterfill_rs import cuda
+
+    def unknown(user):
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cuda._cache() == "/somewhere/waterfill-rs"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cuda._cache() is None

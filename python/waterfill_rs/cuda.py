@@ -41,22 +41,27 @@ def find_nvrtc() -> str | None:
     return None
 
 
-def _cache() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(base) / "waterfill-rs")
+def _cache() -> str | None:
+    """Where compiled kernels are kept; None, where every start compiles, for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return str((Path(base) if base else Path.home() / ".cache") / "waterfill-rs")
+    except RuntimeError:
+        return None
 
 
 class Expander:
     """One rank's kernel and its state on one device, for one stream at a time.
 
-    Make it before a graph is captured: the first one of its kind compiles. With a board, every call posts its
-    counts there; without, plans are from own counts or given.
+    Make it before a graph is captured: the first one of its kind compiles. With a board, calls with ``cap_us`` post
+    their counts there, and all ranks make as many of them; plans of others are from own counts or given.
 
     Args:
         device: a CUDA device.
         ids: dtype of the ids.
         weights: dtype of the weights.
-        board: where ranks and planner meet. Its experts are ``physical_experts``, or ``ranks`` for loads alone.
+        board: where ranks and planner meet. Its experts are ``physical_experts``, or ``ranks`` for loads alone. It stays
+            mapped until the process ends, because graphs may.
 
     Raises:
         ValueError: a shape, rank, dtype or board that does not fit.
@@ -117,7 +122,7 @@ class Expander:
         """Widen ids and weights to ``[N, K + 1]``; see ``waterfill_rs.torch.expand_topk``.
 
         Args:
-            quotas: int32 ``[ranks]`` on the device; own ones if they do not add up to the tokens.
+            quotas: int32 ``[ranks]`` on the device; own ones if they do not add up to the tokens. Not with ``cap_us``.
             cap_us: wait so long for the board's plan. Without it, and without quotas: from own counts.
             gathered: int32 ``[ranks * words]`` on the device, what ``count`` wrote on each rank: posted for all of
                 them, on a board of this process alone. Without it, this rank posts its own.
@@ -129,6 +134,8 @@ class Expander:
         self._check(topk_ids, topk_weights, quotas, num_token_non_padded)
         if cap_us is not None and not self._has_board:
             raise ValueError(f"cap_us {cap_us} without a board: give the Expander one")
+        if cap_us is not None and quotas is not None:
+            raise ValueError(f"cap_us {cap_us} with quotas, which post nothing: give one of them")
         if gathered is not None:
             if cap_us is None:
                 raise ValueError("gathered counts without cap_us: give the longest wait")

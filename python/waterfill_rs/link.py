@@ -165,7 +165,7 @@ class Link:
             time.sleep(_LOOK_S)
 
     def _make_new_connections(self) -> None:
-        looks = _LOOK_S
+        looks, level = _LOOK_S, logging.INFO
         while not self._closed.is_set():
             try:
                 # A connection of its own: a request without an answer holds the others on its connection.
@@ -175,7 +175,9 @@ class Link:
                     self._joined = self._agree(self._connect(store))
                 return
             except RuntimeError as error:
-                logger.info("waterfill-rs: exchange group: not joined yet: %s", error)
+                # The first tells; a store that is gone would fill the log.
+                logger.log(level, "waterfill-rs: exchange group: not joined yet: %s", error)
+                level = logging.DEBUG
                 self._closed.wait(looks)
                 looks = min(2 * looks, _LONGEST_LOOK_S)
 
