@@ -3,6 +3,8 @@
 use std::ffi::{CStr, CString};
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use cudarc::nvrtc::sys;
@@ -87,7 +89,7 @@ impl Compiler {
         let source = source(shape, clustered);
         let options = [format!("--gpu-architecture=sm_{architecture}"), "--std=c++17".into()];
         let file = self.cache.as_ref().map(|folder| folder.join(self.name(&source, &options)));
-        if let Some(code) = file.as_ref().and_then(|file| fs::read(file).ok()) {
+        if let Some(code) = file.as_ref().and_then(|file| kept(file).ok()) {
             return Ok(code);
         }
         let code = compile(&source, &options)?;
@@ -117,12 +119,27 @@ impl Compiler {
     }
 }
 
+/// What this user kept there. A file that others could have written is none: it would run as ours.
+fn kept(file: &Path) -> std::io::Result<Vec<u8>> {
+    let mut opened = fs::File::open(file)?;
+    let found = opened.metadata()?;
+    let own = fs::metadata("/proc/self")?.uid();
+    if found.uid() != own || found.mode() & 0o022 != 0 {
+        return Err(std::io::ErrorKind::PermissionDenied.into());
+    }
+    let mut code = Vec::new();
+    opened.read_to_end(&mut code)?;
+    Ok(code)
+}
+
 /// Write it beside and rename: whoever reads finds all of it, and of two writers the last wins.
 fn keep(file: &Path, code: &[u8]) -> std::io::Result<()> {
     let folder = file.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
     let beside = file.with_extension(format!("{}.part", std::process::id()));
-    fs::write(&beside, code)?;
+    let _ = fs::remove_file(&beside);
+    let mut new = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+    new.write_all(code)?;
     fs::rename(&beside, file)
 }
 
@@ -185,4 +202,33 @@ fn check(call: &'static str, result: sys::nvrtcResult) -> Result<()> {
         return Ok(());
     }
     Err(Error::Compiler { call, log: format!("{result:?}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    #[test]
+    fn a_kept_kernel_that_others_could_have_written_is_not_read() {
+        let folder = std::env::temp_dir().join(format!("waterfill-kept-{}", std::process::id()));
+        let file = folder.join("one.cubin");
+        keep(&file, b"code").expect("kept");
+        assert_eq!(fs::metadata(&file).expect("there").mode() & 0o777, 0o600);
+        assert_eq!(kept(&file).expect("ours"), b"code");
+        for mode in [0o620, 0o602, 0o666] {
+            fs::set_permissions(&file, fs::Permissions::from_mode(mode)).expect("ours");
+            assert!(kept(&file).is_err(), "{mode:o}");
+        }
+        keep(&file, b"anew").expect("replaced");
+        assert_eq!(kept(&file).expect("ours again"), b"anew");
+        // A link that waits where the new file is written is not followed.
+        let (beside, target) =
+            (file.with_extension(format!("{}.part", std::process::id())), folder.join("target"));
+        symlink(&target, &beside).expect("a link");
+        keep(&file, b"code").expect("kept");
+        assert!(!target.exists());
+        fs::remove_dir_all(folder).expect("ours");
+    }
 }
