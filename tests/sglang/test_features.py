@@ -1,6 +1,9 @@
 """What meets Waterfill in a server: redundant experts, EPLB, draft models, padding, elastic EP, determinism."""
 
+import argparse
+import inspect
 import logging
+import re
 import types
 
 import pytest
@@ -9,6 +12,8 @@ pytest.importorskip("sglang", reason="sglang is not installed: make test install
 
 import torch
 from inside import EXPERTS, RANK, RANKS, TOKENS, TOP_K, hash_layer, level_of, prepare, routed_only
+
+from waterfill_rs.sglang import verdict
 
 REDUNDANT = 16
 PHYSICAL = EXPERTS + REDUNDANT
@@ -185,6 +190,20 @@ def test_a_panic_while_a_kernel_is_made_is_a_reason(monkeypatch):
     monkeypatch.setattr(cuda, "Expander", panics)
     (reason,) = verdict.against_device(torch.device("cuda"))
     assert "no kernel can be made for cuda" in reason and DEFECT in reason
+
+
+def test_sglang_has_every_argument_that_is_looked_at(sglang):
+    """One that is gone would be read as off."""
+    from sglang.srt.runtime_context import get_server_args
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    read = re.findall(r'getattr\(arguments, "(\w+)"', inspect.getsource(verdict))
+    assert len(set(read)) == 5
+    for name in (*read, "enable_waterfill"):
+        assert hasattr(get_server_args(), name), name
+    assert {"use_ray", "enable_waterfill"} <= {action.dest for action in parser._actions}
 
 
 def test_two_streams_at_once_leave_sglangs_own_and_say_so(sglang, arguments, caplog):

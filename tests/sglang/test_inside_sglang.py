@@ -42,6 +42,14 @@ def test_every_name_of_the_classes_is_ours(sglang):
         assert getattr(expert_distribution, name) is gatherer
 
 
+def test_the_doctors_look_sees_every_class_that_is_ours(sglang):
+    from waterfill_rs.sglang import loaded_hooks, plugin
+
+    found = loaded_hooks.found()
+    assert set(plugin.hooked) < set(found) and all(found.values())
+    assert len(found) == 9
+
+
 def test_hash_layer_refuses_to_run_before_preparation(sglang):
     layer = hash_layer(sglang)
     with pytest.raises(RuntimeError, match="must be prepared by ModelRunner"):

@@ -82,8 +82,10 @@ def replacements(seams: Seams) -> dict[str, type]:
     """By name of sglang's class: ours, for both gatherers that count what is received."""
     names = ("_DeepepNormalSinglePassGatherer", "_DeepepLowLatencySinglePassGatherer")
     targets = [f"{seams.gatherers}.{name}" for name in names]
+    # Without the name, Python takes that of its module `abc`, which makes such classes.
+    body = {"__module__": __name__}
     return {
-        target: type(f"RoutedOnly{target.rpartition('.')[2]}", (_RoutedOnly, resolve(target)), {})
+        target: type(f"RoutedOnly{target.rpartition('.')[2]}", (_RoutedOnly, resolve(target)), body)
         for target in targets
     }
 

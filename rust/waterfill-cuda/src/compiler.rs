@@ -3,6 +3,8 @@
 use std::ffi::{CStr, CString};
 use std::fs;
 use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
+use std::io::{Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use cudarc::nvrtc::sys;
@@ -117,10 +119,18 @@ impl Compiler {
     }
 }
 
-/// What `keep` wrote, if all of it is there. The driver is told no length: it would read past the end of a file that a
-/// crash of the machine left short or empty, at every start from then on.
+/// What this user kept there, if all of it is there. The driver is told no length: it would read past the end of a
+/// file that a crash of the machine left short, at every start from then on. And a file that others could have written
+/// is none: it would run as ours.
 fn kept(file: &Path) -> Option<Vec<u8>> {
-    let mut code = fs::read(file).ok()?;
+    let mut opened = fs::File::open(file).ok()?;
+    let found = opened.metadata().ok()?;
+    let own = fs::metadata("/proc/self").ok()?.uid();
+    if found.uid() != own || found.mode() & 0o022 != 0 {
+        return None;
+    }
+    let mut code = Vec::new();
+    opened.read_to_end(&mut code).ok()?;
     let hash = code.split_off(code.len().checked_sub(size_of::<u64>())?);
     (hash == hash_of(&code)).then_some(code)
 }
@@ -133,7 +143,10 @@ fn keep(file: &Path, code: &[u8]) -> std::io::Result<()> {
     fs::create_dir_all(folder)?;
     let own = RandomState::new().hash_one(std::process::id());
     let beside = file.with_extension(format!("{own:016x}.part"));
-    let written = fs::write(&beside, [code, &hash_of(code)].concat())
+    let mut new = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+    let written = new
+        .write_all(code)
+        .and_then(|()| new.write_all(&hash_of(code)))
         .and_then(|()| fs::rename(&beside, file));
     written.inspect_err(|_| {
         let _ = fs::remove_file(&beside);
@@ -209,6 +222,8 @@ fn check(call: &'static str, result: sys::nvrtcResult) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn folder(name: &str) -> PathBuf {
@@ -248,6 +263,22 @@ mod tests {
         let files: Vec<_> =
             fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path()).collect();
         assert_eq!(files, [file]);
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_kept_kernel_that_others_could_have_written_is_not_read() {
+        let folder = folder("kept");
+        let file = folder.join("one.cubin");
+        keep(&file, b"code").unwrap();
+        assert_eq!(fs::metadata(&file).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(kept(&file).unwrap(), b"code");
+        for mode in [0o620, 0o602, 0o666] {
+            fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(kept(&file), None, "{mode:o}");
+        }
+        keep(&file, b"anew").unwrap();
+        assert_eq!(kept(&file).unwrap(), b"anew");
         fs::remove_dir_all(folder).unwrap();
     }
 }
