@@ -45,7 +45,7 @@ test-rust: test-models ## the core against its oracle, the board with processes 
 test-models: ## the board under loom (all interleavings) and shuttle (random schedules)
 	RUSTFLAGS="--cfg loom" cargo test --release --package waterfill-board --lib --test loom --target-dir target/loom
 	RUSTFLAGS="--cfg shuttle" cargo test --release --package waterfill-board --test shuttle --target-dir target/shuttle
-test-kernels: .venv/test ## every variant of the kernel compiled by the NVRTC of torch's wheels; no GPU
+test-kernels: .venv/test ## the kernel's source run on the CPU; every variant compiled by the NVRTC of torch's wheels; no GPU
 	NVRTC=$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/nvidia/*/lib/libnvrtc.so.1[0-9] | head -n 1) \
 	  cargo test --release --package waterfill-cuda
 test-python: .venv/test .venv/native ## the package, its wheel alone, and sglang

@@ -10,6 +10,8 @@ static constexpr u32 BREAK_AFTER = 2;
 static constexpr u32 MOST_SELDOM = 6;
 
 __device__ __forceinline__ u32 next_sequence(u32 last) { return last == ALL ? 1 : last + 1; }
+// For the first call it is the one before the wrap, which fresh memory does not hold.
+__device__ __forceinline__ u32 previous_sequence(u32 sequence) { return sequence == 1 ? ALL : sequence - 1; }
 
 __device__ __forceinline__ u64 *in_slot(const Args &args, u32 at, u32 sequence) {
     return args.board + (u64)(sequence % args.ring) * args.slot_words + at;
@@ -70,8 +72,7 @@ __device__ __forceinline__ bool take(const Args &args, u32 *quotas, u32 sequence
 __device__ __forceinline__ bool tries_again(const Args &args, u32 *quotas, u32 sequence, u32 failures) {
     u32 seldom = 1u << at_most(failures - BREAK_AFTER, MOST_SELDOM);
     u64 sum = 0;
-    u32 previous = sequence > 1 ? sequence - 1 : ALL;
-    return sequence % seldom == 0 && take(args, quotas, previous, &sum);
+    return sequence % seldom == 0 && take(args, quotas, previous_sequence(sequence), &sum);
 }
 
 // A warp waits for this call's quotas, at most `cap_ns`; `quotas` has them if the outcome is TALLY_LIVE.

@@ -10,6 +10,8 @@
 mod args;
 mod compiler;
 mod driver;
+#[cfg(test)]
+mod emulated;
 mod error;
 mod library;
 mod runner;

@@ -141,7 +141,7 @@ impl Runner {
     /// At `board.address` are the words of a board of its shape, mapped as long as the process lives; and nobody else
     /// posts for this rank.
     pub unsafe fn attach(&mut self, board: Board) -> Result<()> {
-        let (shape, rank) = (board.shape, self.args.rank as usize);
+        let shape = board.shape;
         let per_expert = shape.experts == self.shape.experts;
         if shape.ranks != self.shape.ranks || !(per_expert || shape.experts == shape.ranks) {
             return Err(Error::Argument(format!(
@@ -152,14 +152,8 @@ impl Runner {
         let _current = self.device.current()?;
         let _relaxed = Relaxed::new()?;
         // SAFETY: the caller's promise.
-        self.args.board = unsafe { register(board.address, shape.words() * size_of::<u64>())? };
-        self.args.counts_at = shape.counts(0, rank) as u32;
-        self.args.quotas_at = shape.quotas(0, rank) as u32;
-        self.args.slot_words = (shape.counts(1, rank) - shape.counts(0, rank)) as u32;
-        self.args.ring = RING as u32;
-        self.args.posts_experts = u32::from(shape.experts != shape.ranks);
-        self.args.counts_stride = shape.counts_stride() as u32;
-        self.args.tally_at = shape.rank_tally(rank) as u32 + 1;
+        let address = unsafe { register(board.address, shape.words() * size_of::<u64>())? };
+        self.args = with_board(self.args, &shape, address);
         self.has_board = true;
         Ok(())
     }
@@ -305,7 +299,7 @@ fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-fn with_cut(args: Args, cut: &Geometry) -> Args {
+pub(crate) fn with_cut(args: Args, cut: &Geometry) -> Args {
     Args {
         rows_per_block: cut.rows_per_block as u32,
         counts_bytes: cut.counts_at as u32,
@@ -314,6 +308,22 @@ fn with_cut(args: Args, cut: &Geometry) -> Args {
         given_bytes: cut.given_at as u32,
         table_bytes: cut.table_at as u32,
         table_stride: cut.table_stride as u32,
+        ..args
+    }
+}
+
+/// To take part in a board of this shape, whose first word the device finds at `address`.
+pub(crate) fn with_board(args: Args, shape: &waterfill_board::Shape, address: u64) -> Args {
+    let rank = args.rank as usize;
+    Args {
+        board: address,
+        counts_at: shape.counts(0, rank) as u32,
+        quotas_at: shape.quotas(0, rank) as u32,
+        slot_words: (shape.counts(1, rank) - shape.counts(0, rank)) as u32,
+        ring: RING as u32,
+        posts_experts: u32::from(shape.experts != shape.ranks),
+        counts_stride: shape.counts_stride() as u32,
+        tally_at: shape.rank_tally(rank) as u32 + 1,
         ..args
     }
 }
@@ -353,7 +363,7 @@ fn cluster(
     Ok(most_blocks.map(|most_blocks| Cluster { kernel, most_blocks }))
 }
 
-fn common_args(shape: &Shape, rank: usize, state: u64) -> Args {
+pub(crate) fn common_args(shape: &Shape, rank: usize, state: u64) -> Args {
     let experts_per_rank = shape.experts / shape.ranks;
     Args {
         state,
@@ -365,7 +375,7 @@ fn common_args(shape: &Shape, rank: usize, state: u64) -> Args {
     }
 }
 
-fn weight_bits(kind: WeightType, weight: f32) -> u32 {
+pub(crate) fn weight_bits(kind: WeightType, weight: f32) -> u32 {
     match kind {
         WeightType::F32 => weight.to_bits(),
         WeightType::Bf16 => {

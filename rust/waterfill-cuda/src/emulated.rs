@@ -1,0 +1,233 @@
+//! The kernel's own source, run on the CPU, gives what the core gives, bit for bit: without a GPU.
+//!
+//! All of the source but ptx.cuh is compiled as C++ (`device.rs`), CUDA's threads being fibers (`threads.h`), and
+//! launched as the runner launches it. So a wrong kernel is noticed wherever these tests run; defects that are planted
+//! in the source show that. What cannot be noticed so: docs/gpu.md.
+
+mod batch;
+mod device;
+mod live;
+mod rank;
+
+use std::ffi::OsString;
+
+use waterfill_core::{Bf16, Weight};
+
+use self::batch::AnyId;
+use self::device::Emulated;
+use self::live::{Live, Plan};
+use self::rank::{Checked, Rank};
+use crate::shape::{IdType, Shape, WeightType};
+
+/// Both sides of what one block takes, of a warp, and of blocks that share the rest unevenly.
+const ROWS: [usize; 12] = [0, 1, 7, 32, 100, 128, 256, 257, 300, 700, 1000, 2500];
+/// Enough of them for a kernel that is wrong.
+const FEW_ROWS: [usize; 5] = [7, 40, 256, 300, 700];
+const LIVE_ROWS: [usize; 7] = [0, 1, 7, 40, 128, 300, 600];
+const PLANS: [Plan; 8] = [
+    Plan::Whole,
+    Plan::Whole,
+    Plan::Arriving,
+    Plan::Arriving,
+    Plan::Missing,
+    Plan::Partial,
+    Plan::Late,
+    Plan::Wrong,
+];
+/// Calls over one board: after which sequence, how many, and how many of them are late. From the start; over the
+/// sequence's wrap, with a breaker that is to close there; and until tries are as seldom as they get.
+const SCRIPTS: [(u32, usize, usize); 3] = [(0, 30, 0), (u32::MAX - 2, 12, 3), (128, 130, 130)];
+
+/// Calls without a board, then some over boards.
+fn checks<I: AnyId, W: Weight>(rank: &mut Rank, rows: &[usize]) -> Checked {
+    for &rows in rows {
+        rank.checks::<I, W>(rows).map_err(|error| format!("{rows} rows: {error}"))?;
+    }
+    for (by_expert, gathered) in [(true, false), (false, false), (true, true), (false, true)] {
+        for script in SCRIPTS {
+            checks_live::<I, W>(rank, by_expert, gathered, script).map_err(|error| {
+                format!("counts by expert {by_expert}, gathered {gathered}, {error}")
+            })?;
+        }
+    }
+    rank.warms()
+}
+
+fn checks_live<I: AnyId, W: Weight>(
+    rank: &mut Rank,
+    by_expert: bool,
+    gathered: bool,
+    (last, calls, late): (u32, usize, usize),
+) -> Checked {
+    let mut live = Live::new(rank, by_expert, last);
+    for call in 0..calls {
+        let random = &mut live.rank.random;
+        let (plan, rows) = match call < late {
+            true => (Plan::Late, 1),
+            false => (random.pick(&PLANS), random.pick(&LIVE_ROWS)),
+        };
+        live.calls::<I, W>(rows, plan, gathered)
+            .map_err(|error| format!("call {call} after {last}, {plan:?}, {rows} rows: {error}"))?;
+    }
+    Ok(())
+}
+
+/// A shape's kernel, its source as `edit` gives it.
+fn check(
+    compiler: &OsString,
+    shape: Shape,
+    rows: &[usize],
+    edit: impl Fn(String) -> String,
+) -> Checked {
+    let compile = |shape: &Shape, clustered| Emulated::new(compiler, shape, clustered, &edit);
+    let mut rank = Rank::new(shape, &compile);
+    let checked = match (shape.id, shape.weight) {
+        (IdType::I32, WeightType::F32) => checks::<i32, f32>(&mut rank, rows),
+        (IdType::I32, WeightType::Bf16) => checks::<i32, Bf16>(&mut rank, rows),
+        (IdType::I64, WeightType::F32) => checks::<i64, f32>(&mut rank, rows),
+        (IdType::I64, WeightType::Bf16) => checks::<i64, Bf16>(&mut rank, rows),
+    };
+    checked.map_err(|error| format!("{shape:?}, rank {}: {error}", rank.rank))
+}
+
+/// A test a shape: they run side by side.
+macro_rules! shapes {
+    ($($name:ident: $ranks:literal, $experts:literal, $top_k:literal, $id:ident, $weight:ident;)*) => {$(
+        #[test]
+        fn $name() {
+            let Some(compiler) = device::compiler() else { return };
+            let (id, weight) = (IdType::$id, WeightType::$weight);
+            let shape = Shape { ranks: $ranks, experts: $experts, top_k: $top_k, id, weight };
+            check(&compiler, shape, &ROWS, |source| source).unwrap();
+        }
+    )*};
+}
+
+shapes! {
+    equals_the_core_on_1_rank: 1, 4, 1, I32, F32;
+    equals_the_core_on_2_ranks: 2, 6, 8, I64, Bf16;
+    equals_the_core_on_3_ranks: 3, 12, 6, I32, Bf16;
+    equals_the_core_on_8_ranks: 8, 256, 6, I32, F32;
+    equals_the_core_on_12_ranks: 12, 12, 8, I64, F32;
+    equals_the_core_on_16_ranks: 16, 48, 7, I32, F32;
+    equals_the_core_on_31_ranks: 31, 62, 1, I32, F32;
+    equals_the_core_on_32_ranks: 32, 256, 8, I32, Bf16;
+    equals_the_core_on_33_ranks: 33, 66, 6, I64, F32;
+    equals_the_core_on_64_ranks: 64, 256, 6, I32, F32;
+    equals_the_core_on_72_ranks: 72, 288, 8, I64, Bf16;
+    equals_the_core_on_144_ranks: 144, 288, 6, I32, F32;
+}
+
+/// A defect: a piece of the source, what stands there instead, and a part of what has to be said of it.
+type Defect = (&'static str, &'static str, &'static str);
+
+const FEW_RANKS: Shape =
+    Shape { ranks: 8, experts: 16, top_k: 6, id: IdType::I32, weight: WeightType::F32 };
+const MANY_RANKS: Shape =
+    Shape { ranks: 33, experts: 66, top_k: 6, id: IdType::I64, weight: WeightType::Bf16 };
+
+/// Each defect, planted by itself, is noticed.
+fn notices(shape: Shape, defects: &[Defect]) {
+    let Some(compiler) = device::compiler() else { return };
+    for &(right, wrong, said) in defects {
+        let plant = |source: String| {
+            assert_eq!(source.matches(right).count(), 1, "the source has no such piece: {right}");
+            source.replace(right, wrong)
+        };
+        match check(&compiler, shape, &FEW_ROWS, plant) {
+            Ok(()) => panic!("not noticed: {wrong:?} in place of {right:?}"),
+            Err(error) => assert!(error.contains(said), "{wrong:?} for {right:?}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn notices_a_barrier_that_is_missing() {
+    let after_sharing = "        }\n    }\n    __syncthreads();\n}\n";
+    notices(
+        FEW_RANKS,
+        &[
+            ("    __syncthreads();\n\n    count_slots", "    count_slots", ""),
+            ("    __syncthreads();\n    bool plans", "    bool plans", ""),
+            ("    __syncthreads();\n#else", "#else", ""),
+            ("else __syncthreads();\n\n    u32 *left", "\n    u32 *left", ""),
+            ("        __syncthreads();\n        close_round", "        close_round", ""),
+            ("rows, WARP), round);\n        __syncthreads();", "rows, WARP), round);", ""),
+            ("sum_left(s, left);\n    __syncthreads();", "sum_left(s, left);", ""),
+            ("if (CLUSTERED) sync_blocks();", "", ""),
+            ("{\n    sync_blocks();\n    u32 *quotas", "{\n    u32 *quotas", ""),
+            (after_sharing, "        }\n    }\n}\n", ""),
+        ],
+    );
+}
+
+#[test]
+fn notices_threads_that_do_not_come() {
+    let clock = "__shfl_sync(ALL, (u32)(now_ns() - begun >= args.cap_ns), 0)";
+    let vote = "!__all_sync(ALL, (u32)(word >> 32) == sequence)";
+    let most = "__reduce_max_sync(ALL, value)";
+    notices(
+        FEW_RANKS,
+        &[
+            ("    leave_blocks();\n    place_rest", "    place_rest", "without an arrival"),
+            ("anywhere);\n    end_blocks();", "anywhere);", "ends without the wait"),
+            (most, "__reduce_max_sync(lanes_before(), value)", "for some lanes"),
+            (clock, "now_ns() - begun >= args.cap_ns", "__all_sync (board.cuh"),
+            (vote, "(u32)(word >> 32) != sequence", "some wait in"),
+        ],
+    );
+}
+
+#[test]
+fn notices_wrong_counts_and_ranks() {
+    let (id, zeroed) = ("i < rows.padded ? slots.ids[j] : (ID)-1", "table_stride + column] = 0;");
+    notices(
+        FEW_RANKS,
+        &[
+            (id, "slots.ids[j]", "ids"),
+            ("clear(s.loads, 2 * ENTRIES);", "clear(s.loads, ENTRIES);", ""),
+            ("bits_of(NO_RANK)", "bits_of(RANKS - 1)", "ids"),
+            ("i + 2 * j < count ?", "true ?", "ids"),
+            ("before += other < block() ?", "before += other <= block() ?", "ids"),
+            ("order < s.allowed[rank]", "order <= s.allowed[rank]", "ids"),
+            ("s.until[middle] > place", "s.until[middle] >= place", "ids"),
+            ("place >= home", "place > home", "ids"),
+            ("        b.granted_before = 0;\n", "", "ids"),
+            ("(memory + args.table_bytes)", "(memory + args.table_bytes + 2)", "misaligned"),
+            (zeroed, "table_stride + column + RANKS * 64] = 0;", "of its shared memory"),
+        ],
+    );
+}
+
+#[test]
+fn notices_wrong_plans() {
+    let expert = "(UNSIGNED_ID)slots.ids[j] < args.experts";
+    notices(
+        MANY_RANKS,
+        &[
+            (expert, "(u32)slots.ids[j] < args.experts", "ids"),
+            ("id < 0 ? id : (ID)-1", "id", "ids"),
+            ("+ 512) >> 10", ") >> 10", "ids"),
+            ("down + ((u64)down * total < product)", "down", "ids"),
+            ("if (next == level) return", "if (next > level) return", "does not end"),
+        ],
+    );
+}
+
+#[test]
+fn notices_wrong_words_and_waits() {
+    let sum = "*sum = warp_sum_long(mine);";
+    let counts = "args.counts_at - args.rank * args.counts_stride";
+    notices(
+        FEW_RANKS,
+        &[
+            ("(u64)(sequence % args.ring)", "(u64)(sequence % 2)", ""),
+            (counts, "args.counts_at", "the board"),
+            (sum, "*sum = warp_sum((u32)mine);", ""),
+            ("== all_tokens(b) ? TALLY_LIVE : TALLY_TORN", "? TALLY_LIVE : TALLY_TORN", "ids"),
+            ("BREAK_AFTER = 2", "BREAK_AFTER = 3", "the board"),
+            ("MOST_SELDOM = 6", "MOST_SELDOM = 5", "the board"),
+            ("seldom == 0 && take", "seldom == 0 && sequence > 1 && take", "the board"),
+        ],
+    );
+}

@@ -1,0 +1,157 @@
+//! The kernel's source, compiled by a C++ compiler behind threads.h, and launched on the CPU.
+
+use std::ffi::{CStr, OsString, c_char, c_void};
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use libloading::Library;
+
+use crate::args::Args;
+use crate::compiler::{FILES, source};
+use crate::shape::{Geometry, Shape};
+
+const THREADS: &str = include_str!("threads.h");
+const PTX: &str = include_str!("ptx.h");
+const CALL: &str =
+    "extern \"C\" void call_kernel(const void *args) { expand_topk(*(const Args *)args); }\n";
+
+/// Those of `FILES`.
+const NAMES: [&str; FILES.len()] = [
+    "ptx.cuh",
+    "types.cuh",
+    "cluster.cuh",
+    "count.cuh",
+    "own.cuh",
+    "board.cuh",
+    "assign.cuh",
+    "expand.cu",
+];
+
+/// Arguments, blocks, threads, shared bytes, seed, what is called meanwhile; gives null, or what went wrong.
+type Launch = unsafe extern "C" fn(
+    &Args,
+    u32,
+    u32,
+    u32,
+    u32,
+    unsafe extern "C" fn(*mut c_void),
+    *mut c_void,
+) -> *const c_char;
+
+/// One kernel on the CPU. Its launches are one after the other: `&mut`.
+#[derive(Debug)]
+pub struct Emulated {
+    launch: Launch,
+    /// `launch` is in it.
+    _library: Library,
+}
+
+/// `CXX`, or the one there is. gcc without g++ compiles no C++.
+pub fn compiler() -> Option<OsString> {
+    if let Some(named) = std::env::var_os("CXX") {
+        // Named but not usable is a failure, at the first compilation.
+        return Some(named);
+    }
+    let runs = |name: &&str| Command::new(name).arg("--version").output().is_ok();
+    let found = ["c++", "g++", "clang++"].into_iter().find(runs);
+    if found.is_none() {
+        // Not by `println`, which a test that passes does not show.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: there is no c++, g++ or clang++, and no CXX");
+    }
+    found.map(Into::into)
+}
+
+impl Emulated {
+    /// The kernel of a shape, for one block or a cluster of them, from its source as `edit` gives it.
+    pub fn new(
+        compiler: &OsString,
+        shape: &Shape,
+        clustered: bool,
+        edit: impl Fn(String) -> String,
+    ) -> Self {
+        static FOLDERS: AtomicU32 = AtomicU32::new(0);
+        // Relaxed: a number that nobody else gets, no more.
+        let number = FOLDERS.fetch_add(1, Ordering::Relaxed);
+        let name = format!("waterfill-emulated-{}-{number}", std::process::id());
+        let folder = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        let text = [THREADS, &edit(with_names(shape, clustered)), CALL].concat();
+        std::fs::write(folder.join("kernel.cpp"), text).unwrap();
+        build(compiler, &folder, clustered);
+        // SAFETY: built above; it runs nothing when it is loaded.
+        let library = unsafe { Library::new(folder.join("kernel.so")) }.unwrap();
+        // What is loaded stays so without its file.
+        std::fs::remove_dir_all(folder).unwrap();
+        // SAFETY: `launch` of threads.h, field by field.
+        let launch = unsafe { *library.get::<Launch>(b"launch").unwrap() };
+        Self { launch, _library: library }
+    }
+
+    /// One launch; threads run in an order that depends on `seed`. Whoever reads the clock calls `meanwhile` first.
+    ///
+    /// # Safety
+    /// The addresses of `args` are as the runner's launches ask for, in this process's memory.
+    pub unsafe fn launch(
+        &mut self,
+        cut: &Geometry,
+        args: &Args,
+        seed: u32,
+        mut meanwhile: &mut dyn FnMut(),
+    ) -> Result<(), String> {
+        let [blocks, threads, shared] = [cut.blocks, cut.threads, cut.shared].map(|n| n as u32);
+        let for_meanwhile = (&raw mut meanwhile).cast();
+        // SAFETY: the caller's promise; `&mut self` because the library has one launch at a time; it calls
+        // `call` with what it has to be called with, and not after it returned.
+        let failure =
+            unsafe { (self.launch)(args, blocks, threads, shared, seed, call, for_meanwhile) };
+        if failure.is_null() {
+            return Ok(());
+        }
+        // SAFETY: a text that ends with zero and stays as it is until the next launch.
+        Err(unsafe { CStr::from_ptr(failure) }.to_string_lossy().into_owned())
+    }
+}
+
+/// # Safety
+/// `meanwhile` is that of a launch that goes on.
+unsafe extern "C" fn call(meanwhile: *mut c_void) {
+    // SAFETY: made from it in `launch`, on the same OS thread, which does nothing else with it.
+    let meanwhile = unsafe { &mut *meanwhile.cast::<&mut dyn FnMut()>() };
+    meanwhile();
+}
+
+/// The kernel's source with ptx.h in place of ptx.cuh; each file has its name, for messages.
+fn with_names(shape: &Shape, clustered: bool) -> String {
+    let source = source(shape, clustered).replace(FILES[0], PTX);
+    let files = FILES.into_iter().zip(NAMES).skip(1);
+    files.fold(source, |source, (file, name)| {
+        source.replace(file, &format!("#line 1 \"{name}\"\n{file}"))
+    })
+}
+
+fn build(compiler: &OsString, folder: &Path, clustered: bool) {
+    // Reductions over a warp are written twice, for architectures with and without them.
+    let architecture = format!("-D__CUDA_ARCH__={}", if clustered { 900 } else { 750 });
+    let run = |arguments: &[&str]| {
+        let output = Command::new(compiler).args(arguments).current_dir(folder).output();
+        let output = output.unwrap_or_else(|error| panic!("{}: {error}", compiler.display()));
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{} {arguments:?}: {log}", compiler.display());
+    };
+    run(&[
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-fsanitize=alignment,bounds",
+        "-fno-sanitize-recover=all",
+        &architecture,
+        "-w",
+        "-c",
+        "kernel.cpp",
+    ]);
+    // Linked without the sanitizer: threads.h has the two functions that it calls.
+    run(&["-shared", "kernel.o", "-o", "kernel.so"]);
+}

@@ -1,0 +1,190 @@
+//! One rank's calls over a board, each compared with those of the board's own crate over another.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use waterfill_board::{Heap, Port, Posted, Region, Sequence, Source};
+use waterfill_core::{CostModel, Weight};
+
+use super::batch::{AnyId, Batch, Counted};
+use super::rank::{Checked, Rank, address, same};
+use crate::args::{Args, LIVE, State};
+use crate::runner::with_board;
+
+/// What is on the board when a rank looks for its plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// It is there.
+    Whole,
+    /// Nothing of this call is.
+    Missing,
+    /// All but one word are.
+    Partial,
+    /// Nothing of this call is, but all of the last one's.
+    Late,
+    /// Quotas that do not add up.
+    Wrong,
+    /// It comes word by word while the rank waits, in any order.
+    Arriving,
+}
+
+/// A rank's calls over two boards with the same words: the kernel at one, a port of the board's own crate at the other.
+pub struct Live<'a, 'b> {
+    pub rank: &'a mut Rank<'b>,
+    shape: waterfill_board::Shape,
+    board: Heap,
+    expected: Arc<Heap>,
+    port: Port<Arc<Heap>>,
+    state: State,
+    sequence: Sequence,
+    /// Waits in a row that ended at the cap.
+    failures: u32,
+    /// What comes to the kernel's board while it waits: places and words.
+    arriving: Vec<(usize, u64)>,
+}
+
+impl<'a, 'b> Live<'a, 'b> {
+    /// The first call comes after `last`.
+    pub fn new(rank: &'a mut Rank<'b>, by_expert: bool, last: u32) -> Self {
+        let counts = if by_expert { rank.shape.experts } else { rank.shape.ranks };
+        let shape = waterfill_board::Shape::new(rank.shape.ranks, counts).unwrap();
+        let expected = Arc::new(Heap::new(shape));
+        let mut port = Port::new(Arc::clone(&expected), shape, CostModel::Rows, rank.rank).unwrap();
+        if let Some(last) = Sequence::from_tag(last) {
+            port.resume_after(last);
+        }
+        let sequence = Sequence::from_tag(last).map_or(Sequence::FIRST, Sequence::next);
+        let state = State { last, ..State::default() };
+        Self {
+            rank,
+            shape,
+            board: Heap::new(shape),
+            expected,
+            port,
+            state,
+            sequence,
+            failures: 0,
+            arriving: Vec::new(),
+        }
+    }
+
+    /// One call; `gathered`: all ranks' words come by a collective.
+    pub fn calls<I: AnyId, W: Weight>(
+        &mut self,
+        rows: usize,
+        plan: Plan,
+        gathered: bool,
+    ) -> Checked {
+        let batch = Batch::<I, W>::random(&mut self.rank.random, &self.rank.shape, rows);
+        let counted = batch.counted(&self.rank.shape);
+        self.plant(plan, &counted);
+        let words = gathered.then(|| self.gather(&counted));
+        let quotas = self.exchange(&counted);
+        let short = self.rank.random.pick(&[0, 1, 20_000]);
+        let args = Args {
+            mode: LIVE,
+            words: words.as_ref().map_or(0, |words| address(words)),
+            cap_ns: if plan == Plan::Arriving { u64::MAX } else { short },
+            ..self.rank.args(&mut self.state)
+        };
+        let args = with_board(args, &self.shape, address(self.board.words()));
+        let (board, mut arriving) = (&self.board, std::mem::take(&mut self.arriving));
+        let mut arrives = || {
+            if let Some((at, word)) = arriving.pop() {
+                store(board, at, word);
+            }
+        };
+        self.rank.expands(&batch, args, &quotas, &mut arrives)?;
+        // To a rank that did not wait.
+        arriving.into_iter().for_each(|(at, word)| store(board, at, word));
+        self.compares()?;
+        self.sequence = self.sequence.next();
+        Ok(())
+    }
+
+    /// By the port: the words it posts, the quotas it goes on with.
+    fn exchange(&mut self, counted: &Counted) -> Vec<u32> {
+        let by_expert = self.shape.experts != self.shape.ranks;
+        let counts = if by_expert { &counted.counts } else { &counted.loads };
+        let posted = Posted { tokens: counted.tokens, visits: &counted.visits, counts };
+        let mut quotas = vec![0; self.shape.ranks];
+        match self.port.exchange(posted, Duration::ZERO, &mut quotas).unwrap() {
+            Source::TimedOut => self.failures += 1,
+            Source::Live | Source::Torn => self.failures = 0,
+            Source::Broken => (),
+        }
+        quotas
+    }
+
+    fn plant(&mut self, plan: Plan, counted: &Counted) {
+        let right = counted.random_quotas(&mut self.rank.random, self.rank.rank);
+        let quotas = if plan == Plan::Wrong { self.rank.wrong(&right) } else { right };
+        let sequence = match plan {
+            Plan::Missing => return,
+            Plan::Late => previous(self.sequence),
+            _ => self.sequence,
+        };
+        let start = self.shape.quotas(sequence.tag(), self.rank.rank);
+        let words = quotas.iter().map(|&quota| word(sequence, quota));
+        let mut words: Vec<_> = words.enumerate().map(|(i, word)| (start + i, word)).collect();
+        self.rank.random.shuffle(&mut words);
+        if plan == Plan::Partial {
+            words.pop();
+        }
+        words.iter().for_each(|&(at, word)| store(&self.expected, at, word));
+        if plan == Plan::Arriving {
+            self.arriving = words;
+        } else {
+            words.iter().for_each(|&(at, word)| store(&self.board, at, word));
+        }
+    }
+
+    /// All ranks' words, any but this one's; and at the port's board as the kernel is to post them.
+    fn gather(&mut self, counted: &Counted) -> Vec<u32> {
+        let mut gathered = Vec::new();
+        for rank in 0..self.shape.ranks {
+            let mut words = counted.posted(self.shape.experts != self.shape.ranks);
+            if rank != self.rank.rank {
+                words.fill_with(|| self.rank.random.next() as u32);
+                let start = self.shape.counts(self.sequence.tag(), rank);
+                for (i, &value) in words.iter().enumerate() {
+                    store(&self.expected, start + i, word(self.sequence, value));
+                }
+            }
+            gathered.extend(words);
+        }
+        gathered
+    }
+
+    /// Both boards, but for the port's own figures; and the state.
+    fn compares(&self) -> Checked {
+        let load = |board: &Heap| -> Vec<u64> {
+            board.words().iter().map(|word| word.load(Ordering::Relaxed)).collect()
+        };
+        let tally = self.port.tally();
+        let tally = [tally.live, tally.timed_out, tally.broken, tally.torn];
+        let mut expected = load(&self.expected);
+        expected[..self.shape.ring()].fill(0);
+        expected[self.shape.rank_tally(self.rank.rank) + 1..][..4].copy_from_slice(&tally);
+        same("the board", &load(&self.board), &expected)?;
+        same("the tally", &self.state.tally, &tally)?;
+        let expected = [self.sequence.tag(), self.failures];
+        same("sequence and failures", &[self.state.last, self.state.failures], &expected)
+    }
+}
+
+fn previous(sequence: Sequence) -> Sequence {
+    Sequence::from_tag(sequence.tag() - 1)
+        .or(Sequence::from_tag(u32::MAX))
+        .expect("neither tag is 0")
+}
+
+fn word(sequence: Sequence, value: u32) -> u64 {
+    u64::from(sequence.tag()) << 32 | u64::from(value)
+}
+
+fn store(board: &Heap, at: usize, word: u64) {
+    // Relaxed: all in one thread.
+    board.words()[at].store(word, Ordering::Relaxed);
+}

@@ -1,0 +1,49 @@
+// In place of kernels/ptx.cuh, over threads.h.
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+inline u8 *shared_memory() { return emulated::blocks[blockIdx.x].memory; }
+
+#if CLUSTERED
+inline void arrive_at_cluster(FROM) {
+    using namespace emulated;
+    Thread &thread = threads[current];
+    if (thread.in_cluster) FAIL("it arrives again at the cluster's barrier without a wait (%s:%d)", file, line);
+    thread.in_cluster = true;
+    thread.left_phase = phase;
+    arrived_at_cluster = (arrived_at_cluster + 1) % thread_count;
+    if (arrived_at_cluster > 0) return;
+    phase += 1;
+    for (u32 i = 0; i < thread_count; ++i)
+        if (threads[i].in_cluster && !strcmp(threads[i].site.what, "wait_for_cluster")) make_ready(i, 1);
+}
+
+inline void wait_for_cluster(FROM) {
+    using namespace emulated;
+    Thread &thread = threads[current];
+    if (!thread.in_cluster) FAIL("it waits for the cluster without an arrival (%s:%d)", file, line);
+    if (thread.left_phase == phase) emulated::wait(SITE);
+    thread.in_cluster = false;
+}
+
+inline void release_shared() {}
+
+inline u32 read_cluster(const u32 *word, u32 other, FROM) {
+    using namespace emulated;
+    size_t at = (const u8 *)word - blocks[blockIdx.x].memory;
+    if (other >= gridDim.x || at + sizeof(u32) > shared_bytes) FAIL("it reads byte %zu of block %u (%s:%d)", at, other, file, line);
+    if (blocks[other].ended == blockDim.x) FAIL("it reads block %u, which has ended (%s:%d)", other, file, line);
+    return *(const u32 *)(blocks[other].memory + at);
+}
+#endif
+
+inline u64 load_relaxed(const u64 *word) { return *word; }
+inline void store_relaxed(u64 *word, u64 value) { *word = value; }
+
+// It goes on as it is read, so lanes read different times.
+inline u64 now_ns() {
+    emulated::meanwhile(emulated::for_meanwhile);
+    return emulated::clock_ns += 100;
+}
