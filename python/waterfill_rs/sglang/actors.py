@@ -84,7 +84,7 @@ def _load_plugins() -> None:
     """
     from sglang.srt.plugins import load_plugins
 
-    from waterfill_rs.sglang import plugin, verdict
+    from waterfill_rs.sglang import plugin, verdict  # The plugin imports this module.
 
     load_plugins()
     if not plugin.is_registered():
