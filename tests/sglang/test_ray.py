@@ -18,7 +18,8 @@ SERVER = """
 import json, sys
 from pathlib import Path
 import ray
-ray.init(num_cpus=1, include_dashboard=False)  # The flags come later: no actor inherits what they set.
+# Before the flags are parsed: no actor inherits what they set.
+ray.init(address="local", num_cpus=1, include_dashboard=False)
 import cpu_server
 from sglang.srt.plugins import load_plugins
 load_plugins()
