@@ -43,6 +43,10 @@ def server_child(arguments):
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
+    return what_it_has(arguments)
+
+
+def what_it_has(arguments):
     from sglang.srt.layers.moe import waterfill
 
     return {

@@ -1,4 +1,5 @@
-"""Flags and variables in real processes of sglang: parsed, inherited by spawned children, refused aloud."""
+"""Flags and variables in real processes of sglang: parsed, inherited by spawned children, sent to Ray's actors (without
+Ray: ``test_ray.py`` has a real one), refused aloud."""
 
 import json
 
@@ -30,6 +31,32 @@ from inside import server_child
 with multiprocessing.get_context("spawn").Pool(1) as pool:
     print(json.dumps(pool.apply(server_child, [arguments])))
 """
+ACTORS_CAN_BE_MADE = """
+import sys, types
+class SchedulerActor:
+    def __init__(self, server_args): pass
+actors = types.ModuleType("sglang.srt.ray.scheduler_actor")
+actors.SchedulerActor = SchedulerActor(None)
+sys.modules[actors.__name__] = actors
+"""
+PICKLED = """
+import json, pickle
+print(json.dumps(pickle.dumps(arguments).hex()))
+"""
+ACTOR = """
+import json, pickle, sys
+arguments = pickle.loads(bytes.fromhex(sys.argv[1]))
+from inside import what_it_has
+print(json.dumps(what_it_has(arguments)))
+"""
+OTHER_BALANCER = """
+from sglang.srt.layers.moe import waterfill
+class Other:
+    def __init__(self, experts): pass
+    def expand_topk(self, output): pass
+waterfill.WaterfillBalancer = Other
+"""
+FLAGS = ["--enable-waterfill", "--waterfill-rs", "rust", "--waterfill-rs-timeout-us", "77"]
 
 
 def parsed(where, *flags, **environment):
@@ -69,24 +96,10 @@ def test_required_serves_and_says_what_is_missing(variable):
     assert "balances nothing without sglang's --enable-waterfill" in done.stderr
 
 
-def test_ray_actors_which_load_no_plugins_are_told():
-    _, done = parsed(HERE, "--enable-waterfill", "--use-ray")
-    assert "waterfill-rs is off, sglang's own Waterfill stays: --use-ray" in done.stderr
-    flags = ["--enable-waterfill", "--use-ray", "--waterfill-rs-require"]
-    required = forked.run(PARSE + HERE, *flags)
-    assert required.returncode == 1 and "- --use-ray: sglang's Ray actors" in required.stderr
-    _, done = parsed(HERE, "--use-ray")
-    assert "waterfill-rs is off" not in done.stderr
-
-
 def test_required_ends_the_process_with_every_reason():
     code = (
-        "from sglang.srt.layers.moe import waterfill\n"
-        "class Other:\n"
-        "    def __init__(self, experts): pass\n"
-        "    def expand_topk(self, output): pass\n"
-        "waterfill.WaterfillBalancer = Other\n"
-        "from sglang.srt.plugins import load_plugins; load_plugins(); print('served')"
+        OTHER_BALANCER
+        + "from sglang.srt.plugins import load_plugins; load_plugins(); print('served')"
     )
     found = {}
     for required, backend in (("0", "auto"), ("1", "auto"), ("0", "rust")):
@@ -99,3 +112,43 @@ def test_required_ends_the_process_with_every_reason():
         assert strict.returncode == 1 and "served" not in strict.stdout
         assert "WaterfillBalancer takes ('experts',)" in strict.stderr
         assert "WaterfillBalancer.expand_topk takes ('output',)" in strict.stderr
+
+
+def test_actors_load_us_with_the_settings_of_the_server():
+    sent, _ = parsed(
+        ACTORS_CAN_BE_MADE + PICKLED, "--use-ray", *FLAGS, SGLANG_PLUGINS="waterfill_rs"
+    )
+    node = {"WATERFILL_RS": "off", "WATERFILL_RS_PLANNER": "park", "SGLANG_PLUGINS": "none"}
+    done = forked.run(ACTOR, sent, **node)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "model": "dummy",
+        "balancer": "waterfill_rs.sglang.balancer",
+        "variables": {"WATERFILL_RS": "rust", "WATERFILL_RS_TIMEOUT_US": "77"},
+    }
+
+    strict = forked.run(OTHER_BALANCER + ACTOR, sent)
+    assert strict.returncode == 1
+    assert "WaterfillBalancer takes ('experts',)" in strict.stderr
+    no_plugin = "from sglang.srt import plugins; plugins.entry_points = lambda group: []\n"
+    alone = forked.run(no_plugin + ACTOR, sent)
+    assert alone.returncode == 1 and "install it here too" in alone.stderr
+
+
+def test_pickles_are_sglangs_own_where_no_actor_needs_us():
+    off = ACTORS_CAN_BE_MADE + "import os; os.environ['WATERFILL_RS'] = 'upstream'\n"
+    without, _ = parsed(PICKLED, SGLANG_PLUGINS="none")
+    _, done = parsed(PICKLED + off + PICKLED)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [without] * 2
+
+
+def test_actors_that_cannot_load_us_are_told_at_start():
+    strange = ACTORS_CAN_BE_MADE.replace("server_args", "bag")
+    code = strange + PARSE + "print('served')"
+    flags = ["--use-ray", "--enable-waterfill"]
+    tolerant = forked.run(code, *flags)
+    assert "served" in tolerant.stdout
+    assert "SchedulerActor takes no server_args" in tolerant.stderr
+    strict = forked.run(code, *flags, "--waterfill-rs-require")
+    assert strict.returncode == 1 and "served" not in strict.stdout
+    assert "SchedulerActor takes no server_args" in strict.stderr

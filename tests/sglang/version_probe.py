@@ -64,10 +64,15 @@ class Probe:
         flags = ["--waterfill-rs", "rust", "--waterfill-rs-timeout-us", "77", self.seams.flag]
         parsed = parser.parse_args(["--model-path", "dummy", "--device", "cpu", *flags])
         ServerArgs.__post_init__ = lambda self: None  # resolution wants a model
-        arguments = pickle.loads(pickle.dumps(ServerArgs.from_cli_args(parsed)))
-        assert getattr(arguments, self.seams.switch)
-        assert os.environ.pop("WATERFILL_RS") == "rust"
-        assert os.environ.pop("WATERFILL_RS_TIMEOUT_US") == "77"
+        pickled = pickle.dumps(ServerArgs.from_cli_args(parsed))
+        sys.modules["sglang.srt.ray.scheduler_actor"] = types.ModuleType("as if Ray made actors")
+        sent = pickle.dumps(pickle.loads(pickled))
+        del sys.modules["sglang.srt.ray.scheduler_actor"]
+        for arguments, child in ((pickled, "any"), (sent, "an actor")):
+            assert getattr(pickle.loads(arguments), self.seams.switch), child
+            assert os.environ.pop("WATERFILL_RS") == "rust", child
+            assert os.environ.pop("WATERFILL_RS_TIMEOUT_US") == "77", child
+        assert b"waterfill_rs" not in pickled
 
     def check_metrics_are_pushed_after_sglangs(self):
         from waterfill_rs.sglang import loaded_hooks, metrics

@@ -23,11 +23,11 @@ from waterfill_rs.config import (
     Config,
 )
 from waterfill_rs.rendezvous import CHOICES
-from waterfill_rs.sglang import compat, metrics, verdict
+from waterfill_rs.sglang import actors, compat, metrics, verdict
 from waterfill_rs.sglang.compat import ROWS, Seams
 from waterfill_rs.sglang.panics import panics_are_errors
 
-__all__ = ["hooked", "register"]
+__all__ = ["hooked", "is_registered", "register"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def register() -> None:
         verdict.stop([str(error)])
     if not config.enabled:
         return
+    actors.come_along(compat.resolve(SERVER_ARGS))
     metrics.install()
     try:
         if seams := compat.find()[0]:
@@ -68,6 +69,13 @@ def register() -> None:
         verdict.stop(reasons)
     if strange:
         _tell_only(strange)
+    if actors.may_make_actors() and (reasons := actors.against_actors()):
+        verdict.tell(config, reasons)
+
+
+def is_registered() -> bool:
+    """Has sglang called ``register`` in this process?"""
+    return _registered
 
 
 def _against_entering() -> list[str]:
@@ -172,6 +180,7 @@ def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwarg
     except ValueError as error:
         verdict.stop([str(error)])
     if config.enabled:
+        actors.come_along(compat.resolve(SERVER_ARGS))
         _judge(config, parsed)
     return from_cli_args(*args, **kwargs)
 
@@ -179,9 +188,9 @@ def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwarg
 def _judge(config: Config, parsed: Any) -> None:
     """What can be said when the server's flags are read, before a model is loaded."""
     reasons = _against_entering() + verdict.against_machine()
+    if getattr(parsed, "use_ray", False):
+        reasons += actors.against_actors()
     asked = any(getattr(parsed, row.switch, False) for row in ROWS)
-    if asked and getattr(parsed, "use_ray", False):
-        reasons = [*reasons, "--use-ray: sglang's Ray actors load no plugins"]
     if reasons and (asked or config.required):
         verdict.tell(config, reasons)
     elif config.required and not asked:
