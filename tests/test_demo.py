@@ -133,13 +133,11 @@ def test_a_rank_that_stops_after_it_was_to_go_on_does_go_on():
 
 
 def test_ctrl_c_ends_the_demo_without_a_traceback():
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from waterfill_rs.cli import main; sys.exit(main())",
-    ]
+    # Whoever runs the tests in the background may have SIGINT ignored, and children have it so too.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = heeding + "import sys; from waterfill_rs.cli import main; sys.exit(main())"
     demo = subprocess.Popen(
-        [*command, "demo", "--ranks", "2", "--steps", "2000", "--tokens", "8"],
+        [sys.executable, "-c", code, "demo", "--ranks", "2", "--steps", "2000", "--tokens", "8"],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
