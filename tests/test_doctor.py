@@ -3,12 +3,13 @@
 import ctypes
 import json
 import os
+import sys
 from pathlib import Path
 
 import forked
 import pytest
 
-from waterfill_rs import _native, doctor, self_test
+from waterfill_rs import _native, doctor, nvrtc, self_test
 from waterfill_rs import doctor_checks as checks
 from waterfill_rs.cli import main
 from waterfill_rs.doctor_checks import Entry
@@ -190,17 +191,32 @@ def test_gpus_and_driver(tmp_path):
     check(checks.driver(2, lambda name: Library()), "ok", "2 GPUs, driver for CUDA 13.2")
 
 
-def test_nvrtc(tmp_path):
-    put(tmp_path, "libnvrtc.so.13", "no library")
-    loaded = []
-    check(checks.nvrtc(0, [tmp_path], absent), "ok", "not needed")
-    check(checks.nvrtc(1, [tmp_path], loaded.append), "ok", "libnvrtc.so.13")
-    assert loaded == [str(tmp_path / "libnvrtc.so.13")]
+def test_nvrtc(tmp_path, monkeypatch):
+    file = "nvidia/cu13/lib/libnvrtc.so.13"
+    put(tmp_path, file, "no library")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    files, loaded = nvrtc.files(), []
+    assert files == [str(tmp_path / file)]
+    check(checks.nvrtc(0, files, absent), "ok", "not needed")
+    check(checks.nvrtc(1, files, loaded.append), "ok", "libnvrtc.so.13")
+    assert loaded == files
 
     def only_files(name):  # Another test may have loaded the real one, which is then found by name.
         return ctypes.CDLL(name) if "/" in name else absent(name)
 
-    check(checks.nvrtc(1, [tmp_path], only_files), "fail", "no NVRTC", str(tmp_path), "cuda-nvrtc")
+    check(checks.nvrtc(1, files, only_files), "fail", "no NVRTC", str(tmp_path), "cuda-nvrtc")
+
+
+def test_nvrtc_of_cuda_home_comes_last(tmp_path, monkeypatch):
+    for folder in ("nvidia/cuda_nvrtc/lib", "lib64"):
+        put(tmp_path, f"{folder}/libnvrtc.so.12", "")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert nvrtc.files() == [
+        str(tmp_path / "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"),
+        str(tmp_path / "lib64/libnvrtc.so.12"),
+    ]
 
 
 def test_mps(tmp_path):

@@ -9,36 +9,18 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from waterfill_rs import _native
+from waterfill_rs import _native, nvrtc
 
-__all__ = ["Expander", "expand_topk", "find_nvrtc"]
+__all__ = ["Expander", "expand_topk"]
 
 _ID_BITS = {torch.int32: 32, torch.int64: 64}
 _WEIGHT_BITS = {torch.float32: 32, torch.bfloat16: 16}
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-
-
-def find_nvrtc() -> str | None:
-    """NVRTC's file in the wheels that torch brings, or in ``CUDA_HOME``; None leaves it to the loader."""
-    folders = [Path(entry) / "nvidia" for entry in sys.path if entry]
-    patterns = [
-        (folder, f"{wheel}/lib/libnvrtc.so.1[0-9]")
-        for folder in folders
-        for wheel in ("cu13", "cuda_nvrtc")
-    ]
-    home = os.environ.get("CUDA_HOME")
-    if home:
-        patterns += [(Path(home), "lib64/libnvrtc.so.1[0-9]")]
-    for folder, pattern in patterns:
-        for file in sorted(folder.glob(pattern)):
-            return str(file)
-    return None
 
 
 def _cache() -> str | None:
@@ -101,7 +83,7 @@ class Expander:
             id_bits=_ID_BITS[ids],
             weight_bits=_WEIGHT_BITS[weights],
             board=board,
-            nvrtc=find_nvrtc(),
+            nvrtc=next(iter(nvrtc.files()), None),
             cache=_cache(),
         )
         self._launch = self._runner.unsafe_launch_ptr

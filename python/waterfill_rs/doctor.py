@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import waterfill_rs
-from waterfill_rs import _native, self_test
+from waterfill_rs import _native, nvrtc, self_test
 from waterfill_rs import boards as board_finder
 from waterfill_rs import doctor_checks as checks
 from waterfill_rs.config import Config
@@ -109,7 +109,7 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
             len(os.sched_getaffinity(0)), _quota(), ranks_here, settings.pace, gpus
         ),
         "gpu": lambda: checks.driver(gpus),
-        "nvrtc": lambda: checks.nvrtc(gpus, _nvrtc_folders()),
+        "nvrtc": lambda: checks.nvrtc(gpus, nvrtc.files()),
         "mps": lambda: checks.mps(gpus, ranks_here, pipes),
         "boards": lambda: checks.boards(SHARED_MEMORY, _boards(), board_finder.is_alive),
         "exchange": lambda: exchange(settings, self_test.run),
@@ -202,13 +202,6 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _nvrtc_folders() -> list[Path]:
-    wheels = [Path(entry) / "nvidia" for entry in sys.path if entry]
-    folders = [wheel / name / "lib" for wheel in wheels for name in ("cu13", "cuda_nvrtc")]
-    home = os.environ.get("CUDA_HOME")
-    return folders + ([Path(home) / "lib64"] if home else [])
 
 
 def _quota() -> float | None:

@@ -313,11 +313,10 @@ def driver(gpus: int, load: Load = ctypes.CDLL) -> Finding:
     return Finding("gpu", "ok", text)
 
 
-def nvrtc(gpus: int, folders: Iterable[Path], load: Load = ctypes.CDLL) -> Finding:
-    """In the wheels that torch brings (``folders``), else wherever the loader finds it."""
+def nvrtc(gpus: int, files: Iterable[str], load: Load = ctypes.CDLL) -> Finding:
+    """One of ``files``, else wherever the loader finds it."""
     if not gpus:
         return Finding("nvrtc", "ok", "not needed without a GPU")
-    files = [str(file) for folder in folders for file in sorted(folder.glob("libnvrtc.so.1[0-9]"))]
     errors = []
     for name in (*files, "libnvrtc.so.13", "libnvrtc.so.12"):
         try:

@@ -9,7 +9,7 @@ static constexpr u32 CHUNKS = (RANKS + WARP - 1) / WARP;
 // In registers, while they last.
 static constexpr u32 UNROLLED = CHUNKS <= 8 ? CHUNKS : 1;
 
-// A lane's entries, a chunk of 32 ranks each; 0 past the last rank.
+// A lane's entries, one of each chunk of 32 ranks; past the last rank nobody asks for them.
 struct Entries {
     u32 value[CHUNKS];
 
