@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read the output has left, as head does: no error, and the interpreter's own flush must not fail after us.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # As shells have it: 128 and SIGPIPE's number.
     except (ValueError, OSError) as error:
         print(f"waterfill-rs: {error}", file=sys.stderr)
         return 2
