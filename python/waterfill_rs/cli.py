@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -25,11 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.run(parsed)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Who read the output has left, as head does: no error, and the interpreter's own flush must not fail after us.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # As shells have it: 128 and SIGPIPE's number.
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            # No error; and the interpreter flushes once more, which must not fail after us.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141  # As shells have it: 128 and SIGPIPE's number.
         print(f"waterfill-rs: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
@@ -38,3 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130  # As shells have it: 128 and SIGINT's number.
     return 0
+
+
+def _reader_left() -> bool:
+    """Is standard output a pipe that nobody reads any more, as after ``head``? poll(2) tells. Other pipes are ranks'."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))

@@ -185,7 +185,6 @@ def test_a_panic_while_ranks_are_joined_stops_the_server(sglang, monkeypatch, ba
 
 def test_a_panic_while_a_kernel_is_made_is_a_reason(monkeypatch):
     from waterfill_rs import cuda
-    from waterfill_rs.sglang import verdict
 
     monkeypatch.setattr(cuda, "Expander", panics)
     (reason,) = verdict.against_device(torch.device("cuda"))
