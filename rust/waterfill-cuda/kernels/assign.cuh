@@ -3,29 +3,9 @@
 // A token's state is its rank, PENDING, NOBODY (padding), or a bid: BID | order << 10 | destination, `order`
 // being its place among the bids of its 32 rows for that destination.
 
-static constexpr u16 BID = 0x8000;
+static constexpr u32 BID = 0x8000;
 
 __device__ constexpr u32 bits_of(u32 value) { return value == 0 ? 0 : 1 + bits_of(value / 2); }
-
-// The destination that a token bids for in this round; NO_RANK for none. Loads first: none waits for another.
-__device__ __forceinline__ u32 wanted(const u32 *left, const Ranks &ranks, u32 row, u32 round, u32 most) {
-    u32 level = __umulhi(row * STEP_LEVEL + round * ROUND_LEVEL, LEVELS);
-    u32 first = __umulhi(row * STEP_TURN + round * ROUND_TURN, RANKS);
-    u32 above = level * most / LEVELS;
-    u32 rows[TOP_K];
-#pragma unroll
-    for (u32 k = 0; k < TOP_K; ++k) rows[k] = left[ranks.rank[k]];
-    // The nearest of those above the level, else of those that are open: the least distance, with its rank.
-    u32 best = ALL;
-#pragma unroll
-    for (u32 k = 0; k < TOP_K; ++k) {
-        u32 distance = ranks.rank[k] - first;
-        distance = at_most(distance, distance + RANKS);
-        u32 key = (distance + (rows[k] > above ? 0 : 1 << RANK_BITS)) << RANK_BITS | ranks.rank[k];
-        best = at_most(best, rows[k] > 0 ? key : ALL);
-    }
-    return best == ALL ? NO_RANK : best & ((1 << RANK_BITS) - 1);
-}
 
 // The lanes of the same rank: a ballot a bit, which takes less than __match_any_sync for this few bits.
 __device__ __forceinline__ u32 same_rank(u32 rank) {
@@ -38,119 +18,123 @@ __device__ __forceinline__ u32 same_rank(u32 rank) {
     return same;
 }
 
-// A warp's bids for its 32 rows from `base` on.
-__device__ __forceinline__ void bid(const Args &args, const Shared &s, const u32 *left, u32 first_row, u32 base, u32 rows,
-                                    u32 round, u32 most) {
-    u32 column = base / WARP, row = base + lane();
-#pragma unroll 1
-    for (u32 rank = lane(); rank < RANKS; rank += WARP) s.table[rank * args.table_stride + column] = 0;
-    bool pending = row < rows && s.given[row] == PENDING;
-    u32 rank = wanted(left, Ranks(s, row, pending), first_row + row, round, most);
-    u32 same = same_rank(rank);
-    __syncwarp();
-    if (rank == NO_RANK) return;
-    u32 order = __popc(same & lanes_before());
-    if (order == 0) s.table[rank * args.table_stride + column] = (u16)__popc(same);
-    s.given[row] = (u16)(BID | order << RANK_BITS | rank);
+// A round's bids for one destination, by warp's rows.
+__device__ __forceinline__ u8 *columns_of(const Args &args, const Shared &s, u32 round, u32 rank) {
+    return s.table + (round * ENTRIES + rank) * args.table_stride;
 }
 
-// Over one destination's columns: from counts to sums of the columns before; gives the sum of all.
-__device__ __forceinline__ u32 add_columns(u16 *columns, u32 count) {
-    u32 sum = 0;
+static constexpr u32 ONES = 0x01010101;
+
+// The bids of the columns before `column`.
+__device__ __forceinline__ u32 sum_before(const u8 *columns, u32 column) {
+    u32 sum = 0, at = 0;
 #pragma unroll 1
-    for (u32 i = 0; i < count; i += 8) {
-        uint4 *packed = (uint4 *)(columns + i);
-        uint4 pairs = *packed;
-        u32 *pair = &pairs.x;
-#pragma unroll
-        for (u32 j = 0; j < 4; ++j) {
-            // Past the last column is what the last round left there.
-            u32 low = i + 2 * j < count ? pair[j] & 0xffff : 0;
-            u32 high = i + 2 * j + 1 < count ? pair[j] >> 16 : 0;
-            pair[j] = sum | (sum + low) << 16;
-            sum += low + high;
-        }
-        *packed = pairs;
+    for (; at + 16 <= column; at += 16) {
+        uint4 words = *(const uint4 *)(columns + at);
+        sum = __dp4a(words.x, ONES, __dp4a(words.y, ONES, __dp4a(words.z, ONES, __dp4a(words.w, ONES, sum))));
     }
-    return sum;
+#pragma unroll 1
+    for (; at + 4 <= column; at += 4) sum = __dp4a(*(const u32 *)(columns + at), ONES, sum);
+    u32 before = (1u << 8 * (column - at)) - 1;
+    return __dp4a(*(const u32 *)(columns + at) & before, ONES, sum);
+}
+
+// A token's state once the bids of a round are closed: they are granted in the order of the tokens, or it is pending again.
+__device__ __forceinline__ u32 settled(const Args &args, const Shared &s, u32 state, u32 column, u32 round) {
+    bool bids = state & BID;
+    // The others ask at NO_RANK: without a branch.
+    u32 rank = bids ? state & ((1 << RANK_BITS) - 1) : NO_RANK, order = state >> RANK_BITS & (WARP - 1);
+    u32 allowed = s.allowed[rank], before = sum_before(columns_of(args, s, round, rank), column);
+    u32 then = order + before < allowed ? rank : PENDING;
+    return bids ? then : state;
+}
+
+// A warp's bids for its 32 rows from `base` on, once those of the round before are settled.
+__device__ __forceinline__ void bid(const Args &args, const Shared &s, const Quotas &quotas, const Rows &rows, u32 base, u32 round,
+                                    u32 most) {
+    u32 column = base / WARP, row = base + lane(), in_all = rows.first + row;
+    u32 level = __umulhi(in_all * STEP_LEVEL + round * ROUND_LEVEL, LEVELS);
+    u32 first = __umulhi(in_all * STEP_TURN + round * ROUND_TURN, RANKS);
+    Visits visits;
+    visits.load(s.tokens + row * Visits::WORDS);
+    u32 state = s.given[row];
+    u32 rank = visits.wanted(quotas, most, level, first);
+    if (round > 0) state = settled(args, s, state, column, round - 1);
+    rank = state == PENDING ? rank : NO_RANK;
+    u32 same = same_rank(rank), order = __popc(same & lanes_before());
+    s.given[row] = (u16)(rank == NO_RANK ? state : BID | order << RANK_BITS | rank);
+    if (rank == NO_RANK || order > 0) return;
+    columns_of(args, s, round, rank)[column] = (u8)__popc(same);
+    atomicAdd(&s.bids[round * ENTRIES + rank], (u32)__popc(same));
 }
 
 // Close the bids of a round: how many of this block's are granted at each destination, and what is left there.
-__device__ __forceinline__ void close_round(const Args &args, const Shared &s, Block &b, u32 *left, u32 columns, u32 round) {
-    u32 *totals = s.totals + round % 2 * ENTRIES;
-#pragma unroll 1
-    for (u32 rank = threadIdx.x; rank < RANKS; rank += blockDim.x)
-        totals[rank] = add_columns(s.table + rank * args.table_stride, columns);
-    if (CLUSTERED) sync_blocks();
+__device__ __forceinline__ void close_round(const Shared &s, Block &b, Quotas &quotas, u32 round) {
+    u32 *bids = s.bids + round * ENTRIES, *all_bids = s.all_bids + round * ENTRIES, *bids_before = s.bids_before + round * ENTRIES;
+    bool added = add_blocks<RANKS>(bids, all_bids, bids_before);
+    if (added) __syncthreads();
 #pragma unroll 1
     for (u32 first = warp() * WARP; first < RANKS; first += blockDim.x) {
-        u32 rank = first + lane(), rest = 0, granted = 0;
+        u32 rank = first + lane(), rest = 0;
         if (rank < RANKS) {
-            u32 before = 0, all = 0;
-            for_each_block(totals + rank, [&](u32 other, u32 bids) {
-                before += other < block() ? bids : 0;
-                all += bids;
-            });
-            rest = left[rank];
-            granted = at_most(rest, before);
+            Sum sum = added ? Sum{all_bids[rank], bids_before[rank]} : sum_blocks(bids + rank);
+            rest = quotas.left[rank];
+            u32 granted = at_most(rest, sum.before);
+            if (CLUSTERED) s.granted_before[rank] += granted;
             s.allowed[rank] = rest - granted;
-            rest -= at_most(rest, all);
-            left[rank] = rest;
+            rest -= at_most(rest, sum.all);
+            quotas.left[rank] = rest;
         }
-        u32 most = warp_max(rest), before = CLUSTERED ? warp_sum(granted) : 0;
-        if (lane() == 0) atomicMax(&b.most[round], most);
-        if (lane() == 0 && CLUSTERED) atomicAdd(&b.granted_before, before);
+        u32 most = warp_max(rest);
+        if (round + 1 < ROUNDS) open_levels(quotas, rest, most);
+        if (lane() > 0) continue;
+        if (RANKS <= WARP) b.most[round] = most;
+        else atomicMax(&b.most[round], most);
     }
 }
 
-// A warp's bids are granted in the order of the tokens, or pending again. Gives its pending rows.
-__device__ __forceinline__ u32 grant(const Args &args, const Shared &s, u32 base, u32 rows) {
-    u32 row = base + lane();
-    u16 state = row < rows ? s.given[row] : NOBODY;
-    if (state & BID) {
-        u32 rank = state & ((1 << RANK_BITS) - 1), order = state >> RANK_BITS & (WARP - 1);
-        order += s.table[rank * args.table_stride + base / WARP];
-        state = order < s.allowed[rank] ? (u16)rank : PENDING;
-        s.given[row] = state;
-    }
-    return __popc(__ballot_sync(ALL, state == PENDING));
-}
-
-// Sums of the rows left anywhere but at home, up to and with each rank, into `until`. By one warp.
-__device__ __forceinline__ void sum_left(const Shared &s, const u32 *left) {
-    u32 sum = 0;
+// Gives the last round, the first one where there was none; then `most` is what is left anywhere but at home, at most.
+__device__ __forceinline__ u32 run_rounds(const Args &args, const Shared &s, Block &b, Quotas &quotas, const Rows &rows, u32 &most) {
+    u32 round = 0;
 #pragma unroll 1
-    for (u32 first = 0; first < RANKS; first += WARP) {
-        u32 rank = first + lane();
-        u32 until = sum + warp_prefix(rank < RANKS ? left[rank] : 0);
+    for (most = quotas.most; round < ROUNDS && most > 0; most = b.most[round++]) {
+#pragma unroll 1
+        for (u32 base = warp() * WARP; base < rows.count; base += blockDim.x) bid(args, s, quotas, rows, base, round, most);
+        sync_blocks();
+        close_round(s, b, quotas, round);
+        __syncthreads();
+    }
+    return at_least(round, 1) - 1;
+}
+
+// Sums of the rows left anywhere but at home, up to and with each rank, into `until`, and of the bids of the blocks before
+// this one that were granted. By one warp.
+__device__ __forceinline__ void sum_left(const Shared &s, Block &b, const u32 *left) {
+    u32 sum = 0, granted = 0;
+#pragma unroll UNROLLED
+    for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
+        u32 rank = chunk * WARP + lane();
+        u32 until = sum + warp_prefix(rank < RANKS ? left[rank] : 0, at_most(RANKS, WARP));
         if (rank < RANKS) s.until[rank] = until;
-        sum = __shfl_sync(ALL, until, WARP - 1);
+        if (CLUSTERED && rank < RANKS) granted += s.granted_before[rank];
+        sum = __shfl_sync(ALL, until, at_most(RANKS, WARP) - 1);
     }
+    granted = CLUSTERED ? warp_sum(granted) : 0;
+    if (lane() == 0) b.granted_before = granted;
 }
 
-// Gives whether rows are left anywhere but at home; then `until` and the table's last row tell where, and for whom.
-__device__ __forceinline__ bool run_rounds(const Args &args, const Shared &s, Block &b, u32 *left, u32 most, u32 first_row,
-                                           u32 rows) {
+// Where rows are left anywhere but at home: the pending tokens of each warp's rows, and sums of what is left.
+__device__ __forceinline__ void count_pending(const Args &args, const Shared &s, Block &b, const Quotas &quotas, const Rows &rows, u32 last) {
 #pragma unroll 1
-    for (u32 round = 0; round < ROUNDS && most > 0; ++round) {
-#pragma unroll 1
-        for (u32 base = warp() * WARP; base < rows; base += blockDim.x)
-            bid(args, s, left, first_row, base, rows, round, most);
-        __syncthreads();
-        close_round(args, s, b, left, up(rows, WARP), round);
-        __syncthreads();
-        most = b.most[round];
-#pragma unroll 1
-        for (u32 base = warp() * WARP; base < rows; base += blockDim.x) {
-            u32 pending = grant(args, s, base, rows);
-            if (lane() == 0) s.table[NO_RANK * args.table_stride + base / WARP] = (u16)pending;
-        }
-        __syncwarp();
+    for (u32 base = warp() * WARP; base < rows.count; base += blockDim.x) {
+        u32 row = base + lane();
+        u32 state = settled(args, s, s.given[row], base / WARP, last);
+        u32 pending = __popc(__ballot_sync(ALL, state == PENDING));
+        s.given[row] = (u16)state;
+        if (lane() == 0) columns_of(args, s, 0, NO_RANK)[base / WARP] = (u8)pending;
     }
-    if (most == 0) return false;
-    if (warp() == warps() - 1) sum_left(s, left);
+    if (warp() == warps() - 1) sum_left(s, b, quotas.left);
     __syncthreads();
-    return true;
 }
 
 // The rank of the token that is number `place` among those that found no room at home.
@@ -164,27 +148,22 @@ __device__ __forceinline__ u32 leftover(const Shared &s, u32 place) {
     return least;
 }
 
-// The pending tokens of all blocks before a warp's rows from `base` on.
-__device__ __forceinline__ u32 pending_before(const Args &args, const Shared &s, const Block &b, u32 base) {
-    const u16 *pending = s.table + NO_RANK * args.table_stride;
-    u32 mine = 0;
-#pragma unroll 1
-    for (u32 column = lane(); column < base / WARP; column += WARP) mine += pending[column];
-    return warp_sum(mine) + (CLUSTERED ? b.tokens_before - b.granted_before : 0);
-}
-
 // Tokens without a rank: at home while rows are left there, then wherever some are. Then the last column.
-// If `anywhere` is false rows are left at home alone, as many as such tokens.
-__device__ __forceinline__ void place_rest(const Args &args, const Shared &s, const Block &b, const Rows &rows, u32 home,
-                                           bool anywhere) {
+// If none are left anywhere else, there are as many at home as such tokens.
+__device__ __forceinline__ void place_rest(const Args &args, const Shared &s, Block &b, const Quotas &quotas, const Rows &rows,
+                                           u32 last, bool anywhere) {
+    if (anywhere) count_pending(args, s, b, quotas, rows, last);
 #pragma unroll 1
     for (u32 base = warp() * WARP; base < rows.count; base += blockDim.x) {
-        u32 before = anywhere ? pending_before(args, s, b, base) : 0, row = base + lane();
-        u16 state = row < rows.count ? s.given[row] : NOBODY;
-        u32 place = before + __popc(__ballot_sync(ALL, state == PENDING) & lanes_before());
+        u32 column = base / WARP, row = base + lane(), out = row * (TOP_K + 1) + TOP_K;
+        u32 state = settled(args, s, s.given[row], column, last);
+        u32 rank = state == PENDING ? args.rank : state;
+        if (anywhere) {
+            u32 place = __popc(__ballot_sync(ALL, state == PENDING) & lanes_before());
+            place += sum_before(columns_of(args, s, 0, NO_RANK), column) + (CLUSTERED ? b.tokens_before - b.granted_before : 0);
+            if (state == PENDING && place >= quotas.home) rank = leftover(s, place - quotas.home);
+        }
         if (row >= rows.count) continue;
-        u32 rank = state, out = row * (TOP_K + 1) + TOP_K;
-        if (state == PENDING) rank = anywhere && place >= home ? leftover(s, place - home) : args.rank;
         bool token = state != NOBODY;
         rows.out_ids[out] = token ? (ID)(rank * (args.experts_per_rank + 1) + args.experts_per_rank) : (ID)-1;
         rows.out_weights[out] = token ? (WEIGHT)args.shared_weight : (WEIGHT)0;

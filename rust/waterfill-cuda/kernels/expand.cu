@@ -14,19 +14,21 @@ __device__ __forceinline__ void post_counts(const Args &args, const Shared &s, c
 
 // One warp opens quotas from the board, or given ones, if any are to be had; each block's its own given ones.
 __device__ __forceinline__ void take_quotas(const Args &args, const Shared &s, Block &b) {
-    u32 *quotas = s.quotas + TAKEN * ENTRIES, outcome = TALLY_TORN;
+    if (args.mode == OWN || (args.mode == LIVE && block() > 0)) return;
+    Quotas &quotas = s.quotas[TAKEN];
+    u32 outcome = TALLY_TORN;
     if (args.mode == LIVE) {
-        outcome = wait(args, quotas, b);
+        outcome = wait(args, quotas.left, b);
     } else {
         u64 sum = 0;
 #pragma unroll 1
         for (u32 rank = lane(); rank < RANKS; rank += WARP) {
-            quotas[rank] = args.quotas[rank];
-            sum += quotas[rank];
+            quotas.left[rank] = args.quotas[rank];
+            sum += quotas.left[rank];
         }
         if (warp_sum_long(sum) == all_tokens(b)) outcome = TALLY_LIVE;
     }
-    if (outcome == TALLY_LIVE) open_quotas(args, s, b, TAKEN);
+    if (outcome == TALLY_LIVE) open_quotas(args, quotas);
     if (lane() > 0) return;
     b.source = outcome == TALLY_LIVE ? TAKEN : PLANNED;
     if (block() > 0) return;
@@ -42,56 +44,43 @@ __device__ __forceinline__ void take_quotas(const Args &args, const Shared &s, B
 // What the first block took from the board, for the others.
 __device__ __forceinline__ void share_quotas(const Shared &s, Block &b) {
     sync_blocks();
-    u32 *quotas = s.quotas + TAKEN * ENTRIES;
     if (block() > 0) {
+        u32 *words = (u32 *)(s.quotas + TAKEN);
 #pragma unroll 1
-        for (u32 rank = threadIdx.x; rank < ENTRIES; rank += blockDim.x) quotas[rank] = read_block(quotas + rank, 0);
-        if (threadIdx.x == 0) {
-            b.source = read_block(&b.source, 0);
-            b.open[TAKEN] = Open{read_block(&b.open[TAKEN].home, 0), read_block(&b.open[TAKEN].most, 0)};
-        }
+        for (u32 i = threadIdx.x; i < sizeof(Quotas) / sizeof(u32); i += blockDim.x) words[i] = read_block(words + i, 0);
+        if (threadIdx.x == 0) b.source = read_block(&b.source, 0);
     }
     __syncthreads();
 }
 
-__device__ __forceinline__ void start(const Args &args, const Shared &s, Block &b) {
-    if (args.posts_experts) clear(s.counts, args.experts);
-    clear(s.loads, 2 * ENTRIES);
-    if (threadIdx.x < ROUNDS) b.most[threadIdx.x] = 0;
-    if (threadIdx.x == 0) {
-        b.tokens = 0;
-        b.source = PLANNED;
-        b.granted_before = 0;
-        if (args.mode == LIVE) {
-            b.sequence = next_sequence(args.state->last);
-            b.failures = args.state->failures;
-        }
+__device__ __forceinline__ void start(const Args &args, Block &b) {
+    uint4 *zeros = (uint4 *)shared_memory();
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < args.cleared_bytes / sizeof(uint4); i += blockDim.x) zeros[i] = uint4{0, 0, 0, 0};
+    // These are in what the same thread cleared.
+    if (threadIdx.x == 0 && args.mode == LIVE) {
+        b.sequence = next_sequence(args.state->last);
+        b.failures = args.state->failures;
     }
 }
 
 extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_constant__ Args args) {
+    if (CLUSTERED && blockIdx.x >= blocks()) return write_part(args, blockIdx.x - blocks());
     Shared s = shared_arrays(args);
     Block &b = *s.block;
-    Rows rows(args);
-    Slots slots = load_slots(rows, 0);
-    start(args, s, b);
+    Rows rows(args, block());
+    Ids ids;
+    ids.load(rows, threadIdx.x);
+    start(args, b);
+    u32 inverse = lane_inverse();
     rows.pad(args);
     __syncthreads();
 
-    count_slots(args, s, rows, slots, 0);
 #pragma unroll 1
-    for (u32 base = BATCH * blockDim.x; base < rows.slots; base += BATCH * blockDim.x) {
-        Slots more = load_slots(rows, base);
-        count_slots(args, s, rows, more, base);
-        if (args.mode != COUNT) write_slots(s, rows, more, base);
+    for (u32 base = warp() * WARP; base < rows.count; base += blockDim.x) {
+        if (base >= blockDim.x) ids.load(rows, base + lane());
+        count_tokens(args, s, b, rows, base + lane(), ids);
     }
-    __syncthreads();
-    bool plans = warp() == warps() - 1;
-    Entries bases;
-    u32 sum = 0;
-    // With one block its loads are all, and visits need not be awaited.
-    if (!CLUSTERED && plans) sum = estimate(args, s, bases);
-    count_tokens(s, b, rows.count);
     gather(s, b);
 
     if (block() == 0) post_counts(args, s, b);
@@ -100,18 +89,16 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
         return end_blocks();
     }
 
-    // While one warp plans and another waits, the others write; these two have the fewest rows, or none.
-    if (CLUSTERED && plans) sum = estimate(args, s, bases);
-    if (plans) plan_own(args, s, b, bases, sum);
-    if (warp() == warps() - 2 && (args.mode == GIVEN || (args.mode == LIVE && block() == 0))) take_quotas(args, s, b);
-    write_slots(s, rows, slots, 0);
+    // While one warp plans and another waits, the others write.
+    if (warp() == warps() - 1) plan_own(args, s, b, inverse);
+    else if (warp() == warps() - 2) take_quotas(args, s, b);
+    else if (args.writers == 0) write_routed(args, rows, threadIdx.x, blockDim.x - 2 * WARP);
     if (CLUSTERED && args.mode == LIVE) share_quotas(s, b);
     else __syncthreads();
 
-    u32 *left = s.quotas + b.source * ENTRIES;
-    Open open = b.open[b.source];
-    bool anywhere = run_rounds(args, s, b, left, open.most, rows.first, rows.count);
+    Quotas &quotas = s.quotas[b.source];
+    u32 most, last = run_rounds(args, s, b, quotas, rows, most);
     leave_blocks();
-    place_rest(args, s, b, rows, open.home, anywhere);
+    place_rest(args, s, b, quotas, rows, last, most > 0);
     end_blocks();
 }

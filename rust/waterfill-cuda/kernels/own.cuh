@@ -39,12 +39,22 @@ __device__ __forceinline__ u32 rank_at(const Args &args, u32 i) {
     return at_most(rank, rank - RANKS);
 }
 
+// value / divisor, rounded up, for a value below 2^20: by a division that is inexact, but by less than the quotient is
+// from the next whole number. A whole number may come out as the one below.
+__device__ __forceinline__ u32 up_approximately(u32 value, u32 divisor) {
+    u32 down = (u32)__fdividef((float)value, (float)divisor);
+    return down + (down * divisor < value);
+}
+
+// 2^32 / (lane + 1), rounded up; 0 for the first lane, instead of 2^32.
+__device__ __forceinline__ u32 lane_inverse() { return ALL / (lane() + 1) + 1; }
+
 // Loads as far as own counts tell them, shrunk towards their mean; gives their sum.
 __device__ __forceinline__ u32 estimate(const Args &args, const Shared &s, Entries &bases) {
     for_each([&](u32 chunk, u32 i) { bases[chunk] = s.all_loads[rank_at(args, i)]; });
     u32 mean = sum_of([&](u32 chunk, u32) { return bases[chunk]; }) / RANKS;
     // floor(1024 mean / (mean + HALF_TRUSTED)), in 32 bits.
-    u32 trust = at_least(1024 - up(1024 * HALF_TRUSTED, mean + HALF_TRUSTED), LEAST_TRUST);
+    u32 trust = at_least(1024 - up_approximately(1024 * HALF_TRUSTED, mean + HALF_TRUSTED), LEAST_TRUST);
     return sum_of([&](u32 chunk, u32) {
         u32 load = bases[chunk], apart = load < mean ? mean - load : load - mean;
         u32 part = (u32)(((u64)apart * trust + 512) >> 10);
@@ -54,17 +64,21 @@ __device__ __forceinline__ u32 estimate(const Args &args, const Shared &s, Entri
 }
 
 // The smallest level with room for `tokens` rows, at least one. The ranks up to a base need a level by
-// themselves; the least of these is the level.
-__device__ __forceinline__ u32 level_of_few(Entries &bases, u32 tokens) {
+// themselves; the least of these is the level. `inverse` is `lane_inverse`: exact, because rows are below 2^26 and
+// divisors at most 32.
+__device__ __forceinline__ u32 level_of_few(Entries &bases, u32 tokens, u32 inverse) {
     u32 mine = bases[0], below = 0, under = 0;
 #pragma unroll
     for (u32 i = 0; i < at_most(RANKS, WARP); ++i) {
         u32 base = __shfl_sync(ALL, mine, i);
-        below += base <= mine;
-        under += base <= mine ? base : 0;
+        bool counts = base <= mine;
+        below += counts;
+        under += counts ? base : 0;
     }
-    u32 level = lane() < RANKS ? up(tokens + under, below) : ALL;
-    return ~warp_max(~level);
+    // Rounded up; where there is one, `inverse` has no room for it.
+    u32 last = tokens + under - 1, down = __umulhi(last, __shfl_sync(ALL, inverse, below - 1));
+    u32 level = (below == 1 ? last : down) + 1;
+    return ~warp_max(lane() < RANKS ? ~level : 0);
 }
 
 // The same by Newton's method from above, for more ranks.
@@ -108,25 +122,29 @@ __device__ __forceinline__ u32 spread(u32 rows, Entries &capacities, Entries &ow
     return fits;
 }
 
-// Open quotas that are in `quotas`, for bids anywhere but at home. By one warp.
-__device__ __forceinline__ void open_quotas(const Args &args, const Shared &s, Block &b, Source source) {
-    u32 *quotas = s.quotas + source * ENTRIES, most = 0;
+// Open quotas, of which `left` is there, for bids anywhere but at home. By one warp.
+__device__ __forceinline__ void open_quotas(const Args &args, Quotas &quotas) {
+    u32 most = 0, left = 0;
     __syncwarp();
 #pragma unroll 1
-    for (u32 rank = lane(); rank < RANKS; rank += WARP)
-        if (rank != args.rank) most = at_least(most, quotas[rank]);
+    for (u32 rank = lane(); rank < RANKS; rank += WARP) {
+        left = rank == args.rank ? 0 : quotas.left[rank];
+        most = at_least(most, left);
+    }
     most = warp_max(most);
+    open_levels(quotas, left, most);
     if (lane() == 0) {
-        b.open[source] = Open{quotas[args.rank], most};
-        quotas[args.rank] = quotas[NO_RANK] = 0;
+        quotas.home = quotas.left[args.rank];
+        quotas.most = most;
+        quotas.left[args.rank] = quotas.left[NO_RANK] = 0;
     }
 }
 
-// Own quotas, open, from the estimate and its sum: own rank first, then visited ranks, then any.
-__device__ __forceinline__ void plan_own(const Args &args, const Shared &s, Block &b, Entries &bases, u32 sum) {
-    Entries room, capacity, own{};
-    u32 tokens = all_tokens(b), top = 0;
-    if (tokens > 0) top = CHUNKS == 1 ? level_of_few(bases, tokens) : level_of_many(bases, tokens, sum);
+// Own quotas, open: own rank first, then visited ranks, then any. By one warp.
+__device__ __forceinline__ void plan_own(const Args &args, const Shared &s, const Block &b, u32 inverse) {
+    Entries bases, room, capacity, own{};
+    u32 sum = estimate(args, s, bases), tokens = all_tokens(b), top = 0;
+    if (tokens > 0) top = CHUNKS == 1 ? level_of_few(bases, tokens, inverse) : level_of_many(bases, tokens, sum);
     for_each([&](u32 chunk, u32) { top = at_least(top, bases[chunk]); });
     top = warp_max(top);
     for_each([&](u32 chunk, u32 i) {
@@ -141,6 +159,6 @@ __device__ __forceinline__ void plan_own(const Args &args, const Shared &s, Bloc
         for_each([&](u32 chunk, u32 i) { room[chunk] -= i > 0 ? own[chunk] : 0; });
         spread(left, room, own);
     }
-    for_each([&](u32 chunk, u32 i) { s.quotas[PLANNED * ENTRIES + rank_at(args, i)] = own[chunk]; });
-    open_quotas(args, s, b, PLANNED);
+    for_each([&](u32 chunk, u32 i) { s.quotas[PLANNED].left[rank_at(args, i)] = own[chunk]; });
+    open_quotas(args, s.quotas[PLANNED]);
 }

@@ -7,10 +7,19 @@ typedef unsigned long long u64;
 
 __device__ __forceinline__ u8 *shared_memory() {
     extern __shared__ __align__(16) u8 memory[];
-    return memory;
+    // Its address in a register: the compiler else asks a special register for it wherever it is used, each time anew.
+    u32 address = (u32)__cvta_generic_to_shared(memory);
+    asm("" : "+r"(address));
+    return (u8 *)__cvta_shared_to_generic(address);
 }
 
 #if CLUSTERED
+__device__ __forceinline__ u32 cluster_size() {
+    u32 size;
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+    return size;
+}
+
 // All threads of all blocks call both, the second after the first.
 __device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 // Orders: acquire.

@@ -8,8 +8,8 @@ static constexpr u32 RANK_BITS = 10;
 static constexpr u32 NO_RANK = RANKS;
 static constexpr u32 ENTRIES = RANKS + 1;
 // States of a token that are neither a rank nor a bid (assign.cuh): without a rank yet; no token, but padding.
-static constexpr u16 PENDING = 0x7ffe;
-static constexpr u16 NOBODY = 0x7fff;
+static constexpr u32 PENDING = 0x7ffe;
+static constexpr u32 NOBODY = 0x7fff;
 
 enum Mode : u32 { OWN = 0, LIVE = 1, GIVEN = 2, COUNT = 3 };
 enum Outcome : u32 { TALLY_LIVE = 0, TALLY_TIMED_OUT = 1, TALLY_BROKEN = 2, TALLY_TORN = 3 };
@@ -44,68 +44,78 @@ struct Args {
     u32 counts_at, quotas_at, slot_words, ring, posts_experts;
     u32 counts_stride;       // Words from a rank's counts to the next one's.
     u32 tally_at;            // Words from the board's start to this rank's calls by Outcome.
-    // Bytes from the start of dynamic shared memory to each array of `Shared`.
-    u32 counts_bytes, ranks_bytes, slots_bytes, given_bytes, table_bytes, table_stride;
+    // Bytes from the start of dynamic shared memory that begin as zeros, and to each array of `Shared`.
+    u32 cleared_bytes, table_bytes, table_stride, counts_bytes, ranks_bytes, visits_bytes, given_bytes;
+    u32 writers;             // Blocks after the first cluster's, which write the routed columns in its stead.
 };
 
 // Where quotas are from: own counts; the board, or given.
 enum Source : u32 { PLANNED = 0, TAKEN = 1 };
 
-// Quotas that are open for bids.
-struct Open {
-    u32 home;  // Rows of the home quota.
-    u32 most;  // Most rows anywhere but at home.
+// Rows of quotas, open for bids.
+struct Quotas {
+    u32 left[ENTRIES];   // Rows still to be met; 0 at home.
+    u32 home;            // Those of the home quota.
+    u32 most;            // Most rows anywhere but at home.
+    u32 levels[LEVELS];  // A bit a rank, if a word has room for them: those with more left than level / LEVELS of the most.
 };
 
 // What the threads of a block tell each other.
 struct Block {
+    u32 sequence;        // Of this call.
+    u32 failures;        // As of its start, see State.
+    u32 source;          // Which quotas hold.
     u32 tokens;          // Rows with a valid id.
     u32 all_tokens;      // Those of all blocks.
     u32 tokens_before;   // Those of the blocks before this one.
-    u32 source;          // Which quotas hold.
-    Open open[2];        // By Source.
     u32 most[ROUNDS];    // Most rows left anywhere but at home, after each round.
     u32 granted_before;  // Bids of the blocks before this one that were granted.
-    u32 sequence;        // Of this call.
-    u32 failures;        // As of its start, see State.
 };
 static_assert(sizeof(Block) <= BLOCK_BYTES, "src/shape.rs leaves room for it");
 
-// A block's dynamic shared memory.
+// A block's dynamic shared memory. An array of ENTRIES has one for NO_RANK, which anybody may write and nobody counts on.
 struct Shared {
+    // These begin as zeros.
     Block *block;
-    u32 *counts;      // [experts] rows routed to each expert, where the board has counts an expert
     u32 *loads;       // [ENTRIES] rows routed to each rank
     u32 *visits;      // [ENTRIES] tokens that visit each rank
     u32 *all_loads;   // [ENTRIES] those of all blocks; the same arrays if there is one
     u32 *all_visits;  // [ENTRIES]
-    u32 *quotas;      // [2, ENTRIES] rows of each quota still to be met, by Open; 0 at home
-    u32 *allowed;     // [ENTRIES] how many of this block's bids are granted
+    u32 *bids;        // [ROUNDS, ENTRIES] bids of each round for each rank
+    u32 *all_bids;    // [ROUNDS, ENTRIES] those of all blocks, if `add_blocks` added them
+    u32 *bids_before; // [ROUNDS, ENTRIES] those of the blocks before this one, likewise
+    u32 *granted_before;  // [ENTRIES] how many of these were granted
+    u8 *table;        // [ROUNDS, ENTRIES, table_stride] bids by destination and warp's rows; in the end [0, NO_RANK] has the pending
+    u32 *counts;      // [experts + 1] rows routed to each expert, where the board has counts an expert
+    // These do not.
+    u32 *allowed;     // [ENTRIES] how many of this block's bids of the last round are granted
     u32 *until;       // [ENTRIES] sums of the rows left in the end
-    u32 *totals;      // [2, ENTRIES] this block's bids, by parity of the round
-    u16 *slots;       // [rows_per_block, TOP_K] the rank of each slot
+    Quotas *quotas;   // [2] by Source
+    u32 *tokens;      // [rows_per_block, Visits::WORDS] the ranks that each token visits, see token.cuh
     u16 *given;       // [rows_per_block] the state of each token, see assign.cuh
-    u16 *table;       // [ENTRIES, table_stride] bids by destination and warp's rows; at NO_RANK the pending in the end
 };
 
 // Pointers by offsets from the one base, each by itself: so that the compiler knows them to be shared memory.
 __device__ __forceinline__ Shared shared_arrays(const Args &args) {
     u8 *memory = shared_memory();
-    u32 *ranks = (u32 *)(memory + args.ranks_bytes);
+    u32 *zeros = (u32 *)(memory + BLOCK_BYTES), *ranks = (u32 *)(memory + args.ranks_bytes);
     Shared s;
     s.block = (Block *)memory;
+    s.loads = zeros;
+    s.visits = zeros + ENTRIES;
+    s.all_loads = CLUSTERED ? zeros + 2 * ENTRIES : s.loads;
+    s.all_visits = CLUSTERED ? zeros + 3 * ENTRIES : s.visits;
+    s.bids = zeros + 4 * ENTRIES;
+    s.all_bids = zeros + (4 + ROUNDS) * ENTRIES;
+    s.bids_before = zeros + (4 + 2 * ROUNDS) * ENTRIES;
+    s.granted_before = zeros + (4 + 3 * ROUNDS) * ENTRIES;
+    s.table = memory + args.table_bytes;
     s.counts = (u32 *)(memory + args.counts_bytes);
-    s.loads = ranks;
-    s.visits = ranks + ENTRIES;
-    s.all_loads = CLUSTERED ? ranks + 2 * ENTRIES : s.loads;
-    s.all_visits = s.all_loads + ENTRIES;
-    s.quotas = ranks + 4 * ENTRIES;
-    s.allowed = ranks + 6 * ENTRIES;
-    s.until = ranks + 7 * ENTRIES;
-    s.totals = ranks + 8 * ENTRIES;
-    s.slots = (u16 *)(memory + args.slots_bytes);
+    s.allowed = ranks;
+    s.until = ranks + ENTRIES;
+    s.quotas = (Quotas *)(ranks + 2 * ENTRIES);
+    s.tokens = (u32 *)(memory + args.visits_bytes);
     s.given = (u16 *)(memory + args.given_bytes);
-    s.table = (u16 *)(memory + args.table_bytes);
     return s;
 }
 

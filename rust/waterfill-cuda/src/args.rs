@@ -29,12 +29,14 @@ pub(crate) struct Args {
     pub posts_experts: u32,
     pub counts_stride: u32,
     pub tally_at: u32,
-    pub counts_bytes: u32,
-    pub ranks_bytes: u32,
-    pub slots_bytes: u32,
-    pub given_bytes: u32,
+    pub cleared_bytes: u32,
     pub table_bytes: u32,
     pub table_stride: u32,
+    pub counts_bytes: u32,
+    pub ranks_bytes: u32,
+    pub visits_bytes: u32,
+    pub given_bytes: u32,
+    pub writers: u32,
 }
 
 /// What a runner keeps on the device between calls.

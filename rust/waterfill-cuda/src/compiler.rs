@@ -18,10 +18,11 @@ use crate::shape::{BLOCK_BYTES, IdType, Shape, WeightType};
 pub(crate) const KERNEL: &CStr = c"expand_topk";
 
 /// The source of every variant: the files in the order in which they use each other.
-pub const FILES: [&str; 8] = [
+pub const FILES: [&str; 9] = [
     include_str!("../kernels/ptx.cuh"),
     include_str!("../kernels/types.cuh"),
     include_str!("../kernels/cluster.cuh"),
+    include_str!("../kernels/token.cuh"),
     include_str!("../kernels/count.cuh"),
     include_str!("../kernels/own.cuh"),
     include_str!("../kernels/board.cuh"),

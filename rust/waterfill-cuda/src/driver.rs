@@ -176,6 +176,8 @@ unsafe impl Sync for Kernel {}
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Launch {
     pub blocks: usize,
+    /// Blocks of a cluster, of which `blocks` is a multiple; 1 for none.
+    pub cluster: usize,
     pub threads: usize,
     pub shared: usize,
 }
@@ -224,21 +226,21 @@ impl Kernel {
     }
 }
 
-/// The driver's form of a launch, whose blocks are one cluster.
+/// The driver's form of a launch.
 fn with_config<T>(
     launch: Launch,
     stream: Stream,
     run: impl FnOnce(&sys::CUlaunchConfig) -> T,
 ) -> T {
-    let blocks = launch.blocks as u32;
-    let cluster = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
+    let cluster =
+        sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster as u32, y: 1, z: 1 };
     let mut attribute = sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
         pad: [0; 4],
         value: sys::CUlaunchAttributeValue { clusterDim: cluster },
     };
     run(&sys::CUlaunchConfig {
-        gridDimX: blocks,
+        gridDimX: launch.blocks as u32,
         gridDimY: 1,
         gridDimZ: 1,
         blockDimX: launch.threads as u32,
@@ -248,7 +250,7 @@ fn with_config<T>(
         hStream: stream.0,
         attrs: &mut attribute,
         // Devices without clusters know no such attribute.
-        numAttrs: u32::from(blocks > 1),
+        numAttrs: u32::from(launch.cluster > 1),
     })
 }
 

@@ -128,13 +128,17 @@ const MANY_RANKS: Shape =
 
 /// Each defect, planted by itself, is noticed.
 fn notices(shape: Shape, defects: &[Defect]) {
+    notices_in(shape, &FEW_ROWS, defects);
+}
+
+fn notices_in(shape: Shape, rows: &[usize], defects: &[Defect]) {
     let Some(compiler) = device::compiler() else { return };
     for &(right, wrong, said) in defects {
         let plant = |source: String| {
             assert_eq!(source.matches(right).count(), 1, "the source has no such piece: {right}");
             source.replace(right, wrong)
         };
-        match check(&compiler, shape, &FEW_ROWS, plant) {
+        match check(&compiler, shape, rows, plant) {
             Ok(()) => panic!("not noticed: {wrong:?} in place of {right:?}"),
             Err(error) => assert!(error.contains(said), "{wrong:?} for {right:?}: {error}"),
         }
@@ -143,20 +147,24 @@ fn notices(shape: Shape, defects: &[Defect]) {
 
 #[test]
 fn notices_a_barrier_that_is_missing() {
-    let after_sharing = "        }\n    }\n    __syncthreads();\n}\n";
+    let after_sharing = "read_block(&b.source, 0);\n    }\n    __syncthreads();\n}\n";
     notices(
         FEW_RANKS,
         &[
-            ("    __syncthreads();\n\n    count_slots", "    count_slots", ""),
-            ("    __syncthreads();\n    bool plans", "    bool plans", ""),
+            ("    __syncthreads();\n\n#pragma unroll 1", "#pragma unroll 1", ""),
             ("    __syncthreads();\n#else", "#else", ""),
-            ("else __syncthreads();\n\n    u32 *left", "\n    u32 *left", ""),
-            ("        __syncthreads();\n        close_round", "        close_round", ""),
-            ("rows, WARP), round);\n        __syncthreads();", "rows, WARP), round);", ""),
-            ("sum_left(s, left);\n    __syncthreads();", "sum_left(s, left);", ""),
-            ("if (CLUSTERED) sync_blocks();", "", ""),
-            ("{\n    sync_blocks();\n    u32 *quotas", "{\n    u32 *quotas", ""),
-            (after_sharing, "        }\n    }\n}\n", ""),
+            (
+                "tokens_before = before;\n        }\n    }\n    __syncthreads();",
+                "tokens_before = before;\n        }\n    }",
+                "",
+            ),
+            ("else __syncthreads();\n\n    Quotas &quotas", "\n    Quotas &quotas", ""),
+            ("        sync_blocks();\n        close_round", "        close_round", ""),
+            ("    if (added) __syncthreads();\n", "", "ids"),
+            ("quotas, round);\n        __syncthreads();", "quotas, round);", ""),
+            ("quotas.left);\n    __syncthreads();", "quotas.left);", ""),
+            ("{\n    sync_blocks();\n    if (block() > 0)", "{\n    if (block() > 0)", ""),
+            (after_sharing, "read_block(&b.source, 0);\n    }\n}\n", ""),
         ],
     );
 }
@@ -170,7 +178,7 @@ fn notices_threads_that_do_not_come() {
         FEW_RANKS,
         &[
             ("    leave_blocks();\n    place_rest", "    place_rest", "without an arrival"),
-            ("anywhere);\n    end_blocks();", "anywhere);", "ends without the wait"),
+            ("most > 0);\n    end_blocks();", "most > 0);", "ends without the wait"),
             (most, "__reduce_max_sync(lanes_before(), value)", "for some lanes"),
             (clock, "now_ns() - begun >= args.cap_ns", "__all_sync (board.cuh"),
             (vote, "(u32)(word >> 32) != sequence", "some wait in"),
@@ -180,36 +188,62 @@ fn notices_threads_that_do_not_come() {
 
 #[test]
 fn notices_wrong_counts_and_ranks() {
-    let (id, zeroed) = ("i < rows.padded ? slots.ids[j] : (ID)-1", "table_stride + column] = 0;");
+    let padded = "row < rows.unpadded ? ids.id[k] : (ID)-1";
+    let given = "s.given[row] = (u16)(token";
     notices(
         FEW_RANKS,
         &[
-            (id, "slots.ids[j]", "ids"),
-            ("clear(s.loads, 2 * ENTRIES);", "clear(s.loads, ENTRIES);", ""),
+            (padded, "ids.id[k]", "ids"),
+            ("i < unpadded ? rows.ids[i] : (ID)-1", "i < slots ? rows.ids[i] : (ID)-1", "ids"),
+            ("args.cleared_bytes / sizeof(uint4)", "args.cleared_bytes / 2 / sizeof(uint4)", ""),
             ("bits_of(NO_RANK)", "bits_of(RANKS - 1)", "ids"),
-            ("i + 2 * j < count ?", "true ?", "ids"),
-            ("before += other < block() ?", "before += other <= block() ?", "ids"),
-            ("order < s.allowed[rank]", "order <= s.allowed[rank]", "ids"),
+            ("mask & ALL >> (WARP - RANKS)", "mask", "ids"),
+            ("visits.add(k, rank) ? rank : NO_RANK", "rank", "ids"),
+            ("lane() * most / LEVELS, ranks", "(lane() + 1) * most / LEVELS, ranks", "ids"),
+            ("some & ALL << first", "some & ~1u << first", "ids"),
+            ("(1u << 8 * (column - at)) - 1", "(1u << 8 * (column - at))", "ids"),
+            ("at + 4 <= column; at += 4", "at + 4 < column; at += 4", ""),
+            ("if (before && other < block())", "if (before && other <= block())", "ids"),
+            ("order + before < allowed", "order + before <= allowed", "ids"),
             ("s.until[middle] > place", "s.until[middle] >= place", "ids"),
-            ("place >= home", "place > home", "ids"),
-            ("        b.granted_before = 0;\n", "", "ids"),
-            ("(memory + args.table_bytes)", "(memory + args.table_bytes + 2)", "misaligned"),
-            (zeroed, "table_stride + column + RANKS * 64] = 0;", "of its shared memory"),
+            ("place >= quotas.home", "place > quotas.home", "ids"),
+            ("s.granted_before[rank] += granted", "s.granted_before[rank] = granted", "ids"),
+            ("b.tokens_before - b.granted_before", "b.tokens_before", "ids"),
+            ("memory + args.table_bytes;", "memory + args.table_bytes + 2;", "misaligned"),
+            (given, "s.given[row + 256] = (u16)(token", "of its shared memory"),
+        ],
+    );
+}
+
+#[test]
+fn notices_wrong_writers() {
+    let shape = Shape { ranks: 2, experts: 8, ..FEW_RANKS };
+    notices_in(
+        shape,
+        &[2500, 2500, 2500],
+        &[
+            ("return write_part(args, blockIdx.x - blocks());", "return;", "ids"),
+            ("Rows rows(args, writer);\n    rows.pad(args);", "Rows rows(args, writer);", "ids"),
+            ("Rows rows(args, writer);", "Rows rows(args, 0);", "ids"),
+            ("if (CLUSTERED && blockIdx.x >= blocks())", "if (false)", ""),
         ],
     );
 }
 
 #[test]
 fn notices_wrong_plans() {
-    let expert = "(UNSIGNED_ID)slots.ids[j] < args.experts";
+    let expert = "return (UNSIGNED_ID)id < args.experts";
     notices(
         MANY_RANKS,
         &[
-            (expert, "(u32)slots.ids[j] < args.experts", "ids"),
-            ("id < 0 ? id : (ID)-1", "id", "ids"),
+            (expert, "return (u32)id < args.experts", "ids"),
+            ("ids[j] < 0 ? ids[j] : (ID)-1", "ids[j]", "ids"),
             ("+ 512) >> 10", ") >> 10", "ids"),
             ("down + ((u64)down * total < product)", "down", "ids"),
             ("if (next == level) return", "if (next > level) return", "does not end"),
+            ("granted += s.granted_before[rank]", "granted = s.granted_before[rank]", "ids"),
+            ("first + j < block() ?", "first + j <= block() ?", "ids"),
+            ("bool visit = true;", "bool visit = added != rank[0];", "counts"),
         ],
     );
 }

@@ -206,7 +206,7 @@ impl Runner {
     /// As there, for the call's inputs and `out`; its outputs and quotas are not looked at.
     pub unsafe fn count(&self, call: &Call, out: u64, stream: usize) -> Result<()> {
         let current = self.device.current()?;
-        let cut = self.shape.cut(call.rows, self.most_blocks(), self.shared)?;
+        let cut = self.shape.cut(call.rows, self.most_blocks(), self.shared)?.without_writers();
         let args = Args { mode: COUNT, words: out, out_ids: 0, ..self.args_of(call, &cut) };
         // SAFETY: the caller's promise.
         unsafe { self.run(&current, &cut, args, Stream::borrow(stream)) }
@@ -237,7 +237,7 @@ impl Runner {
     /// # Safety
     /// The addresses of `args` are as [`launch`](Self::launch) and [`count`](Self::count) ask for.
     unsafe fn run(&self, _: &Current, cut: &Geometry, args: Args, stream: Stream) -> Result<()> {
-        let launch = Launch { blocks: cut.blocks, threads: cut.threads, shared: cut.shared };
+        let launch = launch_of(cut);
         // SAFETY: the kernel's parameter is `Args`; its addresses are the caller's promise, or live with
         // this runner, and the board's layout is that of the board's own crate.
         unsafe { self.kernel_for(cut.blocks).launch(launch, stream, &args) }
@@ -285,14 +285,18 @@ impl Runner {
         let _relaxed = Relaxed::new()?;
         let stream = OwnStream::new()?;
         for blocks in [1, self.most_blocks()] {
-            let cut = self.shape.cut(0, 1, self.shared)?;
-            let launch = Launch { blocks, threads: cut.threads, shared: cut.shared };
+            let cut = Geometry { blocks, ..self.shape.cut(0, 1, self.shared)? };
             let args = with_cut(self.args, &cut);
             // SAFETY: the kernel's parameter is `Args`; there are no rows, so no address is read or written.
-            unsafe { self.kernel_for(blocks).launch(launch, stream.0, &args)? };
+            unsafe { self.kernel_for(blocks).launch(launch_of(&cut), stream.0, &args)? };
         }
         stream.0.synchronize()
     }
+}
+
+fn launch_of(cut: &Geometry) -> Launch {
+    let (blocks, cluster) = (cut.blocks + cut.writers, cut.blocks);
+    Launch { blocks, cluster, threads: cut.threads, shared: cut.shared }
 }
 
 fn nanoseconds(time: Duration) -> u64 {
@@ -302,12 +306,14 @@ fn nanoseconds(time: Duration) -> u64 {
 pub(crate) fn with_cut(args: Args, cut: &Geometry) -> Args {
     Args {
         rows_per_block: cut.rows_per_block as u32,
-        counts_bytes: cut.counts_at as u32,
-        ranks_bytes: cut.ranks_at as u32,
-        slots_bytes: cut.slots_at as u32,
-        given_bytes: cut.given_at as u32,
+        cleared_bytes: if args.posts_experts == 0 { cut.counts_at } else { cut.ranks_at } as u32,
         table_bytes: cut.table_at as u32,
         table_stride: cut.table_stride as u32,
+        counts_bytes: cut.counts_at as u32,
+        ranks_bytes: cut.ranks_at as u32,
+        visits_bytes: cut.visits_at as u32,
+        given_bytes: cut.given_at as u32,
+        writers: cut.writers as u32,
         ..args
     }
 }
@@ -357,7 +363,9 @@ fn cluster(
     // Refused where not supported; then the smaller size is found below.
     let _ = kernel.allow_large_clusters();
     let runs = |blocks: usize| {
-        kernel.clusters(Launch { blocks, threads: 1024, shared }).is_ok_and(|clusters| clusters > 0)
+        kernel
+            .clusters(Launch { blocks, cluster: blocks, threads: 1024, shared })
+            .is_ok_and(|clusters| clusters > 0)
     };
     let most_blocks = CLUSTERS.into_iter().find(|&blocks| runs(blocks));
     Ok(most_blocks.map(|most_blocks| Cluster { kernel, most_blocks }))

@@ -1,5 +1,7 @@
 //! What a runner is made for, and how a call of so many rows is cut into blocks.
 
+use waterfill_core::rounds;
+
 use crate::error::{Error, Result};
 
 /// Width of expert ids.
@@ -52,23 +54,41 @@ const PLANNING_WARPS: usize = 2;
 const WARP: usize = 32;
 /// Shared memory for what the threads of a block tell each other: `Block` in kernels/types.cuh.
 pub(crate) const BLOCK_BYTES: usize = 128;
-/// Arrays of a word a rank, and one more, in shared memory, as `shared_arrays` in the kernel has them.
-const RANK_ARRAYS: usize = 10;
+/// Rows of a cluster's block up to which it writes their routed columns itself, as it can while it plans; a second cluster
+/// writes those of larger ones, which would take longer.
+const WRITTEN_BY_BLOCK: usize = 256;
+/// Arrays of a word a rank, and one more, in shared memory, as `shared_arrays` in the kernel has them: those that begin as
+/// zeros, and the others.
+const ZERO_ARRAYS: usize = 5 + 3 * ROUNDS;
+const RANK_ARRAYS: usize = 2;
+/// Two `Quotas` of kernels/types.cuh: an array like those and some words each.
+const QUOTAS: usize = 2;
+const QUOTA_WORDS: usize = 2 + rounds::LEVELS as usize;
+const ROUNDS: usize = rounds::ROUNDS as usize;
 
 /// One call's blocks and their shared memory, in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Geometry {
     pub blocks: usize,
+    /// Blocks of a second cluster, or none.
+    pub writers: usize,
     pub threads: usize,
     pub rows_per_block: usize,
+    pub table_at: usize,
+    /// Bytes of a row of the table, a column each: an odd number of 16-byte groups, so that rows meet in no bank.
+    pub table_stride: usize,
     pub counts_at: usize,
     pub ranks_at: usize,
-    pub slots_at: usize,
+    pub visits_at: usize,
     pub given_at: usize,
-    pub table_at: usize,
-    /// 16-bit columns of a row of the table: an odd number of 16-byte groups, so that rows meet in no bank.
-    pub table_stride: usize,
     pub shared: usize,
+}
+
+impl Geometry {
+    /// The same for a call that writes no rows.
+    pub fn without_writers(self) -> Self {
+        Self { writers: 0, ..self }
+    }
 }
 
 impl Shape {
@@ -107,24 +127,30 @@ impl Shape {
     }
 
     fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
-        let slots = rows_per_block.max(WARP);
-        let counts_at = BLOCK_BYTES;
-        let ranks_at = (counts_at + 4 * self.experts).next_multiple_of(16);
-        let slots_at = (ranks_at + 4 * RANK_ARRAYS * (self.ranks + 1)).next_multiple_of(16);
-        let given_at = (slots_at + 2 * slots * self.top_k).next_multiple_of(16);
-        let table_at = (given_at + 2 * slots).next_multiple_of(16);
-        let table_stride = ((slots / WARP).div_ceil(8) | 1) * 8;
+        let (rows, entries) = (rows_per_block.max(WARP), self.ranks + 1);
+        let zeros_at = BLOCK_BYTES;
+        let table_at = (zeros_at + 4 * ZERO_ARRAYS * entries).next_multiple_of(16);
+        let table_stride = ((rows / WARP).div_ceil(16) | 1) * 16;
+        let counts_at = table_at + ROUNDS * entries * table_stride;
+        let ranks_at = (counts_at + 4 * (self.experts + 1)).next_multiple_of(16);
+        let quota_words = entries + QUOTA_WORDS;
+        let visits_at =
+            (ranks_at + 4 * (RANK_ARRAYS * entries + QUOTAS * quota_words)).next_multiple_of(16);
+        // A bit a rank or 16 bits a slot, in whole words: `Visits` in kernels/token.cuh.
+        let visit_words = if self.ranks <= WARP { 1 } else { self.top_k.div_ceil(2) };
+        let given_at = visits_at + 4 * rows * visit_words;
         Geometry {
             blocks,
+            writers: if blocks > 1 && rows_per_block > WRITTEN_BY_BLOCK { blocks } else { 0 },
             threads: (rows_per_block + PLANNING_WARPS * WARP).clamp(LEAST_THREADS, MOST_THREADS),
             rows_per_block,
-            counts_at,
-            ranks_at,
-            slots_at,
-            given_at,
             table_at,
             table_stride,
-            shared: table_at + 2 * table_stride * (self.ranks + 1),
+            counts_at,
+            ranks_at,
+            visits_at,
+            given_at,
+            shared: given_at + 2 * rows,
         }
     }
 }

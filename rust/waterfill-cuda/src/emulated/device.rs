@@ -22,6 +22,7 @@ const NAMES: [&str; FILES.len()] = [
     "ptx.cuh",
     "types.cuh",
     "cluster.cuh",
+    "token.cuh",
     "count.cuh",
     "own.cuh",
     "board.cuh",
@@ -29,9 +30,10 @@ const NAMES: [&str; FILES.len()] = [
     "expand.cu",
 ];
 
-/// Arguments, blocks, threads, shared bytes, seed, what is called meanwhile; gives null, or what went wrong.
+/// Arguments, blocks, those of a cluster, threads, shared bytes, seed, what is called meanwhile; gives null, or what went wrong.
 type Launch = unsafe extern "C" fn(
     &Args,
+    u32,
     u32,
     u32,
     u32,
@@ -100,12 +102,14 @@ impl Emulated {
         seed: u32,
         mut meanwhile: &mut dyn FnMut(),
     ) -> Result<(), String> {
-        let [blocks, threads, shared] = [cut.blocks, cut.threads, cut.shared].map(|n| n as u32);
+        let numbers = [cut.blocks + cut.writers, cut.blocks, cut.threads, cut.shared];
+        let [blocks, cluster, threads, shared] = numbers.map(|n| n as u32);
         let for_meanwhile = (&raw mut meanwhile).cast();
         // SAFETY: the caller's promise; `&mut self` because the library has one launch at a time; it calls
         // `call` with what it has to be called with, and not after it returned.
-        let failure =
-            unsafe { (self.launch)(args, blocks, threads, shared, seed, call, for_meanwhile) };
+        let failure = unsafe {
+            (self.launch)(args, blocks, cluster, threads, shared, seed, call, for_meanwhile)
+        };
         if failure.is_null() {
             return Ok(());
         }

@@ -7,16 +7,20 @@ typedef unsigned long long u64;
 inline u8 *shared_memory() { return emulated::blocks[blockIdx.x].memory; }
 
 #if CLUSTERED
+inline u32 cluster_size() { return emulated::cluster_blocks; }
+inline u32 cluster() { return blockIdx.x / cluster_size(); }
+
 inline void arrive_at_cluster(FROM) {
     using namespace emulated;
     Thread &thread = threads[current];
     if (thread.in_cluster) FAIL("it arrives again at the cluster's barrier without a wait (%s:%d)", file, line);
     thread.in_cluster = true;
-    thread.left_phase = phase;
-    arrived_at_cluster = (arrived_at_cluster + 1) % thread_count;
-    if (arrived_at_cluster > 0) return;
-    phase += 1;
-    for (u32 i = 0; i < thread_count; ++i)
+    thread.left_phase = phase[cluster()];
+    u32 count = cluster_size() * blockDim.x;
+    arrived_at_cluster[cluster()] = (arrived_at_cluster[cluster()] + 1) % count;
+    if (arrived_at_cluster[cluster()] > 0) return;
+    phase[cluster()] += 1;
+    for (u32 i = cluster() * count; i < (cluster() + 1) * count; ++i)
         if (threads[i].in_cluster && !strcmp(threads[i].site.what, "wait_for_cluster")) make_ready(i, 1);
 }
 
@@ -24,7 +28,7 @@ inline void wait_for_cluster(FROM) {
     using namespace emulated;
     Thread &thread = threads[current];
     if (!thread.in_cluster) FAIL("it waits for the cluster without an arrival (%s:%d)", file, line);
-    if (thread.left_phase == phase) emulated::wait(SITE);
+    if (thread.left_phase == phase[cluster()]) emulated::wait(SITE);
     thread.in_cluster = false;
 }
 
@@ -33,7 +37,8 @@ inline void release_shared() {}
 inline u32 read_cluster(const u32 *word, u32 other, FROM) {
     using namespace emulated;
     size_t at = (const u8 *)word - blocks[blockIdx.x].memory;
-    if (other >= gridDim.x || at + sizeof(u32) > shared_bytes) FAIL("it reads byte %zu of block %u (%s:%d)", at, other, file, line);
+    if (other >= cluster_size() || at + sizeof(u32) > shared_bytes) FAIL("it reads byte %zu of block %u (%s:%d)", at, other, file, line);
+    other += cluster() * cluster_size();
     if (blocks[other].ended == blockDim.x) FAIL("it reads block %u, which has ended (%s:%d)", other, file, line);
     return *(const u32 *)(blocks[other].memory + at);
 }

@@ -125,7 +125,7 @@ impl<'a> Rank<'a> {
         for by_expert in [false, true] {
             let posted = counted.posted(by_expert);
             let mut words = untouched_like(&posted);
-            let cut = self.cut(batch.rows);
+            let cut = self.cut(batch.rows).without_writers();
             let args = self.with_batch(batch, self.args(&mut state));
             let (posts_experts, words_at) = (u32::from(by_expert), address_mut(&mut words));
             self.launch(

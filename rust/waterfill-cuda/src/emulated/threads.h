@@ -38,6 +38,8 @@ static constexpr unsigned MOST_SWITCHES = 4 * 1000 * 1000;
 // Behind each block's shared memory, which is full of POISON before the launch.
 static constexpr unsigned GUARD = 1024;
 static constexpr int POISON = 0xa5;
+// Behind the guard, so that a kernel that goes astray reads and writes there rather than anywhere.
+static constexpr unsigned MARGIN = 1 << 20;
 
 // Where a thread waits.
 struct Site {
@@ -77,7 +79,9 @@ struct Block {
 static Thread *threads;
 static Warp *warps;
 static Block *blocks;
-static unsigned thread_count, current, ended, switches, arrived_at_cluster, phase, shared_bytes;
+static unsigned thread_count, current, ended, switches, shared_bytes;
+// Blocks of a cluster; of each cluster, threads that arrived at its barrier, and how often all did.
+static unsigned cluster_blocks, arrived_at_cluster[2], phase[2];
 static jmp_buf scheduler;
 static const void *arguments;
 static void (*meanwhile)(void *);
@@ -150,12 +154,13 @@ static const Word *exchange(unsigned mask, Word value, const Site &site) {
 
 static void run_kernel();
 
-static void start(unsigned blocks_wanted, unsigned threads_wanted, unsigned shared, Word seed) {
+static void start(unsigned blocks_wanted, unsigned cluster, unsigned threads_wanted, unsigned shared, Word seed) {
     static char *stacks;
     static size_t stack_bytes;
     thread_count = blocks_wanted * threads_wanted;
     gridDim.x = blocks_wanted, blockDim.x = threads_wanted, shared_bytes = shared;
-    ended = switches = arrived_at_cluster = phase = 0;
+    ended = switches = 0, cluster_blocks = cluster;
+    memset(arrived_at_cluster, 0, sizeof arrived_at_cluster), memset(phase, 0, sizeof phase);
     random_state = (seed + 1) * 0x9e3779b97f4a7c15ull, clock_ns = 1000000;
     failure[0] = 0;
     if (stack_bytes < thread_count * STACK) {
@@ -168,7 +173,7 @@ static void start(unsigned blocks_wanted, unsigned threads_wanted, unsigned shar
     warps = (Warp *)calloc(thread_count / LANES, sizeof(Warp));
     blocks = (Block *)calloc(blocks_wanted, sizeof(Block));
     for (unsigned i = 0; i < blocks_wanted; ++i) {
-        blocks[i].memory = (unsigned char *)aligned_alloc(GUARD, (shared + 2 * GUARD - 1) / GUARD * GUARD);
+        blocks[i].memory = (unsigned char *)aligned_alloc(GUARD, (shared + 2 * GUARD - 1) / GUARD * GUARD + MARGIN);
         memset(blocks[i].memory, POISON, shared + GUARD);
     }
     for (unsigned i = 0; i < thread_count; ++i) {
@@ -210,7 +215,7 @@ static void run_warp(unsigned warp) {
 
 // The warps in a random order, the first ones to run whenever they can.
 static void run_all() {
-    unsigned count = thread_count / LANES, order[1024], next = 0;
+    unsigned count = thread_count / LANES, order[2048], next = 0;
     for (unsigned i = 0; i < count; ++i) {
         unsigned j = draw(i + 1);
         order[i] = order[j], order[j] = i;
@@ -253,9 +258,9 @@ static void emulated::run_kernel() {
 }
 
 // One launch of whole warps; null, or what went wrong. `meanwhile` is called whenever the clock is read.
-extern "C" const char *launch(const void *args, unsigned blocks, unsigned threads, unsigned shared, unsigned seed,
+extern "C" const char *launch(const void *args, unsigned blocks, unsigned cluster, unsigned threads, unsigned shared, unsigned seed,
                               void (*meanwhile)(void *), void *for_meanwhile) {
-    emulated::start(blocks, threads, shared, seed);
+    emulated::start(blocks, cluster, threads, shared, seed);
     emulated::arguments = args;
     emulated::meanwhile = meanwhile, emulated::for_meanwhile = for_meanwhile;
     emulated::run_all();
@@ -334,6 +339,14 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, FROM) {
 
 inline unsigned __popc(unsigned bits) { return (unsigned)__builtin_popcount(bits); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((emulated::Word)a * b >> 32); }
+
+inline float __fdividef(float a, float b) { return a / b; }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
+    for (unsigned byte = 0; byte < 32; byte += 8) sum += (a >> byte & 255) * (b >> byte & 255);
+    return sum;
+}
 
 inline unsigned atomicAdd(unsigned *word, unsigned value) {
     unsigned old = *word;
