@@ -82,7 +82,7 @@ def test_strange_ids_name_no_expert():
 
 
 @pytest.mark.parametrize("unpadded", [-1, 0, 1, 100, 128, 1500, 4000])
-@pytest.mark.parametrize("rows", [128, 2000])
+@pytest.mark.parametrize("rows", [128, 2000, 9000])
 def test_rows_past_the_unpadded_ones_are_padding(rows, unpadded):
     run = expander(256, 8, 3, 6)
     topk_ids, topk_weights = batch(2, rows, 6, 256, clean=True)

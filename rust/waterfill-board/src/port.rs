@@ -214,13 +214,18 @@ impl<R: Region> Port<R> {
             }
         }
         let mut polls = 0u32;
-        while !self.take(sequence) {
-            meanwhile();
-            polls = polls.wrapping_add(1);
-            if reads_clock(polls) && begun.elapsed() >= cap {
+        loop {
+            // The clock first: a rank that was kept from running past its cap looks once more, as the plan may have come.
+            let spent = polls > 0 && reads_clock(polls) && begun.elapsed() >= cap;
+            if self.take(sequence) {
+                break;
+            }
+            if spent {
                 self.failures = self.failures.saturating_add(1);
                 return Source::TimedOut;
             }
+            meanwhile();
+            polls = polls.wrapping_add(1);
             pause(polls);
         }
         self.failures = 0;

@@ -129,6 +129,29 @@ fn a_wait_whose_looks_take_long_ends_at_the_first_past_the_cap() {
 }
 
 #[test]
+fn a_plan_that_came_while_a_rank_did_not_run_is_taken_past_the_cap_too() {
+    let shape = Shape::new(1, 1).unwrap();
+    // At any of the looks, those included at which the clock is read.
+    for stopped_at in 1..=64 {
+        let board = Arc::new(Heap::new(shape));
+        let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
+        let mut port = port(&board, shape, 0);
+        let (posted, mut quotas, mut looks) =
+            (Posted { tokens: 1, visits: &[1], counts: &[1] }, [0], 0);
+        port.post(posted).unwrap();
+        let meanwhile = || {
+            looks += 1;
+            if looks == stopped_at {
+                thread::sleep(SHORT);
+                assert!(planner.poll());
+            }
+        };
+        let source = port.finish_with(posted, SHORT, &mut quotas, meanwhile).unwrap();
+        assert_eq!(source, Source::Live, "stopped at look {stopped_at}");
+    }
+}
+
+#[test]
 fn a_foreign_word_far_ahead_does_not_lead_an_idle_planner_away() {
     let shape = Shape::new(2, 4).unwrap();
     let board = Arc::new(Heap::new(shape));

@@ -80,9 +80,12 @@ __device__ __forceinline__ u32 wait(const Args &args, u32 *quotas, const Block &
     u32 sequence = b.sequence, failures = b.failures;
     if (failures >= BREAK_AFTER && !tries_again(args, quotas, sequence, failures)) return TALLY_BROKEN;
     u64 begun = now_ns(), sum = 0;
-    while (!take(args, quotas, sequence, &sum)) {
+    while (true) {
+        // The clock first: a rank that was kept from running past its cap looks once more, as the plan may have come.
         // The lanes may read different times; the first one's counts for all.
-        if (__shfl_sync(ALL, (u32)(now_ns() - begun >= args.cap_ns), 0)) {
+        u32 spent = __shfl_sync(ALL, (u32)(now_ns() - begun >= args.cap_ns), 0);
+        if (take(args, quotas, sequence, &sum)) break;
+        if (spent) {
             if (lane() == 0) args.state->failures = failures + (failures != ALL);
             return TALLY_TIMED_OUT;
         }

@@ -24,11 +24,12 @@ const ROWS: [usize; 12] = [0, 1, 7, 32, 100, 128, 256, 257, 300, 700, 1000, 2500
 /// Enough of them for a kernel that is wrong.
 const FEW_ROWS: [usize; 5] = [7, 40, 256, 300, 700];
 const LIVE_ROWS: [usize; 7] = [0, 1, 7, 40, 128, 300, 600];
-const PLANS: [Plan; 8] = [
+const PLANS: [Plan; 9] = [
     Plan::Whole,
     Plan::Whole,
     Plan::Arriving,
     Plan::Arriving,
+    Plan::AtLast,
     Plan::Missing,
     Plan::Partial,
     Plan::Late,
@@ -119,7 +120,7 @@ shapes! {
 }
 
 /// A defect: a piece of the source, what stands there instead, and a part of what has to be said of it.
-type Defect = (&'static str, &'static str, &'static str);
+type Defect<'a> = (&'a str, &'a str, &'a str);
 
 const FEW_RANKS: Shape =
     Shape { ranks: 8, experts: 16, top_k: 6, id: IdType::I32, weight: WeightType::F32 };
@@ -127,11 +128,11 @@ const MANY_RANKS: Shape =
     Shape { ranks: 33, experts: 66, top_k: 6, id: IdType::I64, weight: WeightType::Bf16 };
 
 /// Each defect, planted by itself, is noticed.
-fn notices(shape: Shape, defects: &[Defect]) {
+fn notices(shape: Shape, defects: &[Defect<'_>]) {
     notices_in(shape, &FEW_ROWS, defects);
 }
 
-fn notices_in(shape: Shape, rows: &[usize], defects: &[Defect]) {
+fn notices_in(shape: Shape, rows: &[usize], defects: &[Defect<'_>]) {
     let Some(compiler) = device::compiler() else { return };
     for &(right, wrong, said) in defects {
         let plant = |source: String| {
@@ -180,8 +181,8 @@ fn notices_threads_that_do_not_come() {
             ("    leave_blocks();\n    place_rest", "    place_rest", "without an arrival"),
             ("most > 0);\n    end_blocks();", "most > 0);", "ends without the wait"),
             (most, "__reduce_max_sync(lanes_before(), value)", "for some lanes"),
-            (clock, "now_ns() - begun >= args.cap_ns", "__all_sync (board.cuh"),
-            (vote, "(u32)(word >> 32) != sequence", "some wait in"),
+            (clock, "now_ns() - begun >= args.cap_ns", ""),
+            (vote, "(u32)(word >> 32) != sequence", "nobody can go on"),
         ],
     );
 }
@@ -251,6 +252,10 @@ fn notices_wrong_plans() {
 #[test]
 fn notices_wrong_words_and_waits() {
     let sum = "*sum = warp_sum_long(mine);";
+    let look = "if (take(args, quotas, sequence, &sum)) break;";
+    let clock = "u32 spent = __shfl_sync(ALL, (u32)(now_ns() - begun >= args.cap_ns), 0);";
+    let (clock_first, look_first) =
+        (format!("{clock}\n        {look}"), format!("{look}\n        {clock}"));
     let counts = "args.counts_at - args.rank * args.counts_stride";
     notices(
         FEW_RANKS,
@@ -258,7 +263,8 @@ fn notices_wrong_words_and_waits() {
             ("(u64)(sequence % args.ring)", "(u64)(sequence % 2)", ""),
             (counts, "args.counts_at", "the board"),
             (sum, "*sum = warp_sum((u32)mine);", ""),
-            ("== all_tokens(b) ? TALLY_LIVE : TALLY_TORN", "? TALLY_LIVE : TALLY_TORN", "ids"),
+            ("== all_tokens(b) ? TALLY_LIVE : TALLY_TORN", "? TALLY_LIVE : TALLY_TORN", ""),
+            (&clock_first, &look_first, ""),
             ("BREAK_AFTER = 2", "BREAK_AFTER = 3", "the board"),
             ("MOST_SELDOM = 6", "MOST_SELDOM = 5", "the board"),
             ("seldom == 0 && take", "seldom == 0 && sequence > 1 && take", "the board"),

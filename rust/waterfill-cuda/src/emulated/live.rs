@@ -27,6 +27,8 @@ pub enum Plan {
     Wrong,
     /// It comes word by word while the rank waits, in any order.
     Arriving,
+    /// It comes while the rank reads the clock that says that its cap is over.
+    AtLast,
 }
 
 /// A rank's calls over two boards with the same words: the kernel at one, a port of the board's own crate at the other.
@@ -81,18 +83,28 @@ impl<'a, 'b> Live<'a, 'b> {
         self.plant(plan, &counted);
         let words = gathered.then(|| self.gather(&counted));
         let quotas = self.exchange(&counted);
-        let short = self.rank.random.pick(&[0, 1, 20_000]);
+        let cap_ns = match plan {
+            Plan::Arriving => u64::MAX,
+            Plan::AtLast => 0,
+            _ => self.rank.random.pick(&[0, 1, 20_000]),
+        };
         let args = Args {
             mode: LIVE,
             words: words.as_ref().map_or(0, |words| address(words)),
-            cap_ns: if plan == Plan::Arriving { u64::MAX } else { short },
+            cap_ns,
             ..self.rank.args(&mut self.state)
         };
         let args = with_board(args, &self.shape, address(self.board.words()));
         let (board, mut arriving) = (&self.board, std::mem::take(&mut self.arriving));
+        let mut looks = 0;
         let mut arrives = || {
-            if let Some((at, word)) = arriving.pop() {
-                store(board, at, word);
+            looks += 1;
+            // Each lane of a warp reads the clock when the wait begins.
+            let come = if plan == Plan::AtLast && looks > 32 { arriving.len() } else { 1 };
+            if plan == Plan::Arriving || looks > 32 {
+                arriving
+                    .drain(..come.min(arriving.len()))
+                    .for_each(|(at, word)| store(board, at, word));
             }
         };
         self.rank.expands(&batch, args, &quotas, &mut arrives)?;
@@ -133,7 +145,7 @@ impl<'a, 'b> Live<'a, 'b> {
             words.pop();
         }
         words.iter().for_each(|&(at, word)| store(&self.expected, at, word));
-        if plan == Plan::Arriving {
+        if matches!(plan, Plan::Arriving | Plan::AtLast) {
             self.arriving = words;
         } else {
             words.iter().for_each(|&(at, word)| store(&self.board, at, word));
