@@ -144,9 +144,10 @@ __device__ __forceinline__ void open_quotas(const Args &args, Quotas &quotas) {
 __device__ __forceinline__ void plan_own(const Args &args, const Shared &s, const Block &b, u32 inverse) {
     Entries bases, room, capacity, own{};
     u32 sum = estimate(args, s, bases), tokens = all_tokens(b), top = 0;
-    if (tokens > 0) top = CHUNKS == 1 ? level_of_few(bases, tokens, inverse) : level_of_many(bases, tokens, sum);
     for_each([&](u32 chunk, u32) { top = at_least(top, bases[chunk]); });
+    // Under way while the level is found.
     top = warp_max(top);
+    if (tokens > 0) top = at_least(top, CHUNKS == 1 ? level_of_few(bases, tokens, inverse) : level_of_many(bases, tokens, sum));
     for_each([&](u32 chunk, u32 i) {
         room[chunk] = at_most(top - bases[chunk], tokens);
         own[chunk] = i == 0 ? room[chunk] : 0;
