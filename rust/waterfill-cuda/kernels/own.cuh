@@ -39,8 +39,8 @@ __device__ __forceinline__ u32 rank_at(const Args &args, u32 i) {
     return at_most(rank, rank - RANKS);
 }
 
-// value / divisor, rounded up, for a value below 2^20: by a division that is inexact, but by less than the quotient is
-// from the next whole number. A whole number may come out as the one below.
+// value / divisor, rounded up, for a value below 2^20 and a divisor below 2^26: by a division that is inexact, but by less than
+// the quotient is from the next whole number. A whole number may come out as the one below.
 __device__ __forceinline__ u32 up_approximately(u32 value, u32 divisor) {
     u32 down = (u32)__fdividef((float)value, (float)divisor);
     return down + (down * divisor < value);

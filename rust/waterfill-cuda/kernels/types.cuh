@@ -73,7 +73,8 @@ struct Block {
 };
 static_assert(sizeof(Block) <= BLOCK_BYTES, "src/shape.rs leaves room for it");
 
-// A block's dynamic shared memory. An array of ENTRIES has one for NO_RANK, which anybody may write and nobody counts on.
+// A block's dynamic shared memory. An array of ENTRIES has one for NO_RANK, which anybody may write
+// and nobody counts on, but in `Quotas::left`, where it is 0, and in the first round's table, where the pending are in the end.
 struct Shared {
     // These begin as zeros.
     Block *block;

@@ -117,6 +117,7 @@ shapes! {
     equals_the_core_on_64_ranks: 64, 256, 6, I32, F32;
     equals_the_core_on_72_ranks: 72, 288, 8, I64, Bf16;
     equals_the_core_on_144_ranks: 144, 288, 6, I32, F32;
+    equals_the_core_on_257_ranks: 257, 514, 32, I64, Bf16;
 }
 
 /// A defect: a piece of the source, what stands there instead, and a part of what has to be said of it.

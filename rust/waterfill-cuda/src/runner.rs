@@ -170,7 +170,8 @@ impl Runner {
     #[must_use]
     pub fn max_rows(&self) -> usize {
         let fits = |rows: &usize| self.shape.cut(*rows, self.most_blocks(), self.shared).is_ok();
-        // Fewer rows never take more memory.
+        // Fewer rows seldom take more memory: at the border between one block and a cluster, for shapes near the limit. Then it is
+        // the border.
         let (mut least, mut most) = (0, 1 << 20);
         while least < most {
             let middle = usize::div_ceil(least + most, 2);
