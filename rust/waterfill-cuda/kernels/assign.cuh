@@ -56,7 +56,7 @@ __device__ __forceinline__ void bid(const Args &args, const Shared &s, const Quo
     u32 level = __umulhi(in_all * STEP_LEVEL + round * ROUND_LEVEL, LEVELS);
     u32 first = __umulhi(in_all * STEP_TURN + round * ROUND_TURN, RANKS);
     Visits visits;
-    visits.load(s.tokens + row * Visits::WORDS);
+    visits.load(s.visited + row * Visits::WORDS);
     u32 state = s.given[row];
     u32 rank = visits.wanted(quotas, most, level, first);
     if (round > 0) state = settled(args, s, state, column, round - 1);

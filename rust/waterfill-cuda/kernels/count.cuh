@@ -58,7 +58,7 @@ __device__ __forceinline__ void count_tokens(const Args &args, const Shared &s, 
         for (u32 k = 0; k < TOP_K; ++k) atomicAdd(&s.counts[(UNSIGNED_ID)ids.id[k] < args.experts ? (u32)ids.id[k] : args.experts], 1u);
     }
     bool token = visits.any();
-    visits.store(s.tokens + row * Visits::WORDS);
+    visits.store(s.visited + row * Visits::WORDS);
     s.given[row] = (u16)(token ? PENDING : NOBODY);
     u32 tokens = __popc(__ballot_sync(ALL, token));
     if (lane() == 0) atomicAdd(&b.tokens, tokens);

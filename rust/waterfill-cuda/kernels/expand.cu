@@ -57,8 +57,8 @@ __device__ __forceinline__ void start(const Args &args, Block &b) {
     uint4 *zeros = (uint4 *)shared_memory();
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < args.cleared_bytes / sizeof(uint4); i += blockDim.x) zeros[i] = uint4{0, 0, 0, 0};
-    // These are in what the same thread cleared.
-    if (threadIdx.x == 0 && args.mode == LIVE) {
+    // These are in what the same thread cleared; the first block alone posts and waits.
+    if (threadIdx.x == 0 && block() == 0 && args.mode == LIVE) {
         b.sequence = next_sequence(args.state->last);
         b.failures = args.state->failures;
     }

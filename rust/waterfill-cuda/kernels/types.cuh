@@ -45,7 +45,7 @@ struct Args {
     u32 counts_stride;       // Words from a rank's counts to the next one's.
     u32 tally_at;            // Words from the board's start to this rank's calls by Outcome.
     // Bytes from the start of dynamic shared memory that begin as zeros, and to each array of `Shared`.
-    u32 cleared_bytes, table_bytes, table_stride, counts_bytes, ranks_bytes, visits_bytes, given_bytes;
+    u32 cleared_bytes, table_bytes, table_stride, counts_bytes, ranks_bytes, visited_bytes, given_bytes;
     u32 writers;             // Blocks after the first cluster's, which write the routed columns in its stead.
 };
 
@@ -80,9 +80,10 @@ struct Shared {
     Block *block;
     u32 *loads;       // [ENTRIES] rows routed to each rank
     u32 *visits;      // [ENTRIES] tokens that visit each rank
-    u32 *all_loads;   // [ENTRIES] those of all blocks; the same arrays if there is one
-    u32 *all_visits;  // [ENTRIES]
     u32 *bids;        // [ROUNDS, ENTRIES] bids of each round for each rank
+    // Of a cluster's blocks alone, up to `granted_before`; one block's loads and visits are all.
+    u32 *all_loads;   // [ENTRIES] those of all blocks
+    u32 *all_visits;  // [ENTRIES]
     u32 *all_bids;    // [ROUNDS, ENTRIES] those of all blocks, if `add_blocks` added them
     u32 *bids_before; // [ROUNDS, ENTRIES] those of the blocks before this one, likewise
     u32 *granted_before;  // [ENTRIES] how many of these were granted
@@ -92,7 +93,7 @@ struct Shared {
     u32 *allowed;     // [ENTRIES] how many of this block's bids of the last round are granted
     u32 *until;       // [ENTRIES] sums of the rows left in the end
     Quotas *quotas;   // [2] by Source
-    u32 *tokens;      // [rows_per_block, Visits::WORDS] the ranks that each token visits, see token.cuh
+    u32 *visited;     // [rows_per_block, Visits::WORDS] the ranks that each token visits, see token.cuh
     u16 *given;       // [rows_per_block] the state of each token, see assign.cuh
 };
 
@@ -104,9 +105,9 @@ __device__ __forceinline__ Shared shared_arrays(const Args &args) {
     s.block = (Block *)memory;
     s.loads = zeros;
     s.visits = zeros + ENTRIES;
-    s.all_loads = CLUSTERED ? zeros + 2 * ENTRIES : s.loads;
-    s.all_visits = CLUSTERED ? zeros + 3 * ENTRIES : s.visits;
-    s.bids = zeros + 4 * ENTRIES;
+    s.bids = zeros + 2 * ENTRIES;
+    s.all_loads = CLUSTERED ? zeros + (2 + ROUNDS) * ENTRIES : s.loads;
+    s.all_visits = CLUSTERED ? zeros + (3 + ROUNDS) * ENTRIES : s.visits;
     s.all_bids = zeros + (4 + ROUNDS) * ENTRIES;
     s.bids_before = zeros + (4 + 2 * ROUNDS) * ENTRIES;
     s.granted_before = zeros + (4 + 3 * ROUNDS) * ENTRIES;
@@ -115,7 +116,7 @@ __device__ __forceinline__ Shared shared_arrays(const Args &args) {
     s.allowed = ranks;
     s.until = ranks + ENTRIES;
     s.quotas = (Quotas *)(ranks + 2 * ENTRIES);
-    s.tokens = (u32 *)(memory + args.visits_bytes);
+    s.visited = (u32 *)(memory + args.visited_bytes);
     s.given = (u16 *)(memory + args.given_bytes);
     return s;
 }

@@ -34,7 +34,7 @@ pub(crate) struct Args {
     pub table_stride: u32,
     pub counts_bytes: u32,
     pub ranks_bytes: u32,
-    pub visits_bytes: u32,
+    pub visited_bytes: u32,
     pub given_bytes: u32,
     pub writers: u32,
 }

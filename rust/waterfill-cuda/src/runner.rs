@@ -286,7 +286,7 @@ impl Runner {
         let _relaxed = Relaxed::new()?;
         let stream = OwnStream::new()?;
         for blocks in [1, self.most_blocks()] {
-            let cut = Geometry { blocks, ..self.shape.cut(0, 1, self.shared)? };
+            let cut = self.shape.geometry(blocks, 0);
             let args = with_cut(self.args, &cut);
             // SAFETY: the kernel's parameter is `Args`; there are no rows, so no address is read or written.
             unsafe { self.kernel_for(blocks).launch(launch_of(&cut), stream.0, &args)? };
@@ -312,7 +312,7 @@ pub(crate) fn with_cut(args: Args, cut: &Geometry) -> Args {
         table_stride: cut.table_stride as u32,
         counts_bytes: cut.counts_at as u32,
         ranks_bytes: cut.ranks_at as u32,
-        visits_bytes: cut.visits_at as u32,
+        visited_bytes: cut.visited_at as u32,
         given_bytes: cut.given_at as u32,
         writers: cut.writers as u32,
         ..args

@@ -58,8 +58,9 @@ pub(crate) const BLOCK_BYTES: usize = 128;
 /// writes those of larger ones, which would take longer.
 const WRITTEN_BY_BLOCK: usize = 256;
 /// Arrays of a word a rank, and one more, in shared memory, as `shared_arrays` in the kernel has them: those that begin as
-/// zeros, and the others.
-const ZERO_ARRAYS: usize = 5 + 3 * ROUNDS;
+/// zeros, those of these that only a cluster's blocks have, and the others.
+const ZERO_ARRAYS: usize = 2 + ROUNDS;
+const CLUSTER_ARRAYS: usize = 3 + 2 * ROUNDS;
 const RANK_ARRAYS: usize = 2;
 /// Two `Quotas` of kernels/types.cuh: an array like those and some words each.
 const QUOTAS: usize = 2;
@@ -79,7 +80,7 @@ pub(crate) struct Geometry {
     pub table_stride: usize,
     pub counts_at: usize,
     pub ranks_at: usize,
-    pub visits_at: usize,
+    pub visited_at: usize,
     pub given_at: usize,
     pub shared: usize,
 }
@@ -126,19 +127,20 @@ impl Shape {
         )))
     }
 
-    fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
+    /// One block, or a cluster of them, with so many rows each.
+    pub(crate) fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
         let (rows, entries) = (rows_per_block.max(WARP), self.ranks + 1);
-        let zeros_at = BLOCK_BYTES;
-        let table_at = (zeros_at + 4 * ZERO_ARRAYS * entries).next_multiple_of(16);
+        let zero_arrays = ZERO_ARRAYS + if blocks > 1 { CLUSTER_ARRAYS } else { 0 };
+        let table_at = (BLOCK_BYTES + 4 * zero_arrays * entries).next_multiple_of(16);
         let table_stride = ((rows / WARP).div_ceil(16) | 1) * 16;
         let counts_at = table_at + ROUNDS * entries * table_stride;
         let ranks_at = (counts_at + 4 * (self.experts + 1)).next_multiple_of(16);
         let quota_words = entries + QUOTA_WORDS;
-        let visits_at =
+        let visited_at =
             (ranks_at + 4 * (RANK_ARRAYS * entries + QUOTAS * quota_words)).next_multiple_of(16);
         // A bit a rank or 16 bits a slot, in whole words: `Visits` in kernels/token.cuh.
         let visit_words = if self.ranks <= WARP { 1 } else { self.top_k.div_ceil(2) };
-        let given_at = visits_at + 4 * rows * visit_words;
+        let given_at = visited_at + 4 * rows * visit_words;
         Geometry {
             blocks,
             writers: if blocks > 1 && rows_per_block > WRITTEN_BY_BLOCK { blocks } else { 0 },
@@ -148,7 +150,7 @@ impl Shape {
             table_stride,
             counts_at,
             ranks_at,
-            visits_at,
+            visited_at,
             given_at,
             shared: given_at + 2 * rows,
         }
@@ -182,6 +184,12 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn one_block_has_no_room_taken_by_what_only_clusters_need() {
+        assert!(shape(1024, 4096, 8).cut(256, 1, 99 << 10).is_ok());
+        assert!(shape(512, 1 << 15, 8).cut(64, 1, 163 << 10).is_ok());
     }
 
     #[test]

@@ -142,7 +142,7 @@ impl<'a> Rank<'a> {
     pub fn warms(&mut self) -> Checked {
         let mut state = State::default();
         for blocks in [1, 16] {
-            let cut = Geometry { blocks, ..self.shape.cut(0, 1, SHARED).unwrap() };
+            let cut = self.shape.geometry(blocks, 0);
             self.launch(&cut, self.args(&mut state), &mut || ())?;
         }
         same("the state after an empty launch", &state.tally, &[0; 4])
