@@ -81,12 +81,13 @@ struct Shared {
     u32 *loads;       // [ENTRIES] rows routed to each rank
     u32 *visits;      // [ENTRIES] tokens that visit each rank
     u32 *bids;        // [ROUNDS, ENTRIES] bids of each round for each rank
-    // Of a cluster's blocks alone, up to `granted_before`; one block's loads and visits are all.
+    // Of a cluster's blocks alone, up to `bids_before`; one block's loads and visits are all.
     u32 *all_loads;   // [ENTRIES] those of all blocks
     u32 *all_visits;  // [ENTRIES]
-    u32 *all_bids;    // [ROUNDS, ENTRIES] those of all blocks, if `add_blocks` added them
-    u32 *bids_before; // [ROUNDS, ENTRIES] those of the blocks before this one, likewise
-    u32 *granted_before;  // [ENTRIES] how many of these were granted
+    u32 *granted_before;  // [ENTRIES] how many bids of the blocks before this one were granted
+    // There if `add_blocks` adds RANKS words.
+    u32 *all_bids;    // [ROUNDS, ENTRIES] bids of all blocks
+    u32 *bids_before; // [ROUNDS, ENTRIES] those of the blocks before this one
     u8 *table;        // [ROUNDS, ENTRIES, table_stride] bids by destination and warp's rows; in the end [0, NO_RANK] has the pending
     u32 *counts;      // [experts + 1] rows routed to each expert, where the board has counts an expert
     // These do not.
@@ -108,9 +109,9 @@ __device__ __forceinline__ Shared shared_arrays(const Args &args) {
     s.bids = zeros + 2 * ENTRIES;
     s.all_loads = CLUSTERED ? zeros + (2 + ROUNDS) * ENTRIES : s.loads;
     s.all_visits = CLUSTERED ? zeros + (3 + ROUNDS) * ENTRIES : s.visits;
-    s.all_bids = zeros + (4 + ROUNDS) * ENTRIES;
-    s.bids_before = zeros + (4 + 2 * ROUNDS) * ENTRIES;
-    s.granted_before = zeros + (4 + 3 * ROUNDS) * ENTRIES;
+    s.granted_before = zeros + (4 + ROUNDS) * ENTRIES;
+    s.all_bids = zeros + (5 + ROUNDS) * ENTRIES;
+    s.bids_before = zeros + (5 + 2 * ROUNDS) * ENTRIES;
     s.table = memory + args.table_bytes;
     s.counts = (u32 *)(memory + args.counts_bytes);
     s.allowed = ranks;

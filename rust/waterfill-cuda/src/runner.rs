@@ -170,8 +170,7 @@ impl Runner {
     #[must_use]
     pub fn max_rows(&self) -> usize {
         let fits = |rows: &usize| self.shape.cut(*rows, self.most_blocks(), self.shared).is_ok();
-        // Fewer rows seldom take more memory: at the border between one block and a cluster, for shapes near the limit. Then it is
-        // the border.
+        // Fewer rows always fit too: `Shape::cut`.
         let (mut least, mut most) = (0, 1 << 20);
         while least < most {
             let middle = usize::div_ceil(least + most, 2);

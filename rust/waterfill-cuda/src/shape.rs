@@ -58,9 +58,11 @@ pub(crate) const BLOCK_BYTES: usize = 128;
 /// writes those of larger ones, which would take longer.
 const WRITTEN_BY_BLOCK: usize = 256;
 /// Arrays of a word a rank, and one more, in shared memory, as `shared_arrays` in the kernel has them: those that begin as
-/// zeros, those of these that only a cluster's blocks have, and the others.
+/// zeros, those of these that only a cluster's blocks have, those that only blocks with a thread for each rank of each block
+/// have (`add_blocks` in the kernel), and the others.
 const ZERO_ARRAYS: usize = 2 + ROUNDS;
-const CLUSTER_ARRAYS: usize = 3 + 2 * ROUNDS;
+const CLUSTER_ARRAYS: usize = 3;
+const ADDED_ARRAYS: usize = 2 * ROUNDS;
 const RANK_ARRAYS: usize = 2;
 /// Two `Quotas` of kernels/types.cuh: an array like those and some words each.
 const QUOTAS: usize = 2;
@@ -111,26 +113,29 @@ impl Shape {
         Ok(())
     }
 
-    /// How `rows` rows are cut, with up to `most_blocks` blocks of `shared` bytes each.
+    /// How `rows` rows are cut, with up to `most_blocks` blocks of `shared` bytes each: into as few as are fast, or into
+    /// more where so few have no room.
     pub(crate) fn cut(&self, rows: usize, most_blocks: usize, shared: usize) -> Result<Geometry> {
         let each = if rows <= BLOCK { BLOCK } else { CLUSTERED_BLOCK };
-        let blocks = rows.div_ceil(each).clamp(1, most_blocks);
-        let rows_per_block = rows.div_ceil(blocks).next_multiple_of(WARP);
-        let geometry = self.geometry(blocks, rows_per_block);
-        if rows <= MAX_ROWS && geometry.shared <= shared {
-            return Ok(geometry);
-        }
-        Err(Error::Argument(format!(
-            "{rows} rows of top {} over {} ranks and {} experts: they take {} bytes of shared memory in each of \
-             {blocks} blocks, the device has {shared}; give fewer rows a call (never more than {MAX_ROWS})",
-            self.top_k, self.ranks, self.experts, geometry.shared
-        )))
+        let fewest = rows.div_ceil(each).clamp(1, most_blocks);
+        let cut_into =
+            |blocks: usize| self.geometry(blocks, rows.div_ceil(blocks).next_multiple_of(WARP));
+        let fits = |cut: &Geometry| rows <= MAX_ROWS && cut.shared <= shared;
+        (fewest..=most_blocks).map(cut_into).find(fits).ok_or_else(|| {
+            Error::Argument(format!(
+                "{rows} rows of top {} over {} ranks and {} experts: they take {} bytes of shared memory in each of \
+                 {most_blocks} blocks, the device has {shared}; give fewer rows a call (never more than {MAX_ROWS})",
+                self.top_k, self.ranks, self.experts, cut_into(most_blocks).shared
+            ))
+        })
     }
 
     /// One block, or a cluster of them, with so many rows each.
     pub(crate) fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
         let (rows, entries) = (rows_per_block.max(WARP), self.ranks + 1);
-        let zero_arrays = ZERO_ARRAYS + if blocks > 1 { CLUSTER_ARRAYS } else { 0 };
+        let threads = (rows_per_block + PLANNING_WARPS * WARP).clamp(LEAST_THREADS, MOST_THREADS);
+        let added_arrays = if self.ranks * blocks <= threads { ADDED_ARRAYS } else { 0 };
+        let zero_arrays = ZERO_ARRAYS + if blocks > 1 { CLUSTER_ARRAYS + added_arrays } else { 0 };
         let table_at = (BLOCK_BYTES + 4 * zero_arrays * entries).next_multiple_of(16);
         let table_stride = ((rows / WARP).div_ceil(16) | 1) * 16;
         let counts_at = table_at + ROUNDS * entries * table_stride;
@@ -144,7 +149,7 @@ impl Shape {
         Geometry {
             blocks,
             writers: if blocks > 1 && rows_per_block > WRITTEN_BY_BLOCK { blocks } else { 0 },
-            threads: (rows_per_block + PLANNING_WARPS * WARP).clamp(LEAST_THREADS, MOST_THREADS),
+            threads,
             rows_per_block,
             table_at,
             table_stride,
@@ -190,6 +195,18 @@ mod tests {
     fn one_block_has_no_room_taken_by_what_only_clusters_need() {
         assert!(shape(1024, 4096, 8).cut(256, 1, 99 << 10).is_ok());
         assert!(shape(512, 1 << 15, 8).cut(64, 1, 163 << 10).is_ok());
+    }
+
+    #[test]
+    fn a_call_with_no_room_in_one_block_is_cut_into_more() {
+        let large = shape(1024, 1 << 15, 32);
+        let shared = large.geometry(1, 256).shared - 1;
+        let cut = |rows| large.cut(rows, 16, shared);
+        assert_eq!(cut(224).unwrap().blocks, 1);
+        assert!(cut(256).unwrap().blocks > 1);
+        // So a call that fits has room however many of its rows are left away.
+        let most = (1..1 << 14).rev().find(|&rows| cut(rows).is_ok()).unwrap();
+        assert!(most > 256 && (1..most).all(|rows| cut(rows).is_ok()), "{most}");
     }
 
     #[test]
