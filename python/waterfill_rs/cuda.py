@@ -113,18 +113,20 @@ class Expander:
         Raises:
             ValueError: tensors that do not fit, before anything is written.
         """
-        self._check(topk_ids, topk_weights, quotas, num_token_non_padded)
-        if cap_us is not None and not self._has_board:
-            raise ValueError(f"cap_us {cap_us} without a board: give the Expander one")
-        if cap_us is not None and quotas is not None:
-            raise ValueError(f"cap_us {cap_us} with quotas, which post nothing: give one of them")
+        rows = self._check(topk_ids, topk_weights, quotas, num_token_non_padded)
+        if cap_us is not None:
+            if not self._has_board:
+                raise ValueError(f"cap_us {cap_us} without a board: give the Expander one")
+            if quotas is not None:
+                raise ValueError(f"cap_us {cap_us} with quotas, which post nothing: give one")
         if gathered is not None:
             if cap_us is None:
                 raise ValueError("gathered counts without cap_us: give the longest wait")
             self._refuse("gathered", gathered, torch.int32, (self.ranks * self.words,))
-        rows = topk_ids.shape[0]
-        out_ids = topk_ids.new_empty((rows, self.top_k + 1))
-        out_weights = topk_weights.new_empty((rows, self.top_k + 1))
+        # Sizes one by one: torch takes a third longer to read a tuple.
+        columns = self.top_k + 1
+        out_ids = topk_ids.new_empty(rows, columns)
+        out_weights = topk_weights.new_empty(rows, columns)
         self._launch(
             topk_ids.data_ptr(),
             topk_weights.data_ptr(),
@@ -156,12 +158,12 @@ class Expander:
         Raises:
             ValueError: tensors that do not fit, before anything is written.
         """
-        self._check(topk_ids, topk_weights, None, num_token_non_padded)
+        rows = self._check(topk_ids, topk_weights, None, num_token_non_padded)
         self._refuse("out", out, torch.int32, (self.words,))
         self._runner.unsafe_count_ptr(
             topk_ids.data_ptr(),
             topk_weights.data_ptr(),
-            topk_ids.shape[0],
+            rows,
             0 if num_token_non_padded is None else num_token_non_padded.data_ptr(),
             out.data_ptr(),
             self._stream(),
@@ -178,28 +180,29 @@ class Expander:
 
     def _check(
         self, ids: Tensor, weights: Tensor, quotas: Tensor | None, unpadded: Tensor | None
-    ) -> None:
+    ) -> int:
+        """The rows, or a ValueError."""
         # In the usual case one comparison each; which one it was is found out afterwards.
-        fits = (
+        shape = ids.shape
+        rows = shape[0] if shape else 0
+        if not (
             ids.dtype is self._ids
             and weights.dtype is self._weights
             and ids.get_device() == self._index
             and weights.get_device() == self._index
-            and ids.dim() == 2
-            and ids.shape == weights.shape
-            and ids.shape[1] == self.top_k
+            and shape == (rows, self.top_k)
+            and shape == weights.shape
             and ids.is_contiguous()
             and weights.is_contiguous()
-        )
-        if not fits:
-            rows = ids.shape[0] if ids.dim() else 0
+        ):
             self._refuse("topk_ids", ids, self._ids, (rows, self.top_k))
             self._refuse("topk_weights", weights, self._weights, (rows, self.top_k))
         if quotas is not None:
             self._refuse("quotas", quotas, torch.int32, (self.ranks,))
         if unpadded is not None:
-            shape = tuple(unpadded.shape) if unpadded.numel() == 1 else (1,)
-            self._refuse("num_token_non_padded", unpadded, torch.int32, shape)
+            one = tuple(unpadded.shape) if unpadded.numel() == 1 else (1,)
+            self._refuse("num_token_non_padded", unpadded, torch.int32, one)
+        return rows
 
     def _refuse(
         self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
