@@ -1,8 +1,9 @@
 //! The kernel's own source, run on the CPU, gives what the core gives, bit for bit: without a GPU.
 //!
 //! All of the source but ptx.cuh is compiled as C++ (`device.rs`), CUDA's threads being fibers (`threads.h`), and
-//! launched as the runner launches it. So a wrong kernel is noticed wherever these tests run; defects that are planted
-//! in the source show that. What cannot be noticed so: docs/gpu.md.
+//! launched as the runner launches it; accesses to shared memory that no barrier orders are errors (`races.h`). So a wrong
+//! kernel is noticed wherever these tests run; defects that are planted in the source show that. What cannot be noticed
+//! so: docs/gpu.md.
 
 mod batch;
 mod device;
@@ -162,12 +163,35 @@ fn notices_a_barrier_that_is_missing() {
             ),
             ("else __syncthreads();\n\n    Quotas &quotas", "\n    Quotas &quotas", ""),
             ("        sync_blocks();\n        close_round", "        close_round", ""),
-            ("    if (added) __syncthreads();\n", "", "ids"),
+            ("    if (added) __syncthreads();\n", "", ""),
             ("quotas, round);\n        __syncthreads();", "quotas, round);", ""),
             ("quotas.left);\n    __syncthreads();", "quotas.left);", ""),
             ("{\n    sync_blocks();\n    if (block() > 0)", "{\n    if (block() > 0)", ""),
             (after_sharing, "read_block(&b.source, 0);\n    }\n}\n", ""),
         ],
+    );
+}
+
+#[test]
+fn notices_what_only_memory_order_tells() {
+    // On the CPU, where a thread goes on alone from one barrier to the next, most of these give the right ids.
+    let races = |right, wrong| (right, wrong, "a race");
+    notices(
+        FEW_RANKS,
+        &[
+            races("    __syncwarp();\n", ""),
+            races("    release_shared();\n", ""),
+            races("atomicAdd(&b.tokens, tokens);", "b.tokens += tokens;"),
+            races("atomicAdd(&s.loads[rank], 1u);", "s.loads[rank] += 1;"),
+            races("atomicAdd(&all[word], value);", "all[word] += value;"),
+        ],
+    );
+    notices(
+        MANY_RANKS,
+        &[races(
+            "atomicMax(&b.most[round], most);",
+            "b.most[round] = at_least(b.most[round], most);",
+        )],
     );
 }
 

@@ -13,6 +13,7 @@ use crate::compiler::{FILES, source};
 use crate::shape::{Geometry, Shape};
 
 const THREADS: &str = include_str!("threads.h");
+const RACES: &str = include_str!("races.h");
 const PTX: &str = include_str!("ptx.h");
 const CALL: &str =
     "extern \"C\" void call_kernel(const void *args) { expand_topk(*(const Args *)args); }\n";
@@ -79,7 +80,7 @@ impl Emulated {
         let name = format!("waterfill-emulated-{}-{number}", std::process::id());
         let folder = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&folder).unwrap();
-        let text = [THREADS, &edit(with_names(shape, clustered)), CALL].concat();
+        let text = [THREADS, RACES, &edit(with_names(shape, clustered)), CALL].concat();
         std::fs::write(folder.join("kernel.cpp"), text).unwrap();
         build(compiler, &folder, clustered);
         // SAFETY: built above; it runs nothing when it is loaded.
@@ -149,13 +150,13 @@ fn build(compiler: &OsString, folder: &Path, clustered: bool) {
         "-O1",
         "-fPIC",
         "-fno-strict-aliasing",
-        "-fsanitize=alignment,bounds",
+        "-fsanitize=alignment,bounds,thread",
         "-fno-sanitize-recover=all",
         &architecture,
         "-w",
         "-c",
         "kernel.cpp",
     ]);
-    // Linked without the sanitizer: threads.h has the two functions that it calls.
+    // Linked without the sanitizers: threads.h and races.h have the functions that they call.
     run(&["-shared", "kernel.o", "-o", "kernel.so"]);
 }

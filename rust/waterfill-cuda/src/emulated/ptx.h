@@ -16,10 +16,12 @@ inline void arrive_at_cluster(FROM) {
     if (thread.in_cluster) FAIL("it arrives again at the cluster's barrier without a wait (%s:%d)", file, line);
     thread.in_cluster = true;
     thread.left_phase = phase[cluster()];
+    if (thread.released < releases[cluster()].arriving) releases[cluster()].arriving = thread.released;
     u32 count = cluster_size() * blockDim.x;
     arrived_at_cluster[cluster()] = (arrived_at_cluster[cluster()] + 1) % count;
     if (arrived_at_cluster[cluster()] > 0) return;
     phase[cluster()] += 1;
+    releases[cluster()] = {releases[cluster()].arriving, ~0u};
     for (u32 i = cluster() * count; i < (cluster() + 1) * count; ++i)
         if (threads[i].in_cluster && !strcmp(threads[i].site.what, "wait_for_cluster")) make_ready(i, 1);
 }
@@ -30,9 +32,10 @@ inline void wait_for_cluster(FROM) {
     if (!thread.in_cluster) FAIL("it waits for the cluster without an arrival (%s:%d)", file, line);
     if (thread.left_phase == phase[cluster()]) emulated::wait(SITE);
     thread.in_cluster = false;
+    thread.seen = releases[cluster()].arrived;
 }
 
-inline void release_shared() {}
+inline void release_shared() { emulated::threads[emulated::current].released += 1; }
 
 inline u32 read_cluster(const u32 *word, u32 other, FROM) {
     using namespace emulated;

@@ -28,6 +28,9 @@ struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 
+// Its reads and writes are nobody's.
+#define UNWATCHED __attribute__((no_sanitize("thread"), noinline))
+
 namespace emulated {
 
 typedef unsigned long long Word;
@@ -55,6 +58,9 @@ struct Thread {
     bool started, ready, ended;
     bool in_cluster;       // Arrived at the cluster's barrier, and has not waited for it yet.
     unsigned left_phase;   // The cluster's phase when it arrived.
+    // Barriers of its block and of its warp that it passed; releases for the cluster before now, and of how many it sees
+    // what was before them (races.h).
+    unsigned passed_block, passed_warp, released, seen;
 };
 
 // Threads that wait for each other, all of them at one place.
@@ -82,6 +88,8 @@ static Block *blocks;
 static unsigned thread_count, current, ended, switches, shared_bytes;
 // Blocks of a cluster; of each cluster, threads that arrived at its barrier, and how often all did.
 static unsigned cluster_blocks, arrived_at_cluster[2], phase[2];
+static unsigned char *all_memory;
+static size_t memory_stride;
 static jmp_buf scheduler;
 static const void *arguments;
 static void (*meanwhile)(void *);
@@ -153,6 +161,10 @@ static const Word *exchange(unsigned mask, Word value, const Site &site) {
 }
 
 static void run_kernel();
+enum Kind { READ, WRITE, ATOMIC };
+static void watch(const void *address, unsigned bytes, Kind kind);
+static void start_watching();
+static void end_watching();
 
 static void start(unsigned blocks_wanted, unsigned cluster, unsigned threads_wanted, unsigned shared, Word seed) {
     static char *stacks;
@@ -172,10 +184,13 @@ static void start(unsigned blocks_wanted, unsigned cluster, unsigned threads_wan
     threads = (Thread *)calloc(thread_count, sizeof(Thread));
     warps = (Warp *)calloc(thread_count / LANES, sizeof(Warp));
     blocks = (Block *)calloc(blocks_wanted, sizeof(Block));
+    memory_stride = (shared + 2 * GUARD - 1) / GUARD * GUARD + MARGIN;
+    all_memory = (unsigned char *)aligned_alloc(GUARD, blocks_wanted * memory_stride);
     for (unsigned i = 0; i < blocks_wanted; ++i) {
-        blocks[i].memory = (unsigned char *)aligned_alloc(GUARD, (shared + 2 * GUARD - 1) / GUARD * GUARD + MARGIN);
+        blocks[i].memory = all_memory + i * memory_stride;
         memset(blocks[i].memory, POISON, shared + GUARD);
     }
+    start_watching();
     for (unsigned i = 0; i < thread_count; ++i) {
         ucontext_t &context = threads[i].context;
         getcontext(&context);
@@ -186,13 +201,13 @@ static void start(unsigned blocks_wanted, unsigned cluster, unsigned threads_wan
     make_ready(0, thread_count);
 }
 
-static void end() {
+UNWATCHED static void end() {
+    end_watching();
     for (unsigned i = 0; i < gridDim.x; ++i) {
         for (unsigned byte = shared_bytes; byte < shared_bytes + GUARD && !failure[0]; ++byte)
             if (blocks[i].memory[byte] != POISON) say("block %u wrote byte %u of %u of its shared memory", i, byte, shared_bytes);
-        free(blocks[i].memory);
     }
-    free(threads), free(warps), free(blocks);
+    free(all_memory), free(threads), free(warps), free(blocks);
 }
 
 __attribute__((noinline)) static void run_thread(unsigned i) {
@@ -289,9 +304,14 @@ extern "C" void __ubsan_handle_out_of_bounds_abort(const Place *place, size_t) {
 inline void __syncthreads(FROM) {
     if (emulated::is_last(emulated::blocks[blockIdx.x].barrier, blockDim.x, SITE)) emulated::make_ready(blockIdx.x * blockDim.x, blockDim.x);
     else emulated::wait(SITE);
+    emulated::threads[emulated::current].passed_block += 1;
 }
 
-inline void __syncwarp(FROM) { emulated::exchange(~0u, 0, SITE); }
+// Of a warp's functions this one alone orders memory.
+inline void __syncwarp(FROM) {
+    emulated::exchange(~0u, 0, SITE);
+    emulated::threads[emulated::current].passed_warp += 1;
+}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, unsigned lane, FROM) {
@@ -348,13 +368,15 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
     return sum;
 }
 
-inline unsigned atomicAdd(unsigned *word, unsigned value) {
+UNWATCHED inline unsigned atomicAdd(unsigned *word, unsigned value) {
+    emulated::watch(word, sizeof *word, emulated::ATOMIC);
     unsigned old = *word;
     *word += value;
     return old;
 }
 
-inline unsigned atomicMax(unsigned *word, unsigned value) {
+UNWATCHED inline unsigned atomicMax(unsigned *word, unsigned value) {
+    emulated::watch(word, sizeof *word, emulated::ATOMIC);
     unsigned old = *word;
     *word = value > old ? value : old;
     return old;
