@@ -68,41 +68,52 @@ __device__ __forceinline__ void bid(const Args &args, const Shared &s, const Quo
     atomicAdd(&s.bids[round * ENTRIES + rank], (u32)__popc(same));
 }
 
-// Close the bids of a round: how many of this block's are granted at each destination, and what is left there.
-__device__ __forceinline__ void close_round(const Shared &s, Block &b, Quotas &quotas, u32 round) {
-    u32 *bids = s.bids + round * ENTRIES, *all_bids = s.all_bids + round * ENTRIES, *bids_before = s.bids_before + round * ENTRIES;
-    bool added = add_blocks<RANKS>(bids, all_bids, bids_before);
-    if (added) __syncthreads();
-#pragma unroll 1
-    for (u32 first = warp() * WARP; first < RANKS; first += blockDim.x) {
-        u32 rank = first + lane(), rest = 0;
-        if (rank < RANKS) {
-            Sum sum = added ? Sum{all_bids[rank], bids_before[rank]} : sum_blocks(bids + rank);
-            rest = quotas.left[rank];
-            u32 granted = at_most(rest, sum.before);
-            if (CLUSTERED) s.granted_before[rank] += granted;
-            s.allowed[rank] = rest - granted;
-            rest -= at_most(rest, sum.all);
-            quotas.left[rank] = rest;
-        }
-        u32 most = warp_max(rest);
-        if (round + 1 < ROUNDS) open_levels(quotas, rest, most);
-        if (lane() > 0) continue;
-        if (RANKS <= WARP) b.most[round] = most;
-        else atomicMax(&b.most[round], most);
+// The bids of a round at one rank, where `left` rows are left: how many of this block's are granted. Gives what is left then.
+__device__ __forceinline__ u32 grant(const Shared &s, Quotas &quotas, u32 round, u32 rank, u32 left, bool writes) {
+    u32 at = round * ENTRIES + rank, granted = CLUSTERED ? at_most(left, s.bids_before[at]) : 0;
+    u32 rest = left - at_most(left, s.all_bids[at]);
+    if (writes) {
+        if (CLUSTERED) s.granted_before[rank] += granted;
+        s.allowed[rank] = left - granted;
+        quotas.left[rank] = rest;
     }
+    return rest;
+}
+
+// Close the bids of a round; `left` is what is left at rank `lane()`, if there is a lane a rank. Gives the most that is left
+// anywhere but at home, once all threads are through.
+__device__ __forceinline__ void close_round(const Shared &s, Block &b, Quotas &quotas, u32 round, u32 &left, u32 &most) {
+    u32 first = round * ENTRIES;
+    add_blocks<ENTRIES>(s.bids + first, s.all_bids + first, s.bids_before + first);
+    if (CLUSTERED) __syncthreads();
+#if RANKS <= 32
+    // Every warp for itself, so that each can make some of the levels.
+    if (lane() < RANKS) left = grant(s, quotas, round, lane(), left, warp() == 0);
+    most = warp_max(left);
+    if (round + 1 < ROUNDS && warp() < LEVEL_PARTS) open_levels(quotas, left, most, warp());
+    __syncthreads();
+#else
+#pragma unroll 1
+    for (u32 chunk = warp() * WARP; chunk < RANKS; chunk += blockDim.x) {
+        u32 rank = chunk + lane();
+        u32 most_here = warp_max(rank < RANKS ? grant(s, quotas, round, rank, quotas.left[rank], true) : 0);
+        if (lane() == 0) atomicMax(&b.most[round], most_here);
+    }
+    __syncthreads();
+    most = b.most[round];
+#endif
 }
 
 // Gives the last round, the first one where there was none; then `most` is what is left anywhere but at home, at most.
 __device__ __forceinline__ u32 run_rounds(const Args &args, const Shared &s, Block &b, Quotas &quotas, const Rows &rows, u32 &most) {
-    u32 round = 0;
+    u32 round = 0, left = quotas.left[at_most(lane(), NO_RANK)];
+    most = quotas.most;
 #pragma unroll 1
-    for (most = quotas.most; round < ROUNDS && most > 0; most = b.most[round++]) {
+    for (; round < ROUNDS && most > 0; ++round) {
 #pragma unroll 1
         for (u32 base = warp() * WARP; base < rows.count; base += blockDim.x) bid(args, s, quotas, rows, base, round, most);
         sync_blocks();
-        close_round(s, b, quotas, round);
-        __syncthreads();
+        close_round(s, b, quotas, round, left, most);
     }
     return at_least(round, 1) - 1;
 }
@@ -110,14 +121,21 @@ __device__ __forceinline__ u32 run_rounds(const Args &args, const Shared &s, Blo
 // Sums of the rows left anywhere but at home, up to and with each rank, into `until`, and of the bids of the blocks before
 // this one that were granted. By one warp.
 __device__ __forceinline__ void sum_left(const Shared &s, Block &b, const u32 *left) {
+    static constexpr u32 LANES = RANKS < WARP ? RANKS : WARP;
+    Entries until;
     u32 sum = 0, granted = 0;
+    // Loads first, then the sums of all chunks side by side: none waits for another.
+    for_each([&](u32 chunk, u32 rank) {
+        until[chunk] = left[rank];
+        granted += CLUSTERED ? s.granted_before[rank] : 0;
+    });
+#pragma unroll UNROLLED
+    for (u32 chunk = 0; chunk < CHUNKS; ++chunk) until[chunk] = warp_prefix(chunk * WARP + lane() < RANKS ? until[chunk] : 0, LANES);
 #pragma unroll UNROLLED
     for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
-        u32 rank = chunk * WARP + lane();
-        u32 until = sum + warp_prefix(rank < RANKS ? left[rank] : 0, at_most(RANKS, WARP));
-        if (rank < RANKS) s.until[rank] = until;
-        if (CLUSTERED && rank < RANKS) granted += s.granted_before[rank];
-        sum = __shfl_sync(ALL, until, at_most(RANKS, WARP) - 1);
+        u32 rank = chunk * WARP + lane(), all = __shfl_sync(ALL, until[chunk], LANES - 1);
+        if (rank < RANKS) s.until[rank] = sum + until[chunk];
+        sum += all;
     }
     granted = CLUSTERED ? warp_sum(granted) : 0;
     if (lane() == 0) b.granted_before = granted;
@@ -156,7 +174,8 @@ __device__ __forceinline__ void place_rest(const Args &args, const Shared &s, Bl
 #pragma unroll 1
     for (u32 base = warp() * WARP; base < rows.count; base += blockDim.x) {
         u32 column = base / WARP, row = base + lane(), out = row * (TOP_K + 1) + TOP_K;
-        u32 state = settled(args, s, s.given[row], column, last);
+        u32 state = s.given[row];
+        if (!anywhere) state = settled(args, s, state, column, last);
         u32 rank = state == PENDING ? args.rank : state;
         if (anywhere) {
             u32 place = __popc(__ballot_sync(ALL, state == PENDING) & lanes_before());

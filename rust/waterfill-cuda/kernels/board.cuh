@@ -28,7 +28,7 @@ __device__ __forceinline__ void for_each_posted(const Args &args, const Shared &
         u32 value;
         if (i == 0) value = all_tokens(b);
         else if (i <= RANKS) value = s.all_visits[i - 1];
-        else if (args.posts_experts) value = sum_blocks(s.counts + i - 1 - RANKS).all;
+        else if (args.posts_experts) value = sum_blocks(s.counts + i - 1 - RANKS);
         else value = s.all_loads[i - 1 - RANKS];
         put(i, value);
     }

@@ -107,10 +107,7 @@ __device__ __forceinline__ u32 all_tokens(const Block &b) { return CLUSTERED ? b
 __device__ __forceinline__ void gather(const Shared &s, Block &b) {
 #if CLUSTERED
     sync_blocks();
-    if (!add_blocks<2 * ENTRIES>(s.loads, s.all_loads, nullptr)) {
-#pragma unroll 1
-        for (u32 i = threadIdx.x; i < 2 * ENTRIES; i += blockDim.x) s.all_loads[i] = sum_blocks(s.loads + i).all;
-    }
+    add_blocks<2 * ENTRIES>(s.loads, s.all_loads, nullptr);
     if (warp() == warps() - 1) {
         u32 tokens = lane() < blocks() ? read_block(&b.tokens, lane()) : 0;
         u32 all = warp_sum(tokens), before = warp_sum(lane() < block() ? tokens : 0);

@@ -3,21 +3,21 @@
 
 // What others are to know of this call, by the first block.
 __device__ __forceinline__ void post_counts(const Args &args, const Shared &s, const Block &b) {
-    if (args.mode == COUNT) {
+    if (mode_of(args) == COUNT) {
         for_each_posted(args, s, b, [&](u32 i, u32 value) { args.words[i] = value; });
-    } else if (args.mode == LIVE && args.words) {
+    } else if (mode_of(args) == LIVE && args.words) {
         post_all(args, b.sequence);
-    } else if (args.mode == LIVE) {
+    } else if (mode_of(args) == LIVE) {
         post(args, s, b);
     }
 }
 
 // One warp opens quotas from the board, or given ones, if any are to be had; each block's its own given ones.
 __device__ __forceinline__ void take_quotas(const Args &args, const Shared &s, Block &b) {
-    if (args.mode == OWN || (args.mode == LIVE && block() > 0)) return;
+    if (mode_of(args) == OWN || (mode_of(args) == LIVE && block() > 0)) return;
     Quotas &quotas = s.quotas[TAKEN];
     u32 outcome = TALLY_TORN;
-    if (args.mode == LIVE) {
+    if (mode_of(args) == LIVE) {
         outcome = wait(args, quotas.left, b);
     } else {
         u64 sum = 0;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void take_quotas(const Args &args, const Shared &s, B
     if (block() > 0) return;
     u64 calls = args.state->tally[outcome] + 1;
     args.state->tally[outcome] = calls;
-    if (args.mode == LIVE) {
+    if (mode_of(args) == LIVE) {
         args.state->last = b.sequence;
         // Relaxed: a count that nobody decides by, for those who look from outside (waterfill-board's tally.rs).
         store_relaxed(args.board + args.tally_at + outcome, calls);
@@ -53,28 +53,32 @@ __device__ __forceinline__ void share_quotas(const Shared &s, Block &b) {
     __syncthreads();
 }
 
-__device__ __forceinline__ void start(const Args &args, Block &b) {
+__device__ __forceinline__ void clear(const Args &args) {
     uint4 *zeros = (uint4 *)shared_memory();
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < args.cleared_bytes / sizeof(uint4); i += blockDim.x) zeros[i] = uint4{0, 0, 0, 0};
-    // These are in what the same thread cleared; the first block alone posts and waits.
-    if (threadIdx.x == 0 && block() == 0 && args.mode == LIVE) {
-        b.sequence = next_sequence(args.state->last);
-        b.failures = args.state->failures;
-    }
 }
 
-extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_constant__ Args args) {
-    if (CLUSTERED && blockIdx.x >= blocks()) return write_part(args, blockIdx.x - blocks());
+// The first block alone posts and waits. By a warp that most often has no rows, once all is cleared: before, every warp would
+// wait here for its ids, even in calls that read nothing here, because loads under way are told apart by few numbers.
+__device__ __forceinline__ void number_call(const Args &args, Block &b) {
+    if (threadIdx.x < blockDim.x - 1 || block() > 0 || mode_of(args) != LIVE) return;
+    b.sequence = next_sequence(args.state->last);
+    b.failures = args.state->failures;
+}
+
+// All that a block does which decides.
+__device__ __forceinline__ void expand(const Args &args) {
     Shared s = shared_arrays(args);
     Block &b = *s.block;
     Rows rows(args, block());
     Ids ids;
     ids.load(rows, threadIdx.x);
-    start(args, b);
+    clear(args);
     u32 inverse = lane_inverse();
     rows.pad(args);
     __syncthreads();
+    number_call(args, b);
 
 #pragma unroll 1
     for (u32 base = warp() * WARP; base < rows.count; base += blockDim.x) {
@@ -84,16 +88,21 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     gather(s, b);
 
     if (block() == 0) post_counts(args, s, b);
-    if (args.mode == COUNT) {
+    if (mode_of(args) == COUNT) {
         leave_blocks();
         return end_blocks();
     }
 
-    // While one warp plans and another waits, the others write.
-    if (warp() == warps() - 1) plan_own(args, s, b, inverse);
-    else if (warp() == warps() - 2) take_quotas(args, s, b);
-    else if (args.writers == 0) write_routed(args, rows, threadIdx.x, blockDim.x - 2 * WARP);
-    if (CLUSTERED && args.mode == LIVE) share_quotas(s, b);
+    // While one warp plans and another waits, the others write. In this order in the code too: what the plan's warp runs is
+    // what it runs next, so it waits for no instructions.
+    if (warp() < warps() - 2) {
+        if (args.writers == 0) write_routed(args, rows, threadIdx.x, blockDim.x - 2 * WARP);
+    } else if (warp() < warps() - 1) {
+        take_quotas(args, s, b);
+    } else {
+        plan_own(args, s, b, inverse);
+    }
+    if (CLUSTERED && mode_of(args) == LIVE) share_quotas(s, b);
     else __syncthreads();
 
     Quotas &quotas = s.quotas[b.source];
@@ -101,4 +110,12 @@ extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_cons
     leave_blocks();
     place_rest(args, s, b, quotas, rows, last, most > 0);
     end_blocks();
+}
+
+extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_constant__ Args args) {
+    if (!CLUSTERED || blockIdx.x < blocks()) expand(args);
+    // The blocks behind. A loop, though it runs once: the compiler puts a branch's instructions in front of all that the
+    // others run.
+#pragma unroll 1
+    for (u32 writer = blockIdx.x - blocks(); CLUSTERED && writer < args.writers; writer += args.writers) write_part(args, writer);
 }

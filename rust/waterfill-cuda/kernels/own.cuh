@@ -65,18 +65,18 @@ __device__ __forceinline__ u32 estimate(const Args &args, const Shared &s, Entri
 
 // The smallest level with room for `tokens` rows, at least one. The ranks up to a base need a level by
 // themselves; the least of these is the level. `inverse` is `lane_inverse`: exact, because rows are below 2^26 and
-// divisors at most 32.
+// divisors at most 32. So a base and a count of one fit a word, and their sums too.
 __device__ __forceinline__ u32 level_of_few(Entries &bases, u32 tokens, u32 inverse) {
-    u32 mine = bases[0], below = 0, under = 0;
+    static constexpr u32 ONE = 1u << 26;
+    u32 mine = bases[0] + ONE, up_to_mine = 0;
 #pragma unroll
     for (u32 i = 0; i < at_most(RANKS, WARP); ++i) {
         u32 base = __shfl_sync(ALL, mine, i);
-        bool counts = base <= mine;
-        below += counts;
-        under += counts ? base : 0;
+        up_to_mine += base <= mine ? base : 0;
     }
+    u32 below = up_to_mine / ONE;
     // Rounded up; where there is one, `inverse` has no room for it.
-    u32 last = tokens + under - 1, down = __umulhi(last, __shfl_sync(ALL, inverse, below - 1));
+    u32 last = tokens + up_to_mine % ONE - 1, down = __umulhi(last, __shfl_sync(ALL, inverse, below - 1));
     u32 level = (below == 1 ? last : down) + 1;
     return ~warp_max(lane() < RANKS ? ~level : 0);
 }
@@ -93,12 +93,13 @@ __device__ __forceinline__ u32 level_of_many(Entries &bases, u32 tokens, u32 sum
     }
 }
 
-// The first `until` of `total` rows' share of `fits`, rounded up. The product is below 2^50, so a double has it, and its
-// quotient is the exact one rounded down, or one less where nothing would be rounded.
-__device__ __forceinline__ u32 share(u32 fits, u32 until, u32 total, double inverse) {
-    u64 product = (u64)fits * until;
-    u32 down = (u32)((double)product * inverse);
-    return down + ((u64)down * total < product);
+// The first `until` of `total` rows' share of `fits`, rounded up; `ratio` is fits / total, nearly. Shares are at most 2^20, so what
+// floats miss, 2^-21 of it, is less than half a row: from the number of rows that they give, the exact share is less than
+// half a row down, and less than one and a half up. That is seen in 32 bits, as a total is at most 2^30.
+__device__ __forceinline__ u32 share(u32 fits, u32 until, u32 total, float ratio) {
+    u32 nearly = (u32)((float)until * ratio);
+    int more = (int)(fits * until - nearly * total);
+    return nearly + (more > 0) + (more > (int)total);
 }
 
 // Add rows to `own` in proportion to the capacities; gives how many fitted.
@@ -112,10 +113,10 @@ __device__ __forceinline__ u32 spread(u32 rows, Entries &capacities, Entries &ow
     }
     u32 total = before, fits = at_most(rows, total), given = 0;
     if (fits == 0) return 0;
-    double inverse = 1.0 / total;
+    float ratio = __fdividef((float)fits, (float)total);
 #pragma unroll UNROLLED
     for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
-        u32 shared = share(fits, capacities[chunk], total, inverse), previous = __shfl_up_sync(ALL, shared, 1);
+        u32 shared = share(fits, capacities[chunk], total, ratio), previous = __shfl_up_sync(ALL, shared, 1);
         own[chunk] += shared - (lane() == 0 ? given : previous);
         if (CHUNKS > 1) given = __shfl_sync(ALL, shared, WARP - 1);
     }
@@ -126,11 +127,10 @@ __device__ __forceinline__ u32 spread(u32 rows, Entries &capacities, Entries &ow
 __device__ __forceinline__ void open_quotas(const Args &args, Quotas &quotas) {
     u32 most = 0, left = 0;
     __syncwarp();
-#pragma unroll 1
-    for (u32 rank = lane(); rank < RANKS; rank += WARP) {
+    for_each([&](u32, u32 rank) {
         left = rank == args.rank ? 0 : quotas.left[rank];
         most = at_least(most, left);
-    }
+    });
     most = warp_max(most);
     open_levels(quotas, left, most);
     if (lane() == 0) {

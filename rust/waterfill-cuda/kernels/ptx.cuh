@@ -42,6 +42,16 @@ __device__ __forceinline__ u32 read_cluster(const u32 *word, u32 other) {
     asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(there) : "memory");
     return value;
 }
+
+// Four words likewise; aligned to 16 bytes.
+__device__ __forceinline__ uint4 read_cluster_four(const u32 *words, u32 other) {
+    u32 address = (u32)__cvta_generic_to_shared(words), there;
+    uint4 four;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(other));
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w) : "r"(there) : "memory");
+    return four;
+}
 #endif
 
 __device__ __forceinline__ u64 load_relaxed(const u64 *word) {

@@ -28,11 +28,30 @@ struct Visits {
     }
 };
 
-// Levels of rows left, for the bids of a round: lane l brings rank l's. By one warp.
+// Levels of rows left, for the bids of a round: lane l brings rank l's. In parts, by a warp each (the smallest block has so
+// many), or all by one.
+static constexpr u32 LEVEL_PARTS = 4;
+__device__ __forceinline__ void open_levels(Quotas &quotas, u32 left, u32 most, u32 part) {
+    static constexpr u32 LEVELS_A_PART = LEVELS / LEVEL_PARTS;
+    u32 first = part * LEVELS_A_PART, mine = 0;
+#pragma unroll
+    for (u32 i = 0; i < LEVELS_A_PART; ++i) {
+        u32 ranks = __ballot_sync(ALL, left > (first + i) * most / LEVELS);
+        if (lane() == i) mine = ranks;
+    }
+    if (lane() < LEVELS_A_PART) quotas.levels[first + lane()] = mine;
+}
+
 __device__ __forceinline__ void open_levels(Quotas &quotas, u32 left, u32 most) {
+    if (RANKS > LEVELS / 2) {
+#pragma unroll
+        for (u32 part = 0; part < LEVEL_PARTS; ++part) open_levels(quotas, left, most, part);
+        return;
+    }
+    // Of fewer ranks each level is made by a lane, from all ranks' rows.
     static_assert(LEVELS == WARP, "a lane a level");
     u32 above = lane() * most / LEVELS, ranks = 0;
-    // Whether one is more than the other by the difference's sign: 32 comparisons are more predicates than there are.
+    // Whether one is more than the other by the difference's sign: comparisons are more predicates than there are.
 #pragma unroll
     for (u32 rank = 0; rank < RANKS; ++rank) ranks |= (above - __shfl_sync(ALL, left, rank)) >> 31 << rank;
     quotas.levels[lane()] = ranks;

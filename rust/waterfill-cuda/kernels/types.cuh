@@ -1,4 +1,4 @@
-// Compile-time: CLUSTERED (0: one block), RANKS, TOP_K, ID and UNSIGNED_ID (int or long long), WEIGHT (unsigned or unsigned short: bits are
+// Compile-time: CLUSTERED (0: one block), OWN_ONLY (1: for calls of mode OWN alone), RANKS, TOP_K, ID and UNSIGNED_ID (int or long long), WEIGHT (unsigned or unsigned short: bits are
 // copied, never computed with), BLOCK_BYTES, ROUNDS, LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::rounds).
 static constexpr u32 WARP = 32;
 static constexpr u32 ALL = 0xffffffffu;
@@ -6,7 +6,8 @@ static constexpr u32 ALL = 0xffffffffu;
 // has rows: so nobody has to ask.
 static constexpr u32 RANK_BITS = 10;
 static constexpr u32 NO_RANK = RANKS;
-static constexpr u32 ENTRIES = RANKS + 1;
+// One more a rank, in fours: so that four are read at once.
+static constexpr u32 ENTRIES = (RANKS + 4) / 4 * 4;
 // States of a token that are neither a rank nor a bid (assign.cuh): without a rank yet; no token, but padding.
 static constexpr u32 PENDING = 0x7ffe;
 static constexpr u32 NOBODY = 0x7fff;
@@ -85,7 +86,6 @@ struct Shared {
     u32 *all_loads;   // [ENTRIES] those of all blocks
     u32 *all_visits;  // [ENTRIES]
     u32 *granted_before;  // [ENTRIES] how many bids of the blocks before this one were granted
-    // There if `add_blocks` adds RANKS words.
     u32 *all_bids;    // [ROUNDS, ENTRIES] bids of all blocks
     u32 *bids_before; // [ROUNDS, ENTRIES] those of the blocks before this one
     u8 *table;        // [ROUNDS, ENTRIES, table_stride] bids by destination and warp's rows; in the end [0, NO_RANK] has the pending
@@ -110,7 +110,7 @@ __device__ __forceinline__ Shared shared_arrays(const Args &args) {
     s.all_loads = CLUSTERED ? zeros + (2 + ROUNDS) * ENTRIES : s.loads;
     s.all_visits = CLUSTERED ? zeros + (3 + ROUNDS) * ENTRIES : s.visits;
     s.granted_before = zeros + (4 + ROUNDS) * ENTRIES;
-    s.all_bids = zeros + (5 + ROUNDS) * ENTRIES;
+    s.all_bids = CLUSTERED ? zeros + (5 + ROUNDS) * ENTRIES : s.bids;
     s.bids_before = zeros + (5 + 2 * ROUNDS) * ENTRIES;
     s.table = memory + args.table_bytes;
     s.counts = (u32 *)(memory + args.counts_bytes);
@@ -122,6 +122,7 @@ __device__ __forceinline__ Shared shared_arrays(const Args &args) {
     return s;
 }
 
+__device__ __forceinline__ u32 mode_of(const Args &args) { return OWN_ONLY ? OWN : args.mode; }
 __device__ __forceinline__ u32 lane() { return threadIdx.x % WARP; }
 __device__ __forceinline__ u32 warp() { return threadIdx.x / WARP; }
 __device__ __forceinline__ u32 warps() { return blockDim.x / WARP; }

@@ -12,7 +12,7 @@ use waterfill_core::rounds;
 
 use crate::error::{Error, Result};
 use crate::library::open_nvrtc;
-use crate::shape::{BLOCK_BYTES, IdType, Shape, WeightType};
+use crate::shape::{BLOCK_BYTES, IdType, Shape, Variant, WeightType};
 
 /// The kernel's name in its module.
 pub(crate) const KERNEL: &CStr = c"expand_topk";
@@ -30,9 +30,9 @@ pub const FILES: [&str; 9] = [
     include_str!("../kernels/expand.cu"),
 ];
 
-/// The source of a shape's kernel for one block or a cluster of them: its compile-time values, then the files.
+/// The source of one of a shape's kernels: its compile-time values, then the files.
 #[must_use]
-pub fn source(shape: &Shape, clustered: bool) -> String {
+pub fn source(shape: &Shape, variant: Variant) -> String {
     let id = match shape.id {
         IdType::I32 => "int",
         IdType::I64 => "long long",
@@ -43,7 +43,8 @@ pub fn source(shape: &Shape, clustered: bool) -> String {
     };
     let (steps, more) = (rounds::STEPS, rounds::ROUND_STEPS);
     let values = [
-        ("CLUSTERED", u32::from(clustered).to_string()),
+        ("CLUSTERED", u32::from(variant.clustered).to_string()),
+        ("OWN_ONLY", u32::from(variant.own_only).to_string()),
         ("RANKS", format!("{}u", shape.ranks)),
         ("TOP_K", format!("{}u", shape.top_k)),
         ("ID", id.into()),
@@ -81,13 +82,12 @@ impl Compiler {
         Ok(Self { version, cache: cache.map(Path::to_path_buf) })
     }
 
-    /// The machine code of a shape's kernel, for one block or a cluster of them (from 90 on), for an
-    /// architecture, `major * 10 + minor`.
+    /// The machine code of one of a shape's kernels for an architecture, `major * 10 + minor`; clusters are from 90 on.
     ///
     /// # Errors
     /// The compiler's, with its log. A cache that cannot be read or written is done without.
-    pub fn compile(&self, shape: &Shape, clustered: bool, architecture: u32) -> Result<Vec<u8>> {
-        let source = source(shape, clustered);
+    pub fn compile(&self, shape: &Shape, variant: Variant, architecture: u32) -> Result<Vec<u8>> {
+        let source = source(shape, variant);
         let options = [format!("--gpu-architecture=sm_{architecture}"), "--std=c++17".into()];
         let file = self.cache.as_ref().map(|folder| folder.join(self.name(&source, &options)));
         if let Some(code) = file.as_ref().and_then(|file| kept(file)) {
@@ -102,10 +102,10 @@ impl Compiler {
     }
 
     /// Forget what `compile` keeps for it, for a file that the driver refuses.
-    pub(crate) fn forget(&self, shape: &Shape, clustered: bool, architecture: u32) {
+    pub(crate) fn forget(&self, shape: &Shape, variant: Variant, architecture: u32) {
         let options = [format!("--gpu-architecture=sm_{architecture}"), "--std=c++17".into()];
         if let Some(folder) = &self.cache {
-            let _ = fs::remove_file(folder.join(self.name(&source(shape, clustered), &options)));
+            let _ = fs::remove_file(folder.join(self.name(&source(shape, variant), &options)));
         }
     }
 

@@ -81,7 +81,7 @@ fn check(
     rows: &[usize],
     edit: impl Fn(String) -> String,
 ) -> Checked {
-    let compile = |shape: &Shape, clustered| Emulated::new(compiler, shape, clustered, &edit);
+    let compile = |shape: &Shape, variant| Emulated::new(compiler, shape, variant, &edit);
     let mut rank = Rank::new(shape, &compile);
     let checked = match (shape.id, shape.weight) {
         (IdType::I32, WeightType::F32) => checks::<i32, f32>(&mut rank, rows),
@@ -154,8 +154,12 @@ fn notices_a_barrier_that_is_missing() {
     notices(
         FEW_RANKS,
         &[
-            ("    __syncthreads();\n\n#pragma unroll 1", "#pragma unroll 1", ""),
-            ("    __syncthreads();\n#else", "#else", ""),
+            ("    __syncthreads();\n    number_call", "    number_call", ""),
+            (
+                "();\n#else\n    __syncthreads();\n#endif\n}\n#line",
+                "();\n#else\n#endif\n}\n#line",
+                "",
+            ),
             (
                 "tokens_before = before;\n        }\n    }\n    __syncthreads();",
                 "tokens_before = before;\n        }\n    }",
@@ -163,13 +167,14 @@ fn notices_a_barrier_that_is_missing() {
             ),
             ("else __syncthreads();\n\n    Quotas &quotas", "\n    Quotas &quotas", ""),
             ("        sync_blocks();\n        close_round", "        close_round", ""),
-            ("    if (added) __syncthreads();\n", "", ""),
-            ("quotas, round);\n        __syncthreads();", "quotas, round);", ""),
+            ("    if (CLUSTERED) __syncthreads();\n#if", "#if", ""),
+            ("most, warp());\n    __syncthreads();\n#else", "most, warp());\n#else", ""),
             ("quotas.left);\n    __syncthreads();", "quotas.left);", ""),
             ("{\n    sync_blocks();\n    if (block() > 0)", "{\n    if (block() > 0)", ""),
             (after_sharing, "read_block(&b.source, 0);\n    }\n}\n", ""),
         ],
     );
+    notices(MANY_RANKS, &[("    __syncthreads();\n    most = b.most", "    most = b.most", "")]);
 }
 
 #[test]
@@ -183,15 +188,15 @@ fn notices_what_only_memory_order_tells() {
             races("    release_shared();\n", ""),
             races("atomicAdd(&b.tokens, tokens);", "b.tokens += tokens;"),
             races("atomicAdd(&s.loads[rank], 1u);", "s.loads[rank] += 1;"),
-            races("atomicAdd(&all[word], value);", "all[word] += value;"),
+            races("atomicAdd(all + first[j], read[j].x);", "all[first[j]] += read[j].x;"),
         ],
     );
     notices(
         MANY_RANKS,
-        &[races(
-            "atomicMax(&b.most[round], most);",
-            "b.most[round] = at_least(b.most[round], most);",
-        )],
+        &[
+            races("atomicMax(&b.most[round], most_here);", "b.most[round] = most_here;"),
+            races("atomicAdd(to + 1, four.y);", "to[1] += four.y;"),
+        ],
     );
 }
 
@@ -207,7 +212,7 @@ fn notices_threads_that_do_not_come() {
             ("most > 0);\n    end_blocks();", "most > 0);", "ends without the wait"),
             (most, "__reduce_max_sync(lanes_before(), value)", "for some lanes"),
             (clock, "now_ns() - begun >= args.cap_ns", ""),
-            (vote, "(u32)(word >> 32) != sequence", "nobody can go on"),
+            (vote, "(u32)(word >> 32) != sequence", "__shfl"),
         ],
     );
 }
@@ -229,7 +234,8 @@ fn notices_wrong_counts_and_ranks() {
             ("some & ALL << first", "some & ~1u << first", "ids"),
             ("(1u << 8 * (column - at)) - 1", "(1u << 8 * (column - at))", "ids"),
             ("at + 4 <= column; at += 4", "at + 4 < column; at += 4", ""),
-            ("if (before && other < block())", "if (before && other <= block())", "ids"),
+            ("before && other[j] < block()", "before && other[j] <= block()", "ids"),
+            ("(first + i) * most / LEVELS", "(first + i + 1) * most / LEVELS", "ids"),
             ("order + before < allowed", "order + before <= allowed", "ids"),
             ("s.until[middle] > place", "s.until[middle] >= place", "ids"),
             ("place >= quotas.home", "place > quotas.home", "ids"),
@@ -248,10 +254,10 @@ fn notices_wrong_writers() {
         shape,
         &[2500, 2500, 2500],
         &[
-            ("return write_part(args, blockIdx.x - blocks());", "return;", "ids"),
+            ("write_part(args, writer);", ";", "ids"),
             ("Rows rows(args, writer);\n    rows.pad(args);", "Rows rows(args, writer);", "ids"),
             ("Rows rows(args, writer);", "Rows rows(args, 0);", "ids"),
-            ("if (CLUSTERED && blockIdx.x >= blocks())", "if (false)", ""),
+            ("if (!CLUSTERED || blockIdx.x < blocks()) expand", "expand", ""),
         ],
     );
 }
@@ -265,10 +271,10 @@ fn notices_wrong_plans() {
             (expert, "return (u32)id < args.experts", "ids"),
             ("ids[j] < 0 ? ids[j] : (ID)-1", "ids[j]", "ids"),
             ("+ 512) >> 10", ") >> 10", "ids"),
-            ("down + ((u64)down * total < product)", "down", "ids"),
+            ("nearly + (more > 0)", "nearly", "ids"),
             ("if (next == level) return", "if (next > level) return", "does not end"),
-            ("granted += s.granted_before[rank]", "granted = s.granted_before[rank]", "ids"),
-            ("first + j < block() ?", "first + j <= block() ?", "ids"),
+            ("granted += CLUSTERED ? s", "granted = CLUSTERED ? s", "ids"),
+            ("before && other[j] < block()", "before", "ids"),
             ("bool visit = true;", "bool visit = added != rank[0];", "counts"),
         ],
     );

@@ -21,4 +21,4 @@ pub use compiler::{Compiler, source};
 pub use error::{Error, Result};
 pub use library::open_nvrtc;
 pub use runner::{Board, Call, Quotas, Runner, Tally};
-pub use shape::{IdType, Shape, WeightType};
+pub use shape::{IdType, Shape, Variant, WeightType};

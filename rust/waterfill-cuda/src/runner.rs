@@ -8,7 +8,7 @@ use crate::args::{Args, COUNT, GIVEN, LIVE, OWN, State};
 use crate::compiler::Compiler;
 use crate::driver::{Current, Device, Kernel, Launch, OwnStream, Relaxed, Slot, Stream, register};
 use crate::error::{Error, Result};
-use crate::shape::{Geometry, IdType, Shape, WeightType};
+use crate::shape::{Geometry, IdType, Shape, Variant, WeightType};
 
 /// Sizes of clusters to try, largest first; more than 8 blocks only some devices can.
 const CLUSTERS: [usize; 2] = [16, 8];
@@ -19,7 +19,7 @@ const WITH_CLUSTERS: u32 = 90;
 #[derive(Debug)]
 pub struct Runner {
     state: Slot<State>,
-    kernel: Kernel,
+    block: Kernels,
     /// For calls of more rows than one block takes, where the device has clusters.
     cluster: Option<Cluster>,
     device: Device,
@@ -31,8 +31,24 @@ pub struct Runner {
 }
 
 #[derive(Debug)]
+struct Kernels {
+    own_only: Kernel,
+    any: Kernel,
+}
+
+impl Kernels {
+    fn all(&self) -> [&Kernel; 2] {
+        [&self.own_only, &self.any]
+    }
+
+    fn of(&self, mode: u32) -> &Kernel {
+        if mode == OWN { &self.own_only } else { &self.any }
+    }
+}
+
+#[derive(Debug)]
 struct Cluster {
-    kernel: Kernel,
+    kernels: Kernels,
     most_blocks: usize,
 }
 
@@ -104,7 +120,7 @@ pub struct Tally {
 }
 
 impl Runner {
-    /// Compile (or find) the kernel, load it and run it once, so that no later launch has to.
+    /// Compile (or find) the kernels, load them and run each once, so that no later launch has to.
     ///
     /// May be called while another thread captures a graph.
     ///
@@ -121,13 +137,13 @@ impl Runner {
         let relaxed = Relaxed::new()?;
         let architecture = device.architecture()?;
         let shared = device.shared_memory()?;
-        let kernel = load(compiler, &shape, false, architecture, shared)?;
+        let block = load_both(compiler, &shape, false, architecture, shared)?;
         let cluster = cluster(compiler, &shape, architecture, shared)?;
         let state = Slot::new()?;
         let args = common_args(&shape, rank, state.address());
         drop((relaxed, current));
         let has_board = false;
-        let runner = Self { state, kernel, cluster, device, has_board, shape, shared, args };
+        let runner = Self { state, block, cluster, device, has_board, shape, shared, args };
         runner.warm()?;
         Ok(runner)
     }
@@ -240,7 +256,7 @@ impl Runner {
         let launch = launch_of(cut);
         // SAFETY: the kernel's parameter is `Args`; its addresses are the caller's promise, or live with
         // this runner, and the board's layout is that of the board's own crate.
-        unsafe { self.kernel_for(cut.blocks).launch(launch, stream, &args) }
+        unsafe { self.kernels(cut.blocks).of(args.mode).launch(launch, stream, &args) }
     }
 
     fn args_of(&self, call: &Call, cut: &Geometry) -> Args {
@@ -260,8 +276,9 @@ impl Runner {
         self.cluster.as_ref().map_or(1, |cluster| cluster.most_blocks)
     }
 
-    fn kernel_for(&self, blocks: usize) -> &Kernel {
-        self.cluster.as_ref().filter(|_| blocks > 1).map_or(&self.kernel, |cluster| &cluster.kernel)
+    fn kernels(&self, blocks: usize) -> &Kernels {
+        let cluster = self.cluster.as_ref().filter(|_| blocks > 1);
+        cluster.map_or(&self.block, |cluster| &cluster.kernels)
     }
 
     /// How the calls on `stream` so far ended; waits for them. Not while a graph is captured.
@@ -287,8 +304,10 @@ impl Runner {
         for blocks in [1, self.most_blocks()] {
             let cut = self.shape.geometry(blocks, 0);
             let args = with_cut(self.args, &cut);
-            // SAFETY: the kernel's parameter is `Args`; there are no rows, so no address is read or written.
-            unsafe { self.kernel_for(blocks).launch(launch_of(&cut), stream.0, &args)? };
+            for kernel in self.kernels(blocks).all() {
+                // SAFETY: the kernel's parameter is `Args`; there are no rows, so no address is read or written.
+                unsafe { kernel.launch(launch_of(&cut), stream.0, &args)? };
+            }
         }
         stream.0.synchronize()
     }
@@ -338,18 +357,30 @@ pub(crate) fn with_board(args: Args, shape: &waterfill_board::Shape, address: u6
 fn load(
     compiler: &Compiler,
     shape: &Shape,
-    clustered: bool,
+    variant: Variant,
     architecture: u32,
     shared: usize,
 ) -> Result<Kernel> {
-    let code = compiler.compile(shape, clustered, architecture)?;
+    let code = compiler.compile(shape, variant, architecture)?;
     Kernel::load(&code, shared).or_else(|_| {
-        compiler.forget(shape, clustered, architecture);
-        Kernel::load(&compiler.compile(shape, clustered, architecture)?, shared)
+        compiler.forget(shape, variant, architecture);
+        Kernel::load(&compiler.compile(shape, variant, architecture)?, shared)
     })
 }
 
-/// The kernel for clusters, and the largest that the device runs with all the shared memory they may take.
+fn load_both(
+    compiler: &Compiler,
+    shape: &Shape,
+    clustered: bool,
+    architecture: u32,
+    shared: usize,
+) -> Result<Kernels> {
+    let load =
+        |own_only| load(compiler, shape, Variant { clustered, own_only }, architecture, shared);
+    Ok(Kernels { own_only: load(true)?, any: load(false)? })
+}
+
+/// The kernels for clusters, and the largest that the device runs with all the shared memory they may take.
 fn cluster(
     compiler: &Compiler,
     shape: &Shape,
@@ -359,16 +390,17 @@ fn cluster(
     if architecture < WITH_CLUSTERS {
         return Ok(None);
     }
-    let kernel = load(compiler, shape, true, architecture, shared)?;
-    // Refused where not supported; then the smaller size is found below.
-    let _ = kernel.allow_large_clusters();
+    let kernels = load_both(compiler, shape, true, architecture, shared)?;
+    for kernel in kernels.all() {
+        // Refused where not supported; then the smaller size is found below.
+        let _ = kernel.allow_large_clusters();
+    }
     let runs = |blocks: usize| {
-        kernel
-            .clusters(Launch { blocks, cluster: blocks, threads: 1024, shared })
-            .is_ok_and(|clusters| clusters > 0)
+        let launch = Launch { blocks, cluster: blocks, threads: 1024, shared };
+        kernels.all().iter().all(|kernel| kernel.clusters(launch).is_ok_and(|count| count > 0))
     };
     let most_blocks = CLUSTERS.into_iter().find(|&blocks| runs(blocks));
-    Ok(most_blocks.map(|most_blocks| Cluster { kernel, most_blocks }))
+    Ok(most_blocks.map(|most_blocks| Cluster { kernels, most_blocks }))
 }
 
 pub(crate) fn common_args(shape: &Shape, rank: usize, state: u64) -> Args {

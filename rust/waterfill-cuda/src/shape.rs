@@ -37,6 +37,15 @@ pub struct Shape {
     pub weight: WeightType,
 }
 
+/// Which of a shape's kernels. They are compiled apart because instructions that a call jumps over cost it time too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Variant {
+    /// For a cluster of blocks, from compute capability 9.0 on; else for one block.
+    pub clustered: bool,
+    /// For calls whose quotas are from own counts alone; else for all.
+    pub own_only: bool,
+}
+
 /// The most routed experts of a token.
 const MAX_TOP_K: usize = 32;
 /// Physical experts; the kernel's division of ids by experts a rank is exact while their square is below 2^31.
@@ -58,11 +67,9 @@ pub(crate) const BLOCK_BYTES: usize = 128;
 /// writes those of larger ones, which would take longer.
 const WRITTEN_BY_BLOCK: usize = 256;
 /// Arrays of a word a rank, and one more, in shared memory, as `shared_arrays` in the kernel has them: those that begin as
-/// zeros, those of these that only a cluster's blocks have, those that only blocks with a thread for each rank of each block
-/// have (`add_blocks` in the kernel), and the others.
+/// zeros, those of these that only a cluster's blocks have, and the others.
 const ZERO_ARRAYS: usize = 2 + ROUNDS;
-const CLUSTER_ARRAYS: usize = 3;
-const ADDED_ARRAYS: usize = 2 * ROUNDS;
+const CLUSTER_ARRAYS: usize = 3 + 2 * ROUNDS;
 const RANK_ARRAYS: usize = 2;
 /// Two `Quotas` of kernels/types.cuh: an array like those and some words each.
 const QUOTAS: usize = 2;
@@ -132,10 +139,9 @@ impl Shape {
 
     /// One block, or a cluster of them, with so many rows each.
     pub(crate) fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
-        let (rows, entries) = (rows_per_block.max(WARP), self.ranks + 1);
+        let (rows, entries) = (rows_per_block.max(WARP), (self.ranks + 1).next_multiple_of(4));
         let threads = (rows_per_block + PLANNING_WARPS * WARP).clamp(LEAST_THREADS, MOST_THREADS);
-        let added_arrays = if self.ranks * blocks <= threads { ADDED_ARRAYS } else { 0 };
-        let zero_arrays = ZERO_ARRAYS + if blocks > 1 { CLUSTER_ARRAYS + added_arrays } else { 0 };
+        let zero_arrays = ZERO_ARRAYS + if blocks > 1 { CLUSTER_ARRAYS } else { 0 };
         let table_at = (BLOCK_BYTES + 4 * zero_arrays * entries).next_multiple_of(16);
         let table_stride = ((rows / WARP).div_ceil(16) | 1) * 16;
         let counts_at = table_at + ROUNDS * entries * table_stride;
@@ -199,7 +205,7 @@ mod tests {
 
     #[test]
     fn a_call_with_no_room_in_one_block_is_cut_into_more() {
-        let large = shape(1024, 1 << 15, 32);
+        let large = shape(256, 1 << 15, 32);
         let shared = large.geometry(1, 256).shared - 1;
         let cut = |rows| large.cut(rows, 16, shared);
         assert_eq!(cut(224).unwrap().blocks, 1);
@@ -217,6 +223,41 @@ mod tests {
                 assert_eq!((2 * id * multiplier) >> 32, id / each as u64, "{id} / {each}");
             }
         }
+    }
+
+    /// `share` of kernels/own.cuh; its ratio is off by up to two units in the last place, as CUDA says.
+    fn share(fits: u32, until: u32, total: u32, off: i32) -> u32 {
+        let ratio = fits as f32 / total as f32;
+        let ratio = f32::from_bits(ratio.to_bits().wrapping_add_signed(off));
+        let nearly = (until as f32 * ratio) as u32;
+        let more = fits.wrapping_mul(until).wrapping_sub(nearly.wrapping_mul(total)) as i32;
+        nearly + u32::from(more > 0) + u32::from(more > total as i32)
+    }
+
+    #[test]
+    fn shares_are_exact() {
+        let mut state = 1u64;
+        let mut below = |end: u64| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (u128::from(state) * u128::from(end) >> 64) as u64
+        };
+        let (mut more_than_once, calls) = (0, 2_000_000);
+        for _ in 0..calls {
+            // Sizes from one to the largest; half the shares a little above a whole number of rows.
+            let bits = below(31);
+            let total = 1 + below(1 << bits);
+            let fits = 1 + below(total.min(MAX_ROWS as u64));
+            let row = (below(fits + 1) * total).div_ceil(fits);
+            let until = if below(2) == 0 { row + below(3) } else { below(total) }.min(total);
+            let exact = (fits * until).div_ceil(total);
+            for off in -2..=2 {
+                let found = share(fits as u32, until as u32, total as u32, off);
+                assert_eq!(u64::from(found), exact, "{until} of {total}, {fits} fit, {off}");
+            }
+            let nearly = (until as f32 * (fits as f32 / total as f32)) as u64;
+            more_than_once += u32::from(exact == nearly + 2);
+        }
+        assert!(more_than_once > calls / 1000, "{more_than_once}");
     }
 
     #[test]

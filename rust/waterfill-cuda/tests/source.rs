@@ -4,10 +4,15 @@
 
 use std::path::PathBuf;
 
-use waterfill_cuda::{Compiler, IdType, Shape, WeightType};
+use waterfill_cuda::{Compiler, IdType, Shape, Variant, WeightType};
 
 /// The machines of today, and one without clusters.
 const ARCHITECTURES: [u32; 4] = [80, 90, 100, 120];
+
+const BLOCK: Variant = Variant { clustered: false, own_only: false };
+const CLUSTER: Variant = Variant { clustered: true, ..BLOCK };
+const OWN_BLOCK: Variant = Variant { own_only: true, ..BLOCK };
+const OWN_CLUSTER: Variant = Variant { own_only: true, ..CLUSTER };
 
 fn compiler(cache: Option<&std::path::Path>) -> Option<Compiler> {
     let path = std::env::var_os("NVRTC").map(PathBuf::from);
@@ -31,24 +36,30 @@ fn every_variant_compiles() {
     let Some(compiler) = compiler(None) else { return };
     for id in [IdType::I32, IdType::I64] {
         for weight in [WeightType::F32, WeightType::Bf16] {
-            for (top_k, clustered) in [(1, true), (6, false), (6, true), (8, true), (32, true)] {
-                let code = compiler.compile(&shape(top_k, id, weight), clustered, 90).unwrap();
+            for (top_k, variant) in [
+                (1, CLUSTER),
+                (6, BLOCK),
+                (6, OWN_BLOCK),
+                (6, CLUSTER),
+                (8, OWN_CLUSTER),
+                (32, CLUSTER),
+            ] {
+                let code = compiler.compile(&shape(top_k, id, weight), variant, 90).unwrap();
                 assert!(code.starts_with(b"\x7fELF"), "{} bytes", code.len());
             }
         }
     }
     // Arrays, loops and ballots depend on the number of ranks: around a warp, around 16, both ends.
     for ranks in [1, 16, 17, 32, 33, 1024] {
-        for (clustered, top_k) in [(false, 7), (true, 32)] {
+        for (variant, top_k) in [(BLOCK, 7), (CLUSTER, 32)] {
             let shape =
                 Shape { ranks, experts: ranks, ..shape(top_k, IdType::I64, WeightType::Bf16) };
-            compiler.compile(&shape, clustered, 90).unwrap();
+            compiler.compile(&shape, variant, 90).unwrap();
         }
     }
     for architecture in ARCHITECTURES {
-        compiler
-            .compile(&shape(6, IdType::I32, WeightType::F32), architecture >= 90, architecture)
-            .unwrap();
+        let variant = Variant { clustered: architecture >= 90, own_only: false };
+        compiler.compile(&shape(6, IdType::I32, WeightType::F32), variant, architecture).unwrap();
     }
 }
 
@@ -57,18 +68,18 @@ fn what_was_compiled_is_found_again() {
     let folder = std::env::temp_dir().join(format!("waterfill-cuda-{}", std::process::id()));
     let Some(compiler) = compiler(Some(&folder)) else { return };
     let shape = shape(2, IdType::I32, WeightType::F32);
-    let code = compiler.compile(&shape, false, 90).unwrap();
+    let code = compiler.compile(&shape, BLOCK, 90).unwrap();
     let files: Vec<_> =
         std::fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path()).collect();
     assert_eq!(files.len(), 1, "{files:?}");
     // It is taken as it is; what a crash of the machine left of it is not.
     let (whole, written) = (&files[0], || files[0].metadata().unwrap().modified().unwrap());
     let before = written();
-    assert_eq!(compiler.compile(&shape, false, 90).unwrap(), code);
+    assert_eq!(compiler.compile(&shape, BLOCK, 90).unwrap(), code);
     assert_eq!(written(), before, "it was compiled again");
     for left in [b"".as_slice(), &code[..code.len() / 2]] {
         std::fs::write(whole, left).unwrap();
-        assert_eq!(compiler.compile(&shape, false, 90).unwrap(), code);
+        assert_eq!(compiler.compile(&shape, BLOCK, 90).unwrap(), code);
         assert!(std::fs::read(whole).unwrap().len() > code.len(), "it was not kept anew");
     }
     std::fs::remove_dir_all(folder).unwrap();
@@ -77,6 +88,6 @@ fn what_was_compiled_is_found_again() {
 #[test]
 fn an_error_has_the_compilers_log() {
     let Some(compiler) = compiler(None) else { return };
-    let error = compiler.compile(&shape(6, IdType::I32, WeightType::F32), false, 1).unwrap_err();
+    let error = compiler.compile(&shape(6, IdType::I32, WeightType::F32), BLOCK, 1).unwrap_err();
     assert!(error.to_string().contains("gpu-architecture"), "{error}");
 }

@@ -10,7 +10,7 @@ use libloading::Library;
 
 use crate::args::Args;
 use crate::compiler::{FILES, source};
-use crate::shape::{Geometry, Shape};
+use crate::shape::{Geometry, Shape, Variant};
 
 const THREADS: &str = include_str!("threads.h");
 const RACES: &str = include_str!("races.h");
@@ -67,11 +67,11 @@ pub fn compiler() -> Option<OsString> {
 }
 
 impl Emulated {
-    /// The kernel of a shape, for one block or a cluster of them, from its source as `edit` gives it.
+    /// One of a shape's kernels, from its source as `edit` gives it.
     pub fn new(
         compiler: &OsString,
         shape: &Shape,
-        clustered: bool,
+        variant: Variant,
         edit: impl Fn(String) -> String,
     ) -> Self {
         static FOLDERS: AtomicU32 = AtomicU32::new(0);
@@ -80,9 +80,9 @@ impl Emulated {
         let name = format!("waterfill-emulated-{}-{number}", std::process::id());
         let folder = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&folder).unwrap();
-        let text = [THREADS, RACES, &edit(with_names(shape, clustered)), CALL].concat();
+        let text = [THREADS, RACES, &edit(with_names(shape, variant)), CALL].concat();
         std::fs::write(folder.join("kernel.cpp"), text).unwrap();
-        build(compiler, &folder, clustered);
+        build(compiler, &folder, variant);
         // SAFETY: built above; it runs nothing when it is loaded.
         let library = unsafe { Library::new(folder.join("kernel.so")) }.unwrap();
         // What is loaded stays so without its file.
@@ -128,17 +128,17 @@ unsafe extern "C" fn call(meanwhile: *mut c_void) {
 }
 
 /// The kernel's source with ptx.h in place of ptx.cuh; each file has its name, for messages.
-fn with_names(shape: &Shape, clustered: bool) -> String {
-    let source = source(shape, clustered).replace(FILES[0], PTX);
+fn with_names(shape: &Shape, variant: Variant) -> String {
+    let source = source(shape, variant).replace(FILES[0], PTX);
     let files = FILES.into_iter().zip(NAMES).skip(1);
     files.fold(source, |source, (file, name)| {
         source.replace(file, &format!("#line 1 \"{name}\"\n{file}"))
     })
 }
 
-fn build(compiler: &OsString, folder: &Path, clustered: bool) {
+fn build(compiler: &OsString, folder: &Path, variant: Variant) {
     // Reductions over a warp are written twice, for architectures with and without them.
-    let architecture = format!("-D__CUDA_ARCH__={}", if clustered { 900 } else { 750 });
+    let architecture = format!("-D__CUDA_ARCH__={}", if variant.clustered { 900 } else { 750 });
     let run = |arguments: &[&str]| {
         let output = Command::new(compiler).args(arguments).current_dir(folder).output();
         let output = output.unwrap_or_else(|error| panic!("{}: {error}", compiler.display()));

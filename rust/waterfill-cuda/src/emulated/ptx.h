@@ -37,14 +37,18 @@ inline void wait_for_cluster(FROM) {
 
 inline void release_shared() { emulated::threads[emulated::current].released += 1; }
 
-inline u32 read_cluster(const u32 *word, u32 other, FROM) {
+template <typename T>
+T read_there(const u32 *words, u32 other, const char *file, int line) {
     using namespace emulated;
-    size_t at = (const u8 *)word - blocks[blockIdx.x].memory;
-    if (other >= cluster_size() || at + sizeof(u32) > shared_bytes) FAIL("it reads byte %zu of block %u (%s:%d)", at, other, file, line);
+    size_t at = (const u8 *)words - blocks[blockIdx.x].memory;
+    if (other >= cluster_size() || at + sizeof(T) > shared_bytes) FAIL("it reads byte %zu of block %u (%s:%d)", at, other, file, line);
     other += cluster() * cluster_size();
     if (blocks[other].ended == blockDim.x) FAIL("it reads block %u, which has ended (%s:%d)", other, file, line);
-    return *(const u32 *)(blocks[other].memory + at);
+    return *(const T *)(blocks[other].memory + at);
 }
+
+inline u32 read_cluster(const u32 *word, u32 other, FROM) { return read_there<u32>(word, other, file, line); }
+inline uint4 read_cluster_four(const u32 *words, u32 other, FROM) { return read_there<uint4>(words, other, file, line); }
 #endif
 
 inline u64 load_relaxed(const u64 *word) { return *word; }

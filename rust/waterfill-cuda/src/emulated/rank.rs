@@ -8,7 +8,7 @@ use super::batch::{AnyId, Batch, Counted, Random};
 use super::device::Emulated;
 use crate::args::{Args, COUNT, GIVEN, OWN, State};
 use crate::runner::{common_args, weight_bits, with_cut};
-use crate::shape::{Geometry, Shape};
+use crate::shape::{Geometry, Shape, Variant};
 
 /// Nothing, or what is wrong.
 pub type Checked = Result<(), String>;
@@ -19,21 +19,21 @@ const GUARD: usize = 16;
 /// What an output holds before the launch, in each byte.
 const UNTOUCHED: u8 = 0x5a;
 
-/// One rank with its kernels for one block and for a cluster, compiled when they are first launched.
+/// One rank with its kernels, compiled when they are first launched.
 pub struct Rank<'a> {
     pub shape: Shape,
     pub rank: usize,
-    kernels: [Option<Emulated>; 2],
-    compile: &'a dyn Fn(&Shape, bool) -> Emulated,
+    kernels: Vec<(Variant, Emulated)>,
+    compile: &'a dyn Fn(&Shape, Variant) -> Emulated,
     pub random: Random,
 }
 
 impl<'a> Rank<'a> {
-    pub fn new(shape: Shape, compile: &'a dyn Fn(&Shape, bool) -> Emulated) -> Self {
+    pub fn new(shape: Shape, compile: &'a dyn Fn(&Shape, Variant) -> Emulated) -> Self {
         shape.check().unwrap();
         let mut random = Random(shape.ranks as u64);
         let rank = random.below(shape.ranks);
-        Self { shape, rank, kernels: [None, None], compile, random }
+        Self { shape, rank, kernels: Vec::new(), compile, random }
     }
 
     /// As the runner cuts a call, on a device with clusters of up to 16 or 8 blocks, or with none if one block fits.
@@ -48,9 +48,14 @@ impl<'a> Rank<'a> {
     }
 
     fn launch(&mut self, cut: &Geometry, args: Args, meanwhile: &mut dyn FnMut()) -> Checked {
-        let clustered = cut.blocks > 1;
-        let kernel = &mut self.kernels[usize::from(clustered)];
-        let kernel = kernel.get_or_insert_with(|| (self.compile)(&self.shape, clustered));
+        // Own counts are for either kernel.
+        let own_only = args.mode == OWN && self.random.below(2) == 0;
+        let variant = Variant { clustered: cut.blocks > 1, own_only };
+        if self.kernels.iter().all(|(compiled, _)| *compiled != variant) {
+            self.kernels.push((variant, (self.compile)(&self.shape, variant)));
+        }
+        let mut kernels = self.kernels.iter_mut();
+        let (_, kernel) = kernels.find(|(compiled, _)| *compiled == variant).unwrap();
         // SAFETY: every caller sets the addresses of arrays that it holds, of the lengths that the kernel is told.
         unsafe { kernel.launch(cut, &with_cut(args, cut), self.random.next() as u32, meanwhile) }
     }

@@ -360,7 +360,15 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value, FROM) {
 inline unsigned __popc(unsigned bits) { return (unsigned)__builtin_popcount(bits); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((emulated::Word)a * b >> 32); }
 
-inline float __fdividef(float a, float b) { return a / b; }
+// As inexact as CUDA's may be: by two units in the last place.
+inline float __fdividef(float a, float b) {
+    float quotient = a / b;
+    unsigned bits;
+    memcpy(&bits, &quotient, sizeof bits);
+    if (quotient > 0) bits += emulated::draw(5) - 2;
+    memcpy(&quotient, &bits, sizeof bits);
+    return quotient;
+}
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
