@@ -137,7 +137,7 @@ impl Runner {
         let relaxed = Relaxed::new()?;
         let architecture = device.architecture()?;
         let shared = device.shared_memory()?;
-        let block = load_both(compiler, &shape, false, architecture, shared)?;
+        let block = load(compiler, &shape, false, architecture, shared)?;
         let cluster = cluster(compiler, &shape, architecture, shared)?;
         let state = Slot::new()?;
         let args = common_args(&shape, rank, state.address());
@@ -353,31 +353,27 @@ pub(crate) fn with_board(args: Args, shape: &waterfill_board::Shape, address: u6
     }
 }
 
-/// A kernel, from the cache or from NVRTC; anew if the driver does not take what the cache had.
+/// Kernels from the cache or from NVRTC, which compiles them side by side; anew if the driver does not take what the cache had.
 fn load(
-    compiler: &Compiler,
-    shape: &Shape,
-    variant: Variant,
-    architecture: u32,
-    shared: usize,
-) -> Result<Kernel> {
-    let code = compiler.compile(shape, variant, architecture)?;
-    Kernel::load(&code, shared).or_else(|_| {
-        compiler.forget(shape, variant, architecture);
-        Kernel::load(&compiler.compile(shape, variant, architecture)?, shared)
-    })
-}
-
-fn load_both(
     compiler: &Compiler,
     shape: &Shape,
     clustered: bool,
     architecture: u32,
     shared: usize,
 ) -> Result<Kernels> {
-    let load =
-        |own_only| load(compiler, shape, Variant { clustered, own_only }, architecture, shared);
-    Ok(Kernels { own_only: load(true)?, any: load(false)? })
+    let compile = |own_only| compiler.compile(shape, Variant { clustered, own_only }, architecture);
+    let (own_only, any) = std::thread::scope(|scope| {
+        let own_only = scope.spawn(|| compile(true));
+        let any = compile(false);
+        (own_only.join().expect("a compiler that fails says so"), any)
+    });
+    let load = |own_only, code: Vec<u8>| {
+        Kernel::load(&code, shared).or_else(|_| {
+            compiler.forget(shape, Variant { clustered, own_only }, architecture);
+            Kernel::load(&compile(own_only)?, shared)
+        })
+    };
+    Ok(Kernels { own_only: load(true, own_only?)?, any: load(false, any?)? })
 }
 
 /// The kernels for clusters, and the largest that the device runs with all the shared memory they may take.
@@ -390,7 +386,7 @@ fn cluster(
     if architecture < WITH_CLUSTERS {
         return Ok(None);
     }
-    let kernels = load_both(compiler, shape, true, architecture, shared)?;
+    let kernels = load(compiler, shape, true, architecture, shared)?;
     for kernel in kernels.all() {
         // Refused where not supported; then the smaller size is found below.
         let _ = kernel.allow_large_clusters();

@@ -239,7 +239,7 @@ mod tests {
         let mut state = 1u64;
         let mut below = |end: u64| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (u128::from(state) * u128::from(end) >> 64) as u64
+            ((u128::from(state) * u128::from(end)) >> 64) as u64
         };
         let (mut more_than_once, calls) = (0, 2_000_000);
         for _ in 0..calls {
