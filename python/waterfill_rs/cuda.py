@@ -118,7 +118,7 @@ class Expander:
             if not self._has_board:
                 raise ValueError(f"cap_us {cap_us} without a board: give the Expander one")
             if quotas is not None:
-                raise ValueError(f"cap_us {cap_us} with quotas, which post nothing: give one")
+                raise ValueError(f"cap_us {cap_us} with quotas, which post nothing: drop one")
         if gathered is not None:
             if cap_us is None:
                 raise ValueError("gathered counts without cap_us: give the longest wait")
@@ -249,7 +249,7 @@ def expand_topk(
 ) -> tuple[Tensor, Tensor]:
     """Widen by one launch, quotas given (int32 ``[ranks]`` on the device) or from own counts.
 
-    The kernel of a shape is made at its first call, which takes a second where it was never compiled.
+    The kernel of a shape is made at its first call, which takes two seconds where it was never compiled.
     Under torch.compile it is the operator ``waterfill_rs::expand_topk``.
     """
     if torch.compiler.is_compiling():

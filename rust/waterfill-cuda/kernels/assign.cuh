@@ -80,8 +80,8 @@ __device__ __forceinline__ u32 grant(const Shared &s, Quotas &quotas, u32 round,
     return rest;
 }
 
-// Close the bids of a round; `left` is what is left at rank `lane()`, if there is a lane a rank. Gives the most that is left
-// anywhere but at home, once all threads are through.
+// Close the bids of a round. Up to 32 ranks, `left` is what is left at rank `lane()`; of more nobody has it but `quotas`. Gives
+// the most that is left anywhere but at home.
 __device__ __forceinline__ void close_round(const Shared &s, Block &b, Quotas &quotas, u32 round, u32 &left, u32 &most) {
     u32 first = round * ENTRIES;
     add_blocks<ENTRIES>(s.bids + first, s.all_bids + first, s.bids_before + first);
@@ -106,7 +106,7 @@ __device__ __forceinline__ void close_round(const Shared &s, Block &b, Quotas &q
 
 // Gives the last round, the first one where there was none; then `most` is what is left anywhere but at home, at most.
 __device__ __forceinline__ u32 run_rounds(const Args &args, const Shared &s, Block &b, Quotas &quotas, const Rows &rows, u32 &most) {
-    u32 round = 0, left = quotas.left[at_most(lane(), NO_RANK)];
+    u32 round = 0, left = RANKS <= WARP ? quotas.left[at_most(lane(), NO_RANK)] : 0;
     most = quotas.most;
 #pragma unroll 1
     for (; round < ROUNDS && most > 0; ++round) {

@@ -64,9 +64,9 @@ __device__ __forceinline__ void add_four(u32 *to, uint4 four) {
 }
 
 // `COUNT` words of all blocks, a multiple of 4 and aligned so, added to `all`, and those of the blocks before this one to `before`
-// if it is not null; these begin as zeros. By all threads, whose sums are there once they met. Reading takes as long as a
-// round's arithmetic, and a thread that reads of several blocks waits for one after the other. So each reads one word, or
-// four where there are too few threads, of this block or of one of the next.
+// if it is not null; these begin as zeros. All threads call it; the sums are complete after their next barrier. Reading takes as
+// long as a round's arithmetic, and a thread that reads of several blocks waits for one after the other. So each reads one
+// word, or four where there are too few threads, of this block or of one of the next.
 template <u32 COUNT>
 __device__ __forceinline__ void add_blocks(const u32 *words, u32 *all, u32 *before) {
 #if CLUSTERED

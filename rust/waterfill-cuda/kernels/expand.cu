@@ -59,15 +59,16 @@ __device__ __forceinline__ void clear(const Args &args) {
     for (u32 i = threadIdx.x; i < args.cleared_bytes / sizeof(uint4); i += blockDim.x) zeros[i] = uint4{0, 0, 0, 0};
 }
 
-// The first block alone posts and waits. By a warp that most often has no rows, once all is cleared: before, every warp would
-// wait here for its ids, even in calls that read nothing here, because loads under way are told apart by few numbers.
+// The first block alone posts and waits. By a warp that most often has no rows, and once all is cleared: before that every warp
+// would wait here for its ids, even in calls that read nothing here. A warp has six scoreboards for its loads, and this
+// one would share the ids'.
 __device__ __forceinline__ void number_call(const Args &args, Block &b) {
     if (threadIdx.x < blockDim.x - 1 || block() > 0 || mode_of(args) != LIVE) return;
     b.sequence = next_sequence(args.state->last);
     b.failures = args.state->failures;
 }
 
-// All that a block does which decides.
+// What a block of the first cluster does, or the one block.
 __device__ __forceinline__ void expand(const Args &args) {
     Shared s = shared_arrays(args);
     Block &b = *s.block;

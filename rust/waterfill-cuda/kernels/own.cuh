@@ -68,6 +68,7 @@ __device__ __forceinline__ u32 estimate(const Args &args, const Shared &s, Entri
 // divisors at most 32. So a base and a count of one fit a word, and their sums too.
 __device__ __forceinline__ u32 level_of_few(Entries &bases, u32 tokens, u32 inverse) {
     static constexpr u32 ONE = 1u << 26;
+    static_assert(TOP_K <= 32, "2^20 rows of them, and what rounding adds, are less than ONE");
     u32 mine = bases[0] + ONE, up_to_mine = 0;
 #pragma unroll
     for (u32 i = 0; i < at_most(RANKS, WARP); ++i) {
@@ -93,9 +94,10 @@ __device__ __forceinline__ u32 level_of_many(Entries &bases, u32 tokens, u32 sum
     }
 }
 
-// The first `until` of `total` rows' share of `fits`, rounded up; `ratio` is fits / total, nearly. Shares are at most 2^20, so what
-// floats miss, 2^-21 of it, is less than half a row: from the number of rows that they give, the exact share is less than
-// half a row down, and less than one and a half up. That is seen in 32 bits, as a total is at most 2^30.
+// The first `until` of `total` rows' share of `fits`, rounded up; `ratio` is fits / total, nearly. Shares are at most 2^20. Floats
+// miss 2^-21 of one (three roundings of 2^-24, and a division that is off by two units in the last place), less than half
+// a row: from the rows that they give, cut off, the exact share is less than half a row down and one and a half up. That
+// fits 32 bits, as a total is at most 2^30.
 __device__ __forceinline__ u32 share(u32 fits, u32 until, u32 total, float ratio) {
     u32 nearly = (u32)((float)until * ratio);
     int more = (int)(fits * until - nearly * total);

@@ -26,7 +26,8 @@ __device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.clus
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // Before an arrival. Orders: release, of this block's shared memory alone: nothing else is exchanged, and a release of
-// all memory waits until the routed columns are written, which takes as long as a round.
+// all memory waits until the routed columns are written, which takes as long as a round. What was read of other blocks is
+// here by then, as it was stored in this one's memory, or added up.
 __device__ __forceinline__ void release_shared() {
 #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
     asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");

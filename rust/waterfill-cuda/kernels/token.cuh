@@ -28,9 +28,8 @@ struct Visits {
     }
 };
 
-// Levels of rows left, for the bids of a round: lane l brings rank l's. In parts, by a warp each (the smallest block has so
-// many), or all by one.
-static constexpr u32 LEVEL_PARTS = 4;
+// Levels of rows left, for the bids of a round: lane l brings rank l's. In parts, by a warp each, or all by one.
+static constexpr u32 LEVEL_PARTS = LEAST_WARPS;
 __device__ __forceinline__ void open_levels(Quotas &quotas, u32 left, u32 most, u32 part) {
     static constexpr u32 LEVELS_A_PART = LEVELS / LEVEL_PARTS;
     u32 first = part * LEVELS_A_PART, mine = 0;

@@ -12,7 +12,7 @@ use waterfill_core::rounds;
 
 use crate::error::{Error, Result};
 use crate::library::open_nvrtc;
-use crate::shape::{BLOCK_BYTES, IdType, Shape, Variant, WeightType};
+use crate::shape::{BLOCK_BYTES, IdType, LEAST_WARPS, Shape, Variant, WeightType};
 
 /// The kernel's name in its module.
 pub(crate) const KERNEL: &CStr = c"expand_topk";
@@ -51,6 +51,7 @@ pub fn source(shape: &Shape, variant: Variant) -> String {
         ("UNSIGNED_ID", format!("unsigned {id}")),
         ("WEIGHT", weight.into()),
         ("BLOCK_BYTES", format!("{BLOCK_BYTES}u")),
+        ("LEAST_WARPS", format!("{LEAST_WARPS}u")),
         ("ROUNDS", format!("{}u", rounds::ROUNDS)),
         ("LEVELS", format!("{}u", rounds::LEVELS)),
         ("STEP_LEVEL", format!("{}u", steps[0])),

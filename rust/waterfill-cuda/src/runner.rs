@@ -301,7 +301,8 @@ impl Runner {
         let _current = self.device.current()?;
         let _relaxed = Relaxed::new()?;
         let stream = OwnStream::new()?;
-        for blocks in [1, self.most_blocks()] {
+        let cluster = self.cluster.as_ref().map(|cluster| cluster.most_blocks);
+        for blocks in std::iter::once(1).chain(cluster) {
             let cut = self.shape.geometry(blocks, 0);
             let args = with_cut(self.args, &cut);
             for kernel in self.kernels(blocks).all() {
@@ -395,7 +396,9 @@ fn cluster(
         let launch = Launch { blocks, cluster: blocks, threads: 1024, shared };
         kernels.all().iter().all(|kernel| kernel.clusters(launch).is_ok_and(|count| count > 0))
     };
-    let most_blocks = CLUSTERS.into_iter().find(|&blocks| runs(blocks));
+    // Where not even a cluster without rows has room, one block may.
+    let has_room = |blocks: usize| shape.geometry(blocks, 0).shared <= shared;
+    let most_blocks = CLUSTERS.into_iter().find(|&blocks| has_room(blocks) && runs(blocks));
     Ok(most_blocks.map(|most_blocks| Cluster { kernels, most_blocks }))
 }
 

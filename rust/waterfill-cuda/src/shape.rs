@@ -52,11 +52,13 @@ const MAX_TOP_K: usize = 32;
 const MAX_EXPERTS: usize = 1 << 15;
 /// Rows of one call; sums of routed rows and rooms fit 32 bits below it.
 const MAX_ROWS: usize = 1 << 20;
-/// Rows up to which one block takes them all: a cluster's barriers cost more than it saves.
+/// Rows up to which one block takes them all, if it has room: a cluster's barriers cost more than it saves.
 const BLOCK: usize = 256;
 /// Rows of each block of a cluster, while there are blocks.
 const CLUSTERED_BLOCK: usize = 128;
-const LEAST_THREADS: usize = 128;
+const LEAST_THREADS: usize = LEAST_WARPS * WARP;
+/// Warps of the smallest block.
+pub(crate) const LEAST_WARPS: usize = 4;
 const MOST_THREADS: usize = 1024;
 /// Warps beyond those with rows, while there are threads: one waits for quotas while another plans.
 const PLANNING_WARPS: usize = 2;
@@ -223,41 +225,6 @@ mod tests {
                 assert_eq!((2 * id * multiplier) >> 32, id / each as u64, "{id} / {each}");
             }
         }
-    }
-
-    /// `share` of kernels/own.cuh; its ratio is off by up to two units in the last place, as CUDA says.
-    fn share(fits: u32, until: u32, total: u32, off: i32) -> u32 {
-        let ratio = fits as f32 / total as f32;
-        let ratio = f32::from_bits(ratio.to_bits().wrapping_add_signed(off));
-        let nearly = (until as f32 * ratio) as u32;
-        let more = fits.wrapping_mul(until).wrapping_sub(nearly.wrapping_mul(total)) as i32;
-        nearly + u32::from(more > 0) + u32::from(more > total as i32)
-    }
-
-    #[test]
-    fn shares_are_exact() {
-        let mut state = 1u64;
-        let mut below = |end: u64| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            ((u128::from(state) * u128::from(end)) >> 64) as u64
-        };
-        let (mut more_than_once, calls) = (0, 2_000_000);
-        for _ in 0..calls {
-            // Sizes from one to the largest; half the shares a little above a whole number of rows.
-            let bits = below(31);
-            let total = 1 + below(1 << bits);
-            let fits = 1 + below(total.min(MAX_ROWS as u64));
-            let row = (below(fits + 1) * total).div_ceil(fits);
-            let until = if below(2) == 0 { row + below(3) } else { below(total) }.min(total);
-            let exact = (fits * until).div_ceil(total);
-            for off in -2..=2 {
-                let found = share(fits as u32, until as u32, total as u32, off);
-                assert_eq!(u64::from(found), exact, "{until} of {total}, {fits} fit, {off}");
-            }
-            let nearly = (until as f32 * (fits as f32 / total as f32)) as u64;
-            more_than_once += u32::from(exact == nearly + 2);
-        }
-        assert!(more_than_once > calls / 1000, "{more_than_once}");
     }
 
     #[test]

@@ -15,8 +15,22 @@ use crate::shape::{Geometry, Shape, Variant};
 const THREADS: &str = include_str!("threads.h");
 const RACES: &str = include_str!("races.h");
 const PTX: &str = include_str!("ptx.h");
-const CALL: &str =
-    "extern \"C\" void call_kernel(const void *args) { expand_topk(*(const Args *)args); }\n";
+/// A mode of [`CALL`] alone: a level for the bases `quotas[0..32]` and `rows` tokens goes to `words[0]`, and the share of each lane,
+/// of as many rows that fit, until there, of that total (`quotas[32..128]`), behind it.
+pub const ARITHMETIC: u32 = 99;
+const CALL: &str = r#"
+extern "C" void call_kernel(const void *pointer) {
+    const Args &args = *(const Args *)pointer;
+    if (args.mode != 99) return expand_topk(args);
+    if (warp() > 0) return;
+    Entries bases;
+    bases[0] = args.quotas[lane()];
+    u32 level = level_of_few(bases, args.rows, lane_inverse());
+    if (lane() == 0) args.words[0] = level;
+    u32 fits = args.quotas[WARP + lane()], until = args.quotas[2 * WARP + lane()], total = args.quotas[3 * WARP + lane()];
+    args.words[1 + lane()] = share(fits, until, total, __fdividef((float)fits, (float)total));
+}
+"#;
 
 /// Those of `FILES`.
 const NAMES: [&str; FILES.len()] = [

@@ -1,6 +1,8 @@
 // Races in shared memory: two accesses to a byte, by two threads, not both reads and not both atomic, of which no barrier
 // comes between. Behind threads.h; compiled with -fsanitize=thread, for which the compiler calls a function here at each read
 // and each write. Whether the threads did meet on the CPU does not matter: only what orders them on a GPU does.
+// Whoever is accused is guilty; some get away. Of several atomics in a row only the last is remembered, of many readers
+// three. clang before 15 does not tell of stores and copies of 16 bytes.
 
 namespace emulated {
 
@@ -12,7 +14,7 @@ struct Access {
 };
 
 // Of a byte of shared memory: who wrote it last, and who read it since, but for those that a later reader is ordered behind.
-// There may be more readers than have room; launches differ in who is left away.
+// If there are more readers than have room, launches differ in who is left away.
 struct Byte {
     static constexpr unsigned READERS = 3;
     Access writer, readers[READERS];
@@ -90,6 +92,20 @@ WATCHED(8)
 WATCHED(16)
 extern "C" UNWATCHED void __tsan_read_range(void *at, size_t bytes) { emulated::watch(at, bytes, emulated::READ); }
 extern "C" UNWATCHED void __tsan_write_range(void *at, size_t bytes) { emulated::watch(at, bytes, emulated::WRITE); }
+extern "C" UNWATCHED void *__tsan_memset(void *to, int byte, size_t bytes) {
+    emulated::watch(to, bytes, emulated::WRITE);
+    return memset(to, byte, bytes);
+}
+extern "C" UNWATCHED void *__tsan_memcpy(void *to, const void *from, size_t bytes) {
+    emulated::watch(from, bytes, emulated::READ);
+    emulated::watch(to, bytes, emulated::WRITE);
+    return memcpy(to, from, bytes);
+}
+extern "C" UNWATCHED void *__tsan_memmove(void *to, const void *from, size_t bytes) {
+    emulated::watch(from, bytes, emulated::READ);
+    emulated::watch(to, bytes, emulated::WRITE);
+    return memmove(to, from, bytes);
+}
 extern "C" UNWATCHED void __tsan_func_entry(void *) {}
 extern "C" UNWATCHED void __tsan_func_exit() {}
 extern "C" UNWATCHED void __tsan_init() {}

@@ -50,6 +50,16 @@ impl<'a> Rank<'a> {
     fn launch(&mut self, cut: &Geometry, args: Args, meanwhile: &mut dyn FnMut()) -> Checked {
         // Own counts are for either kernel.
         let own_only = args.mode == OWN && self.random.below(2) == 0;
+        self.launch_kernel(own_only, cut, args, meanwhile)
+    }
+
+    fn launch_kernel(
+        &mut self,
+        own_only: bool,
+        cut: &Geometry,
+        args: Args,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Checked {
         let variant = Variant { clustered: cut.blocks > 1, own_only };
         if self.kernels.iter().all(|(compiled, _)| *compiled != variant) {
             self.kernels.push((variant, (self.compile)(&self.shape, variant)));
@@ -148,7 +158,9 @@ impl<'a> Rank<'a> {
         let mut state = State::default();
         for blocks in [1, 16] {
             let cut = self.shape.geometry(blocks, 0);
-            self.launch(&cut, self.args(&mut state), &mut || ())?;
+            for own_only in [true, false] {
+                self.launch_kernel(own_only, &cut, self.args(&mut state), &mut || ())?;
+            }
         }
         same("the state after an empty launch", &state.tally, &[0; 4])
     }
@@ -158,7 +170,7 @@ pub fn address<T>(values: &[T]) -> u64 {
     values.as_ptr() as u64
 }
 
-fn address_mut<T>(values: &mut [T]) -> u64 {
+pub fn address_mut<T>(values: &mut [T]) -> u64 {
     values.as_mut_ptr() as u64
 }
 
