@@ -3,8 +3,8 @@
 GPU time: a graph of CALLS calls, replayed REPLAYS times between two events; the median replay over CALLS. The
 inputs rotate over several sets. ``own`` begins with the same of a memset of one float: about what a launch alone takes.
 ``sglang``: the same beside the static mode of the sglang that is installed (below 64 rows it leaves shared rows at
-home), the two graphs in turn. ``live``: RANKS processes on one GPU (start ``nvidia-cuda-mps-control -d`` before), a
-planner beside them, the time of each rank's replays.
+home), the two graphs in turn. ``live``: RANKS processes, spread over the GPUs there are (where some share one, start
+``nvidia-cuda-mps-control -d`` before), a planner beside them, the time of each rank's replays.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def beside_sglang(all_ranks=(8, 16, 32), all_rows=OWN_ROWS) -> None:
 
 def live() -> None:
     print(
-        "live, us a call in a graph: median of the ranks' medians, slowest rank's p99 and p99.9 of replays; own counts beside"
+        f"{torch.cuda.device_count()} GPUs; live, us a call in a graph: median of the ranks' medians, slowest rank's p99 and p99.9 of replays; own counts beside"
     )
     for experts in (None, 256):
         for ranks in LIVE_RANKS:
@@ -179,6 +179,7 @@ def collect(workers, command: str) -> list[list[str]]:
 
 
 def rank_process(rank: int, name: str, run: int, ranks: int, experts: int) -> None:
+    torch.cuda.set_device(rank % torch.cuda.device_count())
     board = _native.Board.attach(name, ranks, experts, run)
     expander = Expander(
         "cuda", physical_experts=256, ranks=ranks, rank=rank, top_k=TOP_K, board=board

@@ -106,6 +106,12 @@ def alone(rank: Rank, calls: int) -> tuple[dict[str, int], list[float]]:
     return tally, taken
 
 
+def shares_gpu_by_mps() -> bool:
+    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
+    return (Path(folder) / "control").exists()
+
+
+@pytest.mark.skipif(shares_gpu_by_mps(), reason="MPS runs: it ends all that share a killed one's")
 @pytest.mark.parametrize("launched", [False, True])
 def test_a_peer_is_killed(node, launched):
     (first, second), planner = node
