@@ -94,8 +94,8 @@ __device__ __forceinline__ void expand(const Args &args) {
         return end_blocks();
     }
 
-    // While one warp plans and another waits, the others write. In this order in the code too: what the plan's warp runs is
-    // what it runs next, so it waits for no instructions.
+    // While one warp plans and another waits, the others write. The plan is last here because the compiler then puts its
+    // instructions right behind the barrier: all wait for that warp, and it jumps over nothing.
     if (warp() < warps() - 2) {
         if (args.writers == 0) write_routed(args, rows, threadIdx.x, blockDim.x - 2 * WARP);
     } else if (warp() < warps() - 1) {

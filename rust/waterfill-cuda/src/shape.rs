@@ -142,7 +142,6 @@ impl Shape {
     /// One block, or a cluster of them, with so many rows each.
     pub(crate) fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
         let (rows, entries) = (rows_per_block.max(WARP), (self.ranks + 1).next_multiple_of(4));
-        let threads = (rows_per_block + PLANNING_WARPS * WARP).clamp(LEAST_THREADS, MOST_THREADS);
         let zero_arrays = ZERO_ARRAYS + if blocks > 1 { CLUSTER_ARRAYS } else { 0 };
         let table_at = (BLOCK_BYTES + 4 * zero_arrays * entries).next_multiple_of(16);
         let table_stride = ((rows / WARP).div_ceil(16) | 1) * 16;
@@ -157,7 +156,7 @@ impl Shape {
         Geometry {
             blocks,
             writers: if blocks > 1 && rows_per_block > WRITTEN_BY_BLOCK { blocks } else { 0 },
-            threads,
+            threads: (rows_per_block + PLANNING_WARPS * WARP).clamp(LEAST_THREADS, MOST_THREADS),
             rows_per_block,
             table_at,
             table_stride,
