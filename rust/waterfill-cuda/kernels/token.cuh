@@ -32,6 +32,7 @@ struct Visits {
 static constexpr u32 LEVEL_PARTS = LEAST_WARPS;
 __device__ __forceinline__ void open_levels(Quotas &quotas, u32 left, u32 most, u32 part) {
     static constexpr u32 LEVELS_A_PART = LEVELS / LEVEL_PARTS;
+    static_assert(LEVELS % LEVEL_PARTS == 0, "every level is in a part");
     u32 first = part * LEVELS_A_PART, mine = 0;
 #pragma unroll
     for (u32 i = 0; i < LEVELS_A_PART; ++i) {

@@ -1,12 +1,13 @@
-// Compile-time: CLUSTERED (0: one block), OWN_ONLY (1: for calls of mode OWN alone), RANKS, TOP_K, ID and UNSIGNED_ID (int or long long), WEIGHT (unsigned or unsigned short: bits are
-// copied, never computed with), BLOCK_BYTES, LEAST_WARPS (of a block), ROUNDS, LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::rounds).
+// Compile-time: CLUSTERED (0: one block), OWN_ONLY (1: for calls of mode OWN alone), RANKS, TOP_K, ID and UNSIGNED_ID (int or
+// long long), WEIGHT (unsigned or unsigned short: bits are copied, never computed with), BLOCK_BYTES, LEAST_WARPS (of a
+// block), ROUNDS, LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::rounds).
 static constexpr u32 WARP = 32;
 static constexpr u32 ALL = 0xffffffffu;
 // Ranks are below 1024. A slot without an expert, or a token without a destination, has rank NO_RANK, at which no quota
 // has rows: so nobody has to ask.
 static constexpr u32 RANK_BITS = 10;
 static constexpr u32 NO_RANK = RANKS;
-// One more a rank, in fours: so that four are read at once.
+// RANKS and one more, rounded up to a multiple of four: so that four are read at once.
 static constexpr u32 ENTRIES = (RANKS + 4) / 4 * 4;
 // States of a token that are neither a rank nor a bid (assign.cuh): without a rank yet; no token, but padding.
 static constexpr u32 PENDING = 0x7ffe;

@@ -130,6 +130,14 @@ const FEW_RANKS: Shape =
 const MANY_RANKS: Shape =
     Shape { ranks: 33, experts: 66, top_k: 6, id: IdType::I64, weight: WeightType::Bf16 };
 
+/// The source with `wrong` where `right` stood.
+fn plant(right: &str, wrong: &str) -> impl Fn(String) -> String {
+    move |source| {
+        assert_eq!(source.matches(right).count(), 1, "the source has no such piece: {right}");
+        source.replace(right, wrong)
+    }
+}
+
 /// Each defect, planted by itself, is noticed.
 fn notices(shape: Shape, defects: &[Defect<'_>]) {
     notices_in(shape, &FEW_ROWS, defects);
@@ -138,11 +146,7 @@ fn notices(shape: Shape, defects: &[Defect<'_>]) {
 fn notices_in(shape: Shape, rows: &[usize], defects: &[Defect<'_>]) {
     let Some(compiler) = device::compiler() else { return };
     for &(right, wrong, said) in defects {
-        let plant = |source: String| {
-            assert_eq!(source.matches(right).count(), 1, "the source has no such piece: {right}");
-            source.replace(right, wrong)
-        };
-        match check(&compiler, shape, rows, plant) {
+        match check(&compiler, shape, rows, plant(right, wrong)) {
             Ok(()) => panic!("not noticed: {wrong:?} in place of {right:?}"),
             Err(error) => assert!(error.contains(said), "{wrong:?} for {right:?}: {error}"),
         }

@@ -47,11 +47,11 @@ pub struct Variant {
 }
 
 /// The most routed experts of a token.
-const MAX_TOP_K: usize = 32;
+pub(crate) const MAX_TOP_K: usize = 32;
 /// Physical experts; the kernel's division of ids by experts a rank is exact while their square is below 2^31.
 const MAX_EXPERTS: usize = 1 << 15;
 /// Rows of one call; sums of routed rows and rooms fit 32 bits below it.
-const MAX_ROWS: usize = 1 << 20;
+pub(crate) const MAX_ROWS: usize = 1 << 20;
 /// Rows up to which one block takes them all, if it has room: a cluster's barriers cost more than it saves.
 const BLOCK: usize = 256;
 /// Rows of each block of a cluster, while there are blocks.

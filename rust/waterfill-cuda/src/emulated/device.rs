@@ -21,7 +21,7 @@ pub const ARITHMETIC: u32 = 99;
 const CALL: &str = r#"
 extern "C" void call_kernel(const void *pointer) {
     const Args &args = *(const Args *)pointer;
-    if (args.mode != 99) return expand_topk(args);
+    if (args.mode != ARITHMETIC) return expand_topk(args);
     if (warp() > 0) return;
     Entries bases;
     bases[0] = args.quotas[lane()];
@@ -94,7 +94,8 @@ impl Emulated {
         let name = format!("waterfill-emulated-{}-{number}", std::process::id());
         let folder = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&folder).unwrap();
-        let text = [THREADS, RACES, &edit(with_names(shape, variant)), CALL].concat();
+        let kernel = edit(with_names(shape, variant));
+        let text = format!("{THREADS}{RACES}{kernel}#define ARITHMETIC {ARITHMETIC}u\n{CALL}");
         std::fs::write(folder.join("kernel.cpp"), text).unwrap();
         build(compiler, &folder, variant);
         // SAFETY: built above; it runs nothing when it is loaded.

@@ -1,7 +1,7 @@
 // Races in shared memory: two accesses to a byte, by two threads, not both reads and not both atomic, of which no barrier
 // comes between. Behind threads.h; compiled with -fsanitize=thread, for which the compiler calls a function here at each read
 // and each write. Whether the threads did meet on the CPU does not matter: only what orders them on a GPU does.
-// Whoever is accused is guilty; some get away. Of several atomics in a row only the last is remembered, of many readers
+// Every race that is said is one; some are missed. Of several atomics in a row only the last is remembered, of many readers
 // three. clang before 15 does not tell of stores and copies of 16 bytes.
 
 namespace emulated {
