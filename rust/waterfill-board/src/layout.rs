@@ -6,6 +6,7 @@
 //! line that nobody else reads.
 
 use crate::error::Result;
+use crate::presence::End;
 
 /// Words in a cache line.
 const LINE: usize = 8;
@@ -43,22 +44,56 @@ impl Shape {
         HEADER + rank * lines(RANK_TALLY)
     }
 
+    /// The first of the words of a rank's tally that count its calls by how they ended, in the order of [`Tally`](crate::Tally)'s fields.
+    #[must_use]
+    pub fn calls_of(&self, rank: usize) -> usize {
+        self.rank_tally(rank) + 1
+    }
+
     /// The first of the words in which the planner counts its plans: [`PLANNER_TALLY`], then one a rank.
     #[must_use]
     pub fn planner_tally(&self) -> usize {
         self.rank_tally(self.ranks)
     }
 
+    /// The word by which the process at `end` says that it holds its lock; the lock is on the byte where it begins.
+    #[must_use]
+    pub fn mark(&self, end: End) -> usize {
+        match end {
+            End::Rank(rank) => self.rank_tally(rank) + RANK_TALLY - LINE,
+            End::Planner => self.planner_tally() + PLANNER_TALLY - 1,
+        }
+    }
+
+    /// The word in which the planner tells `rank` of the last call for which it has no plan.
+    #[must_use]
+    pub fn without_plan(&self, rank: usize) -> usize {
+        self.mark(End::Rank(rank)) + 1
+    }
+
+    /// The word in which `rank`'s own process tells its kernel that the planner is gone.
+    #[must_use]
+    pub fn deserted(&self, rank: usize) -> usize {
+        self.mark(End::Rank(rank)) + 2
+    }
+
+    /// The first of the words in which the planner counts how long `rank`'s counts waited for its answer: the longest
+    /// wait, then the buckets.
+    #[must_use]
+    pub fn waits_seen(&self, rank: usize) -> usize {
+        self.planner_tally() + lines(PLANNER_TALLY + self.ranks) + rank * SEEN
+    }
+
     /// The first word of the ring.
     #[must_use]
     pub fn ring(&self) -> usize {
-        self.planner_tally() + lines(PLANNER_TALLY + self.ranks)
+        self.waits_seen(self.ranks)
     }
 
-    /// Words that a rank posts: its tokens, its visits `[R]`, its counts `[P]`.
+    /// Words that a rank posts: its tokens, its visits `[R]`, its counts `[P]`, and whether it waits for a plan.
     #[must_use]
     pub fn posted(&self) -> usize {
-        1 + self.ranks + self.experts
+        1 + self.ranks + self.experts + 1
     }
 
     /// The first word of the counts that `rank` posts for a call with this tag.
@@ -89,9 +124,11 @@ impl Shape {
 /// Words of the header, whose fields `shared.rs` names.
 pub(crate) const HEADER: usize = 2 * LINE;
 /// Words of a rank's tally, which `tally.rs` names.
-pub const RANK_TALLY: usize = LINE + crate::waits::BUCKETS;
+pub const RANK_TALLY: usize = LINE + crate::waits::BUCKETS + LINE;
+/// Words in which the planner counts a rank's waits.
+const SEEN: usize = LINE + crate::waits::BUCKETS;
 /// Words of the planner's tally before those by rank, which `tally.rs` names.
-pub const PLANNER_TALLY: usize = LINE;
+pub const PLANNER_TALLY: usize = 2 * LINE;
 
 /// `words`, up to whole lines.
 fn lines(words: usize) -> usize {

@@ -6,16 +6,38 @@ use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed, score
 
 use crate::error::{Result, check_length};
 use crate::layout::{RING, Shape};
-use crate::port::EAGER_POLLS;
+use crate::port::{EAGER_POLLS, LOOK};
+use crate::presence::{End, Held, Presence};
 use crate::region::Region;
 use crate::sync::Instant;
-use crate::tally::Published;
+use crate::tally::{Published, show_seen};
+use crate::waits::Waits;
 use crate::word::{self, Sequence};
 
 /// A rank that missed so many calls in a row is not waited for until it is seen again.
-const GONE_AFTER: u32 = 2;
+const SILENT_AFTER: u32 = 2;
+
+/// What becomes of a call whose first counts are there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Wait,
+    Plan,
+    NoPlan(Why),
+}
+
+/// Why a call has no plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    Late,
+    Silent,
+    GivenUp,
+    Refused,
+}
 
 /// Makes one plan a call for all ranks on a board. One a board: it alone writes quotas.
+///
+/// A plan is of the counts of all ranks that live, or there is none and every rank takes own counts: one that is made
+/// without a rank that is merely late sends it rows that it has no room for.
 #[derive(Debug)]
 pub struct BoardPlanner<R> {
     region: R,
@@ -26,10 +48,18 @@ pub struct BoardPlanner<R> {
     /// How long a call waits for late ranks after its first counts came.
     patience: Duration,
     begun: Option<Instant>,
+    /// `[R]` when each rank's counts were found.
+    found_at: Vec<Instant>,
+    /// `[R]` how long each rank's counts waited for an answer.
+    waits: Vec<Waits>,
     /// Polls that found nobody.
     idle: u32,
     /// `[R]` ranks whose counts of the next call were read.
     arrived: Vec<bool>,
+    /// `[R]` ranks whose processes were seen to be gone.
+    gone: Vec<bool>,
+    /// When the kernel was last asked who is gone.
+    looked: Option<Instant>,
     /// `[R]` calls in a row that each rank missed.
     missed: Vec<u32>,
     tokens: Vec<u32>,
@@ -41,10 +71,12 @@ pub struct BoardPlanner<R> {
     plan: Plan,
     quotas: Vec<u32>,
     published: Published,
+    watched: Result<Option<Held>>,
 }
 
 impl<R: Region> BoardPlanner<R> {
-    /// A planner whose first call will be [`Sequence::FIRST`].
+    /// A planner whose first call will be [`Sequence::FIRST`]. `patience`: how long a call waits for a living rank's
+    /// counts, from its first counts on; less than the ranks' cap, or they give the planner up before it answers.
     ///
     /// # Errors
     /// A region of another size than the shape's.
@@ -55,6 +87,7 @@ impl<R: Region> BoardPlanner<R> {
         let (process, missed) = (std::process::id().into(), vec![0; ranks]);
         let published = Published { process, missed, ..Published::default() };
         published.show(region.words(), shape);
+        let watched = region.hold(End::Planner);
         Ok(Self {
             region,
             shape,
@@ -63,8 +96,12 @@ impl<R: Region> BoardPlanner<R> {
             next: Sequence::FIRST,
             patience,
             begun: None,
+            found_at: vec![Instant::now(); ranks],
+            waits: vec![Waits::default(); ranks],
             idle: 0,
             arrived: vec![false; ranks],
+            gone: vec![false; ranks],
+            looked: None,
             missed: vec![0; ranks],
             tokens: vec![0; ranks],
             visits: vec![0; ranks * ranks],
@@ -74,7 +111,13 @@ impl<R: Region> BoardPlanner<R> {
             plan: Plan::new(),
             quotas: vec![0; ranks],
             published,
+            watched,
         })
+    }
+
+    /// Why the ranks cannot see whether this process lives, if they can't: should it end, each waits to its cap twice.
+    pub fn unwatched(&self) -> Option<&crate::Error> {
+        self.watched.as_ref().err()
     }
 
     /// What was published so far.
@@ -87,18 +130,17 @@ impl<R: Region> BoardPlanner<R> {
         self.next = sequence;
     }
 
-    /// Look at the board once. If the next call's counts are there of all ranks that are waited for, or
-    /// the patience with late ones is spent, publish its plan; true if so.
+    /// Look at the board once. If the next call's counts are there of all ranks that live, publish its plan; if
+    /// they cannot come, or not within the patience, tell all ranks that it has none. True if either.
     pub fn poll(&mut self) -> bool {
-        let (mut all, mut enough, mut any) = (true, true, false);
+        let (mut any, mut now) = (false, None);
         for rank in 0..self.shape.ranks {
-            if !self.arrived[rank] {
-                self.arrived[rank] = self.read(rank);
+            if !self.arrived[rank] && self.read(rank) {
+                self.arrived[rank] = true;
+                // Read once for all that are found together: it takes as long as a look.
+                self.found_at[rank] = *now.get_or_insert_with(Instant::now);
             }
-            let arrived = self.arrived[rank];
-            all &= arrived;
-            enough &= arrived || self.is_gone(rank);
-            any |= arrived;
+            any |= self.arrived[rank];
         }
         if !any {
             self.idle = self.idle.wrapping_add(1);
@@ -110,37 +152,115 @@ impl<R: Region> BoardPlanner<R> {
             // At once: by the next poll the ring may have gone on again. One level deep, because `idle` is 0.
             return self.poll();
         }
-        if !enough && self.begun.get_or_insert_with(Instant::now).elapsed() < self.patience {
-            return false;
+        match self.judge() {
+            Verdict::Wait => return false,
+            Verdict::Plan => self.publish(),
+            Verdict::NoPlan(why) => self.refuse(why),
         }
-        self.publish(all);
         self.go_on();
         true
     }
 
-    /// Whether `rank` missed calls and has not been seen since. Counts of the last call that came too late
-    /// for its plan show that the rank is back.
-    fn is_gone(&self, rank: usize) -> bool {
-        self.missed[rank] >= GONE_AFTER && !self.has_posted(self.next.previous(), rank)
+    fn judge(&mut self) -> Verdict {
+        if self.is_complete() {
+            return self.unless_given_up();
+        }
+        let Verdict::Plan = self.unless_given_up() else {
+            return Verdict::NoPlan(Why::GivenUp);
+        };
+        let waited = self.begun.get_or_insert_with(Instant::now).elapsed();
+        let silent = self.missing().any(|rank| self.is_silent(rank));
+        if silent || waited >= LOOK {
+            self.look_for_the_gone();
+        }
+        // Both anew: those that are gone are not missing any more.
+        if self.is_complete() {
+            Verdict::Plan
+        } else if self.missing().any(|rank| self.is_silent(rank)) {
+            Verdict::NoPlan(Why::Silent)
+        } else if waited >= self.patience {
+            Verdict::NoPlan(Why::Late)
+        } else {
+            Verdict::Wait
+        }
+    }
+
+    /// Ranks that live, as far as is known, and whose counts are not there.
+    fn missing(&self) -> impl Iterator<Item = usize> {
+        (0..self.shape.ranks).filter(|&rank| !self.arrived[rank] && !self.gone[rank])
+    }
+
+    fn is_complete(&self) -> bool {
+        self.missing().next().is_none()
+    }
+
+    /// A plan, unless a rank does not wait for it, or has gone on to a later call.
+    fn unless_given_up(&self) -> Verdict {
+        let given_up = |rank| {
+            let last = &self.region.words()[self.last_word(self.next, rank)];
+            match word::sequence(last) {
+                Some(found) if found == self.next => word::load(last, found) != Some(1),
+                found => found.is_some_and(|found| found.is_after(self.next)),
+            }
+        };
+        if (0..self.shape.ranks).any(|rank| !self.gone[rank] && given_up(rank)) {
+            return Verdict::NoPlan(Why::GivenUp);
+        }
+        Verdict::Plan
+    }
+
+    /// Whether `rank` missed calls and has not been seen since. Counts of the last call that came when it was
+    /// over show that the rank is back.
+    fn is_silent(&self, rank: usize) -> bool {
+        self.missed[rank] >= SILENT_AFTER && !self.has_posted(self.next.previous(), rank)
+    }
+
+    /// Ask the kernel for those that are missing, but no more often than is of use.
+    fn look_for_the_gone(&mut self) {
+        if self.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
+            return;
+        }
+        self.looked = Some(Instant::now());
+        for rank in 0..self.shape.ranks {
+            if !self.arrived[rank] {
+                self.gone[rank] = self.region.presence(End::Rank(rank)) == Presence::Gone
+                    // What a process posted before it ended is on the board.
+                    && !self.has_posted(self.next, rank);
+            }
+        }
     }
 
     /// Count what was done, and on to the next call.
     fn go_on(&mut self) {
         for (rank, &arrived) in self.arrived.iter().enumerate() {
             self.missed[rank] = if arrived { 0 } else { self.missed[rank].saturating_add(1) };
+            self.gone[rank] &= !arrived;
             self.published.missed[rank] += u64::from(!arrived);
         }
         self.published.show(self.region.words(), self.shape);
+        self.count_waits();
         self.arrived.fill(false);
         self.idle = 0;
         self.begun = None;
         self.next = self.next.next();
     }
 
+    /// After the answer is written, so that nobody waits for this.
+    fn count_waits(&mut self) {
+        for rank in (0..self.shape.ranks).filter(|&rank| self.arrived[rank]) {
+            let changed = self.waits[rank].add(self.found_at[rank].elapsed());
+            let longest = self.waits[rank].longest();
+            show_seen(self.region.words(), self.shape, rank, longest, changed);
+        }
+    }
+
     /// Whether all of a rank's words of a call are there, by the last: a rank writes them in order.
     fn has_posted(&self, sequence: Sequence, rank: usize) -> bool {
-        let last = self.shape.counts(sequence.tag(), rank) + self.shape.posted() - 1;
-        word::load(&self.region.words()[last], sequence).is_some()
+        word::load(&self.region.words()[self.last_word(sequence, rank)], sequence).is_some()
+    }
+
+    fn last_word(&self, sequence: Sequence, rank: usize) -> usize {
+        self.shape.counts(sequence.tag(), rank) + self.shape.posted() - 1
     }
 
     /// Copy what `rank` posted for the next call; false as long as any of it is missing.
@@ -152,7 +272,9 @@ impl<R: Region> BoardPlanner<R> {
         let start = self.shape.counts(self.next.tag(), rank);
         let words = &self.region.words()[start..start + self.shape.posted()];
         let (tokens, words) = words.split_at(1);
-        let (visits, counts) = words.split_at(ranks);
+        let (visits, words) = words.split_at(ranks);
+        // The last word, whether it waits, may change later: it is looked at when all others are there.
+        let (counts, _) = words.split_at(experts);
         // Every word is looked at, whatever the last one tells: nothing orders them.
         word::load_all(tokens, self.next, &mut self.tokens[rank..=rank])
             && word::load_all(visits, self.next, &mut self.visits[rank * ranks..][..ranks])
@@ -175,6 +297,8 @@ impl<R: Region> BoardPlanner<R> {
                 {
                     self.next = found;
                     self.idle = 0;
+                    // Whoever is behind waits for none of the calls that were left out.
+                    self.say_without_plan(found.previous());
                     return true;
                 }
             }
@@ -182,8 +306,29 @@ impl<R: Region> BoardPlanner<R> {
         false
     }
 
+    /// Tell all ranks that this call has no plan.
+    fn refuse(&mut self, why: Why) {
+        let count = match why {
+            Why::Late => &mut self.published.late,
+            Why::Silent => &mut self.published.silent,
+            Why::GivenUp => &mut self.published.given_up,
+            Why::Refused => &mut self.published.refused,
+        };
+        *count += 1;
+        self.say_without_plan(self.next);
+    }
+
+    /// Tell all ranks that no call up to `sequence` has a plan but those whose quotas are there.
+    fn say_without_plan(&self, sequence: Sequence) {
+        for rank in 0..self.shape.ranks {
+            let word = &self.region.words()[self.shape.without_plan(rank)];
+            word::store_last(word, sequence, 0);
+        }
+    }
+
     /// Plan with those that arrived, and write the quotas of each of them.
-    fn publish(&mut self, all: bool) {
+    fn publish(&mut self) {
+        let all = self.arrived.iter().all(|&arrived| arrived);
         let (ranks, experts) = (self.shape.ranks, self.shape.experts);
         for rank in (0..ranks).filter(|&rank| !self.arrived[rank]) {
             // Unknown is not empty: such a rank has no counts here, and is not eligible below.
@@ -207,8 +352,7 @@ impl<R: Region> BoardPlanner<R> {
         };
         // Counts that are no counts can only come from a foreign writer; then nobody gets a plan.
         if self.planner.live(&problem, &mut self.plan).is_err() {
-            self.published.refused += 1;
-            return;
+            return self.refuse(Why::Refused);
         }
         for rank in (0..ranks).filter(|&rank| self.arrived[rank]) {
             if self.plan.quotas_of(rank, &mut self.quotas).is_err() {

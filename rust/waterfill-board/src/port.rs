@@ -6,6 +6,7 @@ use waterfill_core::{CostModel, OwnCounts, OwnPlanner, Placement};
 
 use crate::error::{Result, check_length};
 use crate::layout::Shape;
+use crate::presence::{End, Held, Presence};
 use crate::region::Region;
 use crate::sync::Instant;
 use crate::tally::Tally;
@@ -25,21 +26,25 @@ pub struct Posted<'a> {
 /// From which plan a rank's quotas are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// The planner's, from all ranks' counts that came in time.
+    /// The planner's, from the counts of all ranks that live.
     Live,
-    /// This rank's own counts: no plan came within the cap.
+    /// This rank's own counts, as on every other rank: the planner said that this call has no plan.
+    NoPlan,
+    /// This rank's own counts: the planner did not answer within the cap.
     TimedOut,
-    /// This rank's own counts, without a wait: too many waits ended without a plan of late.
+    /// This rank's own counts: the planner is gone, or did not answer too many calls of late and was not waited for.
     Broken,
     /// This rank's own counts: the board held quotas that do not add up to its tokens.
     Torn,
 }
 
-/// After so many timeouts in a row a rank stops waiting.
+/// After so many calls in a row that the planner did not answer, a rank stops waiting.
 const BREAK_AFTER: u32 = 2;
 /// A broken rank that waits in vain again and again tries one call in 2 to the power of this at least: about
 /// one a forward pass of a large model.
 const MOST_SELDOM: u32 = 6;
+/// Whoever waits asks the kernel so often whether those that it waits for live.
+pub(crate) const LOOK: Duration = Duration::from_millis(1);
 
 /// A rank's end of the board. One a rank: it alone writes the rank's counts.
 ///
@@ -57,7 +62,10 @@ pub struct Port<R> {
     own: OwnPlanner,
     tally: Tally,
     failures: u32,
+    /// Whether the call that was posted last waits for its plan.
+    waits: bool,
     taken: Vec<u32>,
+    watched: Result<Option<Held>>,
 }
 
 impl<R: Region> Port<R> {
@@ -73,6 +81,7 @@ impl<R: Region> Port<R> {
         }
         let placement = Placement::contiguous(shape.ranks, shape.experts)?;
         let tally = Tally::announce(&region, shape, rank);
+        let watched = region.hold(End::Rank(rank));
         let (last, own) = (Sequence::NONE, OwnPlanner::new());
         Ok(Self {
             region,
@@ -84,8 +93,16 @@ impl<R: Region> Port<R> {
             own,
             tally,
             failures: 0,
+            waits: false,
             taken: vec![0; shape.ranks],
+            watched,
         })
+    }
+
+    /// Why the others cannot see whether this process lives, if they can't: should it end, they wait to the planner's
+    /// patience twice, and have no plans from then on.
+    pub fn unwatched(&self) -> Option<&crate::Error> {
+        self.watched.as_ref().err()
     }
 
     /// How the calls so far ended.
@@ -123,8 +140,22 @@ impl<R: Region> Port<R> {
     pub fn post(&mut self, posted: Posted) -> Result<()> {
         self.own_counts(posted).check()?;
         self.last = self.last.next();
+        self.waits = self.failures < BREAK_AFTER || self.tries_again();
         self.write(posted);
         Ok(())
+    }
+
+    /// Whether a broken rank waits again: once the planner has answered its last call, late as it was.
+    /// One that waited so in vain, as for a planner that is slow and always late, tries ever more seldom.
+    fn tries_again(&self) -> bool {
+        let seldom = 1 << (self.failures - BREAK_AFTER).min(MOST_SELDOM);
+        self.last.tag().is_multiple_of(seldom) && self.is_without_plan(self.last.previous())
+    }
+
+    /// Whether the planner has said that the call `sequence` has no plan, or a later one.
+    fn is_without_plan(&self, sequence: Sequence) -> bool {
+        let word = &self.region.words()[self.shape.without_plan(self.rank)];
+        word::sequence_first(word).is_some_and(|last| last.has_reached(sequence))
     }
 
     /// The second half of [`exchange`](Self::exchange), with the counts that were posted last.
@@ -164,6 +195,7 @@ impl<R: Region> Port<R> {
         let tally = &mut self.tally;
         match source {
             Source::Live => tally.live += 1,
+            Source::NoPlan => tally.none += 1,
             Source::TimedOut => tally.timed_out += 1,
             Source::Broken => tally.broken += 1,
             Source::Torn => tally.torn += 1,
@@ -188,11 +220,17 @@ impl<R: Region> Port<R> {
         let sequence = self.last;
         let start = self.shape.counts(sequence.tag(), self.rank);
         let words = &self.region.words()[start..start + self.shape.posted()];
-        let values = [posted.tokens];
-        let values = values.iter().chain(posted.visits).chain(posted.counts);
+        let (tokens, waits) = ([posted.tokens], [self.waits.into()]);
+        let values = tokens.iter().chain(posted.visits).chain(posted.counts).chain(&waits);
         for (word, &value) in words.iter().zip(values) {
             word::store(word, sequence, value);
         }
+    }
+
+    /// Tell the planner that this rank has its own quotas: then no other is to have a plan, if it is not too late.
+    fn give_up(&self) {
+        let last = self.shape.counts(self.last.tag(), self.rank) + self.shape.posted() - 1;
+        word::store(&self.region.words()[last], self.last, 0);
     }
 
     /// Take the plan when it comes; leaves `quotas` as they are if none does that fits.
@@ -205,24 +243,36 @@ impl<R: Region> Port<R> {
         mut meanwhile: impl FnMut(),
     ) -> Source {
         let sequence = self.last;
-        // A broken rank waits again once the plan of its last call did come, late as it was.
-        // One that waited so in vain, as for a planner that is slow and always late, tries ever more seldom.
-        if self.failures >= BREAK_AFTER {
-            let seldom = 1 << (self.failures - BREAK_AFTER).min(MOST_SELDOM);
-            if !sequence.tag().is_multiple_of(seldom) || !self.take(sequence.previous()) {
-                return Source::Broken;
-            }
+        if !self.waits {
+            meanwhile();
+            return Source::Broken;
         }
-        let mut polls = 0u32;
+        let (mut polls, mut look_at) = (0u32, LOOK);
         loop {
             // The clock first: a rank that was kept from running past its cap looks once more, as the plan may have come.
-            let spent = polls > 0 && reads_clock(polls) && begun.elapsed() >= cap;
+            let waited = (polls > 0 && reads_clock(polls)).then(|| begun.elapsed());
             if self.take(sequence) {
                 break;
             }
-            if spent {
+            if self.is_without_plan(sequence) {
+                // A plan that came before this was said of a later call is seen by now.
+                if self.take(sequence) {
+                    break;
+                }
+                self.failures = 0;
+                return Source::NoPlan;
+            }
+            if waited.is_some_and(|waited| waited >= cap) {
+                self.give_up();
                 self.failures = self.failures.saturating_add(1);
                 return Source::TimedOut;
+            }
+            if let Some(waited) = waited.filter(|&waited| waited >= look_at) {
+                look_at = waited + LOOK;
+                if self.region.presence(End::Planner) == Presence::Gone && !self.take(sequence) {
+                    self.failures = self.failures.max(BREAK_AFTER);
+                    return Source::Broken;
+                }
             }
             meanwhile();
             polls = polls.wrapping_add(1);
@@ -255,7 +305,8 @@ pub(crate) fn reads_clock(polls: u32) -> bool {
     if polls > EAGER_POLLS {
         return true;
     }
-    polls.is_multiple_of(16)
+    // Schedules in which a cap is spent are rare enough without a long row of looks.
+    polls.is_multiple_of(if cfg!(shuttle) { 2 } else { 16 })
 }
 
 /// Between two looks at the board. Ranks and planner may share a core, so no waiter keeps it for long.

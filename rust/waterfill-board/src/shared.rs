@@ -15,13 +15,14 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result, system};
 use crate::layout::{HEADER, Shape};
+use crate::presence::{self, End, Held, Presence};
 use crate::region::Region;
 use crate::sync::{AtomicU64, Ordering};
 
 /// Where Linux keeps POSIX shared memory.
 const FOLDER: &str = "/dev/shm";
 /// "wfboard" and the layout's version: raised whenever a word means something else.
-const MAGIC: u64 = u64::from_be_bytes(*b"wfboard\x02");
+const MAGIC: u64 = u64::from_be_bytes(*b"wfboard\x03");
 /// The header's words, in order.
 const FIELDS: [&str; 5] = ["ranks", "experts", "words", "run token, low", "run token, high"];
 const OWNER_ONLY: Mode = Mode::RUSR.union(Mode::WUSR);
@@ -31,7 +32,8 @@ const OWNER_ONLY: Mode = Mode::RUSR.union(Mode::WUSR);
 pub struct Shared {
     map: MmapRaw,
     path: PathBuf,
-    /// Kept open for the creator's lock.
+    shape: Shape,
+    /// Kept open for the creator's lock, and to ask for those of the ends.
     file: OwnedFd,
     /// Opened by name and kept, so that others find the board at this process once the name is gone: what
     /// `file` is called under `/proc` is no name where it was made without one.
@@ -102,7 +104,7 @@ impl Shared {
         let map = MmapOptions::new().len(bytes(shape)).map_raw(&file).map_err(|source| {
             Error::System { path: path.clone(), call: "mapping the board", source }
         })?;
-        Ok(Self { map, path, file, named: None })
+        Ok(Self { map, path, shape, file, named: None })
     }
 
     /// Where it is, or was before its name went.
@@ -126,6 +128,32 @@ impl Shared {
 impl Region for Shared {
     fn words(&self) -> &[AtomicU64] {
         as_words(&self.map)
+    }
+
+    fn hold(&self, end: End) -> Result<Option<Held>> {
+        let mark = self.shape.mark(end);
+        let held = presence::hold(&self.file, mark * size_of::<AtomicU64>(), &self.path)?;
+        // Release: who finds the mark finds the lock. Partner: the acquire in `presence_at`.
+        self.words()[mark].store(1, Ordering::Release);
+        Ok(Some(held))
+    }
+
+    fn presence(&self, end: End) -> Presence {
+        presence_at(self.words(), &self.file, self.shape, end)
+    }
+}
+
+/// What is known of the process at `end` of the board that `file` is.
+pub(crate) fn presence_at(words: &[AtomicU64], file: &OwnedFd, shape: Shape, end: End) -> Presence {
+    let mark = shape.mark(end);
+    // Acquire: the lock was taken before the mark was made. Partner: the release in `hold`.
+    if words[mark].load(Ordering::Acquire) == 0 {
+        return Presence::Unwatched;
+    }
+    match presence::is_held(file, mark * size_of::<AtomicU64>()) {
+        Some(true) => Presence::Here,
+        Some(false) => Presence::Gone,
+        None => Presence::Unwatched,
     }
 }
 

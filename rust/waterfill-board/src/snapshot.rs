@@ -1,5 +1,6 @@
 //! A board as it looks from outside: read only, by somebody who knows nothing but where it is.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -7,13 +8,14 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Error, Result, check_length, system};
 use crate::layout::Shape;
+use crate::presence::{End, Presence};
 use crate::region::Region;
-use crate::shared::{as_words, check_owner, check_shape};
+use crate::shared::{as_words, check_owner, check_shape, presence_at};
 use crate::sync::AtomicU64;
 use crate::tally::{Published, Tally};
 
 /// What a snapshot's fields mean; raised whenever one changes.
-pub const SNAPSHOT_VERSION: u32 = 1;
+pub const SNAPSHOT_VERSION: u32 = 2;
 
 /// What ranks and planner counted until now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +26,10 @@ pub struct Snapshot {
     pub ranks: Vec<Tally>,
     /// What the planner made.
     pub planner: Published,
+    /// `[R]` what is known of each rank's process.
+    pub presence: Vec<Presence>,
+    /// What is known of the planner's.
+    pub planner_presence: Presence,
 }
 
 impl Snapshot {
@@ -33,12 +39,18 @@ impl Snapshot {
     /// A region of another size than the shape's.
     pub fn of(region: &impl Region, shape: Shape) -> Result<Self> {
         check_length("region", region.words().len(), shape.words())?;
-        Ok(Self::read(region.words(), shape))
+        Ok(Self::read(region.words(), shape, |end| region.presence(end)))
     }
 
-    fn read(words: &[AtomicU64], shape: Shape) -> Self {
-        let ranks = (0..shape.ranks).map(|rank| Tally::read(words, shape, rank)).collect();
-        Self { shape, ranks, planner: Published::read(words, shape) }
+    fn read(words: &[AtomicU64], shape: Shape, presence: impl Fn(End) -> Presence) -> Self {
+        let ranks = 0..shape.ranks;
+        Self {
+            shape,
+            ranks: ranks.clone().map(|rank| Tally::read(words, shape, rank)).collect(),
+            planner: Published::read(words, shape),
+            presence: ranks.map(|rank| presence(End::Rank(rank))).collect(),
+            planner_presence: presence(End::Planner),
+        }
     }
 }
 
@@ -46,6 +58,8 @@ impl Snapshot {
 #[derive(Debug)]
 pub struct Observer {
     map: MmapRaw,
+    /// To ask for the locks of the ends.
+    file: OwnedFd,
     shape: Shape,
 }
 
@@ -65,12 +79,13 @@ impl Observer {
             Error::System { path: path.into(), call: "mapping the board", source }
         })?;
         let shape = check_shape(as_words(&map), path)?;
-        Ok(Self { map, shape })
+        Ok(Self { map, file, shape })
     }
 
     /// What stands there now.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
-        Snapshot::read(as_words(&self.map), self.shape)
+        let words = as_words(&self.map);
+        Snapshot::read(words, self.shape, |end| presence_at(words, &self.file, self.shape, end))
     }
 }

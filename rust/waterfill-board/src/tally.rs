@@ -13,15 +13,18 @@ pub struct Tally {
     pub process: u64,
     /// Calls with a live plan.
     pub live: u64,
-    /// Calls that waited to the cap.
+    /// Calls for which the planner said that there is no plan: all ranks took own counts.
+    pub none: u64,
+    /// Calls that waited to the cap, because the planner was late.
     pub timed_out: u64,
-    /// Calls that did not wait, because of the breaker.
+    /// Calls that did not wait: the planner is gone, or was late again and again.
     pub broken: u64,
     /// Calls that refused the quotas they found.
     pub torn: u64,
     /// Tokens of all calls.
     pub tokens: u64,
-    /// How long the calls waited, those without a wait left out.
+    /// How long the calls waited, those without a wait left out. A kernel does not count its own: of a rank on a GPU this
+    /// is how long its counts waited for the planner's answer, as the planner saw it.
     pub waits: Waits,
 }
 
@@ -32,22 +35,27 @@ pub struct Published {
     pub process: u64,
     /// Plans from all ranks' counts.
     pub whole: u64,
-    /// Plans without the ranks whose counts did not come in time.
+    /// Plans from all living ranks' counts, without those whose process is gone.
     pub partial: u64,
+    /// Calls without a plan, because a rank's counts did not come within the planner's patience.
+    pub late: u64,
+    /// Calls without a plan, and without a wait: a rank whose counts did not come to the last calls either.
+    pub silent: u64,
+    /// Calls without a plan, because the planner came when a rank had given it up.
+    pub given_up: u64,
     /// Calls without a plan: counts on the board that the core refuses.
     pub refused: u64,
-    /// Sums over the plans, in the cost model's unit: the slowest rank's cost with shared rows at home,
-    /// with the plan, and the mean of all ranks.
+    /// The slowest rank's cost with shared rows at home, summed over the plans, in the cost model's unit.
     pub home: u64,
     /// The slowest rank's cost under the plan, summed.
     pub planned: u64,
     /// The mean rank's cost under the plan, summed.
     pub mean: u64,
-    /// `[R]` calls of which a rank's counts did not come in time.
+    /// `[R]` calls that were ended without a rank's counts, planned or not.
     pub missed: Vec<u64>,
 }
 
-/// The words of a rank's tally; the buckets of its waits follow. A kernel writes the four after the first.
+/// The words of a rank's tally; the buckets of its waits follow. A kernel writes the five after the first.
 const RANK_WORDS: usize = 8;
 
 impl Tally {
@@ -61,13 +69,13 @@ impl Tally {
     /// Calls so far.
     #[must_use]
     pub fn calls(&self) -> u64 {
-        self.live + self.timed_out + self.broken + self.torn
+        self.live + self.none + self.timed_out + self.broken + self.torn
     }
 
     fn words(&self) -> [u64; RANK_WORDS] {
-        let ended = [self.live, self.timed_out, self.broken, self.torn];
-        let [live, timed_out, broken, torn] = ended;
-        [self.process, live, timed_out, broken, torn, self.tokens, self.waits.longest(), 0]
+        let ended = [self.live, self.none, self.timed_out, self.broken, self.torn];
+        let [live, none, timed_out, broken, torn] = ended;
+        [self.process, live, none, timed_out, broken, torn, self.tokens, self.waits.longest()]
     }
 
     /// Write all but the buckets, then the bucket that changed.
@@ -90,10 +98,15 @@ impl Tally {
         let start = shape.rank_tally(rank);
         let mut read = words[start..][..RANK_WORDS + BUCKETS].iter().map(look);
         let mut next = || read.next().unwrap_or(0);
-        let [process, live, timed_out, broken, torn, tokens, longest, _] =
+        let [process, live, none, timed_out, broken, torn, tokens, longest] =
             std::array::from_fn::<u64, RANK_WORDS, _>(|_| next());
-        let waits = Waits::from_words(read, longest);
-        Self { process, live, timed_out, broken, torn, tokens, waits }
+        let waits = if longest > 0 {
+            Waits::from_words(read, longest)
+        } else {
+            let seen = &words[shape.waits_seen(rank)..];
+            Waits::from_words(seen[1..=BUCKETS].iter().map(look), look(&seen[0]))
+        };
+        Self { process, live, none, timed_out, broken, torn, tokens, waits }
     }
 }
 
@@ -104,12 +117,21 @@ impl Published {
         self.whole + self.partial
     }
 
+    /// Calls for which there was no plan.
+    #[must_use]
+    pub fn none(&self) -> u64 {
+        self.late + self.silent + self.given_up + self.refused
+    }
+
     pub(crate) fn show(&self, words: &[AtomicU64], shape: Shape) {
         let start = shape.planner_tally();
         let own = [
             self.process,
             self.whole,
             self.partial,
+            self.late,
+            self.silent,
+            self.given_up,
             self.refused,
             self.home,
             self.planned,
@@ -122,11 +144,36 @@ impl Published {
     /// As it stands on a board.
     pub(crate) fn read(words: &[AtomicU64], shape: Shape) -> Self {
         let words = &words[shape.planner_tally()..][..PLANNER_TALLY + shape.ranks];
-        let [process, whole, partial, refused, home, planned, mean] =
+        let [process, whole, partial, late, silent, given_up, refused, home, planned, mean] =
             std::array::from_fn(|field| look(&words[field]));
         let missed = words[PLANNER_TALLY..].iter().map(look).collect();
-        Self { process, whole, partial, refused, home, planned, mean, missed }
+        Self {
+            process,
+            whole,
+            partial,
+            late,
+            silent,
+            given_up,
+            refused,
+            home,
+            planned,
+            mean,
+            missed,
+        }
     }
+}
+
+/// Show a wait that the planner counted for `rank`: the longest, and the bucket that changed.
+pub(crate) fn show_seen(
+    words: &[AtomicU64],
+    shape: Shape,
+    rank: usize,
+    longest: u64,
+    (bucket, count): (usize, u64),
+) {
+    let start = shape.waits_seen(rank);
+    show(&words[start..], [longest]);
+    show(&words[start + 1 + bucket..], [count]);
 }
 
 fn show(words: &[AtomicU64], values: impl IntoIterator<Item = u64>) {

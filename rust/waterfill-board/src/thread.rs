@@ -5,34 +5,47 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::layout::Shape;
 use crate::planner::BoardPlanner;
 use crate::port::pause;
+use crate::presence::{End, Presence};
 use crate::region::Region;
 use crate::tally::Published;
 
 /// How the thread passes the time between calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pace {
-    /// It never sleeps: the fastest, on a core that is its own (the number of one pins it there).
+    /// It never sleeps, on a core that is its own (the number of one pins it there).
     Spin(Option<usize>),
-    /// It sleeps when nothing has come for a while, longer the longer: after a tenth of a second without a
-    /// call it takes under a hundredth of a core, and the first call after that may find it asleep.
+    /// As [`Spin`](Self::Spin) as long as calls keep coming; without one for [`AWAKE`] it sleeps, longer the
+    /// longer, and takes under a hundredth of a core after a second. [`PlannerThread::wake`] wakes it before the next call.
     Park,
 }
 
-/// Without a call for so long, a parking planner sleeps.
-const AWAKE: Duration = Duration::from_millis(2);
+/// Without a call for so long, a parking planner sleeps: longer than a busy server takes from one call to the next.
+const AWAKE: Duration = Duration::from_millis(100);
 /// A sleep is the time without a call over this, up to the longest.
-const SLEEP_PART: u32 = 50;
+const SLEEP_PART: u32 = 250;
 const LONGEST_SLEEP: Duration = Duration::from_millis(4);
+/// How often [`PlannerWatch`] asks.
+const WATCH: Duration = Duration::from_millis(5);
 
 /// A planner's thread; it ends when this is dropped. The child of a fork has the handle but not the thread:
 /// there dropping does nothing, and [`finish`](Self::finish) gives nothing.
 #[derive(Debug)]
-pub struct PlannerThread {
+pub struct PlannerThread(Background<Published>);
+
+/// A thread that tells this rank's kernel when the planner's process is gone, which a kernel cannot ask; it ends when
+/// this is dropped, or with the planner. A [`Port`](crate::Port) asks by itself.
+#[derive(Debug)]
+pub struct PlannerWatch(#[allow(dead_code)] Background<()>); // Dropped, never used.
+
+/// A thread that runs until it is told to stop.
+#[derive(Debug)]
+struct Background<T> {
     process: u32,
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Published>>,
+    thread: Option<JoinHandle<T>>,
 }
 
 impl PlannerThread {
@@ -44,34 +57,78 @@ impl PlannerThread {
         planner: BoardPlanner<R>,
         pace: Pace,
     ) -> std::io::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
         let (tell, told) = std::sync::mpsc::sync_channel(1);
-        let run = move || {
+        let run = move |stop: &AtomicBool| {
             let ready = pin(pace);
             let failed = ready.is_err();
             // The receiver waits below; if it is gone, so is the caller.
             let _ = tell.send(ready);
-            if failed { planner.published().clone() } else { plan_until(planner, pace, &stopped) }
+            if failed { planner.published().clone() } else { plan_until(planner, pace, stop) }
         };
-        // A thread inherits the mask of whoever starts it: signals are for others, Python among them.
-        let thread = signals::blocked(|| {
-            std::thread::Builder::new().name("waterfill-planner".into()).spawn(run)
-        })?;
-        let started = Self { process: std::process::id(), stop, thread: Some(thread) };
+        let started = Self(Background::spawn("waterfill-planner", run)?);
         told.recv().unwrap_or_else(|_| Err(std::io::Error::other("the planner's thread ended")))?;
         Ok(started)
     }
 
-    /// End the thread; gives what it published, nothing if it panicked.
-    pub fn finish(mut self) -> Option<Published> {
-        self.join()
+    /// Before a call is posted: if the planner sleeps, it is awake by the time that the counts come.
+    pub fn wake(&self) {
+        if let Some(thread) = &self.0.thread {
+            thread.thread().unpark();
+        }
     }
 
-    fn join(&mut self) -> Option<Published> {
+    /// End the thread; gives what it published, nothing if it panicked.
+    pub fn finish(mut self) -> Option<Published> {
+        self.0.join()
+    }
+}
+
+impl PlannerWatch {
+    /// Start it, for `rank` on `region`.
+    ///
+    /// # Errors
+    /// The system gives no thread.
+    pub fn spawn<R: Region + 'static>(
+        region: R,
+        shape: Shape,
+        rank: usize,
+    ) -> std::io::Result<Self> {
+        let run = move |stop: &AtomicBool| {
+            // Relaxed: as in `plan_until`.
+            while !stop.load(Ordering::Relaxed) {
+                if region.presence(End::Planner) == Presence::Gone {
+                    // Relaxed: it guards nothing. Partner: the load in kernels/board.cuh.
+                    region.words()[shape.deserted(rank)].store(1, Ordering::Relaxed);
+                    return;
+                }
+                std::thread::park_timeout(WATCH);
+            }
+        };
+        Ok(Self(Background::spawn("waterfill-watch", run)?))
+    }
+}
+
+impl<T: Send + 'static> Background<T> {
+    fn spawn(
+        name: &str,
+        run: impl FnOnce(&AtomicBool) -> T + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        // A thread inherits the mask of whoever starts it: signals are for others, Python among them.
+        let thread = signals::blocked(|| {
+            std::thread::Builder::new().name(name.into()).spawn(move || run(&stopped))
+        })?;
+        Ok(Self { process: std::process::id(), stop, thread: Some(thread) })
+    }
+}
+
+impl<T> Background<T> {
+    fn join(&mut self) -> Option<T> {
         // Relaxed: partner and reason at the load in `plan_until`.
         self.stop.store(true, Ordering::Relaxed);
         let thread = self.thread.take()?;
+        thread.thread().unpark();
         if std::process::id() != self.process {
             // Waiting for a thread that this process does not have would never end.
             std::mem::forget(thread);
@@ -81,7 +138,7 @@ impl PlannerThread {
     }
 }
 
-impl Drop for PlannerThread {
+impl<T> Drop for Background<T> {
     fn drop(&mut self) {
         self.join();
     }
@@ -89,7 +146,7 @@ impl Drop for PlannerThread {
 
 fn plan_until<R: Region>(mut planner: BoardPlanner<R>, pace: Pace, stop: &AtomicBool) -> Published {
     let (mut polls, mut last) = (0u32, Instant::now());
-    // Relaxed: a flag that guards nothing; partner: `join`. The join orders the rest.
+    // Relaxed: a flag that guards nothing; partner: `Background::join`. The join orders the rest.
     while !stop.load(Ordering::Relaxed) {
         if planner.poll() {
             (polls, last) = (0, Instant::now());
@@ -97,7 +154,7 @@ fn plan_until<R: Region>(mut planner: BoardPlanner<R>, pace: Pace, stop: &Atomic
         }
         polls = polls.wrapping_add(1);
         if pace == Pace::Park && polls.is_multiple_of(16) && last.elapsed() > AWAKE {
-            std::thread::sleep((last.elapsed() / SLEEP_PART).min(LONGEST_SLEEP));
+            std::thread::park_timeout((last.elapsed() / SLEEP_PART).min(LONGEST_SLEEP));
         } else {
             pause(polls);
         }

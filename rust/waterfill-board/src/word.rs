@@ -35,6 +35,11 @@ impl Sequence {
         Self(if self.0 > 1 { self.0 - 1 } else { u32::MAX })
     }
 
+    /// Whether this is `other` or comes after it.
+    pub(crate) fn has_reached(self, other: Self) -> bool {
+        self == other || self.is_after(other)
+    }
+
     /// Whether it comes after `other`, for calls less than half the numbers apart.
     pub(crate) fn is_after(self, other: Self) -> bool {
         self != other && self.0.wrapping_sub(other.0) < 1 << 31
@@ -51,6 +56,18 @@ impl Sequence {
 pub(crate) fn store(word: &AtomicU64, sequence: Sequence, value: u32) {
     // Relaxed: the word guards nothing but itself (module documentation). Partner: `load`.
     word.store(u64::from(sequence.0) << 32 | u64::from(value), Ordering::Relaxed);
+}
+
+/// Store `value` for the call `sequence`, after all that this thread stored before.
+pub(crate) fn store_last(word: &AtomicU64, sequence: Sequence, value: u32) {
+    // Release: whoever finds this word finds what was stored before it. Partner: `sequence_first`.
+    word.store(u64::from(sequence.0) << 32 | u64::from(value), Ordering::Release);
+}
+
+/// The call that a word of [`store_last`] is of; what was stored before it is found by later loads.
+pub(crate) fn sequence_first(word: &AtomicU64) -> Option<Sequence> {
+    // Acquire: partner and reason in `store_last`.
+    Sequence::from_tag((word.load(Ordering::Acquire) >> 32) as u32)
 }
 
 /// The value of the call `sequence`, once it is there.

@@ -5,9 +5,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use loom::sync::atomic::AtomicBool;
+
 use loom::sync::Arc;
 use loom::thread;
-use waterfill_board::{BoardPlanner, Heap, Port, Posted, Shape, Source};
+use waterfill_board::{BoardPlanner, End, Heap, Port, Posted, Presence, Region, Shape, Source};
 use waterfill_core::CostModel;
 
 const COST: CostModel = CostModel::Rows;
@@ -26,7 +28,25 @@ fn check(name: &str, model: fn()) {
     println!("{name}: {} executions", executions.load(Ordering::Relaxed));
 }
 
-fn exchange(ranks: usize, port: &mut Port<Arc<Heap>>, tokens: u32, cap: Duration) -> Source {
+/// A board whose rank 1 is gone once it is told so.
+struct Watched {
+    heap: Heap,
+    gone: AtomicBool,
+}
+
+impl Region for Watched {
+    fn words(&self) -> &[loom::sync::atomic::AtomicU64] {
+        self.heap.words()
+    }
+
+    fn presence(&self, end: End) -> Presence {
+        // SeqCst: as a call of the system, which orders all that is before and after it.
+        let gone = end == End::Rank(1) && self.gone.load(Ordering::SeqCst);
+        if gone { Presence::Gone } else { Presence::Here }
+    }
+}
+
+fn exchange<R: Region>(ranks: usize, port: &mut Port<R>, tokens: u32, cap: Duration) -> Source {
     let (visits, counts) = ([tokens; 2], [tokens; 2]);
     let mut quotas = [0; 2];
     let posted = Posted { tokens, visits: &visits[..ranks], counts: &counts[..ranks] };
@@ -63,16 +83,59 @@ fn one_rank_and_the_planner_over_three_calls() {
 }
 
 #[test]
-fn the_planner_goes_on_without_a_rank_that_never_comes() {
-    check("a rank that never comes", || {
+fn without_a_living_ranks_counts_there_is_no_plan() {
+    check("a rank that is late", || {
         let (mut port, mut planner) = start(2, Duration::ZERO);
         let rank = thread::spawn(move || {
-            assert_eq!(exchange(2, &mut port, 3, LONG), Source::Live);
+            assert_eq!(exchange(2, &mut port, 3, LONG), Source::NoPlan);
         });
         while !planner.poll() {
             thread::yield_now();
         }
-        assert_eq!(planner.published().partial, 1);
+        assert_eq!((planner.published().plans(), planner.published().late), (0, 1));
+        rank.join().unwrap();
+    });
+}
+
+#[test]
+fn a_rank_that_is_gone_is_left_out_in_the_same_call() {
+    check("a rank that is gone", || {
+        let shape = Shape::new(2, 2).unwrap();
+        let board = Arc::new(Watched { heap: Heap::new(shape), gone: AtomicBool::new(false) });
+        let mut port = Port::new(Arc::clone(&board), shape, COST, 0).unwrap();
+        let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
+        let rank = thread::spawn(move || {
+            assert_eq!(exchange(2, &mut port, 3, LONG), Source::Live);
+        });
+        planner.poll();
+        board.gone.store(true, Ordering::SeqCst);
+        while !planner.poll() {
+            thread::yield_now();
+        }
+        assert_eq!((planner.published().partial, planner.published().none()), (1, 0));
+        rank.join().unwrap();
+    });
+}
+
+#[test]
+fn a_plan_is_taken_though_a_later_call_has_none() {
+    check("no plan after a plan", || {
+        let shape = Shape::new(2, 2).unwrap();
+        let board = Arc::new(Heap::new(shape));
+        let port = |rank| Port::new(Arc::clone(&board), shape, COST, rank).unwrap();
+        let (mut late, mut other) = (port(0), port(1));
+        let mut planner =
+            BoardPlanner::new(Arc::clone(&board), shape, COST, Duration::ZERO).unwrap();
+        let posted = Posted { tokens: 3, visits: &[3; 2], counts: &[3; 2] };
+        late.post(posted).unwrap();
+        other.post(posted).unwrap();
+        let rank = thread::spawn(move || {
+            assert_eq!(late.finish(posted, LONG, &mut [0; 2]).unwrap(), Source::Live);
+        });
+        assert!(planner.poll(), "both have posted");
+        other.post(posted).unwrap();
+        assert!(planner.poll(), "the patience with rank 0 is spent at once");
+        assert_eq!((planner.published().whole, planner.published().late), (1, 1));
         rank.join().unwrap();
     });
 }
@@ -86,11 +149,15 @@ fn a_rank_goes_on_at_its_cap_and_a_late_plan_is_not_taken_for_the_next() {
                 exchange(1, &mut port, tokens, Duration::ZERO);
             }
             assert_eq!((port.tally().torn, port.tally().calls()), (0, 3));
+            port.tally().clone()
         });
         for _ in 0..4 {
             planner.poll();
         }
-        rank.join().unwrap();
-        assert_eq!(planner.published().refused, 0);
+        let tally = rank.join().unwrap();
+        let published = planner.published();
+        assert_eq!(published.refused, 0);
+        // Who does not wait says so with its counts: such a call has no plan.
+        assert!(tally.live <= published.whole && published.whole <= 3 - tally.broken);
     });
 }

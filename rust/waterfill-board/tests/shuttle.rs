@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use shuttle::sync::atomic::{AtomicBool, Ordering};
 use shuttle::thread;
-use waterfill_board::{BoardPlanner, Heap, Port, Published, Shape, Source, Tally};
+use waterfill_board::{
+    BoardPlanner, End, Heap, Port, Presence, Published, Region, Shape, Source, Tally,
+};
 
 use support::{Batch, COST, count, expected_with};
 
@@ -24,8 +26,40 @@ struct Scene {
     calls: usize,
     /// One rank makes so many calls only.
     leaves_after: Option<(usize, usize)>,
+    /// Whether the planner can see that it left.
+    watched: bool,
     cap: Duration,
     patience: Duration,
+}
+
+/// A board at which it can be seen which ranks left.
+struct Watched {
+    heap: Heap,
+    watched: bool,
+    gone: Vec<AtomicBool>,
+}
+
+impl Region for Watched {
+    fn words(&self) -> &[shuttle::sync::atomic::AtomicU64] {
+        self.heap.words()
+    }
+
+    fn presence(&self, end: End) -> Presence {
+        match end {
+            _ if !self.watched => Presence::Unwatched,
+            End::Rank(rank) if self.gone[rank].load(Ordering::SeqCst) => Presence::Gone,
+            _ => Presence::Here,
+        }
+    }
+}
+
+/// What is seen of one call.
+#[derive(Clone, Default)]
+struct Seen {
+    /// The sets of ranks that all live plans seen so far may be of, by bits; none as long as there is no such plan.
+    sets: Option<Vec<usize>>,
+    /// How the call ended, on each rank that made it.
+    ended: Vec<Source>,
 }
 
 /// `[call][set of ranks, by bits][rank]` the plan that must come if just those posted in time.
@@ -58,11 +92,10 @@ impl Scene {
 
     /// Run one schedule; `whole` is whether every plan must be of all ranks.
     fn run(self, plans: &Arc<Plans>, whole: bool, ended: &Ended) {
-        let board = Arc::new(Heap::new(self.shape()));
-        let everybody = (1usize << self.ranks) - 1;
-        // By call: the sets of ranks that all live plans seen so far may be of.
-        let sets: Arc<Mutex<Vec<Option<Vec<usize>>>>> =
-            Arc::new(Mutex::new(vec![None; self.calls]));
+        let gone = (0..self.ranks).map(|_| AtomicBool::new(false)).collect();
+        let heap = Heap::new(self.shape());
+        let board = Arc::new(Watched { heap, watched: self.watched, gone });
+        let seen = Arc::new(Mutex::new(vec![Seen::default(); self.calls]));
         let done = Arc::new(AtomicBool::new(false));
         let planner = {
             let (board, done) = (Arc::clone(&board), Arc::clone(&done));
@@ -70,25 +103,37 @@ impl Scene {
         };
         let ranks: Vec<_> = (0..self.ranks)
             .map(|rank| {
-                let (board, plans, sets) =
-                    (Arc::clone(&board), Arc::clone(plans), Arc::clone(&sets));
-                thread::spawn(move || self.rank(rank, board, &plans, &sets))
+                let (board, plans, seen) =
+                    (Arc::clone(&board), Arc::clone(plans), Arc::clone(&seen));
+                thread::spawn(move || self.rank(rank, &board, &plans, &seen))
             })
             .collect();
         let tallies: Vec<Tally> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
         done.store(true, Ordering::SeqCst);
         let published = planner.join().unwrap();
         let mut live_calls = 0;
-        for sets in sets.lock().unwrap().iter().flatten() {
-            assert!(!sets.is_empty(), "two ranks' plans of one call are of different counts");
-            assert!(!whole || sets.contains(&everybody), "somebody is missing in {sets:?}");
-            live_calls += 1;
+        for (call, seen) in seen.lock().unwrap().iter().enumerate() {
+            live_calls += u64::from(seen.sets.is_some());
+            self.check_call(call, seen, whole);
         }
         self.check_counts(&tallies, &published, live_calls, whole);
         ended.add(&tallies, &published);
     }
 
-    fn plan(self, board: Arc<Heap>, done: &AtomicBool) -> Published {
+    /// A live plan is of all that live, and then no rank was told that there is none, nor went on without a wait.
+    fn check_call(&self, call: usize, seen: &Seen, whole: bool) {
+        let Some(sets) = &seen.sets else { return };
+        assert!(!sets.is_empty(), "two ranks' plans of one call are of different counts");
+        let everybody = (1usize << self.ranks) - 1;
+        let left = self.leaves_after.filter(|&(_, calls)| self.watched && call >= calls);
+        let living = left.map_or(everybody, |(leaver, _)| everybody & !(1 << leaver));
+        assert!(sets.contains(&everybody) || sets.contains(&living), "call {call}: {sets:?}");
+        assert!(!whole || sets.contains(&everybody), "somebody is missing in {sets:?}");
+        let apart = |ended: &&Source| matches!(ended, Source::NoPlan | Source::Broken);
+        assert_eq!(seen.ended.iter().find(apart), None, "call {call}: {:?}", seen.ended);
+    }
+
+    fn plan(self, board: Arc<Watched>, done: &AtomicBool) -> Published {
         let mut planner = BoardPlanner::new(board, self.shape(), COST, self.patience).unwrap();
         while !done.load(Ordering::SeqCst) {
             if !planner.poll() {
@@ -101,22 +146,26 @@ impl Scene {
     fn rank(
         self,
         rank: usize,
-        board: Arc<Heap>,
+        board: &Arc<Watched>,
         plans: &Plans,
-        sets: &Mutex<Vec<Option<Vec<usize>>>>,
+        seen: &Mutex<Vec<Seen>>,
     ) -> Tally {
-        let mut port = Port::new(board, self.shape(), COST, rank).unwrap();
+        let mut port = Port::new(Arc::clone(board), self.shape(), COST, rank).unwrap();
         let mut quotas = vec![0; self.ranks];
         for call in 0..self.calls_of(rank) {
             let batch = Batch::new(self.shape(), rank, call as u64);
             let source = port.exchange(batch.posted(), self.cap, &mut quotas).unwrap();
             assert_eq!(quotas.iter().sum::<u32>(), batch.tokens);
+            let seen = &mut seen.lock().unwrap()[call];
+            seen.ended.push(source);
             if source == Source::Live {
                 let fits = |&set: &usize| plans[call][set][rank] == quotas;
-                let mut sets = sets.lock().unwrap();
-                let known = sets[call].take().unwrap_or_else(|| (0..1 << self.ranks).collect());
-                sets[call] = Some(known.into_iter().filter(fits).collect());
+                let known = seen.sets.take().unwrap_or_else(|| (0..1 << self.ranks).collect());
+                seen.sets = Some(known.into_iter().filter(fits).collect());
             }
+        }
+        if self.calls_of(rank) < self.calls {
+            board.gone[rank].store(true, Ordering::SeqCst);
         }
         port.tally().clone()
     }
@@ -129,7 +178,7 @@ impl Scene {
             assert_eq!((tally.calls(), tally.torn), (calls, 0), "{tally:?}");
             assert_eq!(tally.tokens, tokens.sum::<u64>());
             let waits = tally.waits.buckets().iter().sum::<u64>();
-            assert_eq!(waits, tally.live + tally.timed_out, "{tally:?}");
+            assert_eq!(waits, tally.live + tally.none + tally.timed_out, "{tally:?}");
             assert!(!whole || tally.live == calls, "{tally:?}");
         }
         assert_eq!(published.refused, 0);
@@ -140,12 +189,12 @@ impl Scene {
 
 /// How calls ended over all schedules: what was not met was not tested.
 #[derive(Debug, Default)]
-struct Ended([AtomicU64; 5]);
+struct Ended([AtomicU64; 6]);
 
 impl Ended {
     fn add(&self, tallies: &[Tally], published: &Published) {
         let sum = |of: fn(&Tally) -> u64| tallies.iter().map(of).sum();
-        let ended = [sum(|t| t.live), sum(|t| t.timed_out), sum(|t| t.broken)];
+        let ended = [sum(|t| t.live), sum(|t| t.none), sum(|t| t.timed_out), sum(|t| t.broken)];
         let all = ended.into_iter().chain([published.whole, published.partial]);
         self.0.iter().zip(all).for_each(|(total, more)| {
             total.fetch_add(more, Ordering::Relaxed);
@@ -154,7 +203,8 @@ impl Ended {
 }
 
 /// Half of the schedules choose at random at each step, half by priorities that change at a few steps.
-fn check(scene: Scene, whole: bool, schedules: u32) {
+fn check(scene: Scene, must: &[usize], schedules: u32) {
+    let whole = must == WHOLE;
     let (plans, ended) = (Arc::new(scene.plans()), Arc::new(Ended::default()));
     let half = schedules as usize / 2;
     let run = {
@@ -163,38 +213,53 @@ fn check(scene: Scene, whole: bool, schedules: u32) {
     };
     shuttle::check_random(run.clone(), half);
     shuttle::check_pct(run, half, 4);
-    let [live, timed_out, broken, full, partial] =
-        ended.0.each_ref().map(|total| total.load(Ordering::Relaxed));
+    let ended = ended.0.each_ref().map(|total| total.load(Ordering::Relaxed));
+    let [live, none, timed_out, broken, full, partial] = ended;
     println!(
-        "{} ranks, {schedules} schedules: {live} calls live, {timed_out} at the cap, {broken} broken; \
-         {full} plans whole, {partial} partial",
+        "{} ranks, {schedules} schedules: {live} calls live, {none} without a plan, {timed_out} at the cap, \
+         {broken} broken; {full} plans whole, {partial} partial",
         scene.ranks
     );
-    assert!(whole || [live, timed_out, broken, full, partial].into_iter().all(|ended| ended > 0));
+    assert!(must.iter().all(|&way| ended[way] > 0), "{ended:?}: none of one of {must:?}");
+}
+
+/// Ways in which calls and plans end, as `Ended` counts them.
+const WHOLE: &[usize] = &[0, 4];
+const HURRIED: &[usize] = &[0, 1, 2, 3, 4];
+const LEFT_OUT: &[usize] = &[0, 4, 5];
+const UNSEEN: &[usize] = &[0, 1, 4];
+
+fn scene(ranks: usize, calls: usize) -> Scene {
+    Scene { ranks, calls, leaves_after: None, watched: true, cap: LONG, patience: LONG }
 }
 
 #[test]
 fn two_ranks_who_have_time_get_the_plan_of_all_counts() {
-    let scene = Scene { ranks: 2, calls: 6, leaves_after: None, cap: LONG, patience: LONG };
-    check(scene, true, count(5000, 250_000));
+    check(scene(2, 6), WHOLE, count(5000, 250_000));
 }
 
 #[test]
 fn three_ranks_who_have_time_get_the_plan_of_all_counts() {
-    let scene = Scene { ranks: 3, calls: 5, leaves_after: None, cap: LONG, patience: LONG };
-    check(scene, true, count(5000, 250_000));
+    check(scene(3, 5), WHOLE, count(5000, 250_000));
 }
 
 #[test]
-fn two_ranks_in_a_hurry_get_no_plan_of_other_counts() {
-    let (cap, patience) = (Duration::from_millis(1), Duration::from_millis(2));
-    let scene = Scene { ranks: 2, calls: 9, leaves_after: None, cap, patience };
-    check(scene, false, count(5000, 250_000));
+fn two_ranks_in_a_hurry_get_the_plan_of_all_counts_or_none() {
+    // The planner's patience outlasts the caps, so it comes when ranks have given it up.
+    let cap = Duration::from_millis(1);
+    check(Scene { cap, ..scene(2, 9) }, HURRIED, count(5000, 250_000));
 }
 
 #[test]
-fn one_of_three_ranks_leaves_midway() {
-    let (cap, patience) = (Duration::from_millis(3), Duration::from_millis(2));
-    let scene = Scene { ranks: 3, calls: 6, leaves_after: Some((1, 2)), cap, patience };
-    check(scene, false, count(5000, 250_000));
+fn one_of_three_ranks_leaves_midway_and_is_left_out() {
+    let patience = Duration::from_millis(50);
+    let scene = Scene { leaves_after: Some((1, 2)), patience, ..scene(3, 6) };
+    check(scene, LEFT_OUT, count(5000, 250_000));
+}
+
+#[test]
+fn one_of_three_ranks_leaves_midway_unseen_and_there_is_no_plan_without_it() {
+    let patience = Duration::from_millis(2);
+    let scene = Scene { leaves_after: Some((1, 2)), watched: false, patience, ..scene(3, 6) };
+    check(scene, UNSEEN, count(5000, 250_000));
 }

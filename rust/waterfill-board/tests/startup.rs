@@ -203,14 +203,17 @@ fn the_name_of_a_dead_creator_is_free_again_whatever_its_process_was() {
     Shared::create(&name, shape(), RUN ^ 1).unwrap().unlink().unwrap();
 }
 
-/// A board with a planner and one rank, which alone makes `calls` live calls.
+/// A board with a planner and two ranks, which make `calls` live calls.
 fn serve(board: &Shared, name: &str, run: u128, calls: u64) {
     let attached = Shared::attach(name, shape(), run).unwrap();
     let mut planner = BoardPlanner::new(attached, shape(), COST, Duration::ZERO).unwrap();
-    let mut port =
-        Port::new(Shared::attach(name, shape(), run).unwrap(), shape(), COST, 0).unwrap();
+    let [mut port, mut peer] = [0, 1].map(|rank| {
+        let attached = Shared::attach(name, shape(), run).unwrap();
+        Port::new(attached, shape(), COST, rank).unwrap()
+    });
     for _ in 0..calls {
         let posted = Posted { tokens: 9, visits: &[9; 2], counts: &[4; 8] };
+        peer.post(posted).unwrap();
         port.post(posted).unwrap();
         let mut quotas = [0; 2];
         let meanwhile = || {

@@ -17,10 +17,11 @@ __device__ __forceinline__ u64 *in_slot(const Args &args, u32 at, u32 sequence) 
     return args.board + (u64)(sequence % args.ring) * args.slot_words + at;
 }
 
-// Words that a rank posts: tokens, visits [RANKS], counts [experts] or loads [RANKS].
+// Words that a rank posts: tokens, visits [RANKS], counts [experts] or loads [RANKS]. On the board another one follows:
+// whether the rank waits for its plan.
 __device__ __forceinline__ u32 posted(const Args &args) { return 1 + RANKS + (args.posts_experts ? args.experts : RANKS); }
 
-// Call `put(i, value)` for each of this rank's, the last word last, which the planner reads first.
+// Call `put(i, value)` for each of this rank's.
 template <typename Put>
 __device__ __forceinline__ void for_each_posted(const Args &args, const Shared &s, const Block &b, Put put) {
 #pragma unroll 1
@@ -67,29 +68,70 @@ __device__ __forceinline__ bool take(const Args &args, u32 *quotas, u32 sequence
     return true;
 }
 
-// Whether a broken rank waits again: once the plan of its last call did come, late as it was. One that waited so in
-// vain, as for a planner that is slow and always late, tries ever more seldom (waterfill-board's port.rs).
-__device__ __forceinline__ bool tries_again(const Args &args, u32 *quotas, u32 sequence, u32 failures) {
+// Whether the planner has said that the call `sequence` has no plan, or a later one. What it wrote before is seen
+// afterwards: a plan that is not there then does not come.
+__device__ __forceinline__ bool is_without_plan(const Args &args, u32 sequence) {
+    u32 last = (u32)(load_acquire(args.board + args.without_plan_at) >> 32);
+    return last != 0 && (int)(last - sequence) >= 0;
+}
+
+// Whether a call waits: not after two in a row that the planner did not answer, until it has answered the last one, late
+// as it was. A rank that waited so in vain, as for a planner that is slow and always late, tries ever more seldom
+// (waterfill-board's port.rs).
+__device__ __forceinline__ bool waits_for_plan(const Args &args, u32 sequence, u32 failures) {
+    if (failures < BREAK_AFTER) return true;
     u32 seldom = 1u << at_most(failures - BREAK_AFTER, MOST_SELDOM);
-    u64 sum = 0;
-    return sequence % seldom == 0 && take(args, quotas, previous_sequence(sequence), &sum);
+    return sequence % seldom == 0 && is_without_plan(args, previous_sequence(sequence));
+}
+
+// The warp that waits posts the last word, which says whether it does: of all ranks, where it posts for all. One lane writes
+// the word of this rank, so that what it writes later is later.
+__device__ __forceinline__ void post_waits(const Args &args, u32 sequence, u32 waits) {
+    u64 *words = in_slot(args, args.counts_at + posted(args) - args.rank * args.counts_stride, sequence);
+#pragma unroll 1
+    for (u32 rank = lane(); rank < RANKS; rank += WARP)
+        if (args.words || rank == args.rank) store_word(words + (u64)rank * args.counts_stride, sequence, waits);
+}
+
+// After so long a wait it is asked for more than the plan: before, that would only delay it.
+static constexpr u64 LATE_NS = 20000;
+// How far a wait is.
+enum Wait : u32 { SOON = 0, LATE = 1, SPENT = 2 };
+
+__device__ __forceinline__ u32 stage(const Args &args, u64 waited_ns) {
+    return waited_ns >= args.cap_ns ? SPENT : waited_ns >= LATE_NS ? LATE : SOON;
+}
+
+// The planner has nothing for a late warp, whose quotas were not there: how that ends its wait, if it does.
+__device__ __forceinline__ bool ends(const Args &args, u32 *quotas, const Block &b, u32 stage, u64 *sum, u32 *outcome) {
+    u32 none = __shfl_sync(ALL, (u32)is_without_plan(args, b.sequence), 0);
+    // A plan that came before this was said of a later call is seen by now.
+    if (none && take(args, quotas, b.sequence, sum)) return *outcome = TALLY_LIVE, true;
+    u32 deserted = __shfl_sync(ALL, (u32)(load_relaxed(args.board + args.deserted_at) != 0), 0);
+    if (!none && !deserted && stage != SPENT) return false;
+    u32 failures = none ? 0 : deserted ? at_least(b.failures, BREAK_AFTER) : b.failures + (b.failures != ALL);
+    *outcome = none ? TALLY_NO_PLAN : deserted ? TALLY_BROKEN : TALLY_TIMED_OUT;
+    if (lane() == 0) args.state->failures = failures;
+    // The planner is told that this rank goes on alone: then no other is to have a plan, if it is not too late.
+    if (*outcome == TALLY_TIMED_OUT && lane() == args.rank % WARP)
+        store_word(in_slot(args, args.counts_at, b.sequence) + posted(args), b.sequence, 0);
+    return true;
 }
 
 // A warp waits for this call's quotas, at most `cap_ns`; `quotas` has them if the outcome is TALLY_LIVE.
 __device__ __forceinline__ u32 wait(const Args &args, u32 *quotas, const Block &b) {
-    u32 sequence = b.sequence, failures = b.failures;
-    if (failures >= BREAK_AFTER && !tries_again(args, quotas, sequence, failures)) return TALLY_BROKEN;
+    post_waits(args, b.sequence, b.waits);
+    if (!b.waits) return TALLY_BROKEN;
     u64 begun = now_ns(), sum = 0;
+    u32 outcome = TALLY_LIVE;
     while (true) {
         // The clock first: a rank that was kept from running past its cap looks once more, as the plan may have come.
         // The lanes may read different times; the first one's counts for all.
-        u32 spent = __shfl_sync(ALL, (u32)(now_ns() - begun >= args.cap_ns), 0);
-        if (take(args, quotas, sequence, &sum)) break;
-        if (spent) {
-            if (lane() == 0) args.state->failures = failures + (failures != ALL);
-            return TALLY_TIMED_OUT;
-        }
+        u32 now = __shfl_sync(ALL, stage(args, now_ns() - begun), 0);
+        if (take(args, quotas, b.sequence, &sum)) break;
+        if (now != SOON && ends(args, quotas, b, now, &sum, &outcome)) break;
     }
+    if (outcome != TALLY_LIVE) return outcome;
     if (lane() == 0) args.state->failures = 0;
     // A foreign byte on the board must not become a wrong assignment.
     return sum == all_tokens(b) ? TALLY_LIVE : TALLY_TORN;

@@ -36,7 +36,8 @@ __device__ __forceinline__ void take_quotas(const Args &args, const Shared &s, B
     args.state->tally[outcome] = calls;
     if (mode_of(args) == LIVE) {
         args.state->last = b.sequence;
-        // Relaxed: a count that nobody decides by, for those who look from outside (waterfill-board's tally.rs).
+        // Relaxed: a count that nobody decides by, for those who look from outside (waterfill-board's tally.rs). Not later: the
+        // kernel does not end before the word has crossed the link.
         store_relaxed(args.board + args.tally_at + outcome, calls);
     }
 }
@@ -66,6 +67,7 @@ __device__ __forceinline__ void number_call(const Args &args, Block &b) {
     if (threadIdx.x < blockDim.x - 1 || block() > 0 || mode_of(args) != LIVE) return;
     b.sequence = next_sequence(args.state->last);
     b.failures = args.state->failures;
+    b.waits = waits_for_plan(args, b.sequence, b.failures);
 }
 
 // What a block of the first cluster does, or the one block.

@@ -61,6 +61,13 @@ __device__ __forceinline__ u64 load_relaxed(const u64 *word) {
     return value;
 }
 
+// As there, and what its writer stored before is seen by what this thread reads afterwards.
+__device__ __forceinline__ u64 load_acquire(const u64 *word) {
+    u64 value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ void store_relaxed(u64 *word, u64 value) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }

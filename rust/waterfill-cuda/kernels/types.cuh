@@ -14,13 +14,13 @@ static constexpr u32 PENDING = 0x7ffe;
 static constexpr u32 NOBODY = 0x7fff;
 
 enum Mode : u32 { OWN = 0, LIVE = 1, GIVEN = 2, COUNT = 3 };
-enum Outcome : u32 { TALLY_LIVE = 0, TALLY_TIMED_OUT = 1, TALLY_BROKEN = 2, TALLY_TORN = 3 };
+enum Outcome : u32 { TALLY_LIVE = 0, TALLY_NO_PLAN = 1, TALLY_TIMED_OUT = 2, TALLY_BROKEN = 3, TALLY_TORN = 4 };
 
 // What a runner keeps on the device between calls; `State` in src/args.rs.
 struct State {
     u32 last;      // The sequence of the last call; 0 before the first.
-    u32 failures;  // Waits in a row that ended at the cap.
-    u64 tally[4];  // Calls by Outcome.
+    u32 failures;  // Calls in a row that the planner did not answer.
+    u64 tally[5];  // Calls by Outcome.
 };
 
 // `Args` in src/args.rs, field by field.
@@ -46,6 +46,8 @@ struct Args {
     u32 counts_at, quotas_at, slot_words, ring, posts_experts;
     u32 counts_stride;       // Words from a rank's counts to the next one's.
     u32 tally_at;            // Words from the board's start to this rank's calls by Outcome.
+    u32 without_plan_at;     // To the planner's word on the last call that has no plan.
+    u32 deserted_at;         // To the word that is not 0 once the planner's process is gone.
     // Bytes from the start of dynamic shared memory that begin as zeros, and to each array of `Shared`.
     u32 cleared_bytes, table_bytes, table_stride, counts_bytes, ranks_bytes, visited_bytes, given_bytes;
     u32 writers;             // Blocks after the first cluster's, which write the routed columns in its stead.
@@ -66,6 +68,7 @@ struct Quotas {
 struct Block {
     u32 sequence;        // Of this call.
     u32 failures;        // As of its start, see State.
+    u32 waits;           // Whether it waits for its plan.
     u32 source;          // Which quotas hold.
     u32 tokens;          // Rows with a valid id.
     u32 all_tokens;      // Those of all blocks.

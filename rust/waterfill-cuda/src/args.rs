@@ -29,6 +29,8 @@ pub(crate) struct Args {
     pub posts_experts: u32,
     pub counts_stride: u32,
     pub tally_at: u32,
+    pub without_plan_at: u32,
+    pub deserted_at: u32,
     pub cleared_bytes: u32,
     pub table_bytes: u32,
     pub table_stride: u32,
@@ -45,7 +47,7 @@ pub(crate) struct Args {
 pub(crate) struct State {
     pub last: u32,
     pub failures: u32,
-    pub tally: [u64; 4],
+    pub tally: [u64; 5],
 }
 
 pub(crate) const OWN: u32 = 0;

@@ -26,7 +26,7 @@ const ROWS: [usize; 12] = [0, 1, 7, 32, 100, 128, 256, 257, 300, 700, 1000, 2500
 /// Enough of them for a kernel that is wrong.
 const FEW_ROWS: [usize; 5] = [7, 40, 256, 300, 700];
 const LIVE_ROWS: [usize; 7] = [0, 1, 7, 40, 128, 300, 600];
-const PLANS: [Plan; 9] = [
+const PLANS: [Plan; 13] = [
     Plan::Whole,
     Plan::Whole,
     Plan::Arriving,
@@ -35,6 +35,10 @@ const PLANS: [Plan; 9] = [
     Plan::Missing,
     Plan::Partial,
     Plan::Late,
+    Plan::None,
+    Plan::Passed,
+    Plan::WholeAndPassed,
+    Plan::Deserted,
     Plan::Wrong,
 ];
 /// Calls over one board: after which sequence, how many, and how many of them are late. From the start; over the
@@ -217,16 +221,16 @@ fn notices_what_only_memory_order_tells() {
 
 #[test]
 fn notices_threads_that_do_not_come() {
-    let clock = "__shfl_sync(ALL, (u32)(now_ns() - begun >= args.cap_ns), 0)";
+    let clock = "__shfl_sync(ALL, stage(args, now_ns() - begun), 0)";
     let vote = "!__all_sync(ALL, (u32)(word >> 32) == sequence)";
     let most = "__reduce_max_sync(ALL, value)";
     notices(
         FEW_RANKS,
         &[
-            ("    leave_blocks();\n    place_rest", "    place_rest", "without an arrival"),
+            ("    leave_blocks();\n    if (is", "    if (is", "without an arrival"),
             ("most > 0);\n    end_blocks();", "most > 0);", "ends without the wait"),
             (most, "__reduce_max_sync(lanes_before(), value)", "for some lanes"),
-            (clock, "now_ns() - begun >= args.cap_ns", ""),
+            (clock, "stage(args, now_ns() - begun)", ""),
             (vote, "(u32)(word >> 32) != sequence", "__shfl"),
         ],
     );
@@ -298,8 +302,8 @@ fn notices_wrong_plans() {
 #[test]
 fn notices_wrong_words_and_waits() {
     let sum = "*sum = warp_sum_long(mine);";
-    let look = "if (take(args, quotas, sequence, &sum)) break;";
-    let clock = "u32 spent = __shfl_sync(ALL, (u32)(now_ns() - begun >= args.cap_ns), 0);";
+    let look = "if (take(args, quotas, b.sequence, &sum)) break;";
+    let clock = "u32 now = __shfl_sync(ALL, stage(args, now_ns() - begun), 0);";
     let (clock_first, look_first) =
         (format!("{clock}\n        {look}"), format!("{look}\n        {clock}"));
     let counts = "args.counts_at - args.rank * args.counts_stride";
@@ -311,9 +315,20 @@ fn notices_wrong_words_and_waits() {
             (sum, "*sum = warp_sum((u32)mine);", ""),
             ("== all_tokens(b) ? TALLY_LIVE : TALLY_TORN", "? TALLY_LIVE : TALLY_TORN", ""),
             (&clock_first, &look_first, ""),
-            ("BREAK_AFTER = 2", "BREAK_AFTER = 3", "the board"),
+            ("BREAK_AFTER = 2", "BREAK_AFTER = 3", ""),
             ("MOST_SELDOM = 6", "MOST_SELDOM = 5", "the board"),
-            ("seldom == 0 && take", "seldom == 0 && sequence > 1 && take", "the board"),
+            ("seldom == 0 && is_without", "seldom == 0 && sequence > 1 && is_without", "the board"),
+            ("last != 0 && (int)(last - sequence) >= 0", "last == sequence", ""),
+            ("last != 0 && (int)(last - sequence) >= 0", "last != 0 && last >= sequence", ""),
+            ("none ? 0 : deserted ?", "deserted ?", "the board"),
+            ("&& stage != SPENT) return false", "&& stage != LATE) return false", ""),
+            ("TALLY_TIMED_OUT && lane() ==", "TALLY_TIMED_OUT && WARP ==", "the board"),
+            (
+                "post_waits(args, b.sequence, b.waits);",
+                "post_waits(args, b.sequence, 1);",
+                "the board",
+            ),
+            ("args.words || rank == args.rank", "rank == args.rank", "the board"),
         ],
     );
 }

@@ -111,9 +111,11 @@ pub struct Call {
 pub struct Tally {
     /// Calls with the quotas that were asked for.
     pub live: u64,
-    /// Calls that waited to the cap.
+    /// Calls for which the planner said that there is no plan.
+    pub none: u64,
+    /// Calls that waited to the cap, because the planner was late.
     pub timed_out: u64,
-    /// Calls that did not wait, because of the breaker.
+    /// Calls that did not wait: the planner is gone, or was late again and again.
     pub broken: u64,
     /// Calls that refused quotas that do not add up to their tokens.
     pub torn: u64,
@@ -292,8 +294,8 @@ impl Runner {
         let _current = self.device.current()?;
         // SAFETY: the caller's promise.
         let state = self.state.read(unsafe { Stream::borrow(stream) })?;
-        let [live, timed_out, broken, torn] = state.tally;
-        Ok(Tally { live, timed_out, broken, torn })
+        let [live, none, timed_out, broken, torn] = state.tally;
+        Ok(Tally { live, none, timed_out, broken, torn })
     }
 
     /// One empty launch of each kernel: whatever the driver does lazily, it does now.
@@ -349,7 +351,9 @@ pub(crate) fn with_board(args: Args, shape: &waterfill_board::Shape, address: u6
         ring: RING as u32,
         posts_experts: u32::from(shape.experts != shape.ranks),
         counts_stride: shape.counts_stride() as u32,
-        tally_at: shape.rank_tally(rank) as u32 + 1,
+        tally_at: shape.calls_of(rank) as u32,
+        without_plan_at: shape.without_plan(rank) as u32,
+        deserted_at: shape.deserted(rank) as u32,
         ..args
     }
 }

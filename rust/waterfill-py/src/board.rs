@@ -7,8 +7,8 @@ use std::time::Duration;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use waterfill_board::{
-    BoardPlanner, Observer, Pace, PlannerThread, Published, SNAPSHOT_VERSION, Shape, Shared,
-    Snapshot, Tally, Waits,
+    BoardPlanner, End, Held, Observer, Pace, PlannerThread, PlannerWatch, Presence, Published,
+    Region, SNAPSHOT_VERSION, Shape, Shared, Snapshot, Tally, Waits, leave_in_child,
 };
 
 use crate::error::{board_guarded, refused};
@@ -18,6 +18,9 @@ pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("SNAPSHOT_VERSION", SNAPSHOT_VERSION)?;
     module.add_class::<PyBoard>()?;
     module.add_class::<PyPlannerThread>()?;
+    module.add_class::<PyDeviceEnd>()?;
+    module.add_function(wrap_pyfunction!(leave_boards_in_child, module)?)?;
+    module.add_function(wrap_pyfunction!(board_bytes, module)?)?;
     module.add_class::<PyObserver>()
 }
 
@@ -59,8 +62,55 @@ impl PyBoard {
     }
 }
 
+/// In the child of a fork: no longer seem to be the parent at its boards.
+#[pyfunction]
+fn leave_boards_in_child() {
+    leave_in_child();
+}
+
+/// What a board of this shape takes of the shared memory.
+#[pyfunction]
+fn board_bytes(ranks: usize, experts: usize) -> PyResult<usize> {
+    board_guarded(|| Ok(Shape::new(ranks, experts)?.words() * size_of::<u64>()))
+}
+
+/// The end of a rank whose calls a kernel makes: the others see that its process lives, and its kernel whether the
+/// planner's does.
+#[pyclass(name = "DeviceEnd", frozen)]
+struct PyDeviceEnd {
+    unwatched: Option<String>,
+    inner: std::sync::Mutex<Option<(Option<Held>, Option<PlannerWatch>)>>,
+}
+
+#[pymethods]
+impl PyDeviceEnd {
+    #[new]
+    fn new(board: &PyBoard, rank: usize, plans: bool) -> PyResult<Self> {
+        let region = &board.inner;
+        let (held, unwatched) = match region.hold(End::Rank(rank)) {
+            Ok(held) => (held, None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        // The planner in this very process needs no watch.
+        let watch = (!plans).then(|| PlannerWatch::spawn(Arc::clone(region), board.shape, rank));
+        let inner = std::sync::Mutex::new(Some((held, watch.transpose()?)));
+        Ok(Self { unwatched, inner })
+    }
+
+    #[getter]
+    fn unwatched(&self) -> Option<&str> {
+        self.unwatched.as_deref()
+    }
+
+    /// The process leaves the board: it makes no more calls.
+    fn leave(&self, py: Python<'_>) {
+        py.detach(|| drop(self.inner.lock().ok().and_then(|mut inner| inner.take())));
+    }
+}
+
 #[pyclass(name = "PlannerThread", frozen)]
 struct PyPlannerThread {
+    unwatched: Option<String>,
     inner: std::sync::Mutex<Option<PlannerThread>>,
 }
 
@@ -81,8 +131,22 @@ impl PyPlannerThread {
             other => return Err(refused(format!("pace '{other}': give 'spin' or 'park'"))),
         };
         let planner = board_guarded(|| planner(board, cost_model, patience_us))?;
+        let unwatched = planner.unwatched().map(ToString::to_string);
         let thread = PlannerThread::spawn(planner, pace)?;
-        Ok(Self { inner: std::sync::Mutex::new(Some(thread)) })
+        Ok(Self { unwatched, inner: std::sync::Mutex::new(Some(thread)) })
+    }
+
+    /// Why the ranks cannot see whether this process lives, if they can't.
+    #[getter]
+    fn unwatched(&self) -> Option<&str> {
+        self.unwatched.as_deref()
+    }
+
+    /// Before a call: if the thread sleeps, it is awake by the time that the counts come.
+    fn wake(&self) {
+        if let Ok(thread) = self.inner.lock() {
+            thread.as_ref().map(PlannerThread::wake);
+        }
     }
 
     fn stop(&self, py: Python<'_>) {
@@ -126,10 +190,28 @@ fn snapshot_dict<'py>(py: Python<'py>, snapshot: &Snapshot) -> PyResult<Bound<'p
     dict.set_item("version", SNAPSHOT_VERSION)?;
     dict.set_item("ranks", snapshot.shape.ranks)?;
     dict.set_item("experts", snapshot.shape.experts)?;
-    let ranks: PyResult<Vec<_>> = snapshot.ranks.iter().map(|rank| tally_dict(py, rank)).collect();
+    let ranks = snapshot.ranks.iter().zip(&snapshot.presence);
+    let ranks: PyResult<Vec<_>> = ranks
+        .map(|(tally, presence)| {
+            let rank = tally_dict(py, tally)?;
+            rank.set_item("alive", is_alive(*presence))?;
+            Ok(rank)
+        })
+        .collect();
     dict.set_item("by_rank", PyList::new(py, ranks?)?)?;
-    dict.set_item("planner", planner_dict(py, &snapshot.planner)?)?;
+    let planner = planner_dict(py, &snapshot.planner)?;
+    planner.set_item("alive", is_alive(snapshot.planner_presence))?;
+    dict.set_item("planner", planner)?;
     Ok(dict)
+}
+
+/// None if that cannot be known.
+fn is_alive(presence: Presence) -> Option<bool> {
+    match presence {
+        Presence::Here => Some(true),
+        Presence::Gone => Some(false),
+        Presence::Unwatched => None,
+    }
 }
 
 pub fn tally_dict<'py>(py: Python<'py>, tally: &Tally) -> PyResult<Bound<'py, PyDict>> {
@@ -138,6 +220,7 @@ pub fn tally_dict<'py>(py: Python<'py>, tally: &Tally) -> PyResult<Bound<'py, Py
         ("process", tally.process),
         ("calls", tally.calls()),
         ("live", tally.live),
+        ("none", tally.none),
         ("timed_out", tally.timed_out),
         ("broken", tally.broken),
         ("torn", tally.torn),
@@ -169,6 +252,9 @@ fn planner_dict<'py>(py: Python<'py>, published: &Published) -> PyResult<Bound<'
         ("process", published.process),
         ("whole", published.whole),
         ("partial", published.partial),
+        ("late", published.late),
+        ("silent", published.silent),
+        ("given_up", published.given_up),
         ("refused", published.refused),
         ("home_max", published.home),
         ("planned_max", published.planned),

@@ -125,6 +125,7 @@ impl PyCudaRunner {
         let tally = py.detach(|| cuda_guarded(|| unsafe { self.inner.tally(stream) }))?;
         let dict = PyDict::new(py);
         dict.set_item("live", tally.live)?;
+        dict.set_item("none", tally.none)?;
         dict.set_item("timed_out", tally.timed_out)?;
         dict.set_item("broken", tally.broken)?;
         dict.set_item("torn", tally.torn)?;

@@ -170,6 +170,13 @@ impl PyPort {
     fn tally<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         tally_dict(py, self.inner.tally())
     }
+
+    /// Why the others cannot see whether this process lives, if they can't.
+    #[getter]
+    fn unwatched(&self) -> Option<String> {
+        let planner = self.planner.as_ref().and_then(BoardPlanner::unwatched);
+        self.inner.unwatched().or(planner).map(ToString::to_string)
+    }
 }
 
 impl PyPort {
@@ -201,6 +208,7 @@ impl PyPort {
 fn name_of(source: Source) -> &'static str {
     match source {
         Source::Live => "live",
+        Source::NoPlan => "none",
         Source::TimedOut => "timed_out",
         Source::Broken => "broken",
         Source::Torn => "torn",

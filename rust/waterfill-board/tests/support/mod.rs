@@ -3,10 +3,54 @@
 
 pub mod process;
 
+#[cfg(not(any(loom, shuttle)))]
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+#[cfg(not(any(loom, shuttle)))]
+use waterfill_board::{End, Presence, Region};
 use waterfill_board::{Posted, Shape};
 use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed};
 
 pub const COST: CostModel = CostModel::Rows;
+
+/// A board in memory at which ranks and planner leave when a test says so.
+#[cfg(not(any(loom, shuttle)))]
+pub struct Watched {
+    heap: waterfill_board::Heap,
+    ranks: Vec<AtomicBool>,
+    planner: AtomicBool,
+}
+
+#[cfg(not(any(loom, shuttle)))]
+impl Watched {
+    pub fn new(shape: Shape) -> Self {
+        let ranks = (0..shape.ranks).map(|_| AtomicBool::new(false)).collect();
+        Self { heap: waterfill_board::Heap::new(shape), ranks, planner: AtomicBool::new(false) }
+    }
+
+    pub fn leave(&self, end: End) {
+        self.has_left(end).store(true, Ordering::SeqCst);
+    }
+
+    fn has_left(&self, end: End) -> &AtomicBool {
+        match end {
+            End::Rank(rank) => &self.ranks[rank],
+            End::Planner => &self.planner,
+        }
+    }
+}
+
+#[cfg(not(any(loom, shuttle)))]
+impl Region for Watched {
+    fn words(&self) -> &[AtomicU64] {
+        self.heap.words()
+    }
+
+    fn presence(&self, end: End) -> Presence {
+        let left = self.has_left(end).load(Ordering::SeqCst);
+        if left { Presence::Gone } else { Presence::Here }
+    }
+}
 
 /// `few` in the tests, `many` under `make soak`.
 pub fn count(few: u32, many: u32) -> u32 {

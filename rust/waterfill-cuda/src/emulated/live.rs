@@ -1,10 +1,10 @@
 //! One rank's calls over a board, each compared with those of the board's own crate over another.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use waterfill_board::{Heap, Port, Posted, Region, Sequence, Source};
+use waterfill_board::{End, Heap, Port, Posted, Presence, Region, Sequence, Source};
 use waterfill_core::{CostModel, Weight};
 
 use super::batch::{AnyId, Batch, Counted};
@@ -21,8 +21,16 @@ pub enum Plan {
     Missing,
     /// All but one word are.
     Partial,
-    /// Nothing of this call is, but all of the last one's.
+    /// Nothing of this call is; the planner has answered the last one.
     Late,
+    /// The planner has said that this call has none.
+    None,
+    /// It has said so of a later call, and has none for this one.
+    Passed,
+    /// It has said so of a later call, and has one for this one.
+    WholeAndPassed,
+    /// Nothing is, and the planner's process is gone.
+    Deserted,
     /// Quotas that do not add up.
     Wrong,
     /// It comes word by word while the rank waits, in any order.
@@ -31,17 +39,37 @@ pub enum Plan {
     AtLast,
 }
 
+/// A board whose planner may be gone.
+struct Watched {
+    heap: Heap,
+    deserted: AtomicBool,
+}
+
+impl Region for Watched {
+    fn words(&self) -> &[AtomicU64] {
+        self.heap.words()
+    }
+
+    fn presence(&self, _end: End) -> Presence {
+        // Relaxed: all in one thread.
+        let gone = self.deserted.load(Ordering::Relaxed);
+        if gone { Presence::Gone } else { Presence::Here }
+    }
+}
+
 /// A rank's calls over two boards with the same words: the kernel at one, a port of the board's own crate at the other.
 pub struct Live<'a, 'b> {
     pub rank: &'a mut Rank<'b>,
     shape: waterfill_board::Shape,
     board: Heap,
-    expected: Arc<Heap>,
-    port: Port<Arc<Heap>>,
+    expected: Arc<Watched>,
+    port: Port<Arc<Watched>>,
     state: State,
     sequence: Sequence,
     /// Waits in a row that ended at the cap.
     failures: u32,
+    /// Calls that waited.
+    waited: u64,
     /// What comes to the kernel's board while it waits: places and words.
     arriving: Vec<(usize, u64)>,
 }
@@ -51,7 +79,8 @@ impl<'a, 'b> Live<'a, 'b> {
     pub fn new(rank: &'a mut Rank<'b>, by_expert: bool, last: u32) -> Self {
         let counts = if by_expert { rank.shape.experts } else { rank.shape.ranks };
         let shape = waterfill_board::Shape::new(rank.shape.ranks, counts).unwrap();
-        let expected = Arc::new(Heap::new(shape));
+        let deserted = AtomicBool::new(false);
+        let expected = Arc::new(Watched { heap: Heap::new(shape), deserted });
         let mut port = Port::new(Arc::clone(&expected), shape, CostModel::Rows, rank.rank).unwrap();
         if let Some(last) = Sequence::from_tag(last) {
             port.resume_after(last);
@@ -67,6 +96,7 @@ impl<'a, 'b> Live<'a, 'b> {
             state,
             sequence,
             failures: 0,
+            waited: 0,
             arriving: Vec::new(),
         }
     }
@@ -82,9 +112,18 @@ impl<'a, 'b> Live<'a, 'b> {
         let counted = batch.counted(&self.rank.shape);
         self.plant(plan, &counted);
         let words = gathered.then(|| self.gather(&counted));
-        let quotas = self.exchange(&counted);
+        let deserted = plan == Plan::Deserted;
+        // Relaxed: all in one thread.
+        self.expected.deserted.store(deserted, Ordering::Relaxed);
+        store(&self.board, self.shape.deserted(self.rank.rank), deserted.into());
+        let cap = if deserted { Duration::MAX } else { Duration::ZERO };
+        let before = self.waited;
+        let quotas = self.exchange(&counted, cap);
+        if gathered {
+            self.tell_of_others(self.waited > before);
+        }
         let cap_ns = match plan {
-            Plan::Arriving => u64::MAX,
+            Plan::Arriving | Plan::Deserted => u64::MAX,
             Plan::AtLast => 0,
             _ => self.rank.random.pick(&[0, 1, 20_000]),
         };
@@ -116,27 +155,41 @@ impl<'a, 'b> Live<'a, 'b> {
     }
 
     /// By the port: the words it posts, the quotas it goes on with.
-    fn exchange(&mut self, counted: &Counted) -> Vec<u32> {
+    fn exchange(&mut self, counted: &Counted, cap: Duration) -> Vec<u32> {
         let by_expert = self.shape.experts != self.shape.ranks;
         let counts = if by_expert { &counted.counts } else { &counted.loads };
         let posted = Posted { tokens: counted.tokens, visits: &counted.visits, counts };
         let mut quotas = vec![0; self.shape.ranks];
-        match self.port.exchange(posted, Duration::ZERO, &mut quotas).unwrap() {
+        let source = self.port.exchange(posted, cap, &mut quotas).unwrap();
+        match source {
             Source::TimedOut => self.failures += 1,
-            Source::Live | Source::Torn => self.failures = 0,
-            Source::Broken => (),
+            Source::Live | Source::Torn | Source::NoPlan => self.failures = 0,
+            // After two calls that were not answered, or at once where the planner is gone.
+            Source::Broken => self.failures = self.failures.max(2),
         }
+        self.waited += u64::from(source != Source::Broken);
         quotas
     }
 
     fn plant(&mut self, plan: Plan, counted: &Counted) {
         let right = counted.random_quotas(&mut self.rank.random, self.rank.rank);
         let quotas = if plan == Plan::Wrong { self.rank.wrong(&right) } else { right };
-        let sequence = match plan {
-            Plan::Missing => return,
-            Plan::Late => previous(self.sequence),
-            _ => self.sequence,
+        let sequence = self.sequence;
+        let without_plan = match plan {
+            Plan::Late => Some(previous(sequence)),
+            Plan::None => Some(sequence),
+            Plan::Passed | Plan::WholeAndPassed => Some(sequence.next()),
+            _ => None,
         };
+        // Anew each time: what was said of a later call may not be so in the next one.
+        let (at, said) = (self.shape.without_plan(self.rank.rank), without_plan);
+        let said = said.map_or(0, |last| word(last, 0));
+        store(&self.expected.heap, at, said);
+        store(&self.board, at, said);
+        let nothing = [Plan::Missing, Plan::Late, Plan::None, Plan::Passed, Plan::Deserted];
+        if nothing.contains(&plan) {
+            return;
+        }
         let start = self.shape.quotas(sequence.tag(), self.rank.rank);
         let words = quotas.iter().map(|&quota| word(sequence, quota));
         let mut words: Vec<_> = words.enumerate().map(|(i, word)| (start + i, word)).collect();
@@ -144,7 +197,7 @@ impl<'a, 'b> Live<'a, 'b> {
         if plan == Plan::Partial {
             words.pop();
         }
-        words.iter().for_each(|&(at, word)| store(&self.expected, at, word));
+        words.iter().for_each(|&(at, word)| store(&self.expected.heap, at, word));
         if matches!(plan, Plan::Arriving | Plan::AtLast) {
             self.arriving = words;
         } else {
@@ -161,7 +214,7 @@ impl<'a, 'b> Live<'a, 'b> {
                 words.fill_with(|| self.rank.random.next() as u32);
                 let start = self.shape.counts(self.sequence.tag(), rank);
                 for (i, &value) in words.iter().enumerate() {
-                    store(&self.expected, start + i, word(self.sequence, value));
+                    store(&self.expected.heap, start + i, word(self.sequence, value));
                 }
             }
             gathered.extend(words);
@@ -169,17 +222,33 @@ impl<'a, 'b> Live<'a, 'b> {
         gathered
     }
 
+    /// At the port's board, as the kernel is to post it for all: whether this rank waits, which a wait to the cap takes back.
+    fn tell_of_others(&self, waited: bool) {
+        let last = |rank| self.shape.counts(self.sequence.tag(), rank) + self.shape.posted() - 1;
+        // Relaxed: all in one thread.
+        let own = self.expected.words()[last(self.rank.rank)].load(Ordering::Relaxed) as u32;
+        let waits = u32::from(waited).max(own);
+        for rank in (0..self.shape.ranks).filter(|&rank| rank != self.rank.rank) {
+            store(&self.expected.heap, last(rank), word(self.sequence, waits));
+        }
+    }
+
     /// Both boards, but for the port's own figures; and the state.
     fn compares(&self) -> Checked {
         let load = |board: &Heap| -> Vec<u64> {
             board.words().iter().map(|word| word.load(Ordering::Relaxed)).collect()
         };
+        let (shape, rank) = (&self.shape, self.rank.rank);
         let tally = self.port.tally();
-        let tally = [tally.live, tally.timed_out, tally.broken, tally.torn];
-        let mut expected = load(&self.expected);
-        expected[..self.shape.ring()].fill(0);
-        expected[self.shape.rank_tally(self.rank.rank) + 1..][..4].copy_from_slice(&tally);
-        same("the board", &load(&self.board), &expected)?;
+        let tally = [tally.live, tally.none, tally.timed_out, tally.broken, tally.torn];
+        let found = load(&self.board);
+        let mut expected = load(&self.expected.heap);
+        let without_plan = expected[shape.without_plan(rank)];
+        expected[..shape.ring()].fill(0);
+        expected[shape.calls_of(rank)..][..tally.len()].copy_from_slice(&tally);
+        expected[shape.without_plan(rank)] = without_plan;
+        expected[shape.deserted(rank)] = found[shape.deserted(rank)];
+        same("the board", &found, &expected)?;
         same("the tally", &self.state.tally, &tally)?;
         let expected = [self.sequence.tag(), self.failures];
         same("sequence and failures", &[self.state.last, self.state.failures], &expected)

@@ -52,6 +52,7 @@ inline uint4 read_cluster_four(const u32 *words, u32 other, FROM) { return read_
 #endif
 
 inline u64 load_relaxed(const u64 *word) { return *word; }
+inline u64 load_acquire(const u64 *word) { return *word; }
 inline void store_relaxed(u64 *word, u64 value) { *word = value; }
 
 // It goes on as it is read, so lanes read different times.

@@ -110,14 +110,14 @@ impl<'a> Rank<'a> {
         let mut state = State::default();
         let args = self.args(&mut state);
         self.expands(&batch, Args { mode: OWN, ..args }, &own, &mut || ())?;
-        same("the tally of own quotas", &state.tally, &[0; 4])?;
+        same("the tally of own quotas", &state.tally, &[0; 5])?;
 
         let given = counted.random_quotas(&mut self.random, self.rank);
         let args = Args { mode: GIVEN, ..args };
         self.expands(&batch, Args { quotas: address(&given), ..args }, &given, &mut || ())?;
         let wrong = self.wrong(&given);
         self.expands(&batch, Args { quotas: address(&wrong), ..args }, &own, &mut || ())?;
-        same("the tally of given quotas", &state.tally, &[1, 0, 0, 1])?;
+        same("the tally of given quotas", &state.tally, &[1, 0, 0, 0, 1])?;
         self.counts(&batch, &counted)
     }
 
@@ -150,7 +150,7 @@ impl<'a> Rank<'a> {
             )?;
             same("counts", bytes(&words), &guarded(&posted))?;
         }
-        same("the state after counts", &state.tally, &[0; 4])
+        same("the state after counts", &state.tally, &[0; 5])
     }
 
     /// As the runner launches each kernel once.
@@ -162,7 +162,7 @@ impl<'a> Rank<'a> {
                 self.launch_kernel(own_only, &cut, self.args(&mut state), &mut || ())?;
             }
         }
-        same("the state after an empty launch", &state.tally, &[0; 4])
+        same("the state after an empty launch", &state.tally, &[0; 5])
     }
 }
 
