@@ -6,6 +6,7 @@ sglang in ``waterfill_rs.sglang``. Importing this package imports neither numpy 
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -13,6 +14,9 @@ from typing import Literal, NamedTuple
 from waterfill_rs import _native
 from waterfill_rs._native import CostModel, Plan, __version__
 from waterfill_rs.integers import Integers, flat, misfit
+
+# A fork's child has copies of this process's locks at boards, and is no rank.
+os.register_at_fork(after_in_child=_native.leave_boards_in_child)
 
 __all__ = ["CostModel", "Plan", "Score", "__version__", "level", "own_quotas", "plan", "score"]
 

@@ -163,11 +163,14 @@ class Observer:
     def snapshot(self) -> dict[str, Any]:
         """What ranks and planner counted until now.
 
-        ``version``, ``ranks``, ``experts``; ``by_rank``: for each ``process``, ``calls``, and of these ``live``,
-        ``timed_out``, ``broken``, ``torn``; ``tokens``; ``wait_us`` with ``p50``, ``p99``, ``max`` and ``buckets``
-        (upper limit, count). ``planner``: ``process``, plans ``whole`` and ``partial``, calls ``refused``; sums
+        ``version``, ``ranks``, ``experts``; ``by_rank``: for each ``process`` (its id, for display), ``alive`` by what
+        the kernel says of it (None if it did not come yet or cannot be watched), ``calls``, and of these ``live``, ``none``
+        (the planner said that there is no plan), ``timed_out``, ``broken``, ``torn``; ``tokens`` (0 for ranks on a
+        GPU); ``wait_us`` with ``p50``, ``p99``, ``max`` and ``buckets`` (upper limit, count). ``planner``:
+        ``process``, ``alive``; plans ``whole``, and ``partial`` without gone ranks; calls without a plan because a
+        rank was ``late``, still ``silent``, a rank had ``given_up`` the planner, or counts were ``refused``; sums
         over plans of the slowest rank's cost with shared rows at home (``home_max``) and as planned
-        (``planned_max``) and of the ``mean``; ``missed``, calls that each rank was not there for.
+        (``planned_max``) and of the ``mean``; ``missed``, calls that ended without each rank's counts.
         """
 
 @final
@@ -184,7 +187,36 @@ class PlannerThread:
         core: int | None = None,
     ) -> PlannerThread:
         """``pace``: ``spin``, pinned to ``core`` if given, or ``park``."""
+    @property
+    def unwatched(self) -> str | None:
+        """Why the ranks cannot see whether this process lives, if they can't."""
+    def wake(self) -> None:
+        """Before a call: if the thread sleeps, it is awake by the time that the counts come."""
     def stop(self) -> None: ...
+
+@final
+class DeviceEnd:
+    """The end of a rank whose calls a kernel makes: others see that its process lives, and it whether the planner's does.
+
+    ``plans``: the planner is in this process.
+    """
+
+    def __new__(cls, board: Board, rank: int, plans: bool) -> DeviceEnd: ...
+    @property
+    def unwatched(self) -> str | None:
+        """Why the others cannot see whether this process lives, if they can't."""
+    def leave(self) -> None:
+        """This process leaves the board: it makes no more calls."""
+
+def leave_boards_in_child() -> None:
+    """In the child of a fork: no longer seem to be the parent at its boards."""
+
+def board_bytes(ranks: int, experts: int) -> int:
+    """What a board of this shape takes of the shared memory.
+
+    Raises:
+        ValueError: experts that do not divide over the ranks.
+    """
 
 @final
 class Solo:
@@ -211,13 +243,16 @@ class Port:
     def unsafe_quotas_ptr(
         self, ids: tuple[int, int, int, int], cap_us: int
     ) -> tuple[str, list[int]]:
-        """How the call ended (``live``, ``timed_out``, ``broken``, ``torn``) and the quotas ``[ranks]``.
+        """How the call ended (``live``, ``none``, ``timed_out``, ``broken``, ``torn``) and the quotas ``[ranks]``.
 
         Raises:
             RuntimeError: this process is a fork of the one that made the object.
         """
+    @property
+    def unwatched(self) -> str | None:
+        """Why the others cannot see whether this process lives, if they can't."""
     def tally(self) -> dict[str, Any]:
-        """One entry of ``by_rank`` of a snapshot."""
+        """One entry of ``by_rank`` of a snapshot, but ``alive``."""
 
 @final
 class GroupPlanner:
@@ -287,4 +322,4 @@ class CudaRunner:
         """One launch on ``stream``. Quotas at an address unless 0; else live ones, waited for ``cap_us``, of the
         counts ``[ranks, words]`` at ``gathered`` unless 0; else own."""
     def tally(self, stream: int) -> dict[str, int]:
-        """``live``, ``timed_out``, ``broken``, ``torn``: how calls with given or live quotas ended; waits for the stream."""
+        """``live``, ``none``, ``timed_out``, ``broken``, ``torn``: how calls with given or live quotas ended; waits for the stream."""

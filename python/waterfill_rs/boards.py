@@ -6,6 +6,7 @@ A board's name is gone once its ranks are attached, but each of them keeps it op
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 from waterfill_rs import _native
 
-__all__ = ["Board", "find", "is_alive"]
+__all__ = ["Board", "find", "is_left_behind"]
 
 _NAME = re.compile(r"/dev/shm/(waterfill-rs-\S+)")
 
@@ -28,11 +29,8 @@ class Board:
     observer: _native.Observer
 
     def snapshot(self) -> dict[str, Any]:
-        """See ``Observer.snapshot`` in ``_native.pyi``; with ``name``, and whether each process is ``alive``."""
-        snapshot = {"name": self.name, **self.observer.snapshot()}
-        for each in (*snapshot["by_rank"], snapshot["planner"]):
-            each["alive"] = is_alive(each["process"])
-        return snapshot
+        """See ``Observer.snapshot`` in ``_native.pyi``; with ``name``."""
+        return {"name": self.name, **self.observer.snapshot()}
 
 
 def find() -> list[Board]:
@@ -64,10 +62,16 @@ def _open_segments() -> Iterator[tuple[str, Path]]:
                 yield name[1], entry
 
 
-def is_alive(process: int) -> bool:
-    """Whether a process of that id runs; one that ended and was not waited for yet does not."""
+def is_left_behind(path: Path) -> bool:
+    """Whether the creator of the board at ``path``, a name in /dev/shm, is gone: the kernel has freed its lock."""
     try:
-        state = Path(f"/proc/{process}/stat").read_text("ascii", errors="replace")
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False  # Gone meanwhile, or another user's.
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return False
-    return state.rpartition(")")[2].split()[0] not in "ZX"
+    finally:
+        os.close(file)
+    return True

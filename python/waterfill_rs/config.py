@@ -28,6 +28,7 @@ PLANNER_VARIABLE = "WATERFILL_RS_PLANNER"
 BACKENDS = ("auto", "rust", "upstream", "off")
 PACES: tuple[Pace, ...] = ("auto", "inline", "park", "spin")
 LONGEST_TIMEOUT_US = 10_000_000
+"""Below the time after which DeepEP's own dispatch gives up, 100 s."""
 _BOOLEANS = {"": False, "0": False, "false": False, "1": True, "true": True}
 
 

@@ -170,7 +170,7 @@ class Expander:
         )
 
     def tally(self) -> dict[str, int]:
-        """How calls with given or live quotas ended: ``live``, ``timed_out``, ``broken``, ``torn``. Waits for them."""
+        """How calls with given or live quotas ended: ``live``, ``none``, ``timed_out``, ``broken``, ``torn``. Waits for them."""
         return self._runner.tally(self._stream())
 
     def _stream(self) -> int:

@@ -18,12 +18,13 @@ from waterfill_rs.comparison import Batch, Layer, Result, compare
 from waterfill_rs.config import PACES
 from waterfill_rs.rank_processes import Outcome, Setup
 from waterfill_rs.rendezvous import BoardSettings
+from waterfill_rs.status import ENDS
 from waterfill_rs.workload import Router, documents
 
 __all__ = ["add_command"]
 
-CROWDED_CAP_US = 100_000
-"""Where ranks share cores they wait for each other's time slices."""
+CAP_US = 250_000
+"""A server's, but shorter: a stopped rank is to be seen within the demo."""
 
 
 def add_command(commands: Any) -> None:
@@ -56,7 +57,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--cap-us",
         type=int,
-        help=f"longest wait of an exchange (500; {CROWDED_CAP_US} if ranks share cores)",
+        default=CAP_US,
+        help=f"longest wait of an exchange, in microseconds ({CAP_US})",
     )
     parser.add_argument("--json", type=Path, help="write ranks, and every layer, step and policy")
     parser.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
@@ -101,11 +103,7 @@ def _setup(arguments: argparse.Namespace) -> Setup:
     # What ranks would refuse one by one is refused here, once.
     Router(arguments.experts, arguments.top_k, 0)
     waterfill_rs.plan([0] * ranks, [0] * ranks, ranks=ranks, physical_experts=arguments.experts)
-    cap_us = arguments.cap_us
-    if cap_us is None:
-        # A planner's thread beside the ranks.
-        cap_us = 500 if _cores() > ranks else CROWDED_CAP_US
-    _at_least_1("cap_us", cap_us)
+    _at_least_1("cap_us", arguments.cap_us)
     return Setup(
         ranks=ranks,
         experts=arguments.experts,
@@ -115,7 +113,7 @@ def _setup(arguments: argparse.Namespace) -> Setup:
         tokens=arguments.tokens,
         step_s=arguments.step_ms / 1000,
         stall_s=arguments.stall_ms / 1000,
-        board=BoardSettings(cap_us=cap_us, pace=arguments.planner),
+        board=BoardSettings(cap_us=arguments.cap_us, pace=arguments.planner),
         kill=_moments("--kill", arguments.kill or (), ranks, steps),
         stall=_moments("--stall", arguments.stall or (), ranks, steps),
     )
@@ -160,7 +158,7 @@ class _Progress:
 
 def _of_rank(rank: int, tally: dict[str, Any], setup: Setup) -> dict[str, Any]:
     """What the board says of a rank, dead ones too."""
-    fallbacks = {name: tally[name] for name in ("timed_out", "broken", "torn")}
+    fallbacks = {name: tally[name] for name in ENDS if name != "live"}
     return {
         "rank": rank,
         "steps": tally["calls"] // setup.layers,
@@ -183,7 +181,8 @@ def _print_ranks(ranks: list[dict[str, Any]], outcome: Outcome, setup: Setup) ->
     planner = outcome.planner
     missed = {rank: calls for rank, calls in enumerate(planner["missed"]) if calls}
     print(
-        f"{planner['whole']} plans from all ranks' counts, {planner['partial']} without late or gone ranks"
+        f"{planner['whole']} plans from all ranks' counts, {planner['partial']} without gone ranks, "
+        f"{planner['late'] + planner['silent']} calls without a plan because a rank was late"
         + (f" (calls missed, by rank: {missed})." if missed else ".")
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from waterfill_rs import CostModel, _native
 from waterfill_rs.cuda import Expander
+from waterfill_rs.rendezvous import BoardSettings
 
 __all__ = ["DeviceExchange", "DeviceGroupExchange"]
 
@@ -30,6 +31,8 @@ class DeviceExchange:
 
     Args:
         plans: this process has the board's planner. Of ranks that share a board, rank 0 has.
+        cap_us: a wait's longest, if the planner does not answer.
+        patience_us: how long the planner waits for the counts of ranks that live; less than ``cap_us``.
     """
 
     def __init__(
@@ -42,8 +45,8 @@ class DeviceExchange:
         reason: str,
         board: _native.Board | None = None,
         plans: bool = False,
-        cap_us: int = 500,
-        patience_us: int = 250,
+        cap_us: int = BoardSettings.cap_us,
+        patience_us: int = BoardSettings().patience_us,
         pace: str = "park",
         core: int | None = None,
     ) -> None:
@@ -54,10 +57,16 @@ class DeviceExchange:
         self._cap_us = None if board is None else cap_us
         self._expander: Expander | None = None
         self._planner: _native.PlannerThread | None = None
+        self._end: _native.DeviceEnd | None = None
+        self.unwatched: str | None = None
+        if board is not None:
+            self._end = _native.DeviceEnd(board, rank, plans)
+            self.unwatched = self._end.unwatched
         if board is not None and plans:
             self._planner = _native.PlannerThread(
                 board, CostModel.rows(), patience_us=patience_us, pace=pace, core=core
             )
+            self.unwatched = self.unwatched or self._planner.unwatched
 
     def expand(self, ids: Tensor, weights: Tensor, shared_weight: float) -> tuple[Tensor, Tensor]:
         """Widen ids and weights ``[N, K]`` to ``[N, K + 1]``; N may be 0. See ``waterfill_rs.torch``.
@@ -67,6 +76,8 @@ class DeviceExchange:
             RuntimeError: the first call within a capture; no driver or NVRTC.
         """
         expander = self._expander or self._prepare(ids, weights)
+        if self._planner is not None:
+            self._planner.wake()
         return expander(ids, weights, shared_weight, cap_us=self._cap_us)
 
     def _prepare(self, ids: Tensor, weights: Tensor) -> Expander:
@@ -88,13 +99,15 @@ class DeviceExchange:
         """How the calls with live counts ended so far, as the kernel tells the board: does not wait for the device."""
         if self.board is None:
             return {"calls": 0}
-        tally = self.board.snapshot()["by_rank"][self._shape["rank"]]
-        return {name: tally[name] for name in ("calls", "live", "timed_out", "broken", "torn")}
+        tally: dict[str, Any] = self.board.snapshot()["by_rank"][self._shape["rank"]]
+        return tally
 
     def close(self) -> None:
-        """End the planner's thread. Graphs that were captured are not replayed afterwards."""
+        """End the planner's thread, and leave the board. Graphs that were captured are not replayed afterwards."""
         if self._planner is not None:
             self._planner.stop()
+        if self._end is not None:
+            self._end.leave()
 
 
 class DeviceGroupExchange(DeviceExchange):
@@ -117,7 +130,8 @@ class DeviceGroupExchange(DeviceExchange):
         rank: int,
         reason: str,
         board: _native.Board,
-        cap_us: int = 500,
+        cap_us: int = BoardSettings.cap_us,
+        patience_us: int = BoardSettings().patience_us,
         pace: str = "park",
     ) -> None:
         super().__init__(
@@ -129,8 +143,7 @@ class DeviceGroupExchange(DeviceExchange):
             board=board,
             plans=True,
             cap_us=cap_us,
-            # All counts come at once. Should one not, then rather no plan in time than one that no other rank has.
-            patience_us=2 * cap_us,
+            patience_us=patience_us,
             pace=pace,
         )
         self.name = "group"
@@ -149,6 +162,8 @@ class DeviceGroupExchange(DeviceExchange):
             self._gather()
             raise
         self._gather()
+        if self._planner is not None:
+            self._planner.wake()
         return expander(ids, weights, shared_weight, cap_us=self._cap_us, gathered=self._all)
 
     def _gather(self) -> None:

@@ -111,7 +111,7 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
         "gpu": lambda: checks.driver(gpus),
         "nvrtc": lambda: checks.nvrtc(gpus, nvrtc.files()),
         "mps": lambda: checks.mps(gpus, ranks_here, pipes),
-        "boards": lambda: checks.boards(SHARED_MEMORY, _boards(), board_finder.is_alive),
+        "boards": lambda: checks.boards(SHARED_MEMORY, _boards(), board_finder.is_left_behind),
         "exchange": lambda: exchange(settings, self_test.run),
     }
     if deep:
@@ -126,13 +126,13 @@ def exchange(settings: BoardSettings, run: Callable[[BoardSettings], self_test.R
     except (OSError, RuntimeError) as error:
         return Finding("exchange", "fail", f"the self-test ended: {error}", "see shm above")
     text = (
-        f"2 processes, {settings.pace}: {rounds.live} of {rounds.calls} rounds within "
-        f"{settings.cap_us} us, median wait {rounds.median_us:.1f} us, longest {rounds.longest_us:.0f}"
+        f"2 processes, planner {settings.pace}: {rounds.live} of {rounds.calls} rounds live, "
+        f"median wait {rounds.median_us:.1f} us, longest {rounds.longest_us:.0f} (at most {settings.cap_us})"
     )
     if not rounds.live:
         return Finding("exchange", "fail", text, "see cpu above; WATERFILL_RS_EXCHANGE=group")
     if rounds.live < LEAST_LIVE * rounds.calls:
-        advice = "see cpu above; a busy machine can raise WATERFILL_RS_TIMEOUT_US"
+        advice = "see cpu above: layers without a live plan take own counts"
         return Finding("exchange", "warn", text, advice)
     return Finding("exchange", "ok", text)
 

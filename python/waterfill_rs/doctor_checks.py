@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from waterfill_rs import _native
 from waterfill_rs.config import (
     BACKEND_VARIABLE,
     EXCHANGE_VARIABLE,
@@ -25,7 +26,6 @@ from waterfill_rs.config import (
 __all__ = [
     "Entry",
     "Finding",
-    "board_bytes",
     "boards",
     "cgroup_quota",
     "cpus",
@@ -53,7 +53,7 @@ VARIABLES = (
 LARGEST = (1024, 1024)
 """Ranks and experts of the largest board."""
 USUAL_EXPERTS = 256
-_BOARD_NAME = re.compile(r"waterfill-rs-(\d+)-[0-9a-f]+")
+_BOARD_NAME = re.compile(r"waterfill-rs-\d+-[0-9a-f]+")
 
 
 class Entry(NamedTuple):
@@ -174,24 +174,13 @@ def variables(environment: Mapping[str, str]) -> Finding:
     board = config.board
     text = (
         f"{config.backend}{', required' if config.required else ''}, exchange {config.exchange}, "
-        f"at most {board.cap_us} us a layer, planner {board.pace}"
+        f"a layer waits at most {board.cap_us} us for a rank that lives, planner {board.pace}"
     )
     if not config.enabled:
         return Finding(
             "variables", "warn", f"{text}: sglang is left as it is", "unset WATERFILL_RS"
         )
     return Finding("variables", "ok", text)
-
-
-def board_bytes(ranks: int, experts: int) -> int:
-    """What a board takes of the shared memory; a test holds it against real ones."""
-
-    def lines(words: int) -> int:
-        return -(-words // 8) * 8
-
-    tallies = ranks * (8 + 128) + 8 + ranks
-    slot = ranks * (lines(1 + ranks + experts) + lines(ranks))
-    return 8 * (16 + lines(tallies) + 4 * slot)
 
 
 def shared_memory(folder: Path, mounts: str, free: int | None, ranks: int) -> Finding:
@@ -202,7 +191,8 @@ def shared_memory(folder: Path, mounts: str, free: int | None, ranks: int) -> Fi
     mode = stat.S_IMODE(folder.stat().st_mode)
     kinds = [line.split()[2] for line in mounts.splitlines() if line.split()[1] == str(folder)]
     kind = kinds[-1] if kinds else "no file system of its own"
-    needed, largest = 2 * board_bytes(ranks, USUAL_EXPERTS), board_bytes(*LARGEST)
+    needed = 2 * _native.board_bytes(ranks, USUAL_EXPERTS)
+    largest = _native.board_bytes(*LARGEST)
     text = (
         f"{folder}: {kind}, mode {mode:04o}, {_mib(free)} MiB free; two boards of {ranks} ranks x "
         f"{USUAL_EXPERTS} experts take {_mib(needed)}, one of {LARGEST[0]} x {LARGEST[1]} {_mib(largest)}"
@@ -266,6 +256,10 @@ def cpus(cores: int, quota: float | None, ranks: int, pace: str, gpus: int = 0) 
     )
     text = f"{cores} cores, {limit}; {ranks} ranks, planner {pace}"
     usable = cores if quota is None else min(cores, quota)
+    # With layers on GPUs a thread plans: a core's work as long as the server is busy.
+    threads = int(gpus > 0 or pace in ("park", "spin"))
+    if threads:
+        text += ", which takes one core while the server is busy"
     if pace == "inline" and gpus:
         advice = "WATERFILL_RS_PLANNER=auto: ranks with layers on a GPU refuse inline, and end"
         return Finding("cpu", "fail", text, advice)
@@ -275,9 +269,10 @@ def cpus(cores: int, quota: float | None, ranks: int, pace: str, gpus: int = 0) 
         return Finding("cpu", "fail", text, advice)
     if pace == "spin" and quota is not None:
         return Finding("cpu", "warn", text, f"{calm}: a spinning thread uses the group's time up")
-    if usable < 2 * ranks:
+    if usable < 2 * ranks + threads:
+        planner = " and one for the planner" if threads else ""
         advice = (
-            f"give 2 CPUs a rank ({2 * ranks}): with fewer, layers wait for a core and go on alone"
+            f"give 2 CPUs a rank{planner} ({2 * ranks + threads}): with fewer, layers wait for a core"
         )
         return Finding("cpu", "warn", text, advice)
     return Finding("cpu", "ok", text)
@@ -339,26 +334,26 @@ def mps(gpus: int, ranks: int, pipes: Path) -> Finding:
 
 
 def boards(
-    folder: Path, seen: Sequence[Mapping[str, Any]], is_alive: Callable[[int], bool]
+    folder: Path, seen: Sequence[Mapping[str, Any]], is_left_behind: Callable[[Path], bool]
 ) -> Finding:
-    """``seen``: snapshots of the boards in use. A name that nobody has open any more is a crash's."""
+    """``seen``: snapshots of the boards in use. ``is_left_behind``: whether the creator of the board of this name is gone."""
     in_use = {snapshot["name"] for snapshot in seen}
     stale = [
         path
         for path in sorted(folder.glob("waterfill-rs-*"))
-        if (name := _BOARD_NAME.fullmatch(path.name))
+        if _BOARD_NAME.fullmatch(path.name)
         and path.name not in in_use
-        and not is_alive(int(name[1]))
+        and is_left_behind(path)
     ]
     if stale:
         names = " ".join(map(str, stale))
-        advice = f"rm {names} (unless another container's ranks are just starting)"
+        advice = f"rm {names}; or start a server, which removes them"
         return Finding("boards", "warn", f"left by processes that are gone: {names}", advice)
     gone = [
         f"rank {rank} of {snapshot['name']}"
         for snapshot in seen
         for rank, tally in enumerate(snapshot["by_rank"])
-        if tally["process"] and not tally["alive"]
+        if tally["alive"] is False
     ]
     if gone:
         text = f"{len(seen)} in use; gone: {', '.join(gone)}"

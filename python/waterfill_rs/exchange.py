@@ -20,14 +20,16 @@ Ids = tuple[int, int, int, int]
 
 Pace = Literal["auto", "inline", "park", "spin"]
 """Who plans at a board. ``inline``: the leader's own call while it waits, which ranks on a CUDA device cannot;
-``park``, ``spin``: a thread of the leader, which sleeps when nothing comes for a while, or never sleeps. ``auto``:
-inline on the CPU, park for a device."""
+``park``, ``spin``: a thread of the leader, which sleeps when nothing comes for 0.1 s, or never sleeps. ``auto``:
+inline on the CPU, park for a device. ``park`` spins while calls keep coming, so a busy server costs a core either way."""
 
 
 class Exchange(Protocol):
     """One rank's end. ``reason``: why it is this one, in words."""
 
     reason: str
+    unwatched: str | None
+    """Why the other ranks cannot see whether this process lives, if they have to and can't."""
 
     @property
     def name(self) -> str:
@@ -55,6 +57,7 @@ class SoloExchange:
     """Own counts only."""
 
     name = "solo"
+    unwatched = None
 
     def __init__(
         self, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str
@@ -75,8 +78,9 @@ class SoloExchange:
 class BoardExchange:
     """Live counts of the ranks of one node, through shared memory.
 
-    A wait ends after ``cap_us``; then the quotas are from own counts. The leader, rank 0, has the planner,
-    which waits ``patience_us`` for late ranks from a call's first counts on.
+    The leader, rank 0, has the planner. It waits for the counts of all ranks that live, ``patience_us`` from a call's
+    first counts on; if a rank's are not there then, no rank has a plan for this call, and all take own counts at once.
+    A rank whose planner does not answer takes own counts after ``cap_us``.
     """
 
     name = "board"
@@ -101,12 +105,16 @@ class BoardExchange:
         self._end = _native.Port(
             board, rank, cost_model, plans_patience_us=patience_us if rank == 0 and inline else None
         )
+        self.unwatched = self._end.unwatched
         if rank == 0 and not inline:
             self._planner = _native.PlannerThread(
                 board, cost_model, patience_us=patience_us, pace=pace, core=core
             )
+            self.unwatched = self.unwatched or self._planner.unwatched
 
     def quotas(self, ids: Ids) -> list[int]:
+        if self._planner is not None:
+            self._planner.wake()
         return self._end.unsafe_quotas_ptr(ids, self._cap_us)[1]
 
     def tally(self) -> dict[str, Any]:
@@ -124,6 +132,7 @@ class GroupExchange:
     """
 
     name = "group"
+    unwatched = None
 
     def __init__(
         self, link: Link, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str

@@ -7,6 +7,7 @@ tried if the cards say one host; the random token in its header, read back by ev
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CHOICES", "BoardSettings", "Choice", "Store", "board_name", "open_exchange"]
 
+logger = logging.getLogger(__name__)
+
 Choice = Literal["auto", "solo", "board", "group"]
 Name = Literal["solo", "board", "group"]
 CHOICES: tuple[Choice, ...] = ("auto", "solo", "board", "group")
@@ -42,16 +45,20 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class BoardSettings:
-    """``cap_us``: the longest wait of a call. ``pace``, ``core``: see ``waterfill_rs.exchange``."""
+    """``cap_us``: the longest wait of a call. ``pace``, ``core``: see ``waterfill_rs.exchange``.
 
-    cap_us: int = 500
+    A wait for a rank that lives costs nothing that the layer's all-to-all would not wait for anyway, so the cap guards
+    against a process that neither ends nor goes on. See docs/operators.md, "What waiting costs".
+    """
+
+    cap_us: int = 1_000_000
     pace: Pace = "auto"
     core: int | None = None
 
     @property
     def patience_us(self) -> int:
-        """The planner gives late ranks up before the others give the planner up."""
-        return max(1, self.cap_us // 2)
+        """The planner answers for late ranks before the others give the planner up."""
+        return max(1, self.cap_us - self.cap_us // 8)
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,32 @@ def open_exchange(
         user=os.getuid(),
     )
     name, reason = _decide(_meet(store, own, rank))
+    exchange = _open(name, reason, store, own, rank, model, settings, group, device, limits)
+    if exchange.unwatched is not None:
+        logger.warning(
+            "waterfill-rs: rank %d cannot be watched (%s): should its process end, the other ranks wait %g s for it twice, "
+            "and take own counts from then on",
+            rank,
+            exchange.unwatched,
+            settings.patience_us / 1e6,
+        )
+    return exchange
+
+
+def _open(
+    name: Name,
+    reason: str,
+    store: Store,
+    own: _Card,
+    rank: int,
+    model: CostModel,
+    settings: BoardSettings,
+    group: Any,
+    device: torch.device | None,
+    limits: Limits | None,
+) -> Exchange | DeviceExchange:
+    """What was decided on, or what all ranks take where one of them cannot have it."""
+    choice, ranks, experts = own.choice, own.ranks, own.experts
     board: _native.Board | None = None
     if name == "board":
         board, refusal = _open_board(store, ranks, experts if device is None else ranks, rank)
@@ -217,6 +250,7 @@ def _on_device(
             reason=reason,
             board=board,
             cap_us=settings.cap_us,
+            patience_us=settings.patience_us,
             pace=pace,
         )
     return DeviceExchange(
@@ -271,7 +305,7 @@ def _decide(cards: Sequence[_Card]) -> tuple[Name, str]:
     return ("group" if has_group else "solo"), apart
 
 
-def _instead(choice: Choice, lacking: Name, instead: Name, refusal: str) -> tuple[Name, str]:
+def _instead(choice: str, lacking: Name, instead: Name, refusal: str) -> tuple[Name, str]:
     """What is used where ``lacking`` cannot be had, unless that was asked for by name."""
     if choice == lacking:
         raise ValueError(f"the {lacking} was asked for and cannot be had: {refusal}")

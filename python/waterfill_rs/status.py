@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from waterfill_rs import boards
@@ -16,6 +17,8 @@ NO_BOARD = (
     "no board found: no rank of this user exchanges counts over shared memory on this host "
     "(ranks that are alone or exchange by collectives have none)"
 )
+ENDS = ("live", "none", "timed_out", "broken", "torn")
+"""How a rank's calls end, as a snapshot counts them."""
 _LONGEST_INTERVAL = 86_400
 _CLEAR = "\x1b[H\x1b[2J"
 
@@ -77,8 +80,9 @@ def describe(
     lines = [
         f"board {snapshot['name']}: {snapshot['ranks']} ranks, {snapshot['experts']} experts, "
         f"planner in process {planner['process']} ({_state(planner)})",
-        f"  plans: {planner['whole']} from all ranks, {planner['partial']} without late or gone ranks, "
-        f"{planner['refused']} refused",
+        f"  plans: {planner['whole']} from all ranks, {planner['partial']} without gone ones; no plan: "
+        f"{planner['late']} a rank was late, {planner['silent']} it still was, {planner['given_up']} the planner was, "
+        f"{planner['refused']} refused counts",
     ]
     if planner["mean"]:
         home, planned = (planner[name] / planner["mean"] for name in ("home_max", "planned_max"))
@@ -87,28 +91,38 @@ def describe(
         )
     per = "/s" if before else ""
     lines.append(
-        f"{'rank':>6}{'process':>9}{'state':>9}{'live' + per:>11}{'timeouts' + per:>12}{'broken' + per:>10}"
-        f"{'torn' + per:>8}{'missed' + per:>10}   wait us: p50      p99      max"
+        f"{'rank':>6}{'process':>9}{'state':>9}{'live' + per:>11}{'share':>8}{'none' + per:>8}{'timeouts' + per:>12}"
+        f"{'broken' + per:>10}{'torn' + per:>8}{'missed' + per:>10}   wait us: p50      p99      max"
     )
     for rank, tally in enumerate(snapshot["by_rank"]):
         then = before["by_rank"][rank] if before else {}
-        counts = {name: tally[name] for name in ("live", "timed_out", "broken", "torn")}
+        counts = {name: tally[name] for name in ENDS}
         counts["missed"] = planner["missed"][rank]
         if before:
             then = {**then, "missed": before["planner"]["missed"][rank]}
-            counts = {name: round((count - then[name]) / seconds) for name, count in counts.items()}
+            counts = {name: count - then[name] for name, count in counts.items()}
+        share = live_share(counts)
+        if before:
+            counts = {name: round(count / seconds) for name, count in counts.items()}
         waits = tally["wait_us"]
-        # The kernel of a rank on a GPU does not measure its waits.
         told = [f"{waits[n]:.0f}" if waits["buckets"] else "-" for n in ("p50", "p99", "max")]
         lines.append(
-            f"{rank:>6}{tally['process']:>9}{_state(tally):>9}{counts['live']:>11}"
+            f"{rank:>6}{tally['process']:>9}{_state(tally):>9}{counts['live']:>11}{share:>8}{counts['none']:>8}"
             f"{counts['timed_out']:>12}{counts['broken']:>10}{counts['torn']:>8}{counts['missed']:>10}"
             f"       {told[0]:>9}{told[1]:>9}{told[2]:>9}"
         )
     return "\n".join(lines)
 
 
+def live_share(counts: Mapping[str, int]) -> str:
+    """Of calls by how they ended, in words; "-" where there were none."""
+    calls = sum(counts[name] for name in ENDS)
+    # Down, so that 100% are all of them.
+    return f"{counts['live'] * 10_000 // calls / 100:.2f}%" if calls else "-"
+
+
 def _state(each: dict[str, Any]) -> str:
     if each["process"] == 0:
         return "absent"
-    return "alive" if each["alive"] else "gone"
+    # None where the kernel cannot tell, as of a rank that could not lock its byte of the board.
+    return {True: "alive", False: "gone", None: "unknown"}[each["alive"]]

@@ -100,7 +100,7 @@ def test_quotas_that_do_not_add_up_are_refused_and_counted():
         quotas = torch.tensor(wrong, dtype=torch.int32, device="cuda")
         by_kernel = run(topk_ids.cuda(), topk_weights.cuda(), SHARED_WEIGHT, quotas=quotas)
         assert same(by_kernel, on_cpu(topk_ids, topk_weights, experts=256, ranks=8, rank=3))
-    assert run.tally() == {"live": 0, "timed_out": 0, "broken": 0, "torn": 3}
+    assert run.tally() == {"live": 0, "none": 0, "timed_out": 0, "broken": 0, "torn": 3}
 
 
 def test_expand_topk_dispatches_by_device():

@@ -92,11 +92,14 @@ def test_live_plans_are_the_planners(group):
             assert same(out, on_cpu(*made[rank], quotas=quotas, **where)), (
                 f"seed {seed} rank {rank}"
             )
-    live = {"live": 40, "timed_out": 0, "broken": 0, "torn": 0}
+    live = {"live": 40, "none": 0, "timed_out": 0, "broken": 0, "torn": 0}
     assert group.tallies() == [live] * ranks
-    # From outside the same is seen.
+    # From outside the same is seen, and how long the calls waited.
     seen = group.board.snapshot()["by_rank"]
     assert [{name: tally[name] for name in live} for tally in seen] == group.tallies()
+    for tally in seen:
+        assert sum(count for _, count in tally["wait_us"]["buckets"]) == 40
+        assert 0 < tally["wait_us"]["p50"] <= tally["wait_us"]["max"] < SECOND
 
 
 @pytest.mark.parametrize("group", [dict(ranks=2, planner=False)], indirect=True)
@@ -111,8 +114,8 @@ def test_without_a_planner_the_cap_is_kept_and_counted(group):
     for rank in range(2):
         where = dict(experts=EXPERTS, ranks=2, rank=rank)
         assert same(out[rank], on_cpu(*made[rank], **where))
-    assert before == [{"live": 0, "timed_out": 1, "broken": 0, "torn": 0}] * 2
-    assert group.tallies() == [{"live": 0, "timed_out": 2, "broken": 19, "torn": 0}] * 2
+    assert before == [{"live": 0, "none": 0, "timed_out": 1, "broken": 0, "torn": 0}] * 2
+    assert group.tallies() == [{"live": 0, "none": 0, "timed_out": 2, "broken": 19, "torn": 0}] * 2
     assert seconds < 1, f"{seconds} s for 20 steps, one of which waits 2 ms"
     group.planner = group.plan()
     for _ in range(200):
@@ -147,6 +150,48 @@ def test_foreign_bytes_change_nothing_but_the_balance(group):
     finally:
         stop.set()
         writer.join()
+
+
+def test_without_a_ranks_counts_there_is_no_plan_for_any_and_the_next_is_live_again(group):
+    first, second = batches(7, 2)
+    group.step([first, second])
+    begun = time.perf_counter()
+    with torch.cuda.stream(group.streams[0]):
+        ids, weights = first
+        out = group.expanders[0](ids.cuda(), weights.cuda(), SHARED_WEIGHT, cap_us=5 * SECOND)
+    group.streams[0].synchronize()
+    assert 0.9 < time.perf_counter() - begun < 2, "the planner's patience"
+    assert same(out, on_cpu(*first, experts=EXPERTS, ranks=2, rank=0))
+    begun = time.perf_counter()
+    with torch.cuda.stream(group.streams[1]):
+        ids, weights = second
+        out = group.expanders[1](ids.cuda(), weights.cuda(), SHARED_WEIGHT, cap_us=5 * SECOND)
+    group.streams[1].synchronize()
+    assert time.perf_counter() - begun < 0.2, "it is told at once that there is no plan"
+    assert same(out, on_cpu(*second, experts=EXPERTS, ranks=2, rank=1))
+    group.step([first, second])
+    tally = {"live": 2, "none": 1, "timed_out": 0, "broken": 0, "torn": 0}
+    assert group.tallies() == [tally] * 2
+
+
+def test_a_planner_that_is_gone_is_not_waited_for():
+    group = Group(2, planner=False)
+    gone = group.plan()
+    watches = [_native.DeviceEnd(group.board, rank, False) for rank in range(2)]
+    gone.stop()
+    time.sleep(0.1)
+    made = batches(3, 2)
+    begun = time.perf_counter()
+    for _ in range(20):
+        group.step(made, cap_us=5 * SECOND)
+    assert time.perf_counter() - begun < 1
+    broken = {"live": 0, "none": 0, "timed_out": 0, "broken": 20, "torn": 0}
+    assert group.tallies() == [broken] * 2
+    assert [tally["alive"] for tally in group.board.snapshot()["by_rank"]] == [True, True]
+    assert group.board.snapshot()["planner"]["alive"] is False
+    for watch in watches:
+        watch.leave()
+    group.close()
 
 
 def lawful(rank: int, made, ids, weights) -> None:

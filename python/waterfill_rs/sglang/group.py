@@ -11,7 +11,7 @@ from waterfill_rs.config import Config
 from waterfill_rs.device import DeviceExchange
 from waterfill_rs.exchange import Exchange, SoloExchange
 from waterfill_rs.rendezvous import open_exchange
-from waterfill_rs.sglang import metrics
+from waterfill_rs.sglang import live_share, metrics
 from waterfill_rs.sglang.balancer import WaterfillBalancer
 from waterfill_rs.sglang.panics import panics_are_errors
 from waterfill_rs.sglang.peers import Peers
@@ -49,6 +49,8 @@ def connect(
     for balancer in balancers:
         balancer.exchange = exchange
     metrics.watch(exchange, leads=rank == 0)
+    if rank == 0 and exchange.name != "solo":
+        live_share.watch(exchange)
     return exchange
 
 

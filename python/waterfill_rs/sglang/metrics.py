@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import waterfill_rs
-from waterfill_rs.boards import is_alive
 from waterfill_rs.sglang.panics import panics_are_errors
+from waterfill_rs.status import ENDS
 
 __all__ = ["SEAM", "Page", "after_log_stats", "install", "stand_aside", "watch"]
 
@@ -23,7 +23,8 @@ SEAM = "sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.log
 """``(self, stats)``, hooked after; ``self.labels`` are those of all of the scheduler's metrics."""
 
 INTERVAL_S = 5.0
-RESULTS = ("live", "timed_out", "broken", "torn")
+REASONS = ("late", "silent", "given_up", "refused")
+"""Why the planner had no plan, as a snapshot counts it."""
 _POWERS = (*range(11, 21), 22, 24, 27, 30, 33)
 WAIT_BUCKETS_S = tuple(2**power / 1e9 for power in _POWERS)
 """2 microseconds to 8.6 seconds. Powers of two nanoseconds, because the board's own buckets end there too."""
@@ -113,10 +114,11 @@ class _Watched:
         """Gives what the planner's sums grew by."""
         metrics.info.labels(**_info(self._exchange.name, self._exchange.reason), **labels).set(1)
         tally = self._exchange.tally()
-        for result in RESULTS:
-            if result in tally:
-                counter = metrics.exchanges.labels(result=result, **labels)
-                counter.inc(self._grown(result, tally[result]))
+        grown = {result: self._grown(result, tally[result]) for result in ENDS if result in tally}
+        for result, new in grown.items():
+            metrics.exchanges.labels(result=result, **labels).inc(new)
+        if calls := sum(grown.values()):
+            metrics.share.labels(**labels).set(grown["live"] / calls)
         if "wait_us" in tally:
             self._push_waits(metrics.waits.labels(**labels), tally["wait_us"]["buckets"])
         return self._push_board(metrics, labels) if self._board is not None else {}
@@ -132,9 +134,11 @@ class _Watched:
         for peer, tally in enumerate(snapshot["by_rank"]):
             missed = metrics.missed.labels(peer=peer, **labels)
             missed.inc(self._grown(("missed", peer), planner["missed"][peer]))
-            if tally["process"]:  # 0 until the rank has attached.
-                alive = metrics.alive.labels(peer=peer, **labels)
-                alive.set(is_alive(tally["process"]))
+            if tally["alive"] is not None:  # None of a rank that did not come yet, or cannot be watched.
+                metrics.alive.labels(peer=peer, **labels).set(tally["alive"])
+        for reason in REASONS:
+            none = metrics.none.labels(reason=reason, **labels)
+            none.inc(self._grown(("none", reason), planner[reason]))
         sums = ("home_max", "planned_max", "mean")
         return {name: self._grown(name, planner[name]) for name in sums}
 
@@ -167,6 +171,15 @@ class _Metrics:
             "Exchanges of counts, one a MoE layer and pass, by how they ended.",
             (*labels, "result"),
         )
+        self.share = gauge(
+            "sglang:waterfill_live_ratio",
+            "Exchanges with a live plan over all of them, since the last push.",
+        )
+        self.none = Counter(
+            "sglang:waterfill_none_total",
+            "Exchanges for which the planner had no plan, so that all ranks took own counts, by why.",
+            (*labels, "reason"),
+        )
         self.waits = Histogram(
             "sglang:waterfill_exchange_seconds",
             "How long exchanges waited for the plan; the sum is up to a quarter too high.",
@@ -180,7 +193,7 @@ class _Metrics:
         )
         self.missed = Counter(
             "sglang:waterfill_missed_total",
-            "Exchanges that were planned without this rank, because it was late or gone.",
+            "Exchanges that were ended without this rank's counts, because it was late or gone.",
             (*labels, "peer"),
         )
         self.alive = gauge(

@@ -173,12 +173,22 @@ class Preparation:
         told = exchange.name != "board" or fresh[0].rank == 0
         logger.log(
             logging.INFO if told else logging.DEBUG,
-            "waterfill-rs active: %d MoE layers on %s, exchange %s, because %s",
+            "waterfill-rs active: %d MoE layers on %s, exchange %s, because %s%s",
             len(fresh),
             device,
             exchange.name,
             exchange.reason,
+            _waits(config) if exchange.name == "board" else "",
         )
+
+
+def _waits(config: Config) -> str:
+    """What a layer waits for, in words."""
+    board = config.board
+    return (
+        f"; a layer waits for the counts of every rank that lives, {board.patience_us / 1e6:g} s at most, planner "
+        f"{board.pace}; how calls end: waterfill-rs status"
+    )
 
 
 def _model(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
