@@ -11,6 +11,7 @@ COLUMNS = {
     "padding, idle ranks, two batches": "v3_router_gives v3_router_expands hash_router_gives two_batches",
     "draft models": "draft",
     "live counts, 2 ranks": "live",
+    "megamoe, idle ranks": "mega_moe",
     "redundant experts, rebalance": "redundant",
     "indivisible experts refused": "experts_that_do_not",
     "recorder": "recorder",

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["ROWS", "Seams", "differences", "find", "resolve", "row_of"]
+__all__ = ["ROWS", "Seams", "against_posting", "differences", "find", "resolve", "row_of"]
 
 SHARED_WEIGHT = "shared_weight"
 SCALING_FACTOR = "routed_scaling_factor"
@@ -48,6 +48,10 @@ class Seams:
     """Module of the recorder's gatherers."""
     redundant: bool = True
     """Does preparation count redundant experts?"""
+    backend: str = "sglang.srt.layers.moe.utils.get_moe_a2a_backend"
+    """Function that gives the one in force, where the ``ServerArgs`` may hold what was asked for."""
+    mega_moe: str | None = None
+    """A layer under the backend megamoe, ``(moe, hidden_states, ...)``. None where Waterfill is DeepEP's alone."""
 
     @property
     def flag(self) -> str:
@@ -56,6 +60,8 @@ class Seams:
 
 _SERVER_ARGS = "sglang.srt.server_args.get_global_server_args"
 _CONTEXT = "sglang.srt.runtime_context.get_server_args"
+
+_ROUTER = "sglang.srt.layers.moe.topk.TopK"
 
 _V3_ONLY = Seams(
     versions=("0.5.12.post1", "0.5.12.post1"),
@@ -86,6 +92,7 @@ _RENAMED = replace(
     expands="_apply_waterfill",
     prepare="sglang.srt.model_executor.model_runner_components.moe_ep_setup.prepare_moe_topk",
     arguments=_CONTEXT,
+    mega_moe="sglang.srt.layers.moe.mega_moe.forward_mega_moe",
 )
 _FOLDED = replace(_RENAMED, versions=("0.5.23", "0.5.23"), weight=SHARED_WEIGHT)
 
@@ -94,6 +101,8 @@ ROWS = (_FOLDED, _RENAMED, _HASH_LAYERS, _V3_ONLY)
 
 _CONSTRUCTOR = ("num_routed_experts", "world_size", "rank", "layer_id")
 _EXPAND = ("topk_output", "num_tokens")
+_MEGA_MOE = ("moe", "hidden_states")
+_EMPTY = ("self", "device", "layer_id")
 _KEYWORDS = {"is_decode"}
 """Of ``expand_topk``, after 0.5.23: what the forward is for. It changes nothing in a plan of rows."""
 
@@ -136,7 +145,8 @@ def differences(row: Seams) -> list[str]:
     """Everything in which the installed sglang is unlike this row."""
     found = {}
     reasons = []
-    for name in (row.balancer, row.hash_topk, row.prepare, row.arguments, row.group, row.gatherers):
+    parts = (row.balancer, row.hash_topk, row.prepare)
+    for name in (*parts, row.arguments, row.group, row.gatherers, row.backend):
         try:
             found[name] = resolve(name) if name else None
         except (ImportError, AttributeError) as error:
@@ -153,6 +163,30 @@ def differences(row: Seams) -> list[str]:
     ):
         reasons.append(f"{row.prepare} takes no model")
     return reasons
+
+
+def against_posting(row: Seams) -> list[str]:
+    """Why a rank without rows cannot be made to post, once, under the backend megamoe."""
+    import sglang
+
+    version: str = sglang.__version__
+    if row.mega_moe is None:
+        return [f"Waterfill of sglang {version} is for deepep alone"]
+    if row_of(version) is None:
+        return [f"not known of sglang {version} is what a rank without rows does there"]
+    heads = ((row.mega_moe, _MEGA_MOE), (f"{_ROUTER}.empty_topk_output", _EMPTY))
+    return [reason for name, head in heads for reason in _headed(name, head)]
+
+
+def _headed(name: str, head: tuple[str, ...]) -> list[str]:
+    """Does this function take these first?"""
+    try:
+        takes = tuple(inspect.signature(resolve(name)).parameters)
+    except (ImportError, AttributeError) as error:
+        return [f"no {name} ({error})"]
+    if takes[: len(head)] == head:
+        return []
+    return [f"{name} takes {takes}, and waterfill-rs knows {head}"]
 
 
 def _unlike(name: str, function: Any, expected: tuple[str, ...]) -> list[str]:

@@ -92,6 +92,7 @@ def _enter(seams: Seams) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from waterfill_rs.sglang import recorder
+    from waterfill_rs.sglang.mega_moe import post_without_rows
     from waterfill_rs.sglang.preparation import Preparation
 
     ours = _replacements(seams)
@@ -101,11 +102,14 @@ def _enter(seams: Seams) -> None:
         seams.prepare: Preparation(seams, ours, originals).hook,
         f"{seams.gatherers}._SinglePassGatherer.init_new": recorder.gatherer_of_auto(seams),
     }
+    layer = None if compat.against_posting(seams) else seams.mega_moe
     hooked.update(replaced)
     for name, replacement in replaced.items():
         HookRegistry.register(name, replacement, HookType.REPLACE)
     for name, hook in around.items():
         HookRegistry.register(name, hook, HookType.AROUND)
+    if layer:
+        HookRegistry.register(layer, post_without_rows(seams), HookType.BEFORE)
 
 
 def _replacements(seams: Seams) -> dict[str, type]:

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from waterfill_rs.config import Config
-from waterfill_rs.sglang import metrics
+from waterfill_rs.sglang import compat, loaded_hooks, metrics
 from waterfill_rs.sglang.compat import Seams
 from waterfill_rs.sglang.panics import panics_are_errors
 
@@ -52,7 +52,7 @@ def against_device(device: torch.device) -> list[str]:
 
 
 def against_model(arguments: Any, config: Config, seams: Seams) -> list[str]:
-    """What in the ``ServerArgs`` in force keeps us from it."""
+    """What in the ``ServerArgs`` in force, and in what sglang made of them, keeps us from it."""
     reasons = []
     if backend := getattr(arguments, "elastic_ep_backend", None):
         reasons.append(
@@ -69,12 +69,23 @@ def against_model(arguments: Any, config: Config, seams: Seams) -> list[str]:
             f"--ep-num-redundant-experts {redundant}: this sglang's Waterfill takes no notice of redundant experts "
             f"and would misplace ids; use {seams.flag} without them, or a newer sglang"
         )
+    reasons += _against_mega_moe(seams)
     if config.required and is_deterministic(arguments) and config.exchange in ("board", "group"):
         reasons.append(
             f"exchange {config.exchange} with --enable-deterministic-inference: plans would depend on "
             "when other ranks' counts come; only exchange solo (or auto, which then is solo) does not"
         )
     return reasons
+
+
+def _against_mega_moe(seams: Seams) -> list[str]:
+    """Where layers run on megamoe: what would leave their peers waiting for a rank without rows."""
+    if not compat.resolve(seams.backend)().is_megamoe():
+        return []
+    reasons = compat.against_posting(seams)
+    if not reasons and seams.mega_moe and not loaded_hooks.found().get(seams.mega_moe):
+        reasons = [f"{seams.mega_moe} is not ours after registration"]
+    return [f"--moe-a2a-backend megamoe: {reason}" for reason in reasons]
 
 
 def is_deterministic(arguments: Any) -> bool:
