@@ -20,7 +20,7 @@ from server.processes import Engine, Failed, stop_all, wait_all
 from server.recording import Placement, Recording
 from server.schedule import Cell, Clock, message, profiled_cells, profiles_s
 
-START_S, ROUND_S = 400.0, 240.0
+START_S, ROUND_S, PROFILE_ROUND_S = 400.0, 240.0, 45.0
 SAYS_S = 15.0
 """Between tables of what was found so far."""
 MODELLED_FORWARDS = {"prefill": 2, "decode": 8}
@@ -86,6 +86,7 @@ class Bench:
     Args:
         apart: one engine after the other, in place of all at once.
         together: how many fit.
+        sweeps: no more than these, where there is time for more.
         save_results: called after every sweep.
         logs: engines' logs go there.
     """
@@ -96,9 +97,11 @@ class Bench:
         logs: Path,
         together: int,
         apart: bool,
+        sweeps: int | None,
         save_results: Callable[[], None],
     ) -> None:
         self._space, self._logs, self._together, self._apart = space, logs, together, apart
+        self._sweeps = sweeps
         self._save = save_results
         self._number = 0
         self.sglang: str | None = None
@@ -212,6 +215,7 @@ class Bench:
                         self._round(phase, up, plan, cell, 0, ROWS, clock, short=True)
         kept = profiles_s(len(group), phase.cells)
         took: dict[Cell, float] = {}
+        first = sweep
         said = time.monotonic()
         while there():
             measured = False
@@ -227,7 +231,7 @@ class Bench:
                 measured = True
             sweep += 1
             self._save()
-            if not measured or clock.left() < kept:
+            if not measured or clock.left() < kept or sweep - first == self._sweeps:
                 break
             if time.monotonic() - said > SAYS_S:
                 said = time.monotonic()
@@ -259,7 +263,8 @@ class Bench:
         asked = message(cell, plan, phase.ranks, self._number, sweep, kind, short)
         try:
             # Past the limit only what runs may end, in a few seconds.
-            result = up[plan.name].round(asked, min(ROUND_S, max(10.0, clock.left() + 5)))
+            longest = PROFILE_ROUND_S if kind == PROFILED else ROUND_S
+            result = up[plan.name].round(asked, min(longest, max(10.0, clock.left() + 5)))
         except Failed as failure:
             print(failure, file=sys.stderr, flush=True)
             self._stop(up, [plan.name])

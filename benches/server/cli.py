@@ -19,7 +19,7 @@ from typing import Any
 
 from server import modes, recording, results, table
 from server.bench import Bench, Phase
-from server.model import GIB_AN_ENGINE
+from server.model import gib_an_engine
 from server.schedule import Cell, Clock, prompt_length
 from server.workspace import Workspace
 
@@ -81,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top-k", type=int, default=6, help="of a dial")
     parser.add_argument("--limit", type=float, default=540, help="seconds for everything")
+    parser.add_argument(
+        "--sweeps",
+        type=int,
+        help="over all cells, at most; by default as many as there is time for",
+    )
     parser.add_argument(
         "--together",
         type=int,
@@ -234,7 +239,14 @@ def _run(options: argparse.Namespace, phases: Sequence[Phase], begin: float) -> 
             document["profiles"] = [profile for phase in phases for profile in phase.profiles]
             results.write(out, document)
 
-        bench = Bench(Workspace(Path(folder)), logs, _together(options), options.apart, save)
+        bench = Bench(
+            Workspace(Path(folder)),
+            logs,
+            _together(options, phases[0]),
+            options.apart,
+            options.sweeps,
+            save,
+        )
         clock = Clock(time.monotonic, begin + options.limit)
         for i, phase in enumerate(phases):
             bench.run(phase, clock.part(1 / (len(phases) - i)))
@@ -261,8 +273,12 @@ def _settings(options: argparse.Namespace, phase: Phase) -> dict[str, Any]:
     }
 
 
-def _together(options: argparse.Namespace) -> int:
+def _together(options: argparse.Namespace, phase: Phase) -> int:
+    """Engines that fit on a GPU; where its memory is not known, all."""
     if options.together:
         return options.together
     memory = [mib for _, mib in results.gpus()]
-    return max(1, min(memory) // 1024 // GIB_AN_ENGINE) if memory else len(modes.MODES)
+    if not memory:
+        return len(modes.MODES)
+    needed = gib_an_engine(options.layers, phase.recordings[0].experts, phase.ranks)
+    return max(1, int(min(memory) / 1024 / needed))

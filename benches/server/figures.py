@@ -104,7 +104,7 @@ def rows_max_mean(name: str, mode: Mode, modelled: Mapping[str, float]) -> tuple
     """The figure, and where it is from: ``counted``, the ``planner``'s sums, or the ``model`` of the recording."""
     if mode.rows:
         return round(statistics.fmean(mode.rows), 5), "counted"
-    if mode.planner.get("mean"):
+    if mode.planner.get("mean") and "planned_max" in mode.planner:
         return round(mode.planner["planned_max"] / mode.planner["mean"], 5), "planner"
     model = {"off": "routed", "auto": "live"}.get(name, name)
     value = modelled.get(model)

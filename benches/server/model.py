@@ -6,8 +6,14 @@ from typing import Any
 
 HIDDEN, INTERMEDIATE, EXPERT_INTERMEDIATE, VOCABULARY = 4096, 8192, 2048, 32000
 DENSE_LAYERS = 1
-GIB_AN_ENGINE = 18
-"""Of a GPU, with 26 layers of 16 experts a rank: weights 13, then KV cache, buffers of the all-to-all, activations."""
+BESIDE_EXPERTS_GIB = 7.5
+"""Of a GPU and engine: the other weights 1.5, then context, KV cache, buffers of the all-to-all, activations, graphs."""
+
+
+def gib_an_engine(layers: int, experts: int, ranks: int) -> float:
+    """About what an engine takes of each GPU: its experts, the shared one among them, are of one byte a weight."""
+    slots = layers * (experts // ranks + 1)
+    return slots * 3 * HIDDEN * EXPERT_INTERMEDIATE / 2**30 + BESIDE_EXPERTS_GIB
 
 
 def config(experts: int, top_k: int, layers: int) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def groups(plans: Sequence[Plan], together: int) -> list[list[Plan]]:
         return [list(plans)]
     stay = [plan for plan in plans if set(plan.modes) & set(REFERENCES)]
     guests = [plan for plan in plans if plan not in stay]
+    guests.sort(key=lambda plan: plan.name != "auto")  # What matters most is first.
     places = together - len(stay)
     if places < 1:
         raise ValueError(

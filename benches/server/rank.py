@@ -31,6 +31,21 @@ def _synchronize() -> None:
     torch.cuda.synchronize()
 
 
+def profiler() -> Any:
+    import torch
+
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+
+def kernel_times(profile: Any) -> dict[str, tuple[float, int]]:
+    """Microseconds and count by kernel."""
+    return {
+        event.key: (float(event.device_time_total), int(event.count))
+        for event in profile.key_averages()
+        if event.device_time_total
+    }
+
+
 class Rank:
     """One process's part.
 
@@ -99,20 +114,21 @@ class Rank:
         return result
 
     def _profiled(self, call: Callable[[], Any]) -> Any:
-        import torch
-
+        """Run it under a profiler; where there can be none, run it all the same."""
         ready = time.monotonic() + (PROFILES_S if self._profiled_before else PROFILE_STARTS_S)
         self._profiled_before = True
         self._synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            time.sleep(max(0.0, ready - time.monotonic()))
-            result = call()
-            self._synchronize()
-        times = {
-            event.key: (float(event.device_time_total), int(event.count))
-            for event in profile.key_averages()
-            if event.device_time_total
-        }
+        try:
+            profile = profiler()
+            profile.start()
+        except Exception as error:
+            print(f"server bench: no profile: {error!r}", flush=True)
+            return call()
+        time.sleep(max(0.0, ready - time.monotonic()))
+        result = call()
+        self._synchronize()
+        profile.stop()
+        times = kernel_times(profile)
         self._profiles[self.mode] = {
             "groups": kernels.breakdown(times),
             "longest": kernels.longest(times, LONGEST_KERNELS),
