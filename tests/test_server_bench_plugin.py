@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 import time
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from server.control import CLOSED, PROFILED, ROWS, TIMED, Control
 from server.engine import Rounds, serve
 from server.forced import Forced, save
 from server.gate import TURNS_AHEAD, Gate
+from server.plugin import Bench
 from server.protocol import Reader, send
 from server.rank import Rank
 from server.switch import STATIC_OFF, Switch
@@ -193,6 +195,60 @@ def test_a_switched_balancer_does_what_the_mode_says():
     mode[0] = "auto"
     with pytest.raises(ValueError, match="mode 'auto'"):
         switch(None, 5)
+
+
+def test_the_plugin_switches_what_is_ours_and_refuses_what_is_not(tmp_path):
+    def told(mode, switches):
+        Control(tmp_path / "control", create=True)
+        folder = str(tmp_path)
+        paths = {"control": str(tmp_path / "control"), "folder": folder}
+        return {**paths, "ranks": 2, "first_layer": 1, "mode": mode, "switches": switches}
+
+    class Theirs(torch.nn.Module):
+        def __init__(self, num_routed_experts, world_size, rank, layer_id, shared_weight):
+            super().__init__()
+
+        def _expand_local_shared(self, topk_output):
+            return "home"
+
+    def ours():
+        balancer = SimpleNamespace(expand_topk=lambda output, n: "ours", exchange=None)
+        for name in ("num_routed_experts", "world_size", "rank", "layer_id", "shared_weight"):
+            setattr(balancer, name, 1)
+        kind = type("Ours", (SimpleNamespace,), {"__module__": "waterfill_rs.sglang.balancer"})
+        return kind(**vars(balancer))
+
+    def model_with(balancer):
+        router = torch.nn.Module()
+        router.waterfill_balancer = balancer
+        return torch.nn.ModuleList([torch.nn.Linear(1, 1), router])
+
+    seams = SimpleNamespace(holder="waterfill_balancer", weight="shared_weight")
+    bench, balancer = Bench(told("home", True), seams, Theirs), ours()
+    bench.prepared(None, model=model_with(balancer))
+    assert balancer.expand_topk(None, 3) == "home"
+    bench, balancer = Bench(told("auto", False), seams, Theirs), ours()
+    bench.prepared(None, SimpleNamespace(model=model_with(balancer)))
+    assert balancer.expand_topk(None, 3) == "ours" and bench.rank.balancers == [balancer]
+    bench.prepared(None, model=model_with(None))
+    with pytest.raises(SystemExit, match="1 layers are not balanced by waterfill-rs"):
+        bench.prepared(None, model=model_with(SimpleNamespace()))
+
+
+def test_routing_is_forced_after_the_router(tmp_path):
+    Control(tmp_path / "control", create=True)
+    told = {"control": str(tmp_path / "control"), "folder": str(tmp_path), "ranks": 1}
+    bench = Bench({**told, "mode": "off", "first_layer": 1}, None, object)
+    output = namedtuple("Output", "topk_ids topk_weights")
+    router = output(torch.tensor([[7, 7], [7, 7]], dtype=torch.int64), "weights")
+    assert bench.force(router, layer_id=2) is router  # Before the model is loaded.
+    tables = np.arange(12, dtype=np.int16).reshape(2, 3, 2)
+    bench.rank.forced = Forced([tables], 4, "cpu")
+    forced = bench.force(router, "states", "logits", layer_id=2)
+    # The second MoE layer's first two tokens.
+    assert forced.topk_ids.tolist() == [[6, 7], [8, 9]] and forced.topk_ids.dtype is torch.int64
+    assert forced.topk_weights == "weights" and router.topk_ids.tolist() == [[7, 7], [7, 7]]
+    assert bench.force(router, layer_id=None) is router
 
 
 def test_weights_are_sane_and_depend_on_their_name_alone():

@@ -36,8 +36,8 @@ def full_forwards(
     """
     by_index = [{forward[0]: forward for forward in rank["forwards"]} for rank in ranks]
     for index, (_, mode, place, *_) in sorted(by_index[0].items()):
-        same = [own.get(index) for own in by_index]
-        if index < lead or any(own is None for own in same):
+        same = [own[index] for own in by_index if index in own]
+        if index < lead or len(same) < len(ranks):
             continue
         if any(own[1] != mode or own[3] != tokens for own in same):
             continue

@@ -67,10 +67,10 @@ class Bench:
     def load(self, model: Any, *_: Any, **__: Any) -> None:
         """Weights, and with them the routing: before sglang measures what memory is left."""
         import torch
-        from sglang.srt.distributed import get_tensor_model_parallel_rank
 
         weights.fill(model)
-        self.rank.number = get_tensor_model_parallel_rank()
+        # One node, and a process for each rank: all groups number them alike.
+        self.rank.number = torch.distributed.get_rank()
         self.rank.forced = Forced.load(
             Path(self.told["routing"]),
             self.rank.number,

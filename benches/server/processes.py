@@ -43,7 +43,7 @@ class Engine:
         commands, self._commands = os.pipe()
         replies, written = os.pipe()
         self._reader = Reader(replies)
-        self.ready: dict[str, Any] | None = None
+        self.ready: dict[str, Any] = {}
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [*command, str(commands), str(written)],

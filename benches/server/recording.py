@@ -169,9 +169,8 @@ def place(name: str, recording: Recording) -> Placement:
         raise ValueError(f"placement {name!r}: give packed or trivial")
     packed = np.empty_like(trivial)
     for layer in range(recording.layers):
-        counts = sum(
-            np.bincount(own[:, layer].ravel(), minlength=experts) for own in recording.streams
-        )
+        ids = np.concatenate([own[:, layer].ravel() for own in recording.streams])
+        counts = np.bincount(ids, minlength=experts)
         packed[layer] = pack(counts, ranks)
     return Placement(name, packed)
 
