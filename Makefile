@@ -79,6 +79,12 @@ gpu: wheel ## the wheel for a GPU machine, and what to run there
 	@echo "== on the GPU machine: pip install dist/*.whl pytest, then"
 	@echo "python -m pytest tests/gpu && python benches/gpu.py own && nvidia-cuda-mps-control -d && python benches/gpu.py live"
 	@echo "== where sglang 0.5.13 or newer is: python benches/gpu.py sglang; where two GPUs are: python benches/gpu_group.py"
+server-bench: wheel ## the wheel for a machine with 1 to 8 GPUs and sglang, and what to run there
+	@echo "== needed there: sglang 0.5.13 or newer with DeepEP, NVLink between the GPUs, matplotlib for the picture; pip install dist/*.whl, then"
+	@echo "python benches/server --recording FOLDER_OF_DUMPS --prefill 1024,4096,8192 --limit 540"
+	@echo "python benches/server --recording FOLDER_OF_DUMPS --decode 8,64,128 --limit 540"
+	@echo "== without a recording: --dial 1.0,1.2,1.5; what it would do, without a GPU: --dry-run --ranks 4"
+	@echo "== tables of results: python benches/server table benches/results/server-*.json"
 bench: .venv/test .venv/native ## cargo bench, and the same work in numpy
 	cargo bench
 	$(BIN)/python benches/host.py
@@ -86,4 +92,4 @@ wheel: .venv/base ## build the wheel into dist
 	$(BIN)/maturin build --release --quiet --out dist
 clean: ## remove what was built
 	rm -rf .venv .venv-versions target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-kernels test-models test-python test-versions lint soak tsan fuzz gpu bench wheel clean
+.PHONY: help build run test test-rust test-kernels test-models test-python test-versions lint soak tsan fuzz gpu server-bench bench wheel clean

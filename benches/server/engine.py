@@ -1,0 +1,145 @@
+"""An engine's process: ``python -m server.engine TOLD COMMANDS REPLIES``, with two pipes' descriptors.
+
+``TOLD``: the file that the plugin reads too, with ``arguments`` of ``sglang.Engine``. A command is one round; the reply
+has every rank's results. It ends with the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from server.control import CLOSED, Control
+from server.modes import MODES
+from server.protocol import Closed, Reader, send
+
+WRITTEN_S = 60.0
+SETTLE_S = 0.02
+"""After the last answer: a forward that was begun ahead of it ends."""
+
+
+class Rounds:
+    """Rounds of one engine.
+
+    Args:
+        generate: ``(prompts, new)``: answers all prompts, lists of token ids, with ``new`` tokens each.
+        written_s: the longest wait for the ranks' results.
+    """
+
+    def __init__(
+        self,
+        generate: Any,
+        control: Control,
+        folder: Path,
+        ranks: int,
+        vocabulary: int,
+        written_s: float = WRITTEN_S,
+    ) -> None:
+        self._generate, self._control, self._folder, self._ranks = generate, control, folder, ranks
+        self._vocabulary, self._written_s = vocabulary, written_s
+        self._prompts: dict[tuple[int, int], list[list[int]]] = {}
+
+    def run(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """One round: see ``schedule.Round.message``.
+
+        Raises:
+            TimeoutError: a rank wrote no results.
+        """
+        control = self._control
+        control.set(gate=CLOSED, requests=0)
+        control.list("queued")[:] = 0
+        control.list("cycle")[: len(asked["cycle"])] = [
+            MODES.index(mode) for mode in asked["cycle"]
+        ]
+        control.set(
+            **{
+                name: asked[name]
+                for name in ("kind", "tokens", "chunk", "lead", "base", "placement")
+            },
+            length=len(asked["cycle"]),
+            round=asked["round"],
+            requests=asked["requests"],
+        )
+        prompts = self._prompts_of(asked["requests"], asked["prompt"])
+        begin = time.monotonic()
+        self._generate(prompts, asked["new"])
+        seconds = time.monotonic() - begin
+        time.sleep(SETTLE_S)
+        control.set(gate=CLOSED, requests=0, asked=asked["round"])
+        return {"round": asked["round"], "seconds": seconds, "ranks": self._results(asked["round"])}
+
+    def _prompts_of(self, requests: int, length: int) -> list[list[int]]:
+        """The same in every engine and round."""
+        key = (requests, length)
+        if key not in self._prompts:
+            numbers = random.Random(7)
+            self._prompts[key] = [
+                [numbers.randrange(5, self._vocabulary) for _ in range(length)]
+                for _ in range(requests)
+            ]
+        return self._prompts[key]
+
+    def _results(self, number: int) -> list[dict[str, Any]]:
+        end = time.monotonic() + self._written_s
+        written = self._control.list("written")
+        while (written[: self._ranks] != number).any():
+            if time.monotonic() > end:
+                late = [rank for rank in range(self._ranks) if written[rank] != number]
+                raise TimeoutError(
+                    f"ranks {late} wrote no results of round {number} in {self._written_s:g} s"
+                )
+            time.sleep(0.002)
+        results = []
+        for rank in range(self._ranks):
+            path = self._folder / f"round-{number}-{rank}.json"
+            results.append(json.loads(path.read_text()))
+            path.unlink()
+        return results
+
+
+def serve(reader: Reader, replies: int, rounds: Rounds) -> None:
+    """Answer commands until there are no more; a round that fails is told, and ends it."""
+    while True:
+        try:
+            asked = reader.next()
+        except Closed:
+            return
+        try:
+            send(replies, rounds.run(asked))
+        except Closed:
+            return
+        except Exception as error:
+            send(replies, {"failed": f"round {asked.get('round')}: {error!r}"})
+            return
+
+
+def main(told_path: str, commands: str, replies_text: str) -> None:
+    replies = int(replies_text)
+    os.set_inheritable(replies, False)
+    os.set_inheritable(int(commands), False)
+    told = json.loads(Path(told_path).read_text())
+    begin = time.monotonic()
+    import sglang
+
+    engine = sglang.Engine(**told["arguments"])
+
+    def generate(prompts: list[list[int]], new: int) -> None:
+        sampling = {"max_new_tokens": new, "temperature": 0.0, "ignore_eos": True}
+        engine.generate(input_ids=prompts, sampling_params=sampling)
+
+    try:
+        control = Control(Path(told["control"]))
+        rounds = Rounds(generate, control, Path(told["folder"]), told["ranks"], told["vocabulary"])
+        send(replies, {"ready": time.monotonic() - begin, "sglang": sglang.__version__})
+        serve(Reader(int(commands)), replies, rounds)
+    finally:
+        engine.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

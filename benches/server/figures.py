@@ -1,0 +1,148 @@
+"""Forwards of several engines made into figures: full ones only, the slowest rank's time, ratios of what had the same tokens."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Key = tuple[int, int]
+"""Round and place: forwards of all engines with this key had the same tokens and the same routing."""
+
+
+@dataclass
+class Mode:
+    """What one mode did in one cell. ``ms``: a full forward's GPU time on its slowest rank."""
+
+    ms: dict[Key, float] = field(default_factory=dict)
+    interval_ms: list[float] = field(default_factory=list)
+    """From a full forward's begin to the next's, the slowest rank's."""
+    calls: dict[str, int] = field(default_factory=dict)
+    """How calls with live counts ended in rounds that were timed, over all ranks."""
+    planner: dict[str, float] = field(default_factory=dict)
+    """Sums over plans in these rounds, of the planner."""
+    rows: list[float] = field(default_factory=list)
+    """Max/mean of the rows of a layer and forward, as they were sent."""
+    breakdown: dict[str, float] | None = None
+
+
+def full_forwards(
+    ranks: Sequence[Mapping[str, Any]], tokens: int, lead: int
+) -> Iterable[tuple[int, str, int, float, float | None]]:
+    """Index, mode, place, ms and interval of forwards that count: the same on all ranks, with ``tokens`` tokens on each.
+
+    ``ranks``: each rank's result of one round; see ``ranks.Rank``.
+    """
+    by_index = [{forward[0]: forward for forward in rank["forwards"]} for rank in ranks]
+    for index, (_, mode, place, *_) in sorted(by_index[0].items()):
+        same = [own[index] for own in by_index if index in own]
+        if index < lead or len(same) < len(ranks):
+            continue
+        if any(own[1] != mode or own[3] != tokens for own in same):
+            continue
+        intervals = [own[5] for own in same]
+        yield (
+            index,
+            mode,
+            place,
+            max(own[4] for own in same),
+            None if None in intervals else max(intervals),
+        )
+
+
+def layers_rows(
+    ranks: Sequence[Mapping[str, Any]], tokens: int, lead: int
+) -> Iterable[tuple[str, float]]:
+    """Mode and max/mean of each layer of the forwards that count: rows are summed over the ranks that sent them."""
+    counted = {index: mode for index, mode, *_ in full_forwards(ranks, tokens, lead)}
+    sums: dict[tuple[int, int], list[int]] = {}
+    sources: dict[tuple[int, int], int] = {}
+    for rank in ranks:
+        for index, layer, rows in rank["rows"]:
+            key = (index, layer)
+            before = sums.get(key, [0] * len(rows))
+            sums[key] = [a + b for a, b in zip(before, rows, strict=True)]
+            sources[key] = sources.get(key, 0) + 1
+    for (index, layer), rows in sorted(sums.items()):
+        if index in counted and sources[index, layer] == len(ranks) and sum(rows):
+            yield counted[index], max(rows) * len(rows) / sum(rows)
+
+
+def ratios(times: Mapping[Key, float], reference: Mapping[Key, float]) -> list[float]:
+    """One a key that both have, sorted."""
+    return sorted(times[key] / reference[key] for key in times.keys() & reference.keys())
+
+
+def quartiles(values: Sequence[float]) -> list[float] | None:
+    """The first and the third, or None of fewer than two values."""
+    if len(values) < 2:
+        return None
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [round(first, 5), round(third, 5)]
+
+
+def median(values: Sequence[float], digits: int = 5) -> float | None:
+    return round(statistics.median(values), digits) if values else None
+
+
+def add(sums: dict[str, Any], more: Mapping[str, Any] | None) -> None:
+    """Add numbers by name; what is no number is left out."""
+    for name, value in (more or {}).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            sums[name] = sums.get(name, 0) + value
+
+
+def live_share(calls: Mapping[str, int]) -> float | None:
+    """Of the calls with live counts, those that had a live plan; None where none was asked for."""
+    if not calls.get("calls") or "live" not in calls:
+        return None
+    return round(calls["live"] / calls["calls"], 6)
+
+
+def rows_max_mean(name: str, mode: Mode, modelled: Mapping[str, float]) -> tuple[float | None, str]:
+    """The figure, and where it is from: ``counted``, the ``planner``'s sums, or the ``model`` of the recording."""
+    if mode.rows:
+        return round(statistics.fmean(mode.rows), 5), "counted"
+    if mode.planner.get("mean") and "planned_max" in mode.planner:
+        return round(mode.planner["planned_max"] / mode.planner["mean"], 5), "planner"
+    model = {"off": "routed", "auto": "live"}.get(name, name)
+    value = modelled.get(model)
+    return (None if value is None else round(value, 5)), "model"
+
+
+def cell(
+    place: Mapping[str, Any],
+    name: str,
+    modes: Mapping[str, Mode],
+    modelled: Mapping[str, float],
+    ranks: int,
+) -> dict[str, Any]:
+    """One entry of ``cells``: ``place`` names phase, tokens, placement and redundant."""
+    mode = modes[name]
+    by_reference = {
+        reference: ratios(mode.ms, modes[reference].ms) if reference in modes else []
+        for reference in ("off", "home")
+    }
+    rows, source = rows_max_mean(name, mode, modelled)
+    interval = median(mode.interval_ms)
+    optimum = modelled.get("optimum")
+    return {
+        **place,
+        "mode": name,
+        "gpu_ms": median(list(mode.ms.values()), 4),
+        "quartiles_ms": quartiles(list(mode.ms.values())),
+        "ratio_off": median(by_reference["off"]),
+        "quartiles": quartiles(by_reference["off"]),
+        "ratio_home": median(by_reference["home"]),
+        "quartiles_home": quartiles(by_reference["home"]),
+        "pairs": {reference: len(found) for reference, found in by_reference.items()},
+        "tokens_per_s": None if not interval else round(ranks * place["tokens"] / interval * 1e3),
+        "rows_max_mean": rows,
+        "rows_from": source,
+        "optimum": None if optimum is None else round(optimum, 5),
+        "live_share": live_share(mode.calls),
+        "calls": dict(mode.calls) or None,
+        "forwards": len(mode.ms),
+        "breakdown": mode.breakdown,
+    }

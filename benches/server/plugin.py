@@ -1,0 +1,113 @@
+"""The plugin that each process of an engine loads: routing and weights are ours, forwards are timed, balancers can be switched.
+
+It does nothing where the driver's variable is not set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from server import weights
+from server.control import Control
+from server.forced import Forced
+from server.gate import Gate
+from server.rank import Rank
+from server.switch import Switch, own_exchange
+
+VARIABLE = "SERVER_BENCH_ENGINE"
+"""Path of a JSON file: what the driver tells the processes of this engine."""
+
+
+def register() -> None:
+    """sglang's entry point."""
+    path = os.environ.get(VARIABLE)
+    if path is None:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from waterfill_rs.sglang import compat
+
+    told = json.loads(Path(path).read_text())
+    seams, strange = compat.find()
+    if seams is None:
+        raise SystemExit(f"the bench knows this sglang as little as waterfill-rs does: {strange}")
+    bench = Bench(told, seams, compat.resolve(seams.balancer))
+    for target, hook, kind in (
+        ("sglang.srt.model_loader.loader.initialize_dummy_weights", bench.load, HookType.REPLACE),
+        ("sglang.srt.layers.moe.topk.select_experts", bench.force, HookType.AFTER),
+        (seams.prepare, bench.prepared, HookType.AFTER),
+        (
+            "sglang.srt.model_executor.model_runner.ModelRunner.forward",
+            bench.rank.forward,
+            HookType.AROUND,
+        ),
+        (
+            "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
+            bench.turn,
+            HookType.AROUND,
+        ),
+    ):
+        HookRegistry.register(target, hook, kind)
+
+
+class Bench:
+    """One process. ``told``: ``control``, ``folder``, ``routing``, ``placements``, ``longest``, ``ranks``, ``first_layer``,
+    ``mode`` (of graphs), ``switches`` (are balancers replaced?)."""
+
+    def __init__(self, told: dict[str, Any], seams: Any, theirs: type) -> None:
+        self.told, self._seams, self._theirs = told, seams, theirs
+        self.rank = Rank(Control(Path(told["control"])), Path(told["folder"]))
+        self.rank.mode = told["mode"]
+        self._gate = Gate(self.rank.control, lambda: max(0, self.rank.number), told["ranks"])
+        self._made: dict[str, Any] = {}
+
+    def load(self, model: Any, *_: Any, **__: Any) -> None:
+        """Weights, and with them the routing: before sglang measures what memory is left."""
+        import torch
+
+        weights.fill(model)
+        # One node, and a process for each rank: all groups number them alike.
+        self.rank.number = torch.distributed.get_rank()
+        self.rank.forced = Forced.load(
+            Path(self.told["routing"]),
+            self.rank.number,
+            self.told["placements"],
+            self.told["longest"],
+            torch.device("cuda", torch.cuda.current_device()),
+        )
+
+    def force(self, result: Any, *_: Any, **options: Any) -> Any:
+        """After ``select_experts``."""
+        layer = options.get("layer_id")
+        if layer is None or self.rank.forced is None or not result.topk_ids.shape[0]:
+            return result
+        ids = self.rank.forced.into(result.topk_ids, layer - self.told["first_layer"])
+        return result._replace(topk_ids=ids)
+
+    def prepared(self, result: Any, *args: Any, **kwargs: Any) -> Any:
+        """After the preparation of a model's routers: what is ours is known, and may be switched."""
+        model = kwargs["model"] if "model" in kwargs else args[0].model
+        held = (getattr(module, self._seams.holder, None) for module in model.modules())
+        balancers = [balancer for balancer in held if balancer is not None]
+        ours = [b for b in balancers if type(b).__module__.startswith("waterfill_rs")]
+        if len(ours) != len(balancers):
+            raise SystemExit(
+                f"{len(balancers) - len(ours)} layers are not balanced by waterfill-rs: see the log above"
+            )
+        self.rank.balancers = ours
+        if self.told["switches"]:
+            own = own_exchange(self._made)
+            for balancer in ours:
+                balancer.expand_topk = Switch(
+                    balancer, self._theirs, self._seams.weight, lambda: self.rank.mode, own
+                )
+        print(f"server bench: {len(ours)} balancers, switched: {self.told['switches']}", flush=True)
+        return result
+
+    def turn(self, original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around each turn of the scheduler."""
+        self.rank.write_if_asked()
+        return self._gate.hook(original, scheduler, *args, **kwargs)

@@ -1,0 +1,219 @@
+"""What one rank of an engine keeps of a round: forwards and their times, rows, how calls ended, a profile."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from server import kernels
+from server.control import PROFILED, ROWS, Control
+from server.forced import Forced
+from server.modes import MODES
+
+PROFILE_STARTS_S, PROFILES_S = 3.0, 0.5
+"""Every rank's profiler is up after it, the first time and later: they begin the profiled forward together, as they would
+without."""
+LONGEST_KERNELS = 14
+
+
+def _event() -> Any:
+    import torch
+
+    return torch.cuda.Event(enable_timing=True)
+
+
+def _synchronize() -> None:
+    import torch
+
+    torch.cuda.synchronize()
+
+
+def profiler() -> Any:
+    import torch
+
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+
+def kernel_times(profile: Any) -> dict[str, tuple[float, int]]:
+    """Microseconds and count by kernel."""
+    return {
+        event.key: (float(event.device_time_total), int(event.count))
+        for event in profile.key_averages()
+        if event.device_time_total
+    }
+
+
+class Rank:
+    """One process's part.
+
+    Args:
+        folder: where results of rounds are written.
+        event, synchronize: torch's for CUDA, but for tests.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        folder: Path,
+        *,
+        event: Callable[[], Any] = _event,
+        synchronize: Callable[[], None] = _synchronize,
+    ) -> None:
+        self.control, self.folder = control, folder
+        self.number = -1
+        self.forced: Forced | None = None
+        self.balancers: list[Any] = []
+        self.mode = "home"
+        """Of the forward that runs, and before the first of one that captures a graph."""
+        self._event, self._synchronize = event, synchronize
+        self._round, self._index, self._written = 0, 0, 0
+        self._wrapped: list[tuple[Any, Any]] | None = None
+        self._profiled_before = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._forwards: list[tuple[int, str, int, int, Any, Any]] = []
+        self._rows: list[tuple[int, int, Any]] = []
+        self._profiles: dict[str, Any] = {}
+        self._before: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+    def forward(self, original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around ``ModelRunner.forward``: all ranks call it in step, one without tokens too."""
+        control = self.control
+        number, lead = control.get("round"), control.get("lead")
+        if number != self._round:
+            self._round, self._index = number, 0
+            self._begin()
+        index, self._index = self._index, self._index + 1
+        length = max(1, control.get("length"))
+        counted = max(0, index - lead)
+        if control.get("length"):
+            self.mode = MODES[int(control.list("cycle")[counted % length])]
+        place = control.get("base") + counted // length
+        if self.forced is not None:
+            self.forced.move(control.get("placement"), place * control.get("tokens"))
+        if index == lead:
+            self._before = self._tally()
+        kind = control.get("kind")
+        self._count_rows(kind == ROWS)
+        batch = args[0] if args else kwargs["forward_batch"]
+        ids = getattr(batch, "input_ids", None)
+        tokens = 0 if ids is None else int(ids.shape[0])
+        # One more before those that count: the profiler itself is new to it.
+        profiles = kind == PROFILED and lead - 1 <= index < lead + length
+        if profiles and tokens == control.get("tokens"):
+            return self._profiled(lambda: original(runner, *args, **kwargs))
+        begin, end = self._event(), self._event()
+        begin.record()
+        result = original(runner, *args, **kwargs)
+        end.record()
+        self._forwards.append((index, self.mode, place, tokens, begin, end))
+        return result
+
+    def _profiled(self, call: Callable[[], Any]) -> Any:
+        """Run it under a profiler; where there can be none, run it all the same."""
+        ready = time.monotonic() + (PROFILES_S if self._profiled_before else PROFILE_STARTS_S)
+        self._profiled_before = True
+        self._synchronize()
+        try:
+            profile = profiler()
+            profile.start()
+        except Exception as error:
+            print(f"server bench: no profile: {error!r}", flush=True)
+            return call()
+        time.sleep(max(0.0, ready - time.monotonic()))
+        result = call()
+        self._synchronize()
+        profile.stop()
+        times = kernel_times(profile)
+        self._profiles[self.mode] = {
+            "groups": kernels.breakdown(times),
+            "longest": kernels.longest(times, LONGEST_KERNELS),
+        }
+        return result
+
+    def _count_rows(self, on: bool) -> None:
+        """Wrap the balancers for rounds that count, and only for these: nothing is in the way of those that are timed."""
+        if on and self._wrapped is None:
+            self._wrapped = [(b, b.__dict__.get("expand_topk")) for b in self.balancers]
+            for balancer in self.balancers:
+                balancer.expand_topk = self._counting_call(balancer, balancer.expand_topk)
+        elif not on and self._wrapped is not None:
+            for balancer, before in self._wrapped:
+                if before is None:
+                    del balancer.expand_topk
+                else:
+                    balancer.expand_topk = before
+            self._wrapped = None
+
+    def _counting_call(self, balancer: Any, expand: Callable[..., Any]) -> Callable[..., Any]:
+        def call(topk_output: Any, num_tokens: int, **options: Any) -> Any:
+            import torch
+
+            expanded = expand(topk_output, num_tokens, **options)
+            # Each rank's experts are followed by its shared slot.
+            slots = balancer.num_routed_experts // balancer.world_size + 1
+            ids = expanded.topk_ids
+            ranks = (ids[ids >= 0] // slots).long()
+            rows = torch.bincount(ranks, minlength=balancer.world_size)
+            self._rows.append((self._index - 1, balancer.layer_id or 0, rows))
+            return expanded
+
+        return call
+
+    def _tally(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """How this rank's calls ended so far, and the planner's sums, on the rank that tells them."""
+        exchange = self.balancers[0].exchange if self.balancers else None
+        if exchange is None:
+            return {}, {}
+        board = getattr(exchange, "board", None)
+        planner = (
+            dict(board.snapshot()["planner"]) if board is not None and self.number == 0 else {}
+        )
+        return dict(exchange.tally()), planner
+
+    def write_if_asked(self) -> None:
+        """Write the round's results, once, when the engine asks for them; between rounds, so nothing waits for it."""
+        asked = self.control.get("asked")
+        if asked == self._written or self.number < 0:
+            return
+        self._written = asked
+        self._synchronize()
+        self._count_rows(False)
+        path = self.folder / f"round-{asked}-{self.number}.json"
+        path.write_text(json.dumps(self.results()))
+        self.control.list("written")[self.number] = asked
+
+    def results(self) -> dict[str, Any]:
+        """Of the round so far.
+
+        ``forwards``: index, mode, place, tokens, GPU ms, and ms from this one's begin to the next's or None.
+        ``rows``: index, layer, and the rows that this rank sends to each rank.
+        """
+        now = self._tally()
+        calls, planner = map(_since, self._before or now, now)
+        forwards = []
+        for at, (index, mode, place, tokens, begin, end) in enumerate(self._forwards):
+            following = self._forwards[at + 1][4] if at + 1 < len(self._forwards) else None
+            interval = None if following is None else round(begin.elapsed_time(following), 5)
+            ms = round(begin.elapsed_time(end), 5)
+            forwards.append((index, mode, place, tokens, ms, interval))
+        return {
+            "forwards": forwards,
+            "rows": [(index, layer, rows.tolist()) for index, layer, rows in self._rows],
+            "calls": calls,
+            "planner": planner,
+            "profiles": self._profiles,
+        }
+
+
+def _since(before: dict[str, Any], now: dict[str, Any]) -> dict[str, float]:
+    """What was added, of all that are numbers."""
+    return {
+        name: value - before.get(name, 0)
+        for name, value in now.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }

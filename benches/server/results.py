@@ -1,0 +1,124 @@
+"""The file of results: written whole each time, checked, and read again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from server.modes import MODES
+
+FIELDS = ("machine", "date", "commit", "sglang", "ranks", "settings", "cells")
+NUMBERS_OR_NONE = (
+    "gpu_ms",
+    "ratio_off",
+    "ratio_home",
+    "tokens_per_s",
+    "rows_max_mean",
+    "optimum",
+    "live_share",
+)
+COUNTS = ("tokens", "redundant", "forwards")
+CELL = ("phase", "placement", "mode", "quartiles", *NUMBERS_OR_NONE, *COUNTS)
+SETTING_PREFIXES = ("WATERFILL_RS", "SGLANG_", "NVSHMEM_", "NCCL_")
+"""Variables of the environment that change what is measured."""
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """In place of what is there, never half: a run that is killed leaves the last whole file."""
+    check(document)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: naming the file, and what in it is no such document.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+    try:
+        check(document)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return document
+
+
+def check(document: Any) -> None:
+    """
+    Raises:
+        ValueError: naming the field, and what is wrong with it.
+    """
+    if not isinstance(document, dict):
+        raise ValueError(f"an object is needed, and this is a {type(document).__name__}")
+    missing = [name for name in FIELDS if name not in document]
+    if missing:
+        raise ValueError(f"no field {', '.join(missing)}")
+    if type(document["ranks"]) is not int or document["ranks"] < 1:
+        raise ValueError(f"ranks is {document['ranks']!r}: a number from 1 on is needed")
+    if not isinstance(document["settings"], dict) or not isinstance(document["cells"], list):
+        raise ValueError("settings must be an object, and cells a list")
+    for i, cell in enumerate(document["cells"]):
+        _check_cell(f"cell {i}", cell)
+
+
+def _check_cell(where: str, cell: Any) -> None:
+    missing = [name for name in CELL if name not in cell]
+    if missing:
+        raise ValueError(f"{where} has no {', '.join(missing)}")
+    if cell["phase"] not in ("prefill", "decode") or cell["mode"] not in MODES:
+        raise ValueError(f"{where}: phase {cell['phase']!r} or mode {cell['mode']!r} is unknown")
+    for name in COUNTS:
+        if type(cell[name]) is not int or cell[name] < 0:
+            raise ValueError(f"{where}: {name} is {cell[name]!r}: a number from 0 on is needed")
+    for name in NUMBERS_OR_NONE:
+        value = cell[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{where}: {name} is {value!r}: a number or null is needed")
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{where}: {name} is {value}: it cannot be below 0 or endless")
+    share = cell["live_share"]
+    if share is not None and share > 1:
+        raise ValueError(f"{where}: live_share is {share}: it cannot be above 1")
+    between = cell["quartiles"]
+    if between is not None and not (len(between) == 2 and between[0] <= between[1]):
+        raise ValueError(f"{where}: quartiles is {between!r}: the first and the third are needed")
+
+
+def gpus() -> list[tuple[str, int]]:
+    """Name and MiB of each GPU, by nvidia-smi; none where it isn't."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.rpartition(",") for line in told.splitlines() if "," in line]
+    return [(name.strip(), int(mib)) for name, _, mib in rows if mib.strip().isdigit()]
+
+
+def machine(ranks: int) -> str:
+    names = [name for name, _ in gpus()[:ranks]]
+    return f"{ranks} x {names[0]}" if names else f"{ranks} ranks, unknown GPUs"
+
+
+def commit() -> str:
+    """Of the repository that this file is in, or that it is not known."""
+    folder = Path(__file__).resolve().parent
+    ask = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def environment() -> dict[str, str]:
+    """The variables that change what is measured."""
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTING_PREFIXES)}

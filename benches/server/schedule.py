@@ -1,0 +1,136 @@
+"""Which forwards a round has, and which rounds there is time for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.control import TIMED
+from server.model import DECODE_PROMPT, DECODE_STEPS
+from server.modes import Plan
+
+LONGEST_PROMPT, SHORTEST_PROMPT = 1024, 64
+PREFILL_LEAD, DECODE_LEAD = 1, 8
+"""Forwards at a round's begin that do not count: the device is empty before the first, and a prefill comes before decode."""
+TOKENS_A_ROUND, MOST_CYCLES = 24576, 12
+SHORT_DECODE = 4
+"""Steps that count in a round of decode that is not timed."""
+PROFILE_S = 4.0
+"""About what a profile of one engine takes."""
+STOPPING_S = 8.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``placement``: its index among the tables; ``name``: its name in the results."""
+
+    phase: str
+    tokens: int
+    placement: int
+    name: str
+    redundant: int = 0
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Those of an entry of ``cells``."""
+        return {
+            "phase": self.phase,
+            "tokens": self.tokens,
+            "placement": self.name,
+            "redundant": self.redundant,
+        }
+
+    @property
+    def lead(self) -> int:
+        return PREFILL_LEAD if self.phase == "prefill" else DECODE_LEAD
+
+    @property
+    def forwards(self) -> int:
+        """Of one mode and timed round, those that count."""
+        if self.phase == "decode":
+            # The prefill is the first, and gives the first token.
+            return DECODE_STEPS - DECODE_LEAD
+        return max(2, min(MOST_CYCLES, TOKENS_A_ROUND // self.tokens))
+
+
+def prompt_length(tokens: int) -> int:
+    """The longest prompts that fill ``tokens`` exactly.
+
+    Raises:
+        ValueError: there are none of a sensible length.
+    """
+    for length in range(min(tokens, LONGEST_PROMPT), SHORTEST_PROMPT - 1, -1):
+        if tokens % length == 0:
+            return length
+    raise ValueError(
+        f"prefill of {tokens} tokens: no prompt of {SHORTEST_PROMPT} to {LONGEST_PROMPT} tokens fills it: give a multiple of 64"
+    )
+
+
+def message(
+    cell: Cell,
+    plan: Plan,
+    ranks: int,
+    number: int,
+    sweep: int,
+    kind: int = TIMED,
+    short: bool = False,
+) -> dict[str, Any]:
+    """What an engine is asked for: see ``engine.Rounds`` and ``control``.
+
+    Args:
+        number: of the round, from 1 on; another one each time.
+        sweep: engines have the same tokens in the same sweep.
+        short: one forward of each mode, or a few steps.
+    """
+    cycle = plan.cycle(sweep)
+    common = {
+        "round": number,
+        "kind": kind,
+        "tokens": cell.tokens,
+        "lead": cell.lead,
+        "base": sweep * cell.forwards,
+        "placement": cell.placement,
+        "cycle": list(cycle),
+    }
+    if cell.phase == "decode":
+        steps = cell.lead + SHORT_DECODE + 1 if short else DECODE_STEPS
+        return common | {
+            "requests": cell.tokens * ranks,
+            "prompt": DECODE_PROMPT,
+            "new": steps,
+            "chunk": DECODE_PROMPT * cell.tokens,
+        }
+    prompt = prompt_length(cell.tokens)
+    forwards = cell.lead + (1 if short else cell.forwards) * len(cycle)
+    return common | {
+        "requests": forwards * (cell.tokens // prompt) * ranks,
+        "prompt": prompt,
+        "new": 1,
+        "chunk": cell.tokens,
+    }
+
+
+class Clock:
+    """What is left of a limit: ``now`` is a clock in seconds."""
+
+    def __init__(self, now: Any, end: float) -> None:
+        self._now, self.end = now, end
+
+    def left(self) -> float:
+        return self.end - self._now()
+
+    def part(self, share: float) -> Clock:
+        """A clock that ends after this share of what is left."""
+        return Clock(self._now, self._now() + self.left() * share)
+
+
+def profiles_s(engines: int, cells: Sequence[Cell]) -> float:
+    """What is kept for profiles at the end: one an engine and number of tokens."""
+    return STOPPING_S + PROFILE_S * engines * len(profiled_cells(cells))
+
+
+def profiled_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """The last placement of each number of tokens."""
+    return list({cell.tokens: cell for cell in cells}.values())

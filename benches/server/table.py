@@ -1,0 +1,141 @@
+"""Results as tables in Markdown, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from server import kernels
+from server.modes import MODES
+
+HEAD = (
+    "| phase | tokens a rank | placement | mode | GPU ms | to off (quartiles) | to home (quartiles) | tokens/s "
+    "| rows max/mean | optimum | live calls | forwards |"
+)
+COLUMNS = HEAD.count("|") - 1
+
+
+def markdown(documents: Sequence[dict[str, Any]]) -> str:
+    """A table a document, with a line that says where it is from, and a table of what kernels took."""
+    return "\n\n".join(part for document in documents for part in _parts(document))
+
+
+def _parts(document: dict[str, Any]) -> list[str]:
+    told = (
+        f"{document['machine']}, EP{document['ranks']}, sglang {document['sglang']}, commit {document['commit']}, "
+        f"{document['date']}"
+    )
+    lines = [HEAD, "|" + "---|" * COLUMNS, *(_row(cell) for cell in document["cells"])]
+    parts = [told, "\n".join(lines)]
+    profiled = [cell for cell in document["cells"] if cell.get("breakdown")]
+    if profiled:
+        parts.append(_breakdowns(profiled))
+    return parts
+
+
+def _row(cell: dict[str, Any]) -> str:
+    share = cell["live_share"]
+    others = {
+        name: count
+        for name, count in (cell.get("calls") or {}).items()
+        if count and name not in ("calls", "live")
+    }
+    live = "" if share is None else f"{share:.2%}"
+    if others:
+        live += " (" + ", ".join(f"{name} {count}" for name, count in others.items()) + ")"
+    fields = (
+        cell["phase"],
+        cell["tokens"],
+        cell["placement"] + (f" + {cell['redundant']}" if cell["redundant"] else ""),
+        cell["mode"],
+        _number(cell["gpu_ms"], ".3f"),
+        _ratio(cell["ratio_off"], cell["quartiles"]),
+        _ratio(cell["ratio_home"], cell.get("quartiles_home")),
+        _number(cell["tokens_per_s"], ",.0f"),
+        _number(cell["rows_max_mean"], ".4f"),
+        _number(cell["optimum"], ".4f"),
+        live,
+        cell["forwards"],
+    )
+    return "| " + " | ".join(map(str, fields)) + " |"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _ratio(value: float | None, between: Sequence[float] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" + (f" ({between[0]:.4f}, {between[1]:.4f})" if between else "")
+
+
+def _breakdowns(cells: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "One profiled forward, ms of GPU time by kernels, mean of ranks:",
+        "",
+        "| phase | tokens a rank | placement | mode | " + " | ".join(kernels.NAMES) + " | all |",
+        "|" + "---|" * (len(kernels.NAMES) + 5),
+    ]
+    for cell in cells:
+        values = [cell["breakdown"].get(name, 0.0) for name in kernels.NAMES]
+        place = (cell["phase"], cell["tokens"], cell["placement"], cell["mode"])
+        numbers = (f"{value:.2f}" for value in (*values, sum(values)))
+        lines.append("| " + " | ".join([*map(str, place), *numbers]) + " |")
+    return "\n".join(lines)
+
+
+def picture(document: dict[str, Any], path: Path) -> bool:
+    """Ratios to off with their quartiles, a panel for each phase and placement; False without matplotlib or figures."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return False
+    cells = [cell for cell in document["cells"] if cell["ratio_off"] is not None]
+    panels = list(dict.fromkeys((cell["phase"], cell["placement"]) for cell in cells))
+    if not panels:
+        return False
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(1 + 4.2 * len(panels), 4.4), squeeze=False, constrained_layout=True
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        _panel(axis, panel, [cell for cell in cells if (cell["phase"], cell["placement"]) == panel])
+    axes[0][0].set_ylabel("GPU time of a forward, ratio to Waterfill off")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.suptitle(
+        f"{document['machine']}, EP{document['ranks']}, sglang {document['sglang']}", fontsize=10
+    )
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
+def _panel(axis: Any, panel: tuple[str, str], cells: Sequence[dict[str, Any]]) -> None:
+    tokens = sorted({cell["tokens"] for cell in cells})
+    shown = [mode for mode in MODES if any(cell["mode"] == mode for cell in cells)]
+    for i, mode in enumerate(shown):
+        of = [cell for cell in cells if cell["mode"] == mode]
+        x = [tokens.index(cell["tokens"]) + (i - (len(shown) - 1) / 2) * 0.11 for cell in of]
+        y = [cell["ratio_off"] for cell in of]
+        between = [cell["quartiles"] or [cell["ratio_off"]] * 2 for cell in of]
+        errors = [[max(0.0, v - q[0]) for v, q in zip(y, between, strict=True)],
+                  [max(0.0, q[1] - v) for v, q in zip(y, between, strict=True)]]  # fmt: skip
+        axis.errorbar(
+            x,
+            y,
+            yerr=errors,
+            fmt="o",
+            markersize=4,
+            capsize=2,
+            label=mode,
+            color=f"C{MODES.index(mode)}",
+        )
+    axis.axhline(1.0, color="0.7", linewidth=0.8, zorder=0)
+    axis.set_xticks(range(len(tokens)), [f"{n:,}" for n in tokens])
+    axis.set_xlabel("tokens a rank")
+    axis.set_title(", ".join(panel), fontsize=10)

@@ -1,0 +1,351 @@
+"""What the plugin of ``benches/server`` does in the processes of an engine, with stand-ins for sglang's objects; no GPU."""
+
+import io
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+np = pytest.importorskip("numpy")
+torch = pytest.importorskip("torch")
+
+sys.path.append(str(Path(__file__).parents[1] / "benches"))
+
+from server import model, modes, schedule, weights
+from server.control import CLOSED, PROFILED, ROWS, TIMED, Control
+from server.engine import Rounds, serve
+from server.forced import Forced, save
+from server.gate import TURNS_AHEAD, Gate
+from server.plugin import Bench
+from server.protocol import Reader, send
+from server.rank import Rank
+from server.switch import STATIC_OFF, Switch
+
+
+@pytest.fixture
+def control(tmp_path):
+    return Control(tmp_path / "control", create=True)
+
+
+def test_the_gate_opens_in_the_same_turn_on_all_ranks(control, tmp_path):
+    """Ranks' loops go in step, in any order within a turn, and requests come when they come."""
+    numbers = random.Random(1)
+    for _ in range(20):
+        gates = [
+            Gate(Control(tmp_path / "control"), lambda rank=rank: rank, 4) for rank in range(4)
+        ]
+        queues = [SimpleNamespace(waiting_queue=[], chunked_prefill_size=1) for _ in gates]
+        control.list("queued")[:] = 0
+        control.set(gate=CLOSED, requests=12, chunk=512)
+        opened, complete = {}, None
+        for turn in range(1, 60):
+            for rank in numbers.sample(range(4), 4):
+                queue = queues[rank].waiting_queue
+                if len(queue) < 3 and numbers.random() < 0.3:
+                    queue.append("request")
+                seen = gates[rank].hook(lambda s: len(s.waiting_queue), queues[rank])
+                if seen:
+                    assert seen == 3 and opened.setdefault(rank, turn) <= turn
+                assert len(queue) <= 3 and queues[rank].waiting_queue is queue
+            if complete is None and all(len(q.waiting_queue) == 3 for q in queues):
+                complete = turn
+            if len(opened) == 4:
+                break
+        assert len(set(opened.values())) == 1
+        assert complete < opened[0] <= complete + TURNS_AHEAD + 1
+        assert all(queue.chunked_prefill_size == 512 for queue in queues)
+
+
+class Event:
+    now = 0.0
+
+    def record(self):
+        self.at = Event.now
+
+    def elapsed_time(self, later):
+        return later.at - self.at
+
+
+def set_round(control, **values):
+    control.list("cycle")[:2] = [modes.MODES.index("home"), modes.MODES.index("live")]
+    control.set(length=2, tokens=4, lead=1, base=10, placement=1, **values)
+
+
+def run_forwards(rank, counts):
+    seen = []
+
+    def original(runner, batch):
+        Event.now += 2.0
+        if rank.balancers:
+            rank.balancers[0].expand_topk(None, 1)
+        ids = torch.full((len(batch.input_ids), 3), 9)
+        seen.append((rank.mode, rank.forced.into(ids, 0).tolist()))
+
+    for tokens in counts:
+        rank.forward(original, None, SimpleNamespace(input_ids=torch.zeros(tokens)))
+        Event.now += 1.0
+    return seen
+
+
+def a_rank(control, tmp_path):
+    rank = Rank(control, tmp_path, event=Event, synchronize=lambda: None)
+    rank.number = 0
+    tables = [np.arange(20, dtype=np.int16).reshape(1, 20, 1) + 100 * p for p in range(2)]
+    save(tmp_path / "routing.npz", [[tables[0]], [tables[1]]])
+    rank.forced = Forced.load(tmp_path / "routing.npz", 0, 2, 8, "cpu")
+    return rank
+
+
+def test_a_ranks_forwards_have_modes_and_tokens_in_turn(control, tmp_path):
+    rank = a_rank(control, tmp_path)
+    set_round(control, round=1, kind=TIMED)
+    seen = run_forwards(rank, [4, 4, 4, 4, 2])
+    assert [mode for mode, _ in seen] == ["home", "home", "live", "home", "live"]
+    # Place 10 of 4 tokens begins at 40, which is 0 of 20; the table of placement 1; the router's other columns stay.
+    assert seen[1][1] == seen[2][1] == [[100, 9, 9], [101, 9, 9], [102, 9, 9], [103, 9, 9]]
+    assert seen[3][1][0] == [104, 9, 9] and len(seen[4][1]) == 2
+    found = rank.results()
+    assert found["forwards"][1:3] == [(1, "home", 10, 4, 2.0, 3.0), (2, "live", 10, 4, 2.0, 3.0)]
+    assert found["forwards"][4] == (4, "live", 11, 2, 2.0, None)
+    set_round(control, round=2, kind=TIMED, asked=2)
+    run_forwards(rank, [4])
+    rank.write_if_asked()
+    assert control.list("written")[0] == 2
+    assert len(json.loads((tmp_path / "round-2-0.json").read_text())["forwards"]) == 1
+    with pytest.raises(ValueError, match="9 tokens, and routing is there for 8"):
+        rank.forced.into(torch.zeros(9, 1), 0)
+
+
+def test_rows_and_calls_are_those_of_the_round(control, tmp_path):
+    rank = a_rank(control, tmp_path)
+    calls = {"calls": 100, "live": 90, "name": "board"}
+    board = SimpleNamespace(
+        snapshot=lambda: {"planner": {"mean": calls["calls"], "process": "p", "missed": [1]}}
+    )
+
+    class Balancer:
+        num_routed_experts, world_size, layer_id = 4, 2, 7
+        exchange = SimpleNamespace(board=board, tally=lambda: dict(calls))
+
+        def expand_topk(self, topk_output, num_tokens):
+            calls["calls"] += 1
+            calls["live"] += 1
+            return SimpleNamespace(topk_ids=torch.tensor([[0, 3, 5], [1, -1, 2]]))
+
+    balancer = Balancer()
+    rank.balancers = [balancer]
+    set_round(control, round=1, kind=ROWS)
+    run_forwards(rank, [4, 4])
+    found = rank.results()
+    # Slots 0 to 2 are of rank 0, 3 to 5 of rank 1.
+    assert found["rows"] == [(0, 7, [3, 2]), (1, 7, [3, 2])]
+    # The lead's call does not count.
+    assert found["calls"] == {"calls": 1, "live": 1} and found["planner"] == {"mean": 1}
+    set_round(control, round=2, kind=TIMED)
+    run_forwards(rank, [4])
+    assert "expand_topk" not in balancer.__dict__ and rank.results()["rows"] == []
+    # A round that did not come to what counts has no calls, and not all that ever were.
+    set_round(control, round=3, kind=PROFILED, asked=3)
+    rank.write_if_asked()
+    assert rank.results()["calls"] == {"calls": 0, "live": 0}
+
+
+def test_a_switched_balancer_does_what_the_mode_says():
+    made = []
+
+    class Theirs:
+        def __init__(
+            self, num_routed_experts, world_size, rank, layer_id, routed_scaling_factor=1.0
+        ):
+            self.static = os.environ[STATIC_OFF] == "0"
+            self.shared_weight = 1 / routed_scaling_factor
+            made.append((num_routed_experts, world_size, rank, layer_id, routed_scaling_factor))
+
+        def expand_topk(self, topk_output, num_tokens):
+            return "static" if self.static else "dynamic"
+
+        def _expand_local_shared(self, topk_output):
+            return "home"
+
+    class Ours:
+        num_routed_experts, world_size, rank, layer_id, shared_weight = 8, 2, 1, 3, 0.4
+        exchange = "board"
+
+        def expand_topk(self, topk_output, num_tokens, **options):
+            return f"ours by {self.exchange}"
+
+    ours, mode = Ours(), ["live"]
+    switch = Switch(ours, Theirs, "routed_scaling_factor", lambda: mode[0], lambda balancer: "own")
+    assert made == [(8, 2, 1, 3, 2.5)] * 2 and STATIC_OFF not in os.environ
+    expected = {
+        "live": "ours by board", "own": "ours by own", "home": "home", "sglang": "static", "sglang-dynamic": "dynamic",
+    }  # fmt: skip
+    for mode[0], does in expected.items():
+        assert switch(None, 5, is_decode=True) == does
+    assert ours.exchange == "board"
+    mode[0] = "home"
+    assert switch(None, 0) == "static"
+    mode[0] = "auto"
+    with pytest.raises(ValueError, match="mode 'auto'"):
+        switch(None, 5)
+
+
+def test_the_plugin_switches_what_is_ours_and_refuses_what_is_not(tmp_path):
+    def told(mode, switches):
+        Control(tmp_path / "control", create=True)
+        folder = str(tmp_path)
+        paths = {"control": str(tmp_path / "control"), "folder": folder}
+        return {**paths, "ranks": 2, "first_layer": 1, "mode": mode, "switches": switches}
+
+    class Theirs(torch.nn.Module):
+        def __init__(self, num_routed_experts, world_size, rank, layer_id, shared_weight):
+            super().__init__()
+
+        def _expand_local_shared(self, topk_output):
+            return "home"
+
+    def ours():
+        balancer = SimpleNamespace(expand_topk=lambda output, n: "ours", exchange=None)
+        for name in ("num_routed_experts", "world_size", "rank", "layer_id", "shared_weight"):
+            setattr(balancer, name, 1)
+        kind = type("Ours", (SimpleNamespace,), {"__module__": "waterfill_rs.sglang.balancer"})
+        return kind(**vars(balancer))
+
+    def model_with(balancer):
+        router = torch.nn.Module()
+        router.waterfill_balancer = balancer
+        return torch.nn.ModuleList([torch.nn.Linear(1, 1), router])
+
+    seams = SimpleNamespace(holder="waterfill_balancer", weight="shared_weight")
+    bench, balancer = Bench(told("home", True), seams, Theirs), ours()
+    bench.prepared(None, model=model_with(balancer))
+    assert balancer.expand_topk(None, 3) == "home"
+    bench, balancer = Bench(told("auto", False), seams, Theirs), ours()
+    bench.prepared(None, SimpleNamespace(model=model_with(balancer)))
+    assert balancer.expand_topk(None, 3) == "ours" and bench.rank.balancers == [balancer]
+    bench.prepared(None, model=model_with(None))
+    with pytest.raises(SystemExit, match="1 layers are not balanced by waterfill-rs"):
+        bench.prepared(None, model=model_with(SimpleNamespace()))
+
+
+def test_routing_is_forced_after_the_router(tmp_path):
+    Control(tmp_path / "control", create=True)
+    told = {"control": str(tmp_path / "control"), "folder": str(tmp_path), "ranks": 1}
+    bench = Bench({**told, "mode": "off", "first_layer": 1}, None, object)
+    output = namedtuple("Output", "topk_ids topk_weights")
+    router = output(torch.tensor([[7, 7], [7, 7]], dtype=torch.int64), "weights")
+    assert bench.force(router, layer_id=2) is router  # Before the model is loaded.
+    tables = np.arange(12, dtype=np.int16).reshape(2, 3, 2)
+    bench.rank.forced = Forced([tables], 4, "cpu")
+    forced = bench.force(router, "states", "logits", layer_id=2)
+    # The second MoE layer's first two tokens.
+    assert forced.topk_ids.tolist() == [[6, 7], [8, 9]] and forced.topk_ids.dtype is torch.int64
+    assert forced.topk_weights == "weights" and router.topk_ids.tolist() == [[7, 7], [7, 7]]
+    assert bench.force(router, layer_id=None) is router
+
+
+def test_weights_are_sane_and_depend_on_their_name_alone():
+    def weights_of():
+        names = {
+            "a.mlp.gate.weight": torch.bfloat16, "b.norm.weight": torch.bfloat16, "w13_weight": torch.float8_e4m3fn,
+            "w13_weight_scale_inv": torch.float32, "k_scale": torch.float32, "embed.weight": torch.bfloat16,
+            "e_score_correction_bias": torch.float32, "o_proj": torch.bfloat16,
+        }  # fmt: skip
+        state = {name: torch.zeros((2, 4, 8), dtype=dtype) for name, dtype in names.items()}
+        weights.fill(
+            SimpleNamespace(state_dict=lambda: state | {"place": torch.zeros(2, dtype=int)}), seed=5
+        )
+        return {name: value.float() for name, value in state.items()}
+
+    one, other = weights_of(), weights_of()
+    assert all((one[name] == other[name]).all() for name in one)
+    assert (one["b.norm.weight"] == 1).all() and (one["k_scale"] == 1).all()
+    assert (one["w13_weight_scale_inv"] == torch.tensor(weights.SCALE)).all()
+    assert 0.5 < one["w13_weight"].abs().max() <= 1 and one["w13_weight"].unique().numel() > 20
+    assert one["o_proj"].abs().max() <= 0.041 and one["a.mlp.gate.weight"].abs().max() < 0.2
+
+
+def test_an_engine_runs_rounds_and_tells_failures(control, tmp_path):
+    generated = []
+
+    def generate(prompts, new):
+        generated.append(
+            (len(prompts), len(prompts[0]), new, control.get("requests"), control.get("length"))
+        )
+        if new == 99:
+            raise OverflowError("too many")
+
+    def ranks():
+        while not done.wait(0.002):
+            for rank in range(2):
+                number = control.get("asked")
+                if number and control.list("written")[rank] != number:
+                    (tmp_path / f"round-{number}-{rank}.json").write_text(
+                        json.dumps({"rank": rank})
+                    )
+                    control.list("written")[rank] = number
+
+    done = threading.Event()
+    thread = threading.Thread(target=ranks)
+    thread.start()
+    commands, asks = os.pipe()
+    replies, says = os.pipe()
+    rounds = Rounds(generate, control, tmp_path, 2, 100, written_s=5)
+    off = modes.Plan("off", ("off",))
+    asked = schedule.message(schedule.Cell("prefill", 128, 0, "trivial"), off, 2, 3, 0, short=True)
+    send(asks, asked)
+    send(asks, {**asked, "round": 4, "new": 99})
+    serve(Reader(commands), says, rounds)
+    reader = Reader(replies)
+    reply = reader.next(1)
+    assert reply["round"] == 3 and reply["ranks"] == [{"rank": 0}, {"rank": 1}]
+    assert generated[0] == (4, 128, 1, 4, 1) and control.get("gate") == CLOSED
+    assert reader.next(1) == {"failed": "round 4: OverflowError('too many')"}
+    done.set()
+    thread.join()
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] wrote no results of round 5"):
+        Rounds(generate, control, tmp_path, 2, 100, written_s=0.05).run({**asked, "round": 5})
+    assert time.monotonic() - begin < 5
+    os.close(asks)
+    serve(Reader(commands), says, rounds)  # No more commands: it ends.
+
+
+def test_the_hooks_fit_the_installed_sglang(tmp_path):
+    """Each target is there, is applied, and takes what the hook takes; each argument is one of ``ServerArgs``."""
+    pytest.importorskip("sglang")
+    import subprocess
+
+    from msgspec import structs
+    from server import workspace
+    from sglang.srt.server_args import ServerArgs
+
+    known = {field.name for field in structs.fields(ServerArgs)}
+    for phase in ("prefill", "decode"):
+        assert set(model.arguments(phase, 2, [64], "m", True)) <= known
+    space = workspace.Workspace(tmp_path)
+    (plan,) = modes.engines("prefill", ["live", "home"])
+    told = space.told("e", plan, {"tp_size": 2}, {"routing": "r", "placements": 1, "longest": 8})
+    program = (
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "from sglang.srt.plugins.hook_registry import HookRegistry as H\n"
+        "print('applied', *sorted(t for t, hooks in H._hooks.items() if t in H._patched and "
+        "any(getattr(h, '__module__', '').startswith('server.') for _, h, *_ in hooks)))"
+    )
+    root = Path(__file__).parents[1]
+    given = {**os.environ, "PYTHONPATH": str(root / "python")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=space.environment(plan, told, given, 0),
+        capture_output=True,
+        text=True,
+    )
+    applied = next(line for line in io.StringIO(done.stdout) if line.startswith("applied"))
+    assert len(applied.split()) == 6, done.stderr[-2000:]
