@@ -15,7 +15,7 @@ from waterfill_rs.config import (
 def test_nothing_said_is_auto_everywhere():
     config = Config.from_environment({})
     assert (config.backend, config.exchange, config.required) == ("auto", "auto", False)
-    assert (config.board.cap_us, config.board.pace) == (500, "auto")
+    assert (config.board.cap_us, config.board.pace) == (1_000_000, "auto")
 
 
 def test_all_that_can_be_said():
@@ -28,7 +28,7 @@ def test_all_that_can_be_said():
         }
     )
     assert config.required and config.enabled and config.exchange == "board"
-    assert (config.board.cap_us, config.board.patience_us, config.board.pace) == (250, 125, "spin")
+    assert (config.board.cap_us, config.board.patience_us, config.board.pace) == (250, 219, "spin")
 
 
 def test_an_empty_variable_is_as_none():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from array import array
 from pathlib import Path
 
@@ -352,23 +353,31 @@ def test_status_and_top_see_a_board_from_outside(capsys, monkeypatch):
     ports.append(_native.Port(board, 1, CostModel.rows()))
     ids = array("i", [0, 1, 1])
     view = (ids.buffer_info()[0], 3, 1, 32)
-    assert ports[0].unsafe_quotas_ptr(view, 10_000_000)[0] == "live"
+    # Rank 1 lives, and its counts do not come.
+    assert ports[0].unsafe_quotas_ptr(view, 10_000_000)[0] == "none"
     assert main(["status", "--json"]) == 0
     (seen,) = (one for one in json.loads(capsys.readouterr().out) if one["name"] == name)
     assert (seen["version"], seen["name"]) == (_native.SNAPSHOT_VERSION, name)
-    assert (seen["planner"]["partial"], seen["planner"]["missed"]) == (1, [0, 1])
-    assert seen["by_rank"][0]["live"] == 1 and seen["by_rank"][0]["alive"]
+    assert (seen["planner"]["late"], seen["planner"]["missed"]) == (1, [0, 1])
+    assert [rank["alive"] for rank in seen["by_rank"]] == [True, True] and seen["planner"]["alive"]
+    assert seen["by_rank"][0]["none"] == 1
     assert seen["by_rank"][0]["tokens"] == 3
     (found,) = (board for board in boards.find() if board.name == name)
     assert seen == json.loads(json.dumps(found.snapshot()))
     assert main(["status"]) == 0
     told = capsys.readouterr().out
-    assert f"board {name}: 2 ranks" in told
+    assert f"board {name}: 2 ranks" in told and "no plan: 1 a rank was late" in told
+    assert any(line.split()[1:5] == [str(os.getpid()), "alive", "0", "0.00%"] for line in told.splitlines())
     assert ["-", "-", "-"] in [line.split()[-3:] for line in told.splitlines()], (
         "rank 1 never waited"
     )
     assert main(["top", "--count", "2", "--interval", "0.01"]) == 0
     assert "live/s" in capsys.readouterr().out
+    del ports[1]
+    assert ports[0].unsafe_quotas_ptr(view, 10_000_000)[0] == "live", "a gone rank is left out"
+    seen = board.snapshot()
+    assert [rank["alive"] for rank in seen["by_rank"]] == [True, False]
+    assert seen["planner"]["partial"] == 1
     for interval in ("0", "nan", "inf"):
         assert main(["top", "--count", "2", "--interval", interval]) == 2
 
@@ -439,3 +448,96 @@ def test_containers_meet_at_a_board_only_if_they_share_dev_shm(
     for process in started:
         said, _ = process.communicate(timeout=120)
         assert said.startswith(name) and reason in said
+
+
+WAIT = """
+import sys, time
+from array import array
+from waterfill_rs import CostModel, _native
+from waterfill_rs.exchange import BoardExchange
+rank, name = int(sys.argv[1]), sys.argv[2]
+board = _native.Board.attach(name, 2, 4, 7)
+exchange = BoardExchange(
+    board, rank, CostModel.rows(), cap_us=10_000_000, patience_us=9_000_000, pace="park", reason="a test"
+)
+print(exchange.unwatched, flush=True)
+ids = array("i", [0, 1])
+while sys.stdin.readline():
+    exchange.quotas((ids.buffer_info()[0], 2, 1, 32))
+    print(exchange.tally()["live"], flush=True)
+"""
+
+
+def test_who_lives_is_right_across_pid_namespaces():
+    own = ["unshare", "-pf", "--mount-proc"]
+    if subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("unshare is not permitted here")
+    name = f"waterfill-rs-{os.getpid()}-namespaces"
+    board = _native.Board.create(name, 2, 4, 7)
+    # Each rank is in a namespace of its own, as containers are: every process id here is a small number of some process's.
+    ranks = [
+        subprocess.Popen(
+            [*own, "--kill-child", sys.executable, "-c", WAIT, str(rank), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+    def call(*which):
+        for rank in which:
+            ranks[rank].stdin.write("\n")
+            ranks[rank].stdin.flush()
+        return [ranks[rank].stdout.readline() for rank in which]
+
+    def alive():
+        (seen,) = (found.snapshot() for found in boards.find() if found.name == name)
+        assert seen["by_rank"][0]["process"] < 10, "its id there"
+        return [rank["alive"] for rank in seen["by_rank"]], seen["planner"]["alive"]
+
+    try:
+        assert [rank.stdout.readline() for rank in ranks] == ["None\n"] * 2
+        assert call(0, 1) == ["1\n"] * 2
+        assert alive() == ([True, True], True)
+        ranks[1].kill()
+        ranks[1].wait()
+        deadline = time.monotonic() + 10
+        while alive()[0][1] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert alive() == ([True, False], True)
+        begun = time.monotonic()
+        assert call(0) == ["2\n"], "live without the gone rank"
+        assert time.monotonic() - begun < 5, "nobody waits for it"
+    finally:
+        board.unlink()
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def test_a_rank_that_cannot_be_watched_says_so(monkeypatch, caplog):
+    held = []
+
+    def run(rank, store):
+        return open_exchange(store, ranks=2, rank=rank, experts=24, settings=PATIENT)
+
+    create = _native.Board.create
+
+    class Taken:
+        """A board at whose rank 1 another process seems to be already."""
+
+        attach = _native.Board.attach
+
+        @staticmethod
+        def create(*arguments):
+            board = create(*arguments)
+            held.append(_native.DeviceEnd(board, 1, True))
+            return board
+
+    monkeypatch.setattr(rendezvous._native, "Board", Taken)
+    found = on_ranks(2, run)
+    assert [exchange.name for exchange in found] == ["board"] * 2
+    assert found[0].unwatched is None and "which another process has" in found[1].unwatched
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "rank 1 cannot be watched" in told and "wait 8.75 s for it twice" in told

@@ -300,7 +300,7 @@ def test_messages_come_whole_late_or_not():
 
 def test_kernels_are_of_one_group_each():
     of = {
-        "waterfill_expand_topk_8": "placement",
+        "waterfill_expand_topk_8": "Waterfill call",
         "void deep_ep::intranode::notify_dispatch<4>(int)": "dispatch",
         "void deep_ep::intranode::dispatch<4, 768, 8192>(int4*)": "dispatch",
         "void deep_ep::internode_ll::combine<true>(void*)": "combine",

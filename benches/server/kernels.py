@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 GROUPS = (
-    ("placement", r"expand_topk|waterfill|count_routed_per_rank"),
+    ("Waterfill call", r"expand_topk|waterfill|count_routed_per_rank"),
     ("dispatch", r"notify_dispatch|get_dispatch_layout|::dispatch\b|::dispatch<|layout::"),
     ("combine", r"notify_combine|::combine\b|::combine<"),
     ("dense GEMM", r"fp8_gemm.*GemmType\)0"),

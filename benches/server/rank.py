@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -72,6 +73,7 @@ class Rank:
         self._round, self._index, self._written = 0, 0, 0
         self._wrapped: list[tuple[Any, Any]] | None = None
         self._profiled_before = False
+        self._frozen = False
         self._begin()
 
     def _begin(self) -> None:
@@ -87,6 +89,7 @@ class Rank:
         if number != self._round:
             self._round, self._index = number, 0
             self._begin()
+            self._freeze_garbage()
         index, self._index = self._index, self._index + 1
         length = max(1, control.get("length"))
         counted = max(0, index - lead)
@@ -112,6 +115,14 @@ class Rank:
         end.record()
         self._forwards.append((index, self.mode, place, tokens, begin, end))
         return result
+
+    def _freeze_garbage(self) -> None:
+        """A collection over all that was loaded takes tens of milliseconds of one rank, and the others wait: as sglang's
+        own ``/freeze_gc`` for operators, once everything is warm."""
+        if not self._frozen:
+            gc.collect()
+            gc.freeze()
+            self._frozen = True
 
     def _profiled(self, call: Callable[[], Any]) -> Any:
         """Run it under a profiler; where there can be none, run it all the same."""

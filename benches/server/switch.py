@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from waterfill_rs.sglang.preparation import lend
+
 STATIC_OFF = "SGLANG_DISABLE_STATIC_WATERFILL"
 
 
@@ -29,6 +31,7 @@ class Switch:
         own: Callable[[Any], Any],
     ) -> None:
         self._ours, self._expand = ours, ours.expand_topk
+        lend(theirs, type(ours))
         self._mode, self._own = mode, own
         self._static = _sglangs(ours, theirs, weight, static=True)
         self._dynamic = _sglangs(ours, theirs, weight, static=False)

@@ -99,6 +99,8 @@ def test_two_processes_are_read_from_one_page(tmp_path):
     for rank in ("0", "1"):
         assert both["sglang:waterfill_exchange_total", "live", rank] == 40
         assert both["sglang:waterfill_exchange_total", "timed_out", rank] == 0
+        assert both["sglang:waterfill_exchange_total", "none", rank] == 0
+        assert both["sglang:waterfill_live_ratio", rank] == 1
         assert both["sglang:waterfill_exchange_seconds_count", rank] == 40
         assert both["sglang:waterfill_exchange_seconds_bucket", "+Inf", rank] == 40
         info = ("sglang:waterfill_info", "board", "a test", rank, waterfill_rs.__version__)
@@ -113,7 +115,9 @@ def test_two_processes_are_read_from_one_page(tmp_path):
     assert alone["sglang:waterfill_missed_total", "1", "0"] == 1
     assert alone["sglang:waterfill_exchange_total", "live", "0"] == 41
     slow = alone["sglang:waterfill_exchange_seconds_bucket", repr(2**30 / 1e9), "0"]
-    assert alone["sglang:waterfill_exchange_seconds_count", "0"] - slow == 1, "it waited 3 s"
+    assert alone["sglang:waterfill_exchange_seconds_count", "0"] == slow == 41, "a gone rank is not waited for"
+    reasons = ("late", "silent", "given_up", "refused")
+    assert [alone["sglang:waterfill_none_total", reason, "0"] for reason in reasons] == [0] * 4
 
 
 class PanicException(BaseException):

@@ -22,13 +22,24 @@ if TYPE_CHECKING:
 
     from waterfill_rs.sglang.peers import Peers
 
-__all__ = ["Preparation", "tell_at_preparation"]
+__all__ = ["Preparation", "lend", "tell_at_preparation"]
 
 logger = logging.getLogger(__name__)
 
 Prepare = Callable[..., Any]
 
 _DETERMINISTIC = "--enable-deterministic-inference: own counts are the same in every run"
+
+
+def lend(theirs: type, ours: type) -> None:
+    """Give our class what sglang's has and ours has not.
+
+    Where sglang's own balancer stays, the class's name is ours all the same, and in dynamic mode its methods call others
+    by that name (``WaterfillBalancer._all_reduce_dynamic_rank_load``).
+    """
+    for name, value in vars(theirs).items():
+        if not hasattr(ours, name):
+            setattr(ours, name, value)
 
 
 def tell_at_preparation(reasons: list[str]) -> Prepare:
@@ -108,8 +119,9 @@ class Preparation:
         """Its preparation imports the class anew each time."""
         module, _, name = self.seams.balancer.rpartition(".")
         home = importlib.import_module(module)
-        replaced = getattr(home, name)
-        setattr(home, name, self.originals[self.seams.balancer])
+        replaced, original = getattr(home, name), self.originals[self.seams.balancer]
+        lend(original, replaced)
+        setattr(home, name, original)
         try:
             yield
         finally:

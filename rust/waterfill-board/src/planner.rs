@@ -170,7 +170,7 @@ impl<R: Region> BoardPlanner<R> {
         };
         let waited = self.begun.get_or_insert_with(Instant::now).elapsed();
         let silent = self.missing().any(|rank| self.is_silent(rank));
-        if silent || waited >= LOOK {
+        if silent || waited >= LOOK.min(self.patience) {
             self.look_for_the_gone();
         }
         // Both anew: those that are gone are not missing any more.

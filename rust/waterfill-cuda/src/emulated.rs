@@ -227,7 +227,7 @@ fn notices_threads_that_do_not_come() {
     notices(
         FEW_RANKS,
         &[
-            ("    leave_blocks();\n    if (is", "    if (is", "without an arrival"),
+            ("    leave_blocks();\n    place_rest", "    place_rest", "without an arrival"),
             ("most > 0);\n    end_blocks();", "most > 0);", "ends without the wait"),
             (most, "__reduce_max_sync(lanes_before(), value)", "for some lanes"),
             (clock, "stage(args, now_ns() - begun)", ""),
@@ -320,7 +320,7 @@ fn notices_wrong_words_and_waits() {
             ("seldom == 0 && is_without", "seldom == 0 && sequence > 1 && is_without", "the board"),
             ("last != 0 && (int)(last - sequence) >= 0", "last == sequence", ""),
             ("last != 0 && (int)(last - sequence) >= 0", "last != 0 && last >= sequence", ""),
-            ("none ? 0 : deserted ?", "deserted ?", "the board"),
+            ("none ? 0 : deserted ?", "deserted ?", "sequence and failures"),
             ("&& stage != SPENT) return false", "&& stage != LATE) return false", ""),
             ("TALLY_TIMED_OUT && lane() ==", "TALLY_TIMED_OUT && WARP ==", "the board"),
             (
