@@ -33,7 +33,7 @@ def rank_process(rank: int, name: str, begin: float) -> None:
         rank,
         CostModel.rows(),
         cap_us=CAP_US,
-        patience_us=CAP_US // 2,
+        patience_us=CAP_US - CAP_US // 8,
         pace="inline",
         reason="all ranks are on one host and share its /dev/shm",
     )
@@ -67,7 +67,10 @@ def read(folder: str) -> dict[tuple[str, ...], float]:
         for sample in metric.samples:
             own = {k: v for k, v in sample.labels.items() if k not in ("model_name", "moe_ep_rank")}
             key = (sample.name.removeprefix("sglang:waterfill_"), *own.values())
-            found[key] = found.get(key, 0) + sample.value  # the dashboard's sum over ranks
+            if key == ("live_ratio",):  # the dashboard's minimum over ranks
+                found[key] = min(found.get(key, 1), sample.value)
+            else:  # its sum
+                found[key] = found.get(key, 0) + sample.value
     return found
 
 
@@ -119,7 +122,7 @@ def draw(pages: list, file: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(3, 2, figsize=(13, 9), constrained_layout=True)
+    figure, axes = pyplot.subplots(4, 2, figsize=(13, 12), constrained_layout=True)
     (info,) = (key for key in pages[-1][1] if key[0] == "info")
     figure.suptitle(f"waterfill_info: {', '.join(info[1:])}", fontsize=11)
     panels = axes.flat
@@ -133,9 +136,8 @@ def draw(pages: list, file: str) -> None:
         axis.axvline(KILLED, color="red", linestyle=":", label=f"rank {KILLED_RANK} killed")
         axis.legend(fontsize=8)
 
-    results = {
-        name: rates(pages, ("exchange_total", name)) for name in ("live", "timed_out", "broken")
-    }
+    ends = ("live", "none", "timed_out", "broken")
+    results = {name: rates(pages, ("exchange_total", name)) for name in ends}
     panel("Exchanges a second, by result", results, "1/s")
     waits = {f"p{round(100 * q)}": quantile(pages, q) for q in (0.5, 0.99)}
     panel("Wait for the plan", waits, "s")
@@ -148,6 +150,10 @@ def draw(pages: list, file: str) -> None:
     panel("Slowest rank over the mean", ratio, "ratio")
     missed = {f"rank {rank}": rates(pages, ("missed_total", str(rank))) for rank in range(RANKS)}
     panel("Exchanges that missed a rank, a second", missed, "1/s")
+    share = {"live": [(at, page[key]) for at, page in pages if (key := ("live_ratio",)) in page]}
+    panel("Share of live exchanges", share, "ratio")
+    reasons = {name: rates(pages, ("none_total", name)) for name in ("late", "silent", "given_up")}
+    panel("Exchanges without a plan, a second", reasons, "1/s")
     alive = {
         f"rank {rank}": [
             (at, page[key] + 0.02 * rank)
