@@ -540,4 +540,4 @@ def test_a_rank_that_cannot_be_watched_says_so(monkeypatch, caplog):
     assert [exchange.name for exchange in found] == ["board"] * 2
     assert found[0].unwatched is None and "which another process has" in found[1].unwatched
     (told,) = (record.getMessage() for record in caplog.records)
-    assert "rank 1 cannot be watched" in told and "wait 8.75 s for it twice" in told
+    assert "rank 1 cannot be watched" in told and "wait up to 10 s for it twice" in told

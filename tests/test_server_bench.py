@@ -234,8 +234,8 @@ def test_rounds_have_the_requests_that_fill_their_forwards():
     off, switched, _ = modes.engines("prefill", modes.MODES)
     cell = schedule.Cell("prefill", 8192, 1, "trivial")
     asked = schedule.message(cell, switched, ranks=4, number=9, sweep=2)
-    # A lead and three of each of five modes; eight prompts of 1024 tokens each and rank.
-    assert asked["requests"] == 16 * 8 * 4 and asked["chunk"] == 8192 and asked["base"] == 6
+    # A lead and four of each of five modes; eight prompts of 1024 tokens each and rank.
+    assert asked["requests"] == 21 * 8 * 4 and asked["chunk"] == 8192 and asked["base"] == 8
     assert asked["cycle"] == ["sglang-dynamic", "own", "live", "home", "sglang"]
     assert schedule.message(cell, off, 4, 9, 2)["requests"] == 4 * 8 * 4
     decode = schedule.message(

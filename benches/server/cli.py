@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"tokens a rank; by default {TOKENS['decode']}, or none where --prefill is given",
     )
     parser.add_argument(
-        "--placements", help="packed, trivial: by default both in prefill and trivial in decode"
+        "--placements",
+        help="packed, trivial: by default both in prefill and trivial in decode; packed@8192 is for that number of tokens alone",
     )
     parser.add_argument(
         "--modes", help=f"some of {','.join(modes.MODES)}; by default all that a phase can have"
@@ -152,6 +153,18 @@ def _phases(options: argparse.Namespace) -> list[Phase]:
     return phases
 
 
+def _places(text: str) -> tuple[list[str], dict[str, list[int]]]:
+    """Names of placements, and the numbers of tokens of those that are for some alone."""
+    names, only = [], {}
+    for part in text.split(","):
+        name, at, count = part.strip().partition("@")
+        if at:
+            only.setdefault(name, []).extend(_numbers("placements", count))
+        if name not in names:
+            names.append(name)
+    return names, only
+
+
 def _recordings(options: argparse.Namespace, ranks: int) -> list[recording.Recording]:
     if options.recording:
         return [recording.read(options.recording, ranks, options.experts)]
@@ -176,15 +189,17 @@ def _phase(
     if name == "decode" and not (options.prefill is None and options.decode is not None):
         asked = [mode for mode in asked if mode != "sglang-dynamic"]
     plans = modes.engines(name, asked)
+    only: dict[str, list[int]] = {}
     if recordings[0].placed:
         places = [(one, recording.place("", one)) for one in recordings]
     else:
-        names = (options.placements or PLACEMENTS[name]).split(",")
-        places = [(recordings[0], recording.place(one.strip(), recordings[0])) for one in names]
+        names, only = _places(options.placements or PLACEMENTS[name])
+        places = [(recordings[0], recording.place(one, recordings[0])) for one in names]
     cells = [
         Cell(name, count, i, placement.name, placement.redundant)
         for count in tokens
         for i, (_, placement) in enumerate(places)
+        if count in only.get(placement.name, tokens)
     ]
     return Phase(
         name,

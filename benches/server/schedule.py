@@ -13,7 +13,8 @@ from server.modes import Plan
 LONGEST_PROMPT, SHORTEST_PROMPT = 1024, 64
 PREFILL_LEAD, DECODE_LEAD = 1, 8
 """Forwards at a round's begin that do not count: the device is empty before the first, and a prefill comes before decode."""
-TOKENS_A_ROUND, MOST_CYCLES = 24576, 12
+CYCLES = 4
+"""Forwards of each mode in a round of prefill: small ones are bound by the host, and take about as long as large ones."""
 SHORT_DECODE = 4
 """Steps that count in a round of decode that is not timed."""
 PROFILE_S = 4.0
@@ -51,7 +52,7 @@ class Cell:
         if self.phase == "decode":
             # The prefill is the first, and gives the first token.
             return DECODE_STEPS - DECODE_LEAD
-        return max(2, min(MOST_CYCLES, TOKENS_A_ROUND // self.tokens))
+        return CYCLES
 
 
 def prompt_length(tokens: int) -> int:
@@ -127,10 +128,10 @@ class Clock:
 
 
 def profiles_s(engines: int, cells: Sequence[Cell]) -> float:
-    """What is kept for profiles at the end: one an engine and number of tokens."""
+    """What is kept for profiles at the end: one an engine."""
     return STOPPING_S + PROFILE_S * engines * len(profiled_cells(cells))
 
 
 def profiled_cells(cells: Sequence[Cell]) -> list[Cell]:
-    """The last placement of each number of tokens."""
-    return list({cell.tokens: cell for cell in cells}.values())
+    """The largest number of tokens, in its last placement."""
+    return [max(cells, key=lambda cell: (cell.tokens, cell.placement))]

@@ -156,11 +156,11 @@ def open_exchange(
     exchange = _open(name, reason, store, own, rank, model, settings, group, device, limits)
     if exchange.unwatched is not None:
         logger.warning(
-            "waterfill-rs: rank %d cannot be watched (%s): should its process end, the other ranks wait %g s for it twice, "
-            "and take own counts from then on",
+            "waterfill-rs: rank %d cannot be watched (%s): should its process end, the other ranks wait up to %g s for it "
+            "twice, and take own counts from then on",
             rank,
             exchange.unwatched,
-            settings.patience_us / 1e6,
+            settings.cap_us / 1e6,
         )
     return exchange
 

@@ -99,7 +99,7 @@ def test_live_plans_are_the_planners(group):
     assert [{name: tally[name] for name in live} for tally in seen] == group.tallies()
     for tally in seen:
         assert sum(count for _, count in tally["wait_us"]["buckets"]) == 40
-        assert 0 < tally["wait_us"]["p50"] <= tally["wait_us"]["max"] < SECOND
+        assert 0 <= tally["wait_us"]["p50"] <= tally["wait_us"]["max"] < SECOND
 
 
 @pytest.mark.parametrize("group", [dict(ranks=2, planner=False)], indirect=True)

@@ -77,7 +77,7 @@ def test_a_thread_looks_at_an_exchange_as_long_as_it_is_there(monkeypatch, caplo
     monkeypatch.setattr(live_share, "LOOK_S", 0.01)
 
     class Exchange:
-        calls = 0
+        name, calls = "group", 0
 
         def tally(self):
             self.calls += 1000
@@ -90,7 +90,7 @@ def test_a_thread_looks_at_an_exchange_as_long_as_it_is_there(monkeypatch, caplo
         while not caplog.records and time.monotonic() < deadline:
             time.sleep(0.01)
     (told,) = (record.getMessage() for record in caplog.records)
-    assert told.startswith("waterfill-rs: 50.0% of the last")
+    assert told.startswith("waterfill-rs: 50.0% of the last") and "connections" in told
 
 
 def test_sglangs_balancer_finds_its_own_methods_by_the_name_that_is_ours():

@@ -26,18 +26,24 @@ LOOK_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 60.0, 3600.0
 """From one line to the next: twice as long each time."""
 
-_ADVICE = {
+_BOARD = {
     "none": "a rank that compiles kernels or starts is late for a while; one that always is lacks CPU or is held up: see "
     "waterfill-rs top, and the log of the ranks that were missed",
     "timed_out": "the planner, a thread of rank 0's process, is late: give it a CPU of its own (waterfill-rs doctor)",
     "broken": "the planner, a thread of rank 0's process, is gone or always late: see waterfill-rs status and doctor",
     "torn": "something else writes to the board: see waterfill-rs status",
 }
+_GROUP = {
+    "none": "a rank refused its ids: see its log",
+    "timed_out": "a rank, the network or this process's planner is slow: see the ranks' logs and waterfill-rs doctor",
+    "broken": "connections to the other ranks are lost, or rounds always late: see the log above",
+    "torn": "something else writes to this process's board: see waterfill-rs status",
+}
 
 
 def watch(exchange: Any) -> None:
     """Look at this exchange from now on, until it is gone. On the leader, rank 0, which tells of all ranks of a board."""
-    share = LiveShare()
+    share = LiveShare(_GROUP if exchange.name == "group" else _BOARD)
     alive = weakref.ref(exchange)
 
     def look() -> None:
@@ -60,10 +66,12 @@ def _tallies(exchange: Any) -> list[Mapping[str, Any]]:
 
 
 class LiveShare:
-    """What each rank's last calls came to. ``clock``: seconds, monotonic."""
+    """What each rank's last calls came to. ``advice``: by how calls end. ``clock``: seconds, monotonic."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self, advice: Mapping[str, str] = _BOARD, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._advice, self._clock = advice, clock
         self._before: list[dict[str, int]] = []
         self._next = 0.0
         self._pause = FIRST_PAUSE_S
@@ -88,7 +96,7 @@ class LiveShare:
         if self._clock() < self._next:
             return None
         self._next, self._pause = self._clock() + self._pause, min(2 * self._pause, LONGEST_PAUSE_S)
-        return _told(worst, grown)
+        return _told(worst, grown, self._advice)
 
 
 def _calls(counts: Mapping[str, int]) -> int:
@@ -99,7 +107,7 @@ def _live(counts: Mapping[str, int]) -> float:
     return counts["live"] / _calls(counts) if _calls(counts) else 1.0
 
 
-def _told(worst: int, grown: list[dict[str, int]]) -> str:
+def _told(worst: int, grown: list[dict[str, int]], advice: Mapping[str, str]) -> str:
     counts = grown[worst]
     others = {name: counts[name] for name in ENDS if name != "live" and counts[name]}
     missed = {rank: tally["missed"] for rank, tally in enumerate(grown) if tally["missed"]}
@@ -108,5 +116,5 @@ def _told(worst: int, grown: list[dict[str, int]]) -> str:
         f"{1 - _live(counts):.1%} of the last {_calls(counts)} calls of rank {worst} had no live plan, so layers were less level: "
         + ", ".join(f"{count} {name}" for name, count in others.items())
         + (f"; calls without a rank's counts, by rank: {missed}" if missed else "")
-        + f". {_ADVICE[most]}"
+        + f". {advice[most]}"
     )

@@ -190,16 +190,17 @@ class Preparation:
             device,
             exchange.name,
             exchange.reason,
-            _waits(config) if exchange.name == "board" else "",
+            _waits(config, device) if exchange.name == "board" else "",
         )
 
 
-def _waits(config: Config) -> str:
+def _waits(config: Config, device: torch.device) -> str:
     """What a layer waits for, in words."""
     board = config.board
+    by_itself = "inline" if device.type == "cpu" else "park"
     return (
         f"; a layer waits for the counts of every rank that lives, {board.patience_us / 1e6:g} s at most, planner "
-        f"{board.pace}; how calls end: waterfill-rs status"
+        f"{by_itself if board.pace == 'auto' else board.pace}; how calls end: waterfill-rs status"
     )
 
 

@@ -48,8 +48,8 @@ pub struct BoardPlanner<R> {
     /// How long a call waits for late ranks after its first counts came.
     patience: Duration,
     begun: Option<Instant>,
-    /// `[R]` when each rank's counts were found.
-    found_at: Vec<Instant>,
+    /// `[R]` when each rank's counts were found; none where they were not, or the last to come.
+    found_at: Vec<Option<Instant>>,
     /// `[R]` how long each rank's counts waited for an answer.
     waits: Vec<Waits>,
     /// Polls that found nobody.
@@ -96,7 +96,7 @@ impl<R: Region> BoardPlanner<R> {
             next: Sequence::FIRST,
             patience,
             begun: None,
-            found_at: vec![Instant::now(); ranks],
+            found_at: vec![None; ranks],
             waits: vec![Waits::default(); ranks],
             idle: 0,
             arrived: vec![false; ranks],
@@ -133,12 +133,10 @@ impl<R: Region> BoardPlanner<R> {
     /// Look at the board once. If the next call's counts are there of all ranks that live, publish its plan; if
     /// they cannot come, or not within the patience, tell all ranks that it has none. True if either.
     pub fn poll(&mut self) -> bool {
-        let (mut any, mut now) = (false, None);
+        let (mut any, mut fresh) = (false, false);
         for rank in 0..self.shape.ranks {
             if !self.arrived[rank] && self.read(rank) {
-                self.arrived[rank] = true;
-                // Read once for all that are found together: it takes as long as a look.
-                self.found_at[rank] = *now.get_or_insert_with(Instant::now);
+                (self.arrived[rank], fresh) = (true, true);
             }
             any |= self.arrived[rank];
         }
@@ -152,23 +150,31 @@ impl<R: Region> BoardPlanner<R> {
             // At once: by the next poll the ring may have gone on again. One level deep, because `idle` is 0.
             return self.poll();
         }
-        match self.judge() {
-            Verdict::Wait => return false,
+        let verdict = self.judge(fresh);
+        match verdict {
+            Verdict::Wait => {
+                if fresh {
+                    self.note_arrivals();
+                }
+                return false;
+            }
             Verdict::Plan => self.publish(),
             Verdict::NoPlan(why) => self.refuse(why),
         }
-        self.go_on();
+        self.go_on(verdict);
         true
     }
 
-    fn judge(&mut self) -> Verdict {
+    /// `fresh`: counts were found at this look.
+    fn judge(&mut self, fresh: bool) -> Verdict {
         if self.is_complete() {
             return self.unless_given_up();
         }
-        let Verdict::Plan = self.unless_given_up() else {
-            return Verdict::NoPlan(Why::GivenUp);
-        };
         let waited = self.begun.get_or_insert_with(Instant::now).elapsed();
+        // Not at every look: nobody gives up so soon, unless before its counts came.
+        if (fresh || waited >= LOOK) && self.unless_given_up() != Verdict::Plan {
+            return Verdict::NoPlan(Why::GivenUp);
+        }
         let silent = self.missing().any(|rank| self.is_silent(rank));
         if silent || waited >= LOOK.min(self.patience) {
             self.look_for_the_gone();
@@ -231,11 +237,15 @@ impl<R: Region> BoardPlanner<R> {
     }
 
     /// Count what was done, and on to the next call.
-    fn go_on(&mut self) {
-        for (rank, &arrived) in self.arrived.iter().enumerate() {
-            self.missed[rank] = if arrived { 0 } else { self.missed[rank].saturating_add(1) };
-            self.gone[rank] &= !arrived;
-            self.published.missed[rank] += u64::from(!arrived);
+    fn go_on(&mut self, verdict: Verdict) {
+        for rank in 0..self.shape.ranks {
+            if self.arrived[rank] {
+                self.missed[rank] = 0;
+                self.gone[rank] = false;
+            } else if self.is_missed(rank, verdict) {
+                self.missed[rank] = self.missed[rank].saturating_add(1);
+                self.published.missed[rank] += 1;
+            }
         }
         self.published.show(self.region.words(), self.shape);
         self.count_waits();
@@ -245,10 +255,32 @@ impl<R: Region> BoardPlanner<R> {
         self.next = self.next.next();
     }
 
+    /// Whether the call was ended because of `rank`, whose counts are not there. One that is not waited for at all ends before
+    /// ranks come that are in time.
+    fn is_missed(&self, rank: usize, verdict: Verdict) -> bool {
+        match verdict {
+            Verdict::NoPlan(Why::Silent) => self.is_silent(rank),
+            Verdict::NoPlan(Why::GivenUp) => false,
+            _ => true,
+        }
+    }
+
+    /// The clock is not read for counts that are the last to come: the answer would wait for it.
+    fn note_arrivals(&mut self) {
+        let now = Instant::now();
+        for (found_at, &arrived) in self.found_at.iter_mut().zip(&self.arrived) {
+            if arrived && found_at.is_none() {
+                *found_at = Some(now);
+            }
+        }
+    }
+
     /// After the answer is written, so that nobody waits for this.
     fn count_waits(&mut self) {
+        let now = Instant::now();
         for rank in (0..self.shape.ranks).filter(|&rank| self.arrived[rank]) {
-            let changed = self.waits[rank].add(self.found_at[rank].elapsed());
+            let waited = self.found_at[rank].take().map(|found_at| now.duration_since(found_at));
+            let changed = self.waits[rank].add(waited.unwrap_or_default());
             let longest = self.waits[rank].longest();
             show_seen(self.region.words(), self.shape, rank, longest, changed);
         }

@@ -25,8 +25,8 @@ pub enum Pace {
 /// Without a call for so long, a parking planner sleeps: longer than a busy server takes from one call to the next.
 const AWAKE: Duration = Duration::from_millis(100);
 /// A sleep is the time without a call over this, up to the longest.
-const SLEEP_PART: u32 = 250;
-const LONGEST_SLEEP: Duration = Duration::from_millis(4);
+const SLEEP_PART: u32 = 125;
+const LONGEST_SLEEP: Duration = Duration::from_millis(8);
 /// How often [`PlannerWatch`] asks.
 const WATCH: Duration = Duration::from_millis(5);
 

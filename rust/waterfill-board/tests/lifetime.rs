@@ -135,7 +135,7 @@ fn dropping_it_ends_the_thread() {
 fn a_parked_planner_takes_hardly_any_of_a_core() {
     let _alone = alone();
     let (_board, _, planner) = start(Pace::Park);
-    thread::sleep(Duration::from_millis(100));
+    thread::sleep(Duration::from_secs(1));
     // User and system time in ticks of 10 ms, after the name in brackets.
     let ticks = || -> u64 {
         let stat = of_planner("stat").unwrap();
@@ -146,7 +146,7 @@ fn a_parked_planner_takes_hardly_any_of_a_core() {
     thread::sleep(Duration::from_secs(count(3, 60).into()));
     let part = (ticks() - before) as f64 * 0.01 / begun.elapsed().as_secs_f64();
     println!("a parked planner: {:.2}% of a core over {:?}", part * 100.0, begun.elapsed());
-    assert!(part <= 0.03, "{part}");
+    assert!(part <= 0.02, "{part}");
     planner.finish().unwrap();
 }
 

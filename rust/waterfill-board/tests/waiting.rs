@@ -274,7 +274,7 @@ fn from_a_peers_death_to_the_first_call_that_does_not_wait_it_takes_milliseconds
     taken.sort_unstable();
     let median = taken[taken.len() / 2];
     println!("{} deaths: median {median:?}, longest {:?}", taken.len(), taken[taken.len() - 1]);
-    // About 4 ms are seen; a busy machine may keep the planner from its core for some more.
+    // A millisecond or two are seen; a busy machine may keep the planner from its core for some more.
     assert!(median < Duration::from_millis(50), "{taken:?}");
 }
 

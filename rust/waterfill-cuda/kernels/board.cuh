@@ -1,6 +1,6 @@
 // This rank's end of the board. A word is sequence << 32 | value, so it tells by itself to which call it
-// belongs: nothing else is published through it, every access is relaxed, and there is no fence. Partner of
-// each: the planner's relaxed loads and stores (waterfill-board's word.rs).
+// belongs: nothing else is published through it, and every access is relaxed. Partner of each: the planner's relaxed loads
+// and stores (waterfill-board's word.rs). Only the planner's word that a call has no plan tells of others too.
 
 __device__ __forceinline__ void store_word(u64 *word, u32 sequence, u32 value) {
     store_relaxed(word, (u64)sequence << 32 | value);
@@ -35,13 +35,29 @@ __device__ __forceinline__ void for_each_posted(const Args &args, const Shared &
     }
 }
 
+// The warp that waits posts the last word, which says whether it does: of all ranks, where it posts for all. One lane writes
+// the word of this rank, so that what it writes later is later. Here, among the others' posts, because the planner looks for
+// this word first, and the code of the wait is far away.
+__device__ __forceinline__ void post_waits(const Args &args, u32 sequence, u32 waits) {
+    if (!is_waiting_warp()) return;
+    u64 *words = in_slot(args, args.counts_at + posted(args) - args.rank * args.counts_stride, sequence);
+    if (!args.words) {
+        if (lane() == args.rank % WARP) store_word(words + (u64)args.rank * args.counts_stride, sequence, waits);
+        return;
+    }
+#pragma unroll 1
+    for (u32 rank = lane(); rank < RANKS; rank += WARP)
+        store_word(words + (u64)rank * args.counts_stride, sequence, waits);
+}
+
 __device__ __forceinline__ void post(const Args &args, const Shared &s, const Block &b) {
     u64 *words = in_slot(args, args.counts_at, b.sequence);
     for_each_posted(args, s, b, [&](u32 i, u32 value) { store_word(words + i, b.sequence, value); });
+    post_waits(args, b.sequence, b.waits);
 }
 
 // Post what a collective brought from all ranks, on a board that nobody else writes counts on: a warp a rank.
-__device__ __forceinline__ void post_all(const Args &args, u32 sequence) {
+__device__ __forceinline__ void post_all(const Args &args, u32 sequence, u32 waits) {
     u64 *words = in_slot(args, args.counts_at - args.rank * args.counts_stride, sequence);
 #pragma unroll 1
     for (u32 rank = warp(); rank < RANKS; rank += warps()) {
@@ -50,6 +66,7 @@ __device__ __forceinline__ void post_all(const Args &args, u32 sequence) {
         for (u32 i = lane(); i < posted(args); i += WARP)
             store_word(words + (u64)rank * args.counts_stride + i, sequence, values[i]);
     }
+    post_waits(args, sequence, waits);
 }
 
 // A warp reads this rank's quotas of a call; false as long as any is missing. `sum` is theirs.
@@ -84,15 +101,6 @@ __device__ __forceinline__ bool waits_for_plan(const Args &args, u32 sequence, u
     return sequence % seldom == 0 && is_without_plan(args, previous_sequence(sequence));
 }
 
-// The warp that waits posts the last word, which says whether it does: of all ranks, where it posts for all. One lane writes
-// the word of this rank, so that what it writes later is later.
-__device__ __forceinline__ void post_waits(const Args &args, u32 sequence, u32 waits) {
-    u64 *words = in_slot(args, args.counts_at + posted(args) - args.rank * args.counts_stride, sequence);
-#pragma unroll 1
-    for (u32 rank = lane(); rank < RANKS; rank += WARP)
-        if (args.words || rank == args.rank) store_word(words + (u64)rank * args.counts_stride, sequence, waits);
-}
-
 // After so long a wait it is asked for more than the plan: before, that would only delay it.
 static constexpr u64 LATE_NS = 20000;
 // How far a wait is.
@@ -120,7 +128,6 @@ __device__ __forceinline__ bool ends(const Args &args, u32 *quotas, const Block 
 
 // A warp waits for this call's quotas, at most `cap_ns`; `quotas` has them if the outcome is TALLY_LIVE.
 __device__ __forceinline__ u32 wait(const Args &args, u32 *quotas, const Block &b) {
-    post_waits(args, b.sequence, b.waits);
     if (!b.waits) return TALLY_BROKEN;
     u64 begun = now_ns(), sum = 0;
     u32 outcome = TALLY_LIVE;

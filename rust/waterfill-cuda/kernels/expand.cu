@@ -6,7 +6,7 @@ __device__ __forceinline__ void post_counts(const Args &args, const Shared &s, c
     if (mode_of(args) == COUNT) {
         for_each_posted(args, s, b, [&](u32 i, u32 value) { args.words[i] = value; });
     } else if (mode_of(args) == LIVE && args.words) {
-        post_all(args, b.sequence);
+        post_all(args, b.sequence, b.waits);
     } else if (mode_of(args) == LIVE) {
         post(args, s, b);
     }
@@ -100,7 +100,7 @@ __device__ __forceinline__ void expand(const Args &args) {
     // instructions right behind the barrier: all wait for that warp, and it jumps over nothing.
     if (warp() < warps() - 2) {
         if (args.writers == 0) write_routed(args, rows, threadIdx.x, blockDim.x - 2 * WARP);
-    } else if (warp() < warps() - 1) {
+    } else if (is_waiting_warp()) {
         take_quotas(args, s, b);
     } else {
         plan_own(args, s, b, inverse);

@@ -130,6 +130,8 @@ __device__ __forceinline__ u32 mode_of(const Args &args) { return OWN_ONLY ? OWN
 __device__ __forceinline__ u32 lane() { return threadIdx.x % WARP; }
 __device__ __forceinline__ u32 warp() { return threadIdx.x / WARP; }
 __device__ __forceinline__ u32 warps() { return blockDim.x / WARP; }
+// Of the last two warps, which most often have no rows, one waits for the plan while the other plans from own counts.
+__device__ __forceinline__ bool is_waiting_warp() { return warp() == warps() - 2; }
 __device__ __forceinline__ u32 lanes_before() { return (1u << lane()) - 1; }
 // value / divisor, rounded up.
 __device__ __forceinline__ u32 up(u32 value, u32 divisor) { return (value + divisor - 1) / divisor; }
