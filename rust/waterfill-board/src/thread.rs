@@ -33,7 +33,10 @@ const WATCH: Duration = Duration::from_millis(5);
 /// A planner's thread; it ends when this is dropped. The child of a fork has the handle but not the thread:
 /// there dropping does nothing, and [`finish`](Self::finish) gives nothing.
 #[derive(Debug)]
-pub struct PlannerThread(Background<Published>);
+pub struct PlannerThread {
+    thread: Background<Published>,
+    woken: Arc<AtomicBool>,
+}
 
 /// A thread that tells this rank's kernel when the planner's process is gone, which a kernel cannot ask; it ends when
 /// this is dropped, or with the planner. A [`Port`](crate::Port) asks by itself.
@@ -57,29 +60,38 @@ impl PlannerThread {
         planner: BoardPlanner<R>,
         pace: Pace,
     ) -> std::io::Result<Self> {
+        let woken = Arc::new(AtomicBool::new(false));
+        let wakes = Arc::clone(&woken);
         let (tell, told) = std::sync::mpsc::sync_channel(1);
         let run = move |stop: &AtomicBool| {
             let ready = pin(pace);
             let failed = ready.is_err();
             // The receiver waits below; if it is gone, so is the caller.
             let _ = tell.send(ready);
-            if failed { planner.published().clone() } else { plan_until(planner, pace, stop) }
+            if failed {
+                planner.published().clone()
+            } else {
+                plan_until(planner, pace, stop, &wakes)
+            }
         };
-        let started = Self(Background::spawn("waterfill-planner", run)?);
+        let thread = Background::spawn("waterfill-planner", run)?;
+        let started = Self { thread, woken };
         told.recv().unwrap_or_else(|_| Err(std::io::Error::other("the planner's thread ended")))?;
         Ok(started)
     }
 
-    /// Before a call is posted: if the planner sleeps, it is awake by the time that the counts come.
+    /// Before a call is posted: the planner is awake for the next [`AWAKE`], by which the counts come.
     pub fn wake(&self) {
-        if let Some(thread) = &self.0.thread {
+        // Relaxed: a flag that guards nothing. Partner: the load in `plan_until`.
+        self.woken.store(true, Ordering::Relaxed);
+        if let Some(thread) = &self.thread.thread {
             thread.thread().unpark();
         }
     }
 
     /// End the thread; gives what it published, nothing if it panicked.
     pub fn finish(mut self) -> Option<Published> {
-        self.0.join()
+        self.thread.join()
     }
 }
 
@@ -144,7 +156,12 @@ impl<T> Drop for Background<T> {
     }
 }
 
-fn plan_until<R: Region>(mut planner: BoardPlanner<R>, pace: Pace, stop: &AtomicBool) -> Published {
+fn plan_until<R: Region>(
+    mut planner: BoardPlanner<R>,
+    pace: Pace,
+    stop: &AtomicBool,
+    woken: &AtomicBool,
+) -> Published {
     let (mut polls, mut last) = (0u32, Instant::now());
     // Relaxed: a flag that guards nothing; partner: `Background::join`. The join orders the rest.
     while !stop.load(Ordering::Relaxed) {
@@ -155,6 +172,10 @@ fn plan_until<R: Region>(mut planner: BoardPlanner<R>, pace: Pace, stop: &Atomic
         polls = polls.wrapping_add(1);
         if pace == Pace::Park && polls.is_multiple_of(16) && last.elapsed() > AWAKE {
             std::thread::park_timeout((last.elapsed() / SLEEP_PART).min(LONGEST_SLEEP));
+            // Relaxed: as above; partner: `wake`. The counts of the call that woke it may take a while to come.
+            if woken.swap(false, Ordering::Relaxed) {
+                last = Instant::now();
+            }
         } else {
             pause(polls);
         }

@@ -150,6 +150,35 @@ fn a_parked_planner_takes_hardly_any_of_a_core() {
     planner.finish().unwrap();
 }
 
+#[test]
+fn a_woken_planner_is_awake_when_the_counts_come() {
+    let _alone = alone();
+    let shape = Shape::new(1, 1).unwrap();
+    let board = Arc::new(Heap::new(shape));
+    let planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
+    let planner = PlannerThread::spawn(planner, Pace::Park).unwrap();
+    let mut port = Port::new(board, shape, COST, 0).unwrap();
+    let posted = Posted { tokens: 1, visits: &[1], counts: &[1] };
+    let mut first_after_a_second = |wakes: bool| {
+        thread::sleep(Duration::from_secs(1));
+        if wakes {
+            planner.wake();
+        }
+        // As a kernel that is launched behind others.
+        thread::sleep(Duration::from_millis(20));
+        let begun = Instant::now();
+        port.exchange(posted, LONG, &mut [0]).unwrap();
+        begun.elapsed()
+    };
+    let [mut woken, mut asleep] =
+        [true, false].map(|wakes| [0; 5].map(|_| first_after_a_second(wakes)));
+    woken.sort_unstable();
+    asleep.sort_unstable();
+    println!("the first call after a second: {woken:?} if woken, else {asleep:?}");
+    assert!(woken[2] < Duration::from_millis(1), "{woken:?}");
+    planner.finish().unwrap();
+}
+
 /// Pages in memory and open files of a process.
 fn size(process: libc::pid_t) -> (u64, usize) {
     let statm = fs::read_to_string(format!("/proc/{process}/statm")).unwrap();
