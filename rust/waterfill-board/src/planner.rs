@@ -16,6 +16,9 @@ use crate::word::{self, Sequence};
 
 /// A rank that missed so many calls in a row is not waited for until it is seen again.
 const SILENT_AFTER: u32 = 2;
+/// Once in so many calls the ranks are told anew what has no plan: a word that is half the numbers old would be taken for one
+/// of a call to come.
+const RENEW: u32 = 1 << 20;
 
 /// What becomes of a call whose first counts are there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -239,6 +242,9 @@ impl<R: Region> BoardPlanner<R> {
         }
         self.published.show(self.region.words(), self.shape);
         self.count_waits();
+        if self.next.tag().is_multiple_of(RENEW) {
+            self.say_without_plan(self.next);
+        }
         self.arrived.fill(false);
         self.idle = 0;
         self.begun = None;

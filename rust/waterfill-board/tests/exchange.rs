@@ -255,6 +255,28 @@ fn calls_go_on_over_the_wrap_of_the_sequence() {
 }
 
 #[test]
+fn that_a_call_had_no_plan_is_not_taken_for_one_of_half_the_numbers_later() {
+    let shape = Shape::new(1, 1).unwrap();
+    let board = Arc::new(Heap::new(shape));
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
+    let mut port = port(&board, shape, 0);
+    let (posted, mut quotas) = (Posted { tokens: 1, visits: &[1], counts: &[1] }, [0]);
+    assert_eq!(port.exchange(posted, Duration::ZERO, &mut quotas).unwrap(), Source::TimedOut);
+    assert!(planner.poll() && planner.published().given_up == 1, "call 1 has no plan");
+    // As if all calls between had plans: over a quarter of the numbers each time, and over the wrap.
+    for call in [1 << 30, 2 << 30, 3 << 30, 1 << 20, 1 << 30, (2 << 30) + 1] {
+        port.resume_after(Sequence::from_tag(call - 1).unwrap());
+        planner.resume_at(Sequence::from_tag(call).unwrap());
+        port.post(posted).unwrap();
+        let meanwhile = || {
+            planner.poll();
+        };
+        let source = port.finish_with(posted, LONG, &mut quotas, meanwhile).unwrap();
+        assert_eq!(source, Source::Live, "call {call}");
+    }
+}
+
+#[test]
 fn a_planner_that_gets_its_core_seldom_still_makes_plans() {
     let shape = Shape::new(1, 1).unwrap();
     let board = Arc::new(Heap::new(shape));
