@@ -237,7 +237,8 @@ impl<R: Region> BoardPlanner<R> {
     fn go_on(&mut self) {
         for (rank, &arrived) in self.arrived.iter().enumerate() {
             self.missed[rank] = if arrived { 0 } else { self.missed[rank].saturating_add(1) };
-            self.gone[rank] &= !arrived;
+            // Whoever posts again, late as it may be, is looked for again.
+            self.gone[rank] &= !arrived && !self.has_posted(self.next.previous(), rank);
             self.published.missed[rank] += u64::from(!arrived);
         }
         self.published.show(self.region.words(), self.shape);

@@ -79,6 +79,35 @@ fn a_gone_peer_is_left_out_at_once_and_gets_no_token() {
 }
 
 #[test]
+fn a_gone_peer_that_joins_again_is_waited_for_again() {
+    let shape = Shape::new(2, 4).unwrap();
+    let board = Arc::new(Watched::new(shape));
+    let port = |rank| Port::new(Arc::clone(&board), shape, COST, rank).unwrap();
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
+    let (mut first, mut second) = (port(0), port(1));
+    let batch = Batch { tokens: 1, visits: vec![1, 0], counts: vec![1, 0, 0, 0] };
+    board.leave(End::Rank(1));
+    for call in 1..=3 {
+        first.post(batch.posted()).unwrap();
+        while !planner.poll() {}
+        second.resume_after(Sequence::from_tag(call).unwrap());
+    }
+    assert_eq!(planner.published().partial, 3);
+    board.come_back(End::Rank(1));
+    // Always after rank 0 and the planner's look.
+    for _ in 0..8 {
+        first.post(batch.posted()).unwrap();
+        planner.poll();
+        second.post(batch.posted()).unwrap();
+        planner.poll();
+        first.finish(batch.posted(), SHORT, &mut [0; 2]).unwrap();
+        second.finish(batch.posted(), SHORT, &mut [0; 2]).unwrap();
+    }
+    let published = planner.published();
+    assert!(published.whole >= 4 && published.partial <= 5, "{published:?}");
+}
+
+#[test]
 fn without_a_peer_that_may_live_there_is_no_plan_and_after_two_calls_no_wait() {
     const PATIENCE: Duration = Duration::from_millis(100);
     let shape = Shape::new(2, 4).unwrap();
