@@ -3,13 +3,14 @@
 
 mod support;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use waterfill_board::{
-    BoardPlanner, End, Heap, Pace, PlannerThread, Port, Posted, Region, Sequence, Shape, Source,
+    BoardPlanner, End, Heap, Pace, PlannerThread, Port, Posted, Presence, Region, Sequence, Shape,
+    Source,
 };
 
 use support::{Batch, COST, Watched, expected, expected_with};
@@ -157,6 +158,85 @@ fn a_planner_that_is_gone_is_not_waited_for() {
         assert_eq!(source, Source::Broken, "call {call}");
     }
     assert!(begun.elapsed() < LONG / 10, "{:?}", begun.elapsed());
+}
+
+/// A board whose ends do one thing more before they are seen to be gone.
+struct Ending<F> {
+    heap: Arc<Heap>,
+    last: F,
+}
+
+impl<F: Fn(End) + Send + Sync> Region for Ending<F> {
+    fn words(&self) -> &[AtomicU64] {
+        self.heap.words()
+    }
+
+    fn presence(&self, end: End) -> Presence {
+        (self.last)(end);
+        Presence::Gone
+    }
+}
+
+#[test]
+fn what_a_process_wrote_just_before_it_ended_is_found() {
+    let shape = Shape::new(2, 2).unwrap();
+    let heap = Arc::new(Heap::new(shape));
+    let batch = Batch { tokens: 1, visits: vec![1, 0], counts: vec![1, 0] };
+    let second = Mutex::new(Some(port(&heap, shape, 1)));
+    port(&heap, shape, 0).post(batch.posted()).unwrap();
+    let posts = |end| {
+        let mut second = second.lock().unwrap();
+        if let Some(mut second) = second.take_if(|_| end == End::Rank(1)) {
+            second.post(batch.posted()).unwrap();
+        }
+    };
+    let board = Ending { heap: Arc::clone(&heap), last: posts };
+    let mut planner = BoardPlanner::new(board, shape, COST, LONG).unwrap();
+    while !planner.poll() {}
+    assert_eq!((planner.published().whole, planner.published().partial), (1, 0));
+
+    let shape = Shape::new(1, 1).unwrap();
+    let heap = Arc::new(Heap::new(shape));
+    let planner = BoardPlanner::new(Arc::clone(&heap), shape, COST, LONG).unwrap();
+    let planner = Mutex::new(planner);
+    let plans = |_| {
+        planner.lock().unwrap().poll();
+    };
+    let mut port = Port::new(Ending { heap, last: plans }, shape, COST, 0).unwrap();
+    let posted = Posted { tokens: 1, visits: &[1], counts: &[1] };
+    assert_eq!(port.exchange(posted, LONG, &mut [0]).unwrap(), Source::Live);
+}
+
+#[test]
+fn once_a_rank_went_on_alone_no_other_gets_a_plan_nor_waits_for_one() {
+    let shape = Shape::new(2, 4).unwrap();
+    let batch = Batch { tokens: 1, visits: vec![1, 0], counts: vec![1, 0, 0, 0] };
+    let exchange =
+        |port: &mut Port<Arc<Heap>>, cap| port.exchange(batch.posted(), cap, &mut [0; 2]).unwrap();
+    // Rank 0 makes so many calls, at first to its cap, then without a wait; after the fifth it uses its first words again.
+    for calls in 1..=5 {
+        for posts_first in [false, true] {
+            let board = Arc::new(Heap::new(shape));
+            let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
+            let (mut first, mut second) = (port(&board, shape, 0), port(&board, shape, 1));
+            if posts_first {
+                second.post(batch.posted()).unwrap();
+            }
+            for _ in 0..calls {
+                assert_ne!(exchange(&mut first, Duration::ZERO), Source::Live);
+            }
+            let source = if posts_first {
+                assert!(planner.poll());
+                second.finish(batch.posted(), LONG, &mut [0; 2]).unwrap()
+            } else {
+                // Nobody's words of the first call are there any more after the fifth.
+                while !planner.poll() {}
+                exchange(&mut second, LONG)
+            };
+            assert_eq!(source, Source::NoPlan, "after {calls} calls, {posts_first}");
+            assert_eq!(planner.published().plans(), 0);
+        }
+    }
 }
 
 #[test]
