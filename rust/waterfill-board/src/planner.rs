@@ -51,8 +51,9 @@ pub struct BoardPlanner<R> {
     /// How long a call waits for late ranks after its first counts came.
     patience: Duration,
     begun: Option<Instant>,
-    /// `[R]` when each rank's counts were found.
-    found_at: Vec<Instant>,
+    started: Instant,
+    /// `[R]` when each rank's counts were found, in nanoseconds after `started`.
+    found_at: Vec<u64>,
     /// `[R]` how long each rank's counts waited for an answer.
     waits: Vec<Waits>,
     /// Polls that found nobody.
@@ -99,7 +100,8 @@ impl<R: Region> BoardPlanner<R> {
             next: Sequence::FIRST,
             patience,
             begun: None,
-            found_at: vec![Instant::now(); ranks],
+            started: Instant::now(),
+            found_at: vec![0; ranks],
             waits: vec![Waits::default(); ranks],
             idle: 0,
             arrived: vec![false; ranks],
@@ -141,7 +143,7 @@ impl<R: Region> BoardPlanner<R> {
             if !self.arrived[rank] && self.read(rank) {
                 self.arrived[rank] = true;
                 // Read once for all that are found together: it takes as long as a look.
-                self.found_at[rank] = *now.get_or_insert_with(Instant::now);
+                self.found_at[rank] = *now.get_or_insert_with(|| nanoseconds_since(self.started));
             }
             any |= self.arrived[rank];
         }
@@ -201,10 +203,9 @@ impl<R: Region> BoardPlanner<R> {
     fn unless_given_up(&self) -> Verdict {
         let given_up = |rank| {
             let last = &self.region.words()[self.last_word(self.next, rank)];
-            match word::sequence(last) {
-                Some(found) if found == self.next => word::load(last, found) != Some(1),
-                found => found.is_some_and(|found| found.is_after(self.next)),
-            }
+            word::load_any(last).is_some_and(|(found, waits)| {
+                if found == self.next { waits != 1 } else { found.is_after(self.next) }
+            })
         };
         if (0..self.shape.ranks).any(|rank| !self.gone[rank] && given_up(rank)) {
             return Verdict::NoPlan(Why::GivenUp);
@@ -254,8 +255,9 @@ impl<R: Region> BoardPlanner<R> {
 
     /// After the answer is written, so that nobody waits for this.
     fn count_waits(&mut self) {
+        let now = nanoseconds_since(self.started);
         for rank in (0..self.shape.ranks).filter(|&rank| self.arrived[rank]) {
-            let changed = self.waits[rank].add(self.found_at[rank].elapsed());
+            let changed = self.waits[rank].add(now - self.found_at[rank]);
             let longest = self.waits[rank].longest();
             show_seen(self.region.words(), self.shape, rank, longest, changed);
         }
@@ -388,4 +390,8 @@ impl<R: Region> BoardPlanner<R> {
             self.published.mean = self.published.mean.saturating_add(planned.mean as u64);
         }
     }
+}
+
+fn nanoseconds_since(begun: Instant) -> u64 {
+    Instant::now().duration_since(begun).as_nanos() as u64
 }

@@ -30,6 +30,10 @@ mod model {
             Self(NOW.get())
         }
 
+        pub(crate) fn duration_since(&self, earlier: Self) -> Duration {
+            self.0 - earlier.0
+        }
+
         pub(crate) fn elapsed(&self) -> Duration {
             NOW.set(NOW.get() + Duration::from_millis(1));
             NOW.get() - self.0
