@@ -1,8 +1,9 @@
 //! A value that tells by itself to which call it belongs: value and sequence in one atomic word.
 //!
 //! Nothing else is published through a word, so there is nothing to order: a reader that finds the
-//! sequence it waits for has the value that was stored with it, in the same 64 bits. That is why every
-//! access is relaxed and no fence is needed, on the CPU or by a GPU over its link.
+//! sequence it waits for has the value that was stored with it, in the same 64 bits. That is why
+//! accesses are relaxed and no fence is needed, on the CPU or by a GPU over its link. The one exception is the
+//! word that tells that calls have no plan: it tells of words that will not come, so it is released and acquired.
 
 use crate::sync::{AtomicU64, Ordering};
 
