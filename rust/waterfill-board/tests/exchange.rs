@@ -240,6 +240,29 @@ fn once_a_rank_went_on_alone_no_other_gets_a_plan_nor_waits_for_one() {
 }
 
 #[test]
+fn a_rank_behind_a_planner_that_went_ahead_waits_for_none_of_the_calls_left_out() {
+    let shape = Shape::new(2, 4).unwrap();
+    let board = Arc::new(Heap::new(shape));
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
+    let (mut ahead, mut behind) = (port(&board, shape, 0), port(&board, shape, 1));
+    ahead.resume_after(Sequence::from_tag(5).unwrap());
+    ahead.post(Batch::new(shape, 0, 5).posted()).unwrap();
+    for _ in 0..1000 {
+        assert!(!planner.poll(), "rank 1 is waited for");
+    }
+    let sources = [0, 1, 2, 3, 4, 5].map(|call| {
+        let batch = Batch::new(shape, 1, call);
+        behind.post(batch.posted()).unwrap();
+        let meanwhile = || {
+            planner.poll();
+        };
+        behind.finish_with(batch.posted(), LONG, &mut [0; 2], meanwhile).unwrap()
+    });
+    assert_eq!(sources[..5], [Source::NoPlan; 5]);
+    assert_eq!(sources[5], Source::Live);
+}
+
+#[test]
 fn without_a_planner_two_caps_are_spent_and_own_counts_go_on() {
     let shape = Shape::new(2, 4).unwrap();
     let board = Arc::new(Heap::new(shape));
