@@ -121,7 +121,7 @@ fn without_a_peer_that_may_live_there_is_no_plan_and_after_two_calls_no_wait() {
         let source = port.exchange(batch.posted(), LONG, &mut [0; 2]).unwrap();
         assert_eq!(source, Source::NoPlan, "call {call}");
     }
-    assert!(begun.elapsed() >= PATIENCE * 2 && begun.elapsed() < PATIENCE * 20);
+    assert!(begun.elapsed() >= PATIENCE * 2 && begun.elapsed() < PATIENCE * 100);
     // It comes, far behind: nothing is waited for that has no plan, and then all are together again.
     let late = {
         let mut late = self::port(&board, shape, 1);
