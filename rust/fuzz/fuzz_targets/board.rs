@@ -1,40 +1,79 @@
-//! Any words on a board, between any polls and exchanges: quotas add up, nothing panics, nothing hangs.
+//! Any words on a board, anybody here or gone, between any polls and exchanges: quotas add up, nothing panics, nothing hangs.
 #![no_main]
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use waterfill_board::{BoardPlanner, Heap, Port, Posted, Region, Shape};
+use waterfill_board::{BoardPlanner, End, Heap, Port, Posted, Presence, Region, Shape};
 use waterfill_core::CostModel;
 
+const RANKS: usize = 2;
+const PRESENCES: [Presence; 3] = [Presence::Unwatched, Presence::Here, Presence::Gone];
+
+/// A board at which anybody may be gone.
+struct Watched {
+    heap: Heap,
+    /// Of each rank and the planner, by their places in [`PRESENCES`].
+    presences: [AtomicU8; RANKS + 1],
+}
+
+impl Region for Watched {
+    fn words(&self) -> &[AtomicU64] {
+        self.heap.words()
+    }
+
+    fn presence(&self, end: End) -> Presence {
+        let at = match end {
+            End::Rank(rank) => rank,
+            End::Planner => RANKS,
+        };
+        PRESENCES[usize::from(self.presences[at].load(Ordering::Relaxed)) % PRESENCES.len()]
+    }
+}
+
 fuzz_target!(|data: &[u8]| {
-    let shape = Shape::new(2, 2).unwrap();
-    let board = Arc::new(Heap::new(shape));
+    let shape = Shape::new(RANKS, 2).unwrap();
+    let board = Arc::new(Watched { heap: Heap::new(shape), presences: Default::default() });
     let planner =
         |patience| BoardPlanner::new(Arc::clone(&board), shape, CostModel::Rows, patience).unwrap();
     let mut planner = planner(Duration::ZERO);
     let mut ports =
         [0, 1].map(|rank| Port::new(Arc::clone(&board), shape, CostModel::Rows, rank).unwrap());
     for step in data.chunks_exact(8) {
-        let &[what, place, tag, a, b, c, d, _] = step else { continue };
-        match what % 4 {
+        let &[what, place, tag, a, b, c, d, e] = step else { continue };
+        let (place, rank) = (usize::from(place), usize::from(place) % RANKS);
+        match what % 6 {
             // A word of the ring: the tags of the next few calls, any value.
             0 | 1 => {
                 let words = &board.words()[shape.ring()..];
                 let value = u64::from(u32::from_le_bytes([a, b, c, d]));
-                let word = &words[usize::from(place) % words.len()];
+                let word = &words[place % words.len()];
                 word.store(u64::from(tag % 16) << 32 | value, Ordering::Relaxed);
             }
             2 => {
                 planner.poll();
             }
+            // What the ranks are told beside their quotas: near calls, or any.
+            3 => {
+                let told = [
+                    shape.without_plan(rank),
+                    shape.deserted(rank),
+                    shape.mark(End::Rank(rank)),
+                    shape.mark(End::Planner),
+                ];
+                let near = u64::from(tag % 16) << 32;
+                let any = u64::from_le_bytes([a, b, c, d, e, what, tag, 0]).rotate_left(24);
+                let value = if e % 2 == 0 { near } else { any };
+                board.words()[told[usize::from(a) % told.len()]].store(value, Ordering::Relaxed);
+            }
+            4 => board.presences[place % (RANKS + 1)].store(tag, Ordering::Relaxed),
             _ => {
                 let tokens = u32::from(a);
                 let visits = [u32::from(b).min(tokens), u32::from(c).min(tokens)];
                 let posted = Posted { tokens, visits: &visits, counts: &[u32::from(d); 2] };
-                let port = &mut ports[usize::from(place) % 2];
+                let port = &mut ports[rank];
                 let mut quotas = [0; 2];
                 port.post(posted).unwrap();
                 let meanwhile = || {

@@ -41,6 +41,8 @@ fuzz_target!(|data: &[u8]| {
     let name = format!("waterfill-fuzz-{}", std::process::id());
     let path = format!("/dev/shm/{name}");
     let mut file = File::options().write(true).create_new(true).mode(0o600).open(&path).unwrap();
+    // A board without a lock is taken away by whoever of this user creates one meanwhile.
+    file.lock().unwrap();
     file.write_all(&bytes).unwrap();
     let fits = bytes.len() == shape.words() * 8 && bytes[..48] == whole[..];
     assert_eq!(Shared::attach(&name, shape, RUN).is_ok(), fits);

@@ -16,6 +16,9 @@ use crate::word::{self, Sequence};
 
 /// A rank that missed so many calls in a row is not waited for until it is seen again.
 const SILENT_AFTER: u32 = 2;
+/// Once in so many calls the ranks are told anew what has no plan: a word that is half the numbers old would be taken for one
+/// of a call to come.
+const RENEW: u32 = 1 << 20;
 
 /// What becomes of a call whose first counts are there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,8 +51,10 @@ pub struct BoardPlanner<R> {
     /// How long a call waits for late ranks after its first counts came.
     patience: Duration,
     begun: Option<Instant>,
-    /// `[R]` when each rank's counts were found; none where they were not, or the last to come.
-    found_at: Vec<Option<Instant>>,
+    started: Instant,
+    /// `[R]` when each rank's counts were found, in nanoseconds after `started`; none where they were not, or the last to
+    /// come.
+    found_at: Vec<Option<u64>>,
     /// `[R]` how long each rank's counts waited for an answer.
     waits: Vec<Waits>,
     /// Polls that found nobody.
@@ -96,6 +101,7 @@ impl<R: Region> BoardPlanner<R> {
             next: Sequence::FIRST,
             patience,
             begun: None,
+            started: Instant::now(),
             found_at: vec![None; ranks],
             waits: vec![Waits::default(); ranks],
             idle: 0,
@@ -204,10 +210,9 @@ impl<R: Region> BoardPlanner<R> {
     fn unless_given_up(&self) -> Verdict {
         let given_up = |rank| {
             let last = &self.region.words()[self.last_word(self.next, rank)];
-            match word::sequence(last) {
-                Some(found) if found == self.next => word::load(last, found) != Some(1),
-                found => found.is_some_and(|found| found.is_after(self.next)),
-            }
+            word::load_any(last).is_some_and(|(found, waits)| {
+                if found == self.next { waits != 1 } else { found.is_after(self.next) }
+            })
         };
         if (0..self.shape.ranks).any(|rank| !self.gone[rank] && given_up(rank)) {
             return Verdict::NoPlan(Why::GivenUp);
@@ -239,9 +244,11 @@ impl<R: Region> BoardPlanner<R> {
     /// Count what was done, and on to the next call.
     fn go_on(&mut self, verdict: Verdict) {
         for rank in 0..self.shape.ranks {
-            if self.arrived[rank] {
+            let arrived = self.arrived[rank];
+            // Whoever posts again, late as it may be, is looked for again.
+            self.gone[rank] &= !arrived && !self.has_posted(self.next.previous(), rank);
+            if arrived {
                 self.missed[rank] = 0;
-                self.gone[rank] = false;
             } else if self.is_missed(rank, verdict) {
                 self.missed[rank] = self.missed[rank].saturating_add(1);
                 self.published.missed[rank] += 1;
@@ -249,6 +256,9 @@ impl<R: Region> BoardPlanner<R> {
         }
         self.published.show(self.region.words(), self.shape);
         self.count_waits();
+        if self.next.tag().is_multiple_of(RENEW) {
+            self.say_without_plan(self.next);
+        }
         self.arrived.fill(false);
         self.idle = 0;
         self.begun = None;
@@ -267,7 +277,7 @@ impl<R: Region> BoardPlanner<R> {
 
     /// The clock is not read for counts that are the last to come: the answer would wait for it.
     fn note_arrivals(&mut self) {
-        let now = Instant::now();
+        let now = nanoseconds_since(self.started);
         for (found_at, &arrived) in self.found_at.iter_mut().zip(&self.arrived) {
             if arrived && found_at.is_none() {
                 *found_at = Some(now);
@@ -277,10 +287,10 @@ impl<R: Region> BoardPlanner<R> {
 
     /// After the answer is written, so that nobody waits for this.
     fn count_waits(&mut self) {
-        let now = Instant::now();
+        let now = nanoseconds_since(self.started);
         for rank in (0..self.shape.ranks).filter(|&rank| self.arrived[rank]) {
-            let waited = self.found_at[rank].take().map(|found_at| now.duration_since(found_at));
-            let changed = self.waits[rank].add(waited.unwrap_or_default());
+            let waited = self.found_at[rank].take().map_or(0, |found_at| now - found_at);
+            let changed = self.waits[rank].add(waited);
             let longest = self.waits[rank].longest();
             show_seen(self.region.words(), self.shape, rank, longest, changed);
         }
@@ -413,4 +423,8 @@ impl<R: Region> BoardPlanner<R> {
             self.published.mean = self.published.mean.saturating_add(planned.mean as u64);
         }
     }
+}
+
+fn nanoseconds_since(begun: Instant) -> u64 {
+    Instant::now().duration_since(begun).as_nanos() as u64
 }

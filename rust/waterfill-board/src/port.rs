@@ -201,7 +201,7 @@ impl<R: Region> Port<R> {
             Source::Torn => tally.torn += 1,
         }
         tally.tokens += u64::from(tokens);
-        let wait = (source != Source::Broken).then(|| tally.waits.add(waited));
+        let wait = (source != Source::Broken).then(|| tally.waits.add(waited.as_nanos() as u64));
         tally.show(self.region.words(), self.shape, self.rank, wait);
     }
 
@@ -219,11 +219,12 @@ impl<R: Region> Port<R> {
     fn write(&self, posted: Posted) {
         let sequence = self.last;
         let start = self.shape.counts(sequence.tag(), self.rank);
-        let words = &self.region.words()[start..start + self.shape.posted()];
-        let (tokens, waits) = ([posted.tokens], [self.waits.into()]);
-        let values = tokens.iter().chain(posted.visits).chain(posted.counts).chain(&waits);
-        for (word, &value) in words.iter().zip(values) {
-            word::store(word, sequence, value);
+        let mut words = &self.region.words()[start..start + self.shape.posted()];
+        // Not one chained iterator: it takes a few branches a word.
+        for values in [&[posted.tokens], posted.visits, posted.counts, &[self.waits.into()]] {
+            let (these, rest) = words.split_at(values.len());
+            word::store_all(these, sequence, values);
+            words = rest;
         }
     }
 

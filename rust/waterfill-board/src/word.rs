@@ -1,8 +1,9 @@
 //! A value that tells by itself to which call it belongs: value and sequence in one atomic word.
 //!
 //! Nothing else is published through a word, so there is nothing to order: a reader that finds the
-//! sequence it waits for has the value that was stored with it, in the same 64 bits. That is why every
-//! access is relaxed and no fence is needed, on the CPU or by a GPU over its link.
+//! sequence it waits for has the value that was stored with it, in the same 64 bits. That is why
+//! accesses are relaxed and no fence is needed, on the CPU or by a GPU over its link. The one exception is the
+//! word that tells that calls have no plan: it tells of words that will not come, so it is released and acquired.
 
 use crate::sync::{AtomicU64, Ordering};
 
@@ -58,6 +59,14 @@ pub(crate) fn store(word: &AtomicU64, sequence: Sequence, value: u32) {
     word.store(u64::from(sequence.0) << 32 | u64::from(value), Ordering::Relaxed);
 }
 
+/// Store `values` for the call `sequence`, in order.
+pub(crate) fn store_all(words: &[AtomicU64], sequence: Sequence, values: &[u32]) {
+    debug_assert_eq!(words.len(), values.len());
+    for (word, &value) in words.iter().zip(values) {
+        store(word, sequence, value);
+    }
+}
+
 /// Store `value` for the call `sequence`, after all that this thread stored before.
 pub(crate) fn store_last(word: &AtomicU64, sequence: Sequence, value: u32) {
     // Release: whoever finds this word finds what was stored before it. Partner: `sequence_first`.
@@ -91,10 +100,16 @@ pub(crate) fn load_all(words: &[AtomicU64], sequence: Sequence, values: &mut [u3
     other == 0
 }
 
+/// The call that a word is of, and its value; none for fresh memory.
+pub(crate) fn load_any(word: &AtomicU64) -> Option<(Sequence, u32)> {
+    // Relaxed: as in `load`.
+    let word = word.load(Ordering::Relaxed);
+    Sequence::from_tag((word >> 32) as u32).map(|sequence| (sequence, word as u32))
+}
+
 /// The call that a word is of; none for fresh memory.
 pub(crate) fn sequence(word: &AtomicU64) -> Option<Sequence> {
-    // Relaxed: as in `load`.
-    Sequence::from_tag((word.load(Ordering::Relaxed) >> 32) as u32)
+    load_any(word).map(|(sequence, _)| sequence)
 }
 
 #[cfg(all(test, not(any(loom, shuttle))))]

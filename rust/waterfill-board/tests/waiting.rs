@@ -318,6 +318,28 @@ fn who_is_gone_is_seen_from_everywhere_and_a_stopped_one_lives() {
 }
 
 #[test]
+fn who_cannot_be_watched_is_not_taken_for_gone() {
+    let name = name("unwatched");
+    let board = Shared::create(&name, pair(), RUN).unwrap();
+    let child = fork(|| {
+        let boards = [attach(&name), attach(&name)];
+        let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: changes only what this process may open from now on.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const none) }, 0);
+        let [ports, planners] = boards;
+        let port = Port::new(ports, pair(), COST, 1).unwrap();
+        let planner = BoardPlanner::new(planners, pair(), COST, PATIENCE).unwrap();
+        let refused = [port.unwatched(), planner.unwatched()];
+        refused.iter().all(|refused| refused.is_some_and(|e| e.to_string().contains("once more")))
+            && [End::Rank(1), End::Planner].map(|end| board.presence(end))
+                == [Presence::Unwatched; 2]
+    });
+    assert_eq!(wait(child), 0);
+    assert_eq!(board.presence(End::Rank(1)), Presence::Unwatched);
+    board.unlink().unwrap();
+}
+
+#[test]
 fn the_child_of_a_fork_does_not_keep_its_dead_parent_alive() {
     let _alone = alone();
     for leaves in [false, true] {

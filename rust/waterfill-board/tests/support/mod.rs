@@ -32,6 +32,10 @@ impl Watched {
         self.has_left(end).store(true, Ordering::SeqCst);
     }
 
+    pub fn come_back(&self, end: End) {
+        self.has_left(end).store(false, Ordering::SeqCst);
+    }
+
     fn has_left(&self, end: End) -> &AtomicBool {
         match end {
             End::Rank(rank) => &self.ranks[rank],
