@@ -367,7 +367,9 @@ def test_status_and_top_see_a_board_from_outside(capsys, monkeypatch):
     assert main(["status"]) == 0
     told = capsys.readouterr().out
     assert f"board {name}: 2 ranks" in told and "no plan: 1 a rank was late" in told
-    assert any(line.split()[1:5] == [str(os.getpid()), "alive", "0", "0.00%"] for line in told.splitlines())
+    assert any(
+        line.split()[1:5] == [str(os.getpid()), "alive", "0", "0.00%"] for line in told.splitlines()
+    )
     assert ["-", "-", "-"] in [line.split()[-3:] for line in told.splitlines()], (
         "rank 1 never waited"
     )

@@ -237,7 +237,7 @@ def test_rounds_have_the_requests_that_fill_their_forwards():
     # A lead and four of each of five modes; eight prompts of 1024 tokens each and rank.
     assert asked["requests"] == 21 * 8 * 4 and asked["chunk"] == 8192 and asked["base"] == 8
     assert asked["cycle"] == ["sglang-dynamic", "own", "live", "home", "sglang"]
-    assert schedule.message(cell, off, 4, 9, 2)["requests"] == 4 * 8 * 4
+    assert schedule.message(cell, off, 4, 9, 2)["requests"] == 5 * 8 * 4
     decode = schedule.message(
         schedule.Cell("decode", 64, 0, "trivial"), modes.Plan("home", ("home",)), 4, 1, 1
     )

@@ -271,9 +271,7 @@ def cpus(cores: int, quota: float | None, ranks: int, pace: str, gpus: int = 0) 
         return Finding("cpu", "warn", text, f"{calm}: a spinning thread uses the group's time up")
     if usable < 2 * ranks + threads:
         planner = " and one for the planner" if threads else ""
-        advice = (
-            f"give 2 CPUs a rank{planner} ({2 * ranks + threads}): with fewer, layers wait for a core"
-        )
+        advice = f"give 2 CPUs a rank{planner} ({2 * ranks + threads}): with fewer, layers wait for a core"
         return Finding("cpu", "warn", text, advice)
     return Finding("cpu", "ok", text)
 
@@ -341,9 +339,7 @@ def boards(
     stale = [
         path
         for path in sorted(folder.glob("waterfill-rs-*"))
-        if _BOARD_NAME.fullmatch(path.name)
-        and path.name not in in_use
-        and is_left_behind(path)
+        if _BOARD_NAME.fullmatch(path.name) and path.name not in in_use and is_left_behind(path)
     ]
     if stale:
         names = " ".join(map(str, stale))

@@ -57,7 +57,7 @@ class SoloExchange:
     """Own counts only."""
 
     name = "solo"
-    unwatched = None
+    unwatched: str | None = None
 
     def __init__(
         self, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str
@@ -132,7 +132,7 @@ class GroupExchange:
     """
 
     name = "group"
-    unwatched = None
+    unwatched: str | None = None
 
     def __init__(
         self, link: Link, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str

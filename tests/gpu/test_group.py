@@ -58,7 +58,13 @@ def test_gathered_counts_give_every_rank_its_part_of_the_plan_of_all(ranks, per_
             expected = on_cpu(*made[rank], experts=EXPERTS, ranks=ranks, rank=rank, quotas=quotas)
             assert same(out, expected), f"seed {seed} rank {rank}"
     for one in group:
-        assert one.expander.tally() == {"live": 20, "none": 0, "timed_out": 0, "broken": 0, "torn": 0}
+        assert one.expander.tally() == {
+            "live": 20,
+            "none": 0,
+            "timed_out": 0,
+            "broken": 0,
+            "torn": 0,
+        }
         one.planner.stop()
 
 

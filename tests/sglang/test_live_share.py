@@ -1,5 +1,6 @@
 """The line in the log when too few calls are live: when it comes, whom it names, and how seldom."""
 
+import itertools
 import logging
 import time
 
@@ -22,7 +23,9 @@ class Ranks:
     def __init__(self):
         self.now = 0.0
         self.share = LiveShare(clock=lambda: self.now)
-        self.counts = [dict.fromkeys(("live", "none", "timed_out", "broken", "missed"), 0) for _ in "01"]
+        self.counts = [
+            dict.fromkeys(("live", "none", "timed_out", "broken", "missed"), 0) for _ in "01"
+        ]
         assert self.share.look(self.counts) is None
 
     def grow(self, first, second):
@@ -57,13 +60,17 @@ def test_each_reason_has_its_advice():
 
 
 def test_it_is_told_ever_more_seldom_and_anew_once_all_was_well():
-    ranks, bad, good = Ranks(), (tally(500, none=500), tally(500, none=500)), (tally(1000), tally(1000))
+    ranks, bad, good = (
+        Ranks(),
+        (tally(500, none=500), tally(500, none=500)),
+        (tally(1000), tally(1000)),
+    )
     times = []
     for _ in range(30 * 60):
         ranks.now += 10
         if ranks.grow(*bad):
             times.append(ranks.now)
-    gaps = [late - early for early, late in zip(times, times[1:], strict=False)]
+    gaps = [late - early for early, late in itertools.pairwise(times)]
     assert gaps[:4] == [60, 120, 240, 480] and max(gaps) == LONGEST_PAUSE_S
     ranks.now += 10
     assert ranks.grow(*good) is None

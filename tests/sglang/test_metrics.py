@@ -115,7 +115,9 @@ def test_two_processes_are_read_from_one_page(tmp_path):
     assert alone["sglang:waterfill_missed_total", "1", "0"] == 1
     assert alone["sglang:waterfill_exchange_total", "live", "0"] == 41
     slow = alone["sglang:waterfill_exchange_seconds_bucket", repr(2**30 / 1e9), "0"]
-    assert alone["sglang:waterfill_exchange_seconds_count", "0"] == slow == 41, "a gone rank is not waited for"
+    assert alone["sglang:waterfill_exchange_seconds_count", "0"] == slow == 41, (
+        "a gone rank is not waited for"
+    )
     reasons = ("late", "silent", "given_up", "refused")
     assert [alone["sglang:waterfill_none_total", reason, "0"] for reason in reasons] == [0] * 4
 

@@ -134,7 +134,9 @@ class _Watched:
         for peer, tally in enumerate(snapshot["by_rank"]):
             missed = metrics.missed.labels(peer=peer, **labels)
             missed.inc(self._grown(("missed", peer), planner["missed"][peer]))
-            if tally["alive"] is not None:  # None of a rank that did not come yet, or cannot be watched.
+            if (
+                tally["alive"] is not None
+            ):  # None of a rank that did not come yet, or cannot be watched.
                 metrics.alive.labels(peer=peer, **labels).set(tally["alive"])
         for reason in REASONS:
             none = metrics.none.labels(reason=reason, **labels)
