@@ -212,12 +212,19 @@ fn a_plan_is_of_all_that_live_or_every_rank_goes_on_alone() {
     let notes = read_notes(&folder);
     fs::remove_dir_all(&folder).unwrap();
     assert_eq!(notes.len() as u64, calls);
-    let live = notes.iter().filter(|(call, ended)| check_call(**call, ended)).count();
-    println!("{calls} calls, {live} live on all ranks, none on some; {published:?}");
-    // Delays below the patience cost no plan; the stopped and the busy rank cost one, the killed one none.
-    assert_eq!((published.late, published.none()), (2, 2), "{published:?}");
-    assert!(published.partial >= calls - 8000 - 1, "{published:?}");
-    assert_eq!(live as u64, calls - 2);
+    let without: Vec<u64> = notes
+        .iter()
+        .filter(|(call, ended)| !check_call(**call, ended))
+        .map(|(&call, _)| call)
+        .collect();
+    println!("{calls} calls, all live on all ranks or on none, on none {without:?}; {published:?}");
+    // Delays below the patience cost no plan; the stopped and the busy rank cost one, the killed one none. A busy machine may
+    // keep a rank or the planner from its core for a whole cap.
+    assert_eq!((published.late, published.silent, published.refused), (2, 0, 0), "{published:?}");
+    assert!(published.given_up <= calls / 10_000, "{published:?}");
+    assert!(published.partial >= calls - 8000 - 1 - published.given_up, "{published:?}");
+    assert_eq!(without.len() as u64, published.none());
+    assert!(without.contains(&2000) && without.contains(&5000), "{without:?}");
 }
 
 fn pair() -> Shape {
