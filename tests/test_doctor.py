@@ -103,6 +103,8 @@ def test_variables():
         checks.variables({f"WATERFILL_RS{'9' * 40}": "5"}), "warn", "is none of ours", "there are"
     )
     check(checks.variables({"WATERFILL_RS": "off"}), "warn", "sglang is left as it is")
+    before = {"WATERFILL_RS_TIMEOUT_US": "500"}
+    check(checks.variables(before), "warn", "at most 500 us", "unset WATERFILL_RS_TIMEOUT_US")
     check(checks.variables({"WATERFILL_RS_REQUIRE": "1"}), "ok", "required")
 
 

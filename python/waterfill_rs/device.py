@@ -32,7 +32,7 @@ class DeviceExchange:
     Args:
         plans: this process has the board's planner. Of ranks that share a board, rank 0 has.
         cap_us: a wait's longest, if the planner does not answer.
-        patience_us: how long the planner waits for the counts of ranks that live; less than ``cap_us``.
+        patience_us: how long the planner waits for the counts of ranks that live: by default 7/8 of ``cap_us``.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class DeviceExchange:
         board: _native.Board | None = None,
         plans: bool = False,
         cap_us: int = BoardSettings.cap_us,
-        patience_us: int = BoardSettings().patience_us,
+        patience_us: int | None = None,
         pace: str = "park",
         core: int | None = None,
     ) -> None:
@@ -63,6 +63,8 @@ class DeviceExchange:
             self._end = _native.DeviceEnd(board, rank, plans)
             self.unwatched = self._end.unwatched
         if board is not None and plans:
+            if patience_us is None:
+                patience_us = BoardSettings(cap_us).patience_us
             self._planner = _native.PlannerThread(
                 board, CostModel.rows(), patience_us=patience_us, pace=pace, core=core
             )
@@ -131,7 +133,7 @@ class DeviceGroupExchange(DeviceExchange):
         reason: str,
         board: _native.Board,
         cap_us: int = BoardSettings.cap_us,
-        patience_us: int = BoardSettings().patience_us,
+        patience_us: int | None = None,
         pace: str = "park",
     ) -> None:
         super().__init__(

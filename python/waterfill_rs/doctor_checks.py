@@ -50,6 +50,8 @@ VARIABLES = (
     TIMEOUT_VARIABLE,
     PLANNER_VARIABLE,
 )
+LEAST_CAP_US = 100_000
+"""Below it, ranks that are late for usual reasons cost live plans; the planner may be asleep for 8 ms of it."""
 LARGEST = (1024, 1024)
 """Ranks and experts of the largest board."""
 USUAL_EXPERTS = 256
@@ -174,8 +176,11 @@ def variables(environment: Mapping[str, str]) -> Finding:
     board = config.board
     text = (
         f"{config.backend}{', required' if config.required else ''}, exchange {config.exchange}, "
-        f"a layer waits at most {board.cap_us} us for a rank that lives, planner {board.pace}"
+        f"a layer waits at most {board.cap_us} us, planner {board.pace}"
     )
+    if board.cap_us < LEAST_CAP_US:
+        advice = f"unset {TIMEOUT_VARIABLE}: ranks of a prefill are a millisecond apart, and then no rank has a live plan"
+        return Finding("variables", "warn", text, advice)
     if not config.enabled:
         return Finding(
             "variables", "warn", f"{text}: sglang is left as it is", "unset WATERFILL_RS"

@@ -47,8 +47,8 @@ class Store(Protocol):
 class BoardSettings:
     """``cap_us``: the longest wait of a call. ``pace``, ``core``: see ``waterfill_rs.exchange``.
 
-    A wait for a rank that lives costs nothing that the layer's all-to-all would not wait for anyway, so the cap guards
-    against a process that neither ends nor goes on. See docs/operators.md, "What waiting costs".
+    A wait for a rank that lives is one that the all-to-all of a prefill would make anyway, so the cap guards against a
+    process that neither ends nor goes on. See docs/operators.md, "What waiting costs".
     """
 
     cap_us: int = 1_000_000

@@ -87,3 +87,17 @@ def test_where_it_is_refused_and_required_the_server_ends(sglang, megamoe, monke
     monkeypatch.setenv("WATERFILL_RS_REQUIRE", "1")
     with pytest.raises(SystemExit, match="--moe-a2a-backend megamoe"):
         prepare(sglang, hash_layer(sglang))
+
+
+def test_vision_routers_are_refused_by_name():
+    import torch
+
+    from waterfill_rs.sglang import verdict
+
+    gate = torch.nn.Module()
+    model = torch.nn.ModuleList([gate])
+    gate.e_score_correction_bias_vl = None
+    assert verdict.against_routers(model) == []
+    gate.e_score_correction_bias_vl = torch.nn.Parameter(torch.zeros(4))
+    (reason,) = verdict.against_routers(model)
+    assert "vision routers" in reason and "e_score_correction_bias_vl" in reason

@@ -28,7 +28,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 60.0, 3600.0
 
 _BOARD = {
     "none": "a rank that compiles kernels or starts is late for a while; one that always is lacks CPU or is held up: see "
-    "waterfill-rs top, and the log of the ranks that were missed",
+    "waterfill-rs top, and the log of the ranks that were missed; a WATERFILL_RS_TIMEOUT_US that is set lower than the "
+    "ranks are apart is too low: take it out",
     "timed_out": "the planner, a thread of rank 0's process, is late: give it a CPU of its own (waterfill-rs doctor)",
     "broken": "the planner, a thread of rank 0's process, is gone or always late: see waterfill-rs status and doctor",
     "torn": "something else writes to the board: see waterfill-rs status",
@@ -89,7 +90,9 @@ class LiveShare:
         if max(_calls(rank) for rank in grown) < WINDOW:
             return None
         self._before = now
-        worst = min(range(len(grown)), key=lambda rank: _live(grown[rank]))
+        # A rank that died or stopped has made a few calls of these alone.
+        ranks = [rank for rank, counts in enumerate(grown) if _calls(counts) >= WINDOW]
+        worst = min(ranks, key=lambda rank: _live(grown[rank]))
         if _live(grown[worst]) >= 1 - MOST_NOT_LIVE:
             self._pause = FIRST_PAUSE_S
             return None

@@ -81,6 +81,7 @@ class Preparation:
         device = _device(_model(args, kwargs))
         reasons = verdict.against_machine() or verdict.against_device(device)
         reasons += verdict.against_model(arguments, config, self.seams)
+        reasons += verdict.against_routers(_model(args, kwargs))
         # All layers of a model are prepared at once: those of one that was are joined.
         peers: Peers | None = None
         if any(getattr(router, self.seams.holder, None) is None for router in routers):

@@ -51,6 +51,17 @@ def against_device(device: torch.device) -> list[str]:
     return []
 
 
+def against_routers(model: Any) -> list[str]:
+    """What in a model's routers keeps us from it: not all of them ask a balancer for every batch."""
+    vision = "e_score_correction_bias_vl"
+    if any(getattr(module, vision, None) is not None for module in model.modules()):
+        return [
+            f"the model has vision routers ({vision}): sglang asks no Waterfill where they have rows, only where a rank "
+            "has none, so ranks would not make the same calls"
+        ]
+    return []
+
+
 def against_model(arguments: Any, config: Config, seams: Seams) -> list[str]:
     """What in the ``ServerArgs`` in force, and in what sglang made of them, keeps us from it."""
     reasons = []

@@ -245,8 +245,9 @@ impl<R: Region> BoardPlanner<R> {
     fn go_on(&mut self, verdict: Verdict) {
         for rank in 0..self.shape.ranks {
             let arrived = self.arrived[rank];
-            // Whoever posts again, late as it may be, is looked for again.
-            self.gone[rank] &= !arrived && !self.has_posted(self.next.previous(), rank);
+            // Whoever posts a call that it had missed, late as it may be, is looked for again.
+            let is_back = self.missed[rank] > 0 && self.has_posted(self.next.previous(), rank);
+            self.gone[rank] &= !arrived && !is_back;
             if arrived {
                 self.missed[rank] = 0;
             } else if self.is_missed(rank, verdict) {

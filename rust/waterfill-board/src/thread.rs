@@ -109,8 +109,8 @@ impl PlannerWatch {
             // Relaxed: as in `plan_until`.
             while !stop.load(Ordering::Relaxed) {
                 if region.presence(End::Planner) == Presence::Gone {
-                    // Relaxed: it guards nothing. Partner: the load in kernels/board.cuh.
-                    region.words()[shape.deserted(rank)].store(1, Ordering::Relaxed);
+                    // Release: what the planner wrote before it ended is seen. Partner: the acquire in kernels/board.cuh.
+                    region.words()[shape.deserted(rank)].store(1, Ordering::Release);
                     return;
                 }
                 std::thread::park_timeout(WATCH);
@@ -167,6 +167,8 @@ fn plan_until<R: Region>(
     while !stop.load(Ordering::Relaxed) {
         if planner.poll() {
             (polls, last) = (0, Instant::now());
+            // Relaxed: as below. Whoever woke it has its answer.
+            woken.store(false, Ordering::Relaxed);
             continue;
         }
         polls = polls.wrapping_add(1);

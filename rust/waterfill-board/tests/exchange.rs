@@ -146,6 +146,28 @@ fn without_a_peer_that_may_live_there_is_no_plan_and_after_two_calls_no_wait() {
 }
 
 #[test]
+fn a_rank_that_died_is_waited_for_once() {
+    let shape = Shape::new(2, 4).unwrap();
+    let board = Arc::new(Watched::new(shape));
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
+    let mut ports = [0, 1].map(|rank| Port::new(Arc::clone(&board), shape, COST, rank).unwrap());
+    let batch = Batch { tokens: 1, visits: vec![1, 0], counts: vec![1, 0, 0, 0] };
+    ports.iter_mut().for_each(|port| port.post(batch.posted()).unwrap());
+    assert!(planner.poll(), "both are there");
+    board.leave(End::Rank(1));
+    ports[0].post(batch.posted()).unwrap();
+    assert!(!planner.poll(), "nobody is asked for in the first millisecond");
+    while !planner.poll() {
+        thread::sleep(Duration::from_micros(100));
+    }
+    for _ in 0..3 {
+        ports[0].post(batch.posted()).unwrap();
+        assert!(planner.poll(), "it is known to be gone");
+    }
+    assert_eq!((planner.published().whole, planner.published().partial), (1, 4));
+}
+
+#[test]
 fn a_planner_that_is_gone_is_not_waited_for() {
     let shape = Shape::new(2, 4).unwrap();
     let board = Arc::new(Watched::new(shape));

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use waterfill_board::{
     BoardPlanner, End, Observer, Pace, PlannerThread, Port, Posted, Presence, Region, Shape,
-    Shared, Source,
+    Shared, Snapshot, Source,
 };
 use waterfill_core::{OwnCounts, OwnPlanner, Placement};
 
@@ -220,9 +220,9 @@ fn a_plan_is_of_all_that_live_or_every_rank_goes_on_alone() {
     println!("{calls} calls, all live on all ranks or on none, on none {without:?}; {published:?}");
     // Delays below the patience cost no plan; the stopped and the busy rank cost one, the killed one none. A busy machine may
     // keep a rank or the planner from its core for a whole cap.
-    assert_eq!((published.late, published.silent, published.refused), (2, 0, 0), "{published:?}");
-    assert!(published.given_up <= calls / 10_000, "{published:?}");
-    assert!(published.partial >= calls - 8000 - 1 - published.given_up, "{published:?}");
+    let unexpected = published.none() - 2;
+    assert!(unexpected <= 2 * calls / 10_000 && published.refused == 0, "{published:?}");
+    assert!(published.partial >= calls - 8000 - 1 - unexpected, "{published:?}");
     assert_eq!(without.len() as u64, published.none());
     assert!(without.contains(&2000) && without.contains(&5000), "{without:?}");
 }
@@ -235,12 +235,10 @@ fn attach(name: &str) -> Shared {
     Shared::attach(name, pair(), RUN).unwrap()
 }
 
-/// One call of a rank without tokens: how it ended, and how long it took.
-fn idle_call(port: &mut Port<Shared>) -> (Source, Duration) {
-    let begun = Instant::now();
+/// One call of a rank without tokens.
+fn idle_call(port: &mut Port<Shared>) -> Source {
     let posted = Posted { tokens: 0, visits: &[0; 2], counts: &[0; 2] };
-    let source = port.exchange(posted, CAP, &mut [0; 2]).unwrap();
-    (source, begun.elapsed())
+    port.exchange(posted, CAP, &mut [0; 2]).unwrap()
 }
 
 /// Rank 1, which makes idle calls until it is killed.
@@ -262,18 +260,14 @@ fn from_a_peers_death_to_the_first_call_that_does_not_wait_it_takes_milliseconds
         let planner = BoardPlanner::new(attach(&name), pair(), COST, PATIENCE).unwrap();
         let planner = PlannerThread::spawn(planner, Pace::Park).unwrap();
         let mut port = Port::new(attach(&name), pair(), COST, 0).unwrap();
-        while idle_call(&mut port).0 != Source::Live {}
+        while idle_call(&mut port) != Source::Live {}
         signal(child, libc::SIGKILL);
         let killed = Instant::now();
-        // A process ends in its own time; the call that waits for it is the one that takes longer than a look.
-        while killed.elapsed() < CAP / 4 {
-            let (source, took) = idle_call(&mut port);
-            assert_eq!(source, Source::Live, "{:?}", port.tally());
-            if took > Duration::from_micros(900) {
-                taken.push(killed.elapsed());
-                break;
-            }
+        // A process ends in its own time; the first call that ends without it is the last that waits for it.
+        while Snapshot::of(&board, pair()).unwrap().planner.partial == 0 {
+            assert_eq!(idle_call(&mut port), Source::Live, "{:?}", port.tally());
         }
+        taken.push(killed.elapsed());
         wait(child);
         board.unlink().unwrap();
         planner.finish().unwrap();
@@ -369,6 +363,10 @@ fn the_child_of_a_fork_does_not_keep_its_dead_parent_alive() {
         });
         assert_eq!(wait(child), 0);
         let expected = if leaves { Presence::Gone } else { Presence::Here };
+        let begun = Instant::now();
+        while leaves && board.presence(End::Rank(1)) != expected && begun.elapsed() < CAP {
+            thread::sleep(Duration::from_millis(1));
+        }
         assert_eq!(board.presence(End::Rank(1)), expected);
         board.unlink().unwrap();
     }

@@ -112,10 +112,11 @@ __device__ __forceinline__ u32 stage(const Args &args, u64 waited_ns) {
 
 // The planner has nothing for a late warp, whose quotas were not there: how that ends its wait, if it does.
 __device__ __forceinline__ bool ends(const Args &args, u32 *quotas, const Block &b, u32 stage, u64 *sum, u32 *outcome) {
-    u32 none = __shfl_sync(ALL, (u32)is_without_plan(args, b.sequence), 0);
-    // A plan that came before this was said of a later call is seen by now.
-    if (none && take(args, quotas, b.sequence, sum)) return *outcome = TALLY_LIVE, true;
-    u32 deserted = __shfl_sync(ALL, (u32)(load_relaxed(args.board + args.deserted_at) != 0), 0);
+    // Each lane's own acquire: a vote orders no memory.
+    bool none = __all_sync(ALL, is_without_plan(args, b.sequence));
+    bool deserted = __all_sync(ALL, load_acquire(args.board + args.deserted_at) != 0);
+    // A plan that came before either was said is seen by now.
+    if ((none || deserted) && take(args, quotas, b.sequence, sum)) return *outcome = TALLY_LIVE, true;
     if (!none && !deserted && stage != SPENT) return false;
     u32 failures = none ? 0 : deserted ? at_least(b.failures, BREAK_AFTER) : b.failures + (b.failures != ALL);
     *outcome = none ? TALLY_NO_PLAN : deserted ? TALLY_BROKEN : TALLY_TIMED_OUT;

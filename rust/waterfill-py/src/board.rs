@@ -150,7 +150,7 @@ impl PyPlannerThread {
     }
 
     fn stop(&self, py: Python<'_>) {
-        // The thread ends at its next look at the board; it may be asleep for four milliseconds.
+        // The thread ends at its next look at the board, for which it is woken.
         py.detach(|| {
             let thread = self.inner.lock().ok().and_then(|mut thread| thread.take());
             drop(thread);
