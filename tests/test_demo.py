@@ -91,12 +91,12 @@ def test_a_killed_rank_costs_the_others_nothing_but_its_share(planner, tmp_path,
 
 
 def test_a_killed_planner_leaves_own_counts_without_a_wait(tmp_path):
-    ranks = run_live(tmp_path, "--kill", "0@10", "--cap-us", "50000")
+    ranks = run_live(tmp_path, "--kill", "0@10", "--cap-us", "5000000")
     assert [ranks[rank]["steps"] for rank in range(3)] == [10, 30, 30]
     for rank in (1, 2):
         assert ranks[rank]["timeouts"] == 0
         assert ranks[rank]["fallbacks"] == 40
-        assert ranks[rank]["wait_us"]["max"] < 45_000, "its death was seen before the cap"
+        assert ranks[rank]["wait_us"]["max"] < 2_000_000, "its death was seen before the cap"
 
 
 def test_a_stopped_rank_makes_up_for_its_steps(tmp_path, capsys):
