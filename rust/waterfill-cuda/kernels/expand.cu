@@ -36,8 +36,7 @@ __device__ __forceinline__ void take_quotas(const Args &args, const Shared &s, B
     args.state->tally[outcome] = calls;
     if (mode_of(args) == LIVE) {
         args.state->last = b.sequence;
-        // Relaxed: a count that nobody decides by, for those who look from outside (waterfill-board's tally.rs). Not later: the
-        // kernel does not end before the word has crossed the link.
+        // Relaxed: a count that nobody decides by, for those who look from outside (waterfill-board's tally.rs).
         store_relaxed(args.board + args.tally_at + outcome, calls);
     }
 }
