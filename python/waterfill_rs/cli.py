@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import waterfill_rs
-from waterfill_rs import demo, doctor, replay, status
+from waterfill_rs import calibrate, demo, doctor, replay, status
 
 __all__ = ["main"]
 
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     replay.add_command(commands)
     status.add_commands(commands)
     doctor.add_command(commands)
+    calibrate.add_command(commands)
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)
@@ -46,3 +47,7 @@ def _reader_left() -> bool:
     output = select.poll()
     output.register(sys.stdout, 0)
     return any(event & select.POLLERR for _, event in output.poll(0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
