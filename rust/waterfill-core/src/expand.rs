@@ -112,6 +112,24 @@ impl Divisor {
     }
 }
 
+/// How ids move up past the shared experts of the ranks before theirs.
+#[derive(Clone, Copy, Debug)]
+struct Shift {
+    rank_of: Divisor,
+}
+
+impl Shift {
+    fn new(placement: &Placement) -> Self {
+        Self { rank_of: Divisor::new(placement.experts_per_rank()) }
+    }
+
+    /// An expert's `e + e / experts_per_rank`; anything for what names no expert.
+    #[inline(always)]
+    fn moved_up<I: Id>(self, id: I) -> u32 {
+        id.low().wrapping_add(self.rank_of.divide(id.low()))
+    }
+}
+
 /// Routed ids and weights, each `[N, top_k]`, row-major.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a, I, W> {
@@ -156,6 +174,29 @@ pub fn expand<I: Id, W: Weight>(
     Ok(())
 }
 
+/// One source's routed ids alone, moved up as [`expand`] moves them, for a batch whose shared rows are not routed.
+///
+/// `ids` and `out` are `[N, top_k]`, row-major. A routed id `e` becomes `e + e / experts_per_rank`; a negative id stays
+/// as it is.
+///
+/// # Errors
+/// Arrays of other lengths, an id at or above the number of physical experts. Nothing is written then.
+pub fn move_up<I: Id>(
+    placement: &Placement,
+    ids: &[I],
+    top_k: usize,
+    out: &mut [i64],
+) -> Result<()> {
+    check_rows(ids.len(), top_k)?;
+    check_length("out", out.len(), ids.len())?;
+    check_ids(placement, ids, top_k)?;
+    let shift = Shift::new(placement);
+    for (out, &id) in out.iter_mut().zip(ids) {
+        *out = if id > I::NONE { shift.moved_up(id).into() } else { id.into() };
+    }
+    Ok(())
+}
+
 /// [`expand`] on arguments that were checked.
 pub(crate) fn expand_checked<I: Id, W: Weight>(
     placement: &Placement,
@@ -182,8 +223,8 @@ fn expand_rows<I: Id, W: Weight>(
     out: RowsMut<I, W>,
 ) {
     let experts_per_rank = placement.experts_per_rank() as u32;
-    let rank_of = Divisor::new(placement.experts_per_rank());
-    let moved = |id: I| I::from_low(id.low().wrapping_add(rank_of.divide(id.low())));
+    let shift = Shift::new(placement);
+    let moved = |id: I| I::from_low(shift.moved_up(id));
     let weights = routed.weights.chunks_exact(top_k);
     let rows = routed.ids.chunks_exact(top_k).zip(weights).zip(shared_rank);
     let out = out.ids.chunks_exact_mut(top_k + 1).zip(out.weights.chunks_exact_mut(top_k + 1));

@@ -2,7 +2,8 @@
 
 use waterfill_core::rounds::{LEVELS, ROUND_STEPS, ROUNDS, STEPS};
 use waterfill_core::{
-    Assigner, Bf16, Error, Id, NO_RANK, Placement, Rows, RowsMut, Weight, count, expand, score,
+    Assigner, Bf16, Error, Id, MAX_RANKS, NO_RANK, Placement, Rows, RowsMut, Weight, count, expand,
+    move_up, score,
 };
 
 struct Random(u64);
@@ -241,6 +242,55 @@ fn batches_of_every_shape_keep_the_contract() {
     println!("{tokens} tokens, {copies} extra copies, {fewest} at the least");
     // These quotas are random, so some tokens must go where they are not free; a matching finds the fewest.
     assert!(copies - fewest <= tokens / 200, "at most 0.005 more a token than at the least");
+}
+
+/// `(ids, moved)` around each boundary: of ranks, of the experts, and of what names none.
+fn moved_by_definition<I: Id + TryFrom<i64>>(ranks: i64, per_rank: i64) -> (Vec<I>, Vec<i64>) {
+    let last = ranks * per_rank - 1;
+    let none = [-1, -2, i32::MIN.into(), i64::MIN, i64::MIN + 5, -(1 << 32), -(1 << 32) + 5];
+    let firsts = (0..ranks).map(|rank| rank * per_rank);
+    let lasts = (1..=ranks).map(|rank| rank * per_rank - 1);
+    let experts = firsts.chain(lasts).chain([0, last / 2, last]);
+    let both =
+        none.map(|id| (id, id)).into_iter().chain(experts.map(|id| (id, id + id / per_rank)));
+    both.filter_map(|(id, moved)| Some((I::try_from(id).ok()?, moved))).unzip()
+}
+
+fn check_moved<I: Id + TryFrom<i64>>(ranks: usize, per_rank: usize) {
+    let placement = Placement::contiguous(ranks, ranks * per_rank).unwrap();
+    let (ids, moved) = moved_by_definition::<I>(ranks as i64, per_rank as i64);
+    let mut out = vec![99; ids.len()];
+    move_up(&placement, &ids, 1, &mut out).unwrap();
+    assert_eq!(out, moved, "{ranks} ranks of {per_rank}");
+}
+
+#[test]
+fn ids_move_up_past_the_shared_experts() {
+    for ranks in 1..=MAX_RANKS {
+        for per_rank in [1, 2, 3, 7, 31, 32, 60, 1 + ranks % 50] {
+            check_moved::<i32>(ranks, per_rank);
+            check_moved::<i64>(ranks, per_rank);
+        }
+    }
+}
+
+#[test]
+fn ids_that_do_not_fit_are_not_moved() {
+    let placement = Placement::contiguous(4, 16).unwrap();
+    let mut out = [99; 6];
+    let mut refuse = |ids: &[i64], top_k: usize, length: usize| {
+        let refused = move_up(&placement, ids, top_k, &mut out[..length]).unwrap_err();
+        assert_eq!(out, [99; 6]);
+        refused
+    };
+    for value in [16, 1 << 31, 1 << 32, (1 << 32) + 5, i64::MAX] {
+        let wrong = Error::ExpertId { row: 1, column: 2, value, physical_experts: 16 };
+        assert_eq!(refuse(&[0, 1, -1, 3, 4, value], 3, 6), wrong);
+    }
+    assert!(matches!(refuse(&[0; 6], 3, 5), Error::Length { name: "out", found: 5, expected: 6 }));
+    assert!(matches!(refuse(&[0; 5], 3, 5), Error::Length { name: "ids", .. }));
+    assert!(matches!(refuse(&[], 0, 0), Error::Length { name: "a row of ids", .. }));
+    move_up::<i32>(&placement, &[], 3, &mut []).unwrap();
 }
 
 #[test]
