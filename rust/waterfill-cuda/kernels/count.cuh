@@ -38,7 +38,7 @@ struct Ids {
 
 // NO_RANK for what names no expert. Without a branch.
 __device__ __forceinline__ u32 rank_of(const Args &args, ID id) {
-    u32 rank = __umulhi(2 * (u32)id, args.rank_multiplier);
+    u32 rank = rank_of_expert(id, args.rank_multiplier);
     return (UNSIGNED_ID)id < args.experts ? rank : NO_RANK;
 }
 
@@ -86,8 +86,7 @@ __device__ __forceinline__ void write_routed(const Args &args, const Rows &rows,
             u32 i = base + j * threads, rank = rank_of(args, ids[j]), out = i + i / TOP_K;
             if (i >= slots) break;
             bool expert = rank != NO_RANK;
-            // An id past the last expert names none, so nothing downstream may take it for one.
-            rows.out_ids[out] = expert ? ids[j] + (ID)rank : ids[j] < 0 ? ids[j] : (ID)-1;
+            rows.out_ids[out] = moved_up(ids[j], rank, expert);
             rows.out_weights[out] = expert ? weights[j] : (WEIGHT)0;
         }
     }

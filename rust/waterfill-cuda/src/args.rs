@@ -1,6 +1,6 @@
-//! What host and kernel exchange: `Args` and `State` of kernels/types.cuh, field by field.
+//! What host and kernels exchange: `Args` and `State` of kernels/types.cuh and `MoveArgs` of kernels/move_up.cuh, field by field.
 
-/// The kernel's one argument.
+/// The one argument of `expand_topk`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Args {
@@ -39,6 +39,17 @@ pub(crate) struct Args {
     pub visited_bytes: u32,
     pub given_bytes: u32,
     pub writers: u32,
+}
+
+/// The one argument of `move_up`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct MoveArgs {
+    pub ids: u64,
+    pub out: u64,
+    pub count: u64,
+    pub rank_multiplier: u32,
+    pub experts: u32,
 }
 
 /// What a runner keeps on the device between calls.

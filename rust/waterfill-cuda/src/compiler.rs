@@ -12,17 +12,20 @@ use waterfill_core::rounds;
 
 use crate::error::{Error, Result};
 use crate::library::open_nvrtc;
-use crate::shape::{BLOCK_BYTES, IdType, LEAST_WARPS, Shape, Variant, WeightType};
+use crate::shape::{BLOCK_BYTES, IdType, LEAST_WARPS, MOVE_THREADS, Shape, Variant, WeightType};
 
-/// The kernel's name in its module.
-pub(crate) const KERNEL: &CStr = c"expand_topk";
+/// The kernel's name in each module.
+pub(crate) const EXPAND: &CStr = c"expand_topk";
+/// One more in the module of one block for own counts alone.
+pub(crate) const MOVE_UP: &CStr = c"move_up";
 
 /// The source of every variant: the files in the order in which they use each other.
-pub const FILES: [&str; 9] = [
+pub const FILES: [&str; 10] = [
     include_str!("../kernels/ptx.cuh"),
     include_str!("../kernels/types.cuh"),
     include_str!("../kernels/cluster.cuh"),
     include_str!("../kernels/token.cuh"),
+    include_str!("../kernels/move_up.cuh"),
     include_str!("../kernels/count.cuh"),
     include_str!("../kernels/own.cuh"),
     include_str!("../kernels/board.cuh"),
@@ -50,6 +53,7 @@ pub fn source(shape: &Shape, variant: Variant) -> String {
         ("ID", id.into()),
         ("UNSIGNED_ID", format!("unsigned {id}")),
         ("WEIGHT", weight.into()),
+        ("MOVE_THREADS", format!("{MOVE_THREADS}u")),
         ("BLOCK_BYTES", format!("{BLOCK_BYTES}u")),
         ("LEAST_WARPS", format!("{LEAST_WARPS}u")),
         ("ROUNDS", format!("{}u", rounds::ROUNDS)),

@@ -1,13 +1,12 @@
 //! The few driver calls that are needed, as results. Every raw call of this crate but the compiler's is here.
 
 use std::collections::BTreeMap;
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::mem::MaybeUninit;
 use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::sys;
 
-use crate::compiler::KERNEL;
 use crate::error::{Error, Result};
 use crate::library::open_driver;
 
@@ -160,10 +159,11 @@ impl Drop for OwnStream {
     }
 }
 
-/// The one kernel of a module. It stays loaded as long as the process lives: a graph that captured it may
+/// A kernel of a module. It stays loaded as long as the process lives: a graph that captured it may
 /// be replayed after its runner is gone, and the driver would not say no.
 #[derive(Debug)]
 pub(crate) struct Kernel {
+    module: sys::CUmodule,
     function: sys::CUfunction,
 }
 
@@ -183,15 +183,21 @@ pub(crate) struct Launch {
 }
 
 impl Kernel {
-    /// Load machine code of the current context's device; blocks may take `shared` bytes.
-    pub fn load(code: &[u8], shared: usize) -> Result<Self> {
+    /// Load machine code of the current context's device, for its kernel of this name; blocks may take `shared` bytes.
+    pub fn load(code: &[u8], name: &CStr, shared: usize) -> Result<Self> {
         // An image of an ELF tells its own size.
         let module = ask!(cuModuleLoadData, code.as_ptr().cast())?;
-        let kernel = Self { function: ask!(cuModuleGetFunction, module, KERNEL.as_ptr())? };
+        let kernel = Self { module, function: ask!(cuModuleGetFunction, module, name.as_ptr())? };
         use sys::CUfunction_attribute as A;
         let most = A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         call!(cuFuncSetAttribute, kernel.function, most, shared as i32)?;
         Ok(kernel)
+    }
+
+    /// Another kernel of its module, without dynamic shared memory.
+    pub fn beside(&self, name: &CStr) -> Result<Self> {
+        let module = self.module;
+        Ok(Self { module, function: ask!(cuModuleGetFunction, module, name.as_ptr())? })
     }
 
     /// Let clusters be of more than 8 blocks, which not every device can.

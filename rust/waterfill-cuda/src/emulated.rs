@@ -9,6 +9,7 @@ mod arithmetic;
 mod batch;
 mod device;
 mod live;
+mod move_up;
 mod rank;
 
 use std::ffi::OsString;
@@ -288,7 +289,7 @@ fn notices_wrong_plans() {
         MANY_RANKS,
         &[
             (expert, "return (u32)id < args.experts", "ids"),
-            ("ids[j] < 0 ? ids[j] : (ID)-1", "ids[j]", "ids"),
+            ("id < 0 ? id : (ID)-1", "id", "ids"),
             ("+ 512) >> 10", ") >> 10", "ids"),
             ("nearly + (more > 0)", "nearly", "ids"),
             ("if (next == level) return", "if (next > level) return", "does not end"),

@@ -1,25 +1,26 @@
-//! One rank's end on the device: the kernel, its state, and the launch.
+//! One rank's end on the device: the kernels, their state, and the launches.
 
 use std::time::Duration;
 
 use waterfill_board::RING;
 
-use crate::args::{Args, COUNT, GIVEN, LIVE, OWN, State};
-use crate::compiler::Compiler;
+use crate::args::{Args, COUNT, GIVEN, LIVE, MoveArgs, OWN, State};
+use crate::compiler::{Compiler, EXPAND, MOVE_UP};
 use crate::driver::{Current, Device, Kernel, Launch, OwnStream, Relaxed, Slot, Stream, register};
 use crate::error::{Error, Result};
-use crate::shape::{Geometry, IdType, Shape, Variant, WeightType};
+use crate::shape::{Geometry, IdType, MOVE_THREADS, Shape, Variant, WeightType};
 
 /// Sizes of clusters to try, largest first; more than 8 blocks only some devices can.
 const CLUSTERS: [usize; 2] = [16, 8];
 /// The first architecture that has clusters.
 const WITH_CLUSTERS: u32 = 90;
 
-/// One rank's kernel and its state on one device. Its launches are for one stream at a time.
+/// One rank's kernels and their state on one device. Its launches are for one stream at a time.
 #[derive(Debug)]
 pub struct Runner {
     state: Slot<State>,
     block: Kernels,
+    move_up: Kernel,
     /// For calls of more rows than one block takes, where the device has clusters.
     cluster: Option<Cluster>,
     device: Device,
@@ -140,12 +141,14 @@ impl Runner {
         let architecture = device.architecture()?;
         let shared = device.shared_memory()?;
         let block = load(compiler, &shape, false, architecture, shared)?;
+        let move_up = block.own_only.beside(MOVE_UP)?;
         let cluster = cluster(compiler, &shape, architecture, shared)?;
         let state = Slot::new()?;
         let args = common_args(&shape, rank, state.address());
         drop((relaxed, current));
         let has_board = false;
-        let runner = Self { state, block, cluster, device, has_board, shape, shared, args };
+        let runner =
+            Self { state, block, move_up, cluster, device, has_board, shape, shared, args };
         runner.warm()?;
         Ok(runner)
     }
@@ -230,6 +233,26 @@ impl Runner {
         unsafe { self.run(&current, &cut, args, Stream::borrow(stream)) }
     }
 
+    /// Write `count` ids to `out` as 64 bits, moved up past the shared experts of the ranks before theirs; a negative one
+    /// stays, one at or above the number of experts becomes -1. As [`launch`](Self::launch), a graph can capture it; nothing
+    /// of the runner's state is read or written, so it may be on any stream. Without ids nothing is launched.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Safety
+    /// At `ids` are `count` ids of the shape's type and at `out` is room for as many 64-bit integers, both alive until the
+    /// launch (and each replay of a graph with it) has run. `stream` is a stream of the runner's device, or 0.
+    pub unsafe fn move_up(&self, ids: u64, out: u64, count: usize, stream: usize) -> Result<()> {
+        if count == 0 {
+            return Ok(());
+        }
+        let _current = self.device.current()?;
+        let args = MoveArgs { ids, out, count: count as u64, ..move_args(&self.args) };
+        // SAFETY: the kernel's parameter is `MoveArgs`; the rest is the caller's promise.
+        unsafe { self.move_up.launch(launch_of_ids(count), Stream::borrow(stream), &args) }
+    }
+
     /// # Safety
     /// As [`launch`](Self::launch).
     unsafe fn launch_on(&self, current: &Current, call: &Call, stream: Stream) -> Result<()> {
@@ -312,13 +335,26 @@ impl Runner {
                 unsafe { kernel.launch(launch_of(&cut), stream.0, &args)? };
             }
         }
+        // SAFETY: the kernel's parameter is `MoveArgs`; there are no ids, so no address is read or written.
+        unsafe { self.move_up.launch(launch_of_ids(1), stream.0, &move_args(&self.args))? };
         stream.0.synchronize()
     }
 }
 
-fn launch_of(cut: &Geometry) -> Launch {
+pub(crate) fn launch_of(cut: &Geometry) -> Launch {
     let (blocks, cluster) = (cut.blocks + cut.writers, cut.blocks);
     Launch { blocks, cluster, threads: cut.threads, shared: cut.shared }
+}
+
+/// A thread an id. So many ids that a grid has too few blocks would take terabytes.
+pub(crate) fn launch_of_ids(count: usize) -> Launch {
+    Launch { blocks: count.div_ceil(MOVE_THREADS), cluster: 1, threads: MOVE_THREADS, shared: 0 }
+}
+
+/// To move no ids.
+pub(crate) fn move_args(args: &Args) -> MoveArgs {
+    let Args { rank_multiplier, experts, .. } = *args;
+    MoveArgs { rank_multiplier, experts, ..MoveArgs::default() }
 }
 
 fn nanoseconds(time: Duration) -> u64 {
@@ -373,9 +409,9 @@ fn load(
         (own_only.join().expect("a compiler that fails says so"), any)
     });
     let load = |own_only, code: Vec<u8>| {
-        Kernel::load(&code, shared).or_else(|_| {
+        Kernel::load(&code, EXPAND, shared).or_else(|_| {
             compiler.forget(shape, Variant { clustered, own_only }, architecture);
-            Kernel::load(&compile(own_only)?, shared)
+            Kernel::load(&compile(own_only)?, EXPAND, shared)
         })
     };
     Ok(Kernels { own_only: load(true, own_only?)?, any: load(false, any?)? })

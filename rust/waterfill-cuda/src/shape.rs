@@ -49,7 +49,7 @@ pub struct Variant {
 /// The most routed experts of a token.
 pub(crate) const MAX_TOP_K: usize = 32;
 /// Physical experts; the kernel's division of ids by experts a rank is exact while their square is below 2^31.
-const MAX_EXPERTS: usize = 1 << 15;
+pub(crate) const MAX_EXPERTS: usize = 1 << 15;
 /// Rows of one call; sums of routed rows and rooms fit 32 bits below it.
 pub(crate) const MAX_ROWS: usize = 1 << 20;
 /// Rows up to which one block takes them all, if it has room: a cluster's barriers cost more than it saves.
@@ -63,6 +63,8 @@ const MOST_THREADS: usize = 1024;
 /// Warps beyond those with rows, while there are threads: one waits for quotas while another plans.
 const PLANNING_WARPS: usize = 2;
 const WARP: usize = 32;
+/// Threads of a block that moves ids up, one id each.
+pub(crate) const MOVE_THREADS: usize = 256;
 /// Shared memory for what the threads of a block tell each other: `Block` in kernels/types.cuh.
 pub(crate) const BLOCK_BYTES: usize = 128;
 /// Rows of a cluster's block up to which it writes their routed columns itself, as it can while it plans; a second cluster

@@ -5,6 +5,7 @@ use super::device::{ARITHMETIC, Emulated, compiler};
 use super::plant;
 use super::rank::{address, address_mut};
 use crate::args::Args;
+use crate::runner::launch_of;
 use crate::shape::{IdType, MAX_ROWS, MAX_TOP_K, Shape, Variant, WeightType};
 
 const LANES: usize = 32;
@@ -81,7 +82,7 @@ fn checks(edit: impl Fn(String) -> String) -> Result<(), String> {
         let rows = question.tokens as u32;
         let args = Args { mode: ARITHMETIC, rows, quotas, words, ..Args::default() };
         // SAFETY: the arrays are as long as `device.rs` says for this mode; nothing else is looked at.
-        unsafe { kernel.launch(&cut, &args, launch as u32, &mut || ())? };
+        unsafe { kernel.launch(launch_of(&cut), &args, launch as u32, &mut || ())? };
         let expected = question.answer();
         if let Some(at) = (0..=LANES).find(|&at| found[at] != expected[at]) {
             let what = at.checked_sub(1).map(|lane| question.shares[lane]);

@@ -39,7 +39,7 @@ impl Random {
 }
 
 /// Ids that name no expert, in 32 or in 64 bits; some have an expert's low bits.
-const STRANGE: [i64; 10] = [
+pub const STRANGE: [i64; 10] = [
     -1,
     -2,
     i32::MIN as i64,
@@ -168,6 +168,6 @@ impl Counted {
     }
 }
 
-fn placement(shape: &Shape) -> Placement {
+pub fn placement(shape: &Shape) -> Placement {
     Placement::contiguous(shape.ranks, shape.experts).unwrap()
 }

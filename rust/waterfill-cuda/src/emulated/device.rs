@@ -10,7 +10,8 @@ use libloading::Library;
 
 use crate::args::Args;
 use crate::compiler::{FILES, source};
-use crate::shape::{Geometry, Shape, Variant};
+use crate::driver::Launch;
+use crate::shape::{Shape, Variant};
 
 const THREADS: &str = include_str!("threads.h");
 const RACES: &str = include_str!("races.h");
@@ -18,9 +19,14 @@ const PTX: &str = include_str!("ptx.h");
 /// A mode of [`CALL`] alone: a level for the bases `quotas[0..32]` and `rows` tokens goes to `words[0]`, and the share of each lane,
 /// of as many rows that fit, until there, of that total (`quotas[32..128]`), behind it.
 pub const ARITHMETIC: u32 = 99;
+/// Another: `move_up` runs with the `MoveArgs` at `words`.
+pub const MOVE_UP: u32 = 98;
 const CALL: &str = r#"
 extern "C" void call_kernel(const void *pointer) {
     const Args &args = *(const Args *)pointer;
+#if OWN_ONLY && !CLUSTERED
+    if (args.mode == MOVE_UP) return move_up(*(const MoveArgs *)args.words);
+#endif
     if (args.mode != ARITHMETIC) return expand_topk(args);
     if (warp() > 0) return;
     Entries bases;
@@ -38,6 +44,7 @@ const NAMES: [&str; FILES.len()] = [
     "types.cuh",
     "cluster.cuh",
     "token.cuh",
+    "move_up.cuh",
     "count.cuh",
     "own.cuh",
     "board.cuh",
@@ -46,7 +53,7 @@ const NAMES: [&str; FILES.len()] = [
 ];
 
 /// Arguments, blocks, those of a cluster, threads, shared bytes, seed, what is called meanwhile; gives null, or what went wrong.
-type Launch = unsafe extern "C" fn(
+type Run = unsafe extern "C" fn(
     &Args,
     u32,
     u32,
@@ -60,8 +67,8 @@ type Launch = unsafe extern "C" fn(
 /// One kernel on the CPU. Its launches are one after the other: `&mut`.
 #[derive(Debug)]
 pub struct Emulated {
-    launch: Launch,
-    /// `launch` is in it.
+    run: Run,
+    /// `run` is in it.
     _library: Library,
 }
 
@@ -95,7 +102,8 @@ impl Emulated {
         let folder = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&folder).unwrap();
         let kernel = edit(with_names(shape, variant));
-        let text = format!("{THREADS}{RACES}{kernel}#define ARITHMETIC {ARITHMETIC}u\n{CALL}");
+        let modes = format!("#define ARITHMETIC {ARITHMETIC}u\n#define MOVE_UP {MOVE_UP}u\n");
+        let text = format!("{THREADS}{RACES}{kernel}{modes}{CALL}");
         std::fs::write(folder.join("kernel.cpp"), text).unwrap();
         build(compiler, &folder, variant);
         // SAFETY: built above; it runs nothing when it is loaded.
@@ -103,8 +111,8 @@ impl Emulated {
         // What is loaded stays so without its file.
         std::fs::remove_dir_all(folder).unwrap();
         // SAFETY: `launch` of threads.h, field by field.
-        let launch = unsafe { *library.get::<Launch>(b"launch").unwrap() };
-        Self { launch, _library: library }
+        let run = unsafe { *library.get::<Run>(b"launch").unwrap() };
+        Self { run, _library: library }
     }
 
     /// One launch; threads run in an order that depends on `seed`. Whoever reads the clock calls `meanwhile` first.
@@ -113,18 +121,18 @@ impl Emulated {
     /// The addresses of `args` are as the runner's launches ask for, in this process's memory.
     pub unsafe fn launch(
         &mut self,
-        cut: &Geometry,
+        launch: Launch,
         args: &Args,
         seed: u32,
         mut meanwhile: &mut dyn FnMut(),
     ) -> Result<(), String> {
-        let numbers = [cut.blocks + cut.writers, cut.blocks, cut.threads, cut.shared];
+        let numbers = [launch.blocks, launch.cluster, launch.threads, launch.shared];
         let [blocks, cluster, threads, shared] = numbers.map(|n| n as u32);
         let for_meanwhile = (&raw mut meanwhile).cast();
         // SAFETY: the caller's promise; `&mut self` because the library has one launch at a time; it calls
         // `call` with what it has to be called with, and not after it returned.
         let failure = unsafe {
-            (self.launch)(args, blocks, cluster, threads, shared, seed, call, for_meanwhile)
+            (self.run)(args, blocks, cluster, threads, shared, seed, call, for_meanwhile)
         };
         if failure.is_null() {
             return Ok(());

@@ -7,7 +7,7 @@ use waterfill_core::Weight;
 use super::batch::{AnyId, Batch, Counted, Random};
 use super::device::Emulated;
 use crate::args::{Args, COUNT, GIVEN, OWN, State};
-use crate::runner::{common_args, weight_bits, with_cut};
+use crate::runner::{common_args, launch_of, weight_bits, with_cut};
 use crate::shape::{Geometry, Shape, Variant};
 
 /// Nothing, or what is wrong.
@@ -67,7 +67,14 @@ impl<'a> Rank<'a> {
         let mut kernels = self.kernels.iter_mut();
         let (_, kernel) = kernels.find(|(compiled, _)| *compiled == variant).unwrap();
         // SAFETY: every caller sets the addresses of arrays that it holds, of the lengths that the kernel is told.
-        unsafe { kernel.launch(cut, &with_cut(args, cut), self.random.next() as u32, meanwhile) }
+        unsafe {
+            kernel.launch(
+                launch_of(cut),
+                &with_cut(args, cut),
+                self.random.next() as u32,
+                meanwhile,
+            )
+        }
     }
 
     /// A call's outputs are those of the core with these quotas.
