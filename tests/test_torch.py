@@ -1,10 +1,10 @@
-"""``expand_topk`` on CPU tensors, against the contract written out row by row."""
+"""``expand_topk`` and ``move_up`` on CPU tensors, against the contract written out row by row."""
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
 
-from waterfill_rs.torch import assign, count, expand_topk, traffic
+from waterfill_rs.torch import assign, count, expand_topk, move_up, traffic
 
 
 def batch(rows, top_k, experts, dtype, seed):
@@ -89,6 +89,48 @@ def test_bad_input_is_refused_with_its_numbers(name):
     ids, weights, changes, text = REFUSED[name]
     with pytest.raises(ValueError, match=text):
         expand_topk(ids, weights, **{**GOOD, **changes})
+
+
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("ranks, per_rank", [(1, 1), (1, 256), (8, 32), (72, 4), (1024, 1)])
+def test_ids_alone_move_past_the_shared_experts(ranks, per_rank, id_dtype):
+    experts = ranks * per_rank
+    ids, _ = batch(50, 6, experts, id_dtype, seed=ranks)
+    ids[0, 0], ids[0, 1], ids[0, 2] = 0, per_rank - 1, experts - 1
+    ids[0, 3], ids[0, 4] = min(per_rank, experts - 1), torch.iinfo(id_dtype).min
+    before = ids.clone()
+    moved = move_up(ids, physical_experts=experts, ranks=ranks)
+    assert torch.equal(ids, before)
+    assert moved.dtype == torch.int64 and moved.is_contiguous()
+    expected = [[i + i // per_rank if i >= 0 else i for i in row] for row in ids.tolist()]
+    assert moved.tolist() == expected
+    shape = dict(physical_experts=experts, ranks=ranks)
+    wide, _ = expand_topk(ids, torch.rand(50, 6), rank=0, shared_weight=1.0, **shape)
+    assert torch.equal(moved, wide[:, :-1].long())
+
+
+def test_idle_rank_has_no_ids_to_move():
+    moved = move_up(torch.empty(0, 6, dtype=torch.int32), physical_experts=64, ranks=8)
+    assert moved.shape == (0, 6) and moved.dtype == torch.int64
+
+
+OF_IDS = ["float ids", "int16 ids", "flat ids", "no columns", "strided ids", "ids on meta"]
+
+
+@pytest.mark.parametrize("name", [*OF_IDS, "id too large", "no division", "negative experts"])
+def test_ids_that_do_not_fit_are_not_moved(name):
+    ids, _, changes, text = REFUSED[name]
+    sizes = {**dict(physical_experts=16, ranks=4), **changes}
+    with pytest.raises(ValueError, match=text):
+        move_up(ids, **sizes)
+
+
+@pytest.mark.parametrize("value", [16, 2**31, 2**32, 2**32 + 5, 2**63 - 1])
+def test_ids_past_the_last_expert_are_not_moved(value):
+    ids = IDS.long()
+    ids[4, 1] = value
+    with pytest.raises(ValueError, match=f"expert id {value} in row 4, column 1"):
+        move_up(ids, physical_experts=16, ranks=4)
 
 
 def test_a_user_without_a_home_keeps_no_kernels(monkeypatch):

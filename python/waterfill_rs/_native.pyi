@@ -27,6 +27,7 @@ __all__ = [
     "unsafe_assign_ptr",
     "unsafe_count_ptr",
     "unsafe_expand_ptr",
+    "unsafe_move_up_ptr",
     "unsafe_traffic_ptr",
 ]
 
@@ -119,6 +120,11 @@ def unsafe_expand_ptr(
     shared_weight: float,
 ) -> None:
     """Write ids and weights ``[rows, top_k + 1]``; ``weights`` is (address, bits)."""
+
+def unsafe_move_up_ptr(
+    ids: tuple[int, int, int, int], out: int, physical_experts: int, ranks: int
+) -> None:
+    """Write ids moved up past the shared experts, int64 ``[rows, top_k]`` at ``out``."""
 
 def unsafe_traffic_ptr(
     ids: tuple[int, int, int, int], shared_rank: int, physical_experts: int, ranks: int, rank: int
@@ -324,5 +330,7 @@ class CudaRunner:
     ) -> None:
         """One launch on ``stream``. Quotas at an address unless 0; else live ones, waited for ``cap_us``, of the
         counts ``[ranks, words]`` at ``gathered`` unless 0; else own."""
+    def unsafe_move_up_ptr(self, ids: int, out: int, count: int, stream: int) -> None:
+        """Move ``count`` ids up past the shared experts by one launch on ``stream``: int64 ``[count]`` at ``out``."""
     def tally(self, stream: int) -> dict[str, int]:
         """``live``, ``none``, ``timed_out``, ``broken``, ``torn``: how calls with given or live quotas ended; waits for the stream."""

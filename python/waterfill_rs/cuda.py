@@ -1,5 +1,7 @@
 """The layer's decision on a CUDA device: one launch on torch's current stream, which a CUDA graph can capture.
 
+``move_up`` moves routed ids past the shared experts and does nothing else, likewise.
+
 Ids ``[N, K]`` int32 or int64, weights ``[N, K]`` float32 or bfloat16, both contiguous and on one device. The result is
 bit for bit that of ``waterfill_rs.torch`` on the CPU, but ids at or above ``physical_experts``, which are an
 error there, name no expert here: the slot becomes -1 with weight 0.
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from waterfill_rs import _native, nvrtc
 
-__all__ = ["Expander", "expand_topk"]
+__all__ = ["Expander", "expand_topk", "move_up"]
 
 _ID_BITS = {torch.int32: 32, torch.int64: 64}
 _WEIGHT_BITS = {torch.float32: 32, torch.bfloat16: 16}
@@ -87,6 +89,7 @@ class Expander:
             cache=_cache(),
         )
         self._launch = self._runner.unsafe_launch_ptr
+        self._move_up = self._runner.unsafe_move_up_ptr
         self.words: int = self._runner.words
         self.max_rows: int = self._runner.max_rows
 
@@ -141,6 +144,28 @@ class Expander:
             self._stream(),
         )
         return out_ids, out_weights
+
+    def move_up(self, topk_ids: Tensor) -> Tensor:
+        """Ids ``[N, K]`` past the shared experts, int64, by one launch; see ``waterfill_rs.torch.move_up``.
+
+        It posts nothing and waits for nobody, may be on any stream, and takes any N; without rows nothing is launched.
+
+        Raises:
+            ValueError: a tensor that does not fit, before anything is written.
+        """
+        # As in `_check`, which takes weights too.
+        shape = topk_ids.shape
+        rows = shape[0] if shape else 0
+        if not (
+            topk_ids.dtype is self._ids
+            and topk_ids.get_device() == self._index
+            and shape == (rows, self.top_k)
+            and topk_ids.is_contiguous()
+        ):
+            self._refuse("topk_ids", topk_ids, self._ids, (rows, self.top_k))
+        out = torch.empty_like(topk_ids, dtype=torch.int64)
+        self._move_up(topk_ids.data_ptr(), out.data_ptr(), rows * self.top_k, self._stream())
+        return out
 
     def count(
         self,
@@ -217,6 +242,11 @@ class Expander:
             raise ValueError(f"{name} has strides {tensor.stride()}: call .contiguous() first")
 
 
+def _refuse_shape(topk_ids: Tensor) -> None:
+    if topk_ids.dim() != 2 or topk_ids.shape[1] == 0:
+        raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}: give [N, K], K at least 1")
+
+
 @functools.cache
 def _expander(
     device: torch.device,
@@ -270,8 +300,7 @@ def _expand(
     shared_weight: float,
     quotas: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if topk_ids.dim() != 2 or topk_ids.shape[1] == 0:
-        raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}: give [N, K], K at least 1")
+    _refuse_shape(topk_ids)
     expander = _expander(
         topk_ids.device,
         physical_experts,
@@ -297,10 +326,38 @@ def _like_expanded(
     return topk_ids.new_empty(shape), topk_weights.new_empty(shape)
 
 
+def move_up(topk_ids: Tensor, physical_experts: int, ranks: int) -> Tensor:
+    """Move ids up by one launch; the kernel of a shape is made at its first call, as that of ``expand_topk`` is.
+
+    Under torch.compile it is the operator ``waterfill_rs::move_up``.
+    """
+    if torch.compiler.is_compiling():
+        moved: Tensor = torch.ops.waterfill_rs.move_up(topk_ids, physical_experts, ranks)
+        return moved
+    return _move_up(topk_ids, physical_experts, ranks)
+
+
+def _move_up(topk_ids: Tensor, physical_experts: int, ranks: int) -> Tensor:
+    _refuse_shape(topk_ids)
+    # Neither the rank nor the weights matter.
+    top_k, ids = topk_ids.shape[1], topk_ids.dtype
+    expander = _expander(topk_ids.device, physical_experts, ranks, 0, top_k, ids, torch.float32)
+    return expander.move_up(topk_ids)
+
+
+def _like_moved(topk_ids: Tensor, physical_experts: int, ranks: int) -> Tensor:
+    return torch.empty_like(topk_ids, dtype=torch.int64)
+
+
 _library = torch.library.Library("waterfill_rs", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "expand_topk(Tensor topk_ids, Tensor topk_weights, int physical_experts, int ranks, int rank, "
     "float shared_weight, Tensor? quotas) -> (Tensor, Tensor)"
 )
+_library.define(  # type: ignore[no-untyped-call]
+    "move_up(Tensor topk_ids, int physical_experts, int ranks) -> Tensor"
+)
 _library.impl("expand_topk", _expand, "CUDA")  # type: ignore[no-untyped-call]
+_library.impl("move_up", _move_up, "CUDA")  # type: ignore[no-untyped-call]
 torch.library.register_fake("waterfill_rs::expand_topk", _like_expanded, lib=_library)
+torch.library.register_fake("waterfill_rs::move_up", _like_moved, lib=_library)

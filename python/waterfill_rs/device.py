@@ -82,6 +82,20 @@ class DeviceExchange:
             self._planner.wake()
         return expander(ids, weights, shared_weight, cap_us=self._cap_us)
 
+    def move_up(self, ids: Tensor, weights: Tensor) -> Tensor:
+        """Routed ids ``[N, K]`` past the shared experts, int64, for a batch whose shared rows are not routed; N may be 0.
+
+        It is no call of the board's: this rank posts nothing, waits for nothing and counts nothing, so ranks need not
+        make as many. ``weights`` ``[N, K]`` are not looked at; the first call of all takes their dtype for the kernel.
+        See ``waterfill_rs.torch.move_up``.
+
+        Raises:
+            ValueError: ids that do not fit those of the first call, before anything is written.
+            RuntimeError: the first call within a capture; no driver or NVRTC.
+        """
+        expander = self._expander or self._prepare(ids, weights)
+        return expander.move_up(ids)
+
     def _prepare(self, ids: Tensor, weights: Tensor) -> Expander:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(

@@ -16,7 +16,7 @@ from waterfill_rs import _native
 from waterfill_rs.exchange import Exchange
 from waterfill_rs.integers import misfit
 
-__all__ = ["assign", "count", "expand_topk", "traffic"]
+__all__ = ["assign", "count", "expand_topk", "move_up", "traffic"]
 
 _ID_BITS = {torch.int32: 32, torch.int64: 64}
 _WEIGHT_BITS = {torch.float32: 32, torch.bfloat16: 16}
@@ -117,6 +117,29 @@ def expand_topk(
         sizes = {"physical_experts": physical_experts, "rank": rank}
         raise misfit(error, quotas=list(quotas), **sizes) from error
     return out_ids, out_weights
+
+
+def move_up(topk_ids: Tensor, *, physical_experts: int, ranks: int) -> Tensor:
+    """Routed ids alone, as ``expand_topk`` moves them past the shared experts: int64 ``[N, K]``, which DeepEP takes.
+
+    For a batch whose shared rows are not routed. With ``e = physical_experts // ranks``, an id ``i`` becomes
+    ``i + i // e``, and a negative one stays as it is. The input is untouched.
+
+    Raises:
+        ValueError: an id at or above ``physical_experts``. On a CUDA device, where the call is one launch, it becomes
+            -1 instead.
+    """
+    if topk_ids.is_cuda:
+        from waterfill_rs import cuda
+
+        return cuda.move_up(topk_ids, physical_experts, ranks)
+    ids = _ids(topk_ids)
+    out = torch.empty(topk_ids.shape, dtype=torch.int64)
+    try:
+        _native.unsafe_move_up_ptr(ids, out.data_ptr(), physical_experts, ranks)
+    except (OverflowError, TypeError) as error:
+        raise misfit(error, physical_experts=physical_experts, ranks=ranks) from error
+    return out
 
 
 def _expand_on_device(

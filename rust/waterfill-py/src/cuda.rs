@@ -120,6 +120,12 @@ impl PyCudaRunner {
         cuda_guarded(|| unsafe { self.inner.launch(&call, stream) })
     }
 
+    fn unsafe_move_up_ptr(&self, ids: u64, out: u64, count: usize, stream: usize) -> PyResult<()> {
+        // SAFETY: `waterfill_rs.cuda` gives a contiguous tensor of the runner's device and type of ids, an int64 one of as
+        // many elements fresh from torch's allocator, and torch's current stream.
+        cuda_guarded(|| unsafe { self.inner.move_up(ids, out, count, stream) })
+    }
+
     fn tally<'py>(&self, py: Python<'py>, stream: usize) -> PyResult<Bound<'py, PyDict>> {
         // SAFETY: `waterfill_rs.cuda` gives torch's current stream. Others may run while it is waited for.
         let tally = py.detach(|| cuda_guarded(|| unsafe { self.inner.tally(stream) }))?;

@@ -5,7 +5,7 @@
 use std::slice;
 
 use pyo3::prelude::*;
-use waterfill_core::{Assigner, Bf16, Id, Placement, Rows, RowsMut, Weight, count, score};
+use waterfill_core::{Assigner, Bf16, Id, Placement, Rows, RowsMut, Weight, count, move_up, score};
 
 use crate::error::{guarded, refused};
 
@@ -14,6 +14,7 @@ pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(unsafe_count_ptr, module)?)?;
     module.add_function(wrap_pyfunction!(unsafe_assign_ptr, module)?)?;
     module.add_function(wrap_pyfunction!(unsafe_expand_ptr, module)?)?;
+    module.add_function(wrap_pyfunction!(unsafe_move_up_ptr, module)?)?;
     module.add_function(wrap_pyfunction!(unsafe_traffic_ptr, module)?)
 }
 
@@ -216,6 +217,31 @@ fn unsafe_expand_ptr(
         (64, 16) => call.run::<i64, Bf16>(),
         (32 | 64, _) => Err(unknown_bits("topk_weights", weight_bits, "float32 or bfloat16")),
         _ => Err(unknown_bits("topk_ids", id_bits, "int32 or int64")),
+    })
+}
+
+/// Write ids moved up past the shared experts, `[rows, top_k]` int64 at `out`.
+#[pyfunction]
+fn unsafe_move_up_ptr(
+    py: Python<'_>,
+    ids: (usize, usize, usize, usize),
+    out: usize,
+    physical_experts: usize,
+    ranks: usize,
+) -> PyResult<()> {
+    fn run<I: Id>(ids: Ids, out: usize, experts: usize, ranks: usize) -> PyResult<()> {
+        // SAFETY: `waterfill_rs.torch` gives live contiguous CPU tensors of these shapes and dtypes,
+        // the output freshly made and shared with nobody.
+        let (values, out) =
+            unsafe { (ids.get::<I>()?, array_mut::<i64>("out", out, ids.rows * ids.top_k)?) };
+        guarded(|| move_up(&Placement::contiguous(ranks, experts)?, values, ids.top_k, out))
+    }
+    let (ids, bits) = Ids::of(ids);
+    // The tensors stay alive in the caller; other threads may run meanwhile.
+    py.detach(|| match bits {
+        32 => run::<i32>(ids, out, physical_experts, ranks),
+        64 => run::<i64>(ids, out, physical_experts, ranks),
+        _ => Err(unknown_bits("topk_ids", bits, "int32 or int64")),
     })
 }
 
