@@ -77,7 +77,7 @@ fuzz: target/tools/bin/cargo-fuzz ## a segment's bytes, a board's words, plans a
 	  cargo fuzz run --fuzz-dir rust/fuzz $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -verbosity=0 -print_final_stats=1; done
 gpu: wheel ## the wheel for a GPU machine, and what to run there
 	@echo "== on the GPU machine: pip install dist/*.whl pytest, then"
-	@echo "python -m pytest tests/gpu && python benches/gpu.py own && nvidia-cuda-mps-control -d && python benches/gpu.py live"
+	@echo "python -m pytest tests/gpu && python benches/gpu.py own && python benches/gpu.py move_up && nvidia-cuda-mps-control -d && python benches/gpu.py live"
 	@echo "== where sglang 0.5.13 or newer is: python benches/gpu.py sglang; where two GPUs are: python benches/gpu_group.py"
 server-bench: wheel ## the wheel for a machine with 1 to 8 GPUs and sglang, and what to run there
 	@echo "== needed there: sglang 0.5.13 or newer with DeepEP, NVLink between the GPUs, matplotlib for the picture; pip install dist/*.whl, then"

@@ -1,9 +1,10 @@
-"""The kernel's time: GPU time inside a CUDA graph, host time a call. ``gpu.py own``, ``gpu.py sglang``, ``gpu.py live``.
+"""The kernels' time: GPU time inside a CUDA graph, host time a call. ``gpu.py own``, ``sglang``, ``move_up`` or ``live``.
 
 GPU time: a graph of CALLS calls, replayed REPLAYS times between two events; the median replay over CALLS. The
 inputs rotate over several sets. ``own`` begins with the same of a memset of one float: about what a launch alone takes.
 ``sglang``: the same beside the static mode of the sglang that is installed (below 64 rows it leaves shared rows at
-home), the two graphs in turn. ``live``: RANKS processes, spread over the GPUs there are (where some share one, start
+home), the two graphs in turn. ``move_up``: ids alone, beside torch's cast to int64, which it takes the place of; the two in
+turn too, MOVES calls a graph. ``live``: RANKS processes, spread over the GPUs there are (where some share one, start
 ``nvidia-cuda-mps-control -d`` before), a planner beside them, the time of each rank's replays.
 """
 
@@ -24,33 +25,39 @@ from waterfill_rs.cuda import Expander
 CALLS, REPLAYS, SETS = 60, 41, 6
 OWN_RANKS = (8, 12, 16, 32, 64, 72, 144)
 OWN_ROWS = (1, 8, 32, 128, 1024, 4096, 16384)
+MOVES = 64
+MOVE_ROWS = (1, 8, 32, 128, 1024, 8192, 16384)
 LIVE_RANKS = (1, 2, 4, 8)
 LIVE_ROWS = (8, 128, 4096)
 TOP_K = 6
 
 
-def inputs(rows: int, experts: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def inputs(
+    rows: int, experts: int, seed: int = 0, top_k: int = TOP_K
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     random = torch.Generator(device="cuda").manual_seed(seed)
     sets = []
     for _ in range(SETS):
         popularity = torch.randn(experts, generator=random, device="cuda").mul(0.7).exp()
         chances = popularity.expand(max(rows, 1), experts)
-        ids = torch.multinomial(chances, TOP_K, generator=random).to(torch.int32)[:rows]
-        sets.append((ids.contiguous(), torch.rand((rows, TOP_K), generator=random, device="cuda")))
+        ids = torch.multinomial(chances, top_k, generator=random).to(torch.int32)[:rows]
+        sets.append((ids.contiguous(), torch.rand((rows, top_k), generator=random, device="cuda")))
     return sets
 
 
-def graph_of(call, sets) -> torch.cuda.CUDAGraph:
+def graph_of(call, sets, calls: int = CALLS) -> torch.cuda.CUDAGraph:
     call(*sets[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(CALLS):
+        for i in range(calls):
             call(*sets[i % len(sets)])
     return graph
 
 
-def replay_us(graph: torch.cuda.CUDAGraph, replays: int = REPLAYS) -> list[float]:
+def replay_us(
+    graph: torch.cuda.CUDAGraph, replays: int = REPLAYS, calls: int = CALLS
+) -> list[float]:
     """Microseconds a call, a value a replay."""
     taken = []
     for _ in range(replays):
@@ -59,7 +66,7 @@ def replay_us(graph: torch.cuda.CUDAGraph, replays: int = REPLAYS) -> list[float
         graph.replay()
         end.record()
         end.synchronize()
-        taken.append(begin.elapsed_time(end) * 1e3 / CALLS)
+        taken.append(begin.elapsed_time(end) * 1e3 / calls)
     return taken
 
 
@@ -125,6 +132,40 @@ def beside_sglang(all_ranks=(8, 16, 32), all_rows=OWN_ROWS) -> None:
             print(
                 f"EP {ranks} N={rows}: ours {gpu[0]:.2f} ({host[0]:.1f}), sglang {gpu[1]:.2f} ({host[1]:.1f}), "
                 f"{gpu[1] / gpu[0]:.1f}x",
+                flush=True,
+            )
+
+
+def move_up(all_rows=MOVE_ROWS, experts: int = 256, ranks: int = 8) -> None:
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {experts} experts on {ranks}"
+    )
+    print("ids moved up beside torch's cast to int64: GPU us (host us), and the times' ratios")
+    for top_k in (6, 8):
+        where = dict(physical_experts=experts, ranks=ranks, rank=0)
+        run = Expander("cuda", top_k=top_k, **where)
+
+        def ours(ids, _, run=run):
+            return run.move_up(ids)
+
+        def cast(ids, _):
+            return ids.to(torch.int64)
+
+        for rows in all_rows:
+            sets = inputs(rows, experts, top_k=top_k)
+            graphs = [graph_of(call, sets, MOVES) for call in (ours, cast)]
+            gpu_turns, host_turns = [], []
+            # In turn, so that both see the same machine.
+            for _ in range(9):
+                gpu_turns.append([statistics.median(replay_us(of, 9, MOVES)) for of in graphs])
+                host_turns.append([host_us(call, sets) for call in (ours, cast)])
+            gpu, host = (
+                [statistics.median(of) for of in zip(*turns, strict=True)]
+                for turns in (gpu_turns, host_turns)
+            )
+            print(
+                f"top {top_k} N={rows}: ours {gpu[0]:.2f} ({host[0]:.2f}), cast {gpu[1]:.2f} ({host[1]:.2f}), "
+                f"{gpu[0] / gpu[1]:.2f}x ({host[0] / host[1]:.2f}x)",
                 flush=True,
             )
 
@@ -214,5 +255,7 @@ if __name__ == "__main__":
         live()
     elif sys.argv[1] == "sglang":
         beside_sglang()
+    elif sys.argv[1] == "move_up":
+        move_up()
     else:
         own()
