@@ -16,6 +16,8 @@ __all__ = [
     "PACES",
     "PLANNER_VARIABLE",
     "REQUIRE_VARIABLE",
+    "SHARED",
+    "SHARED_VARIABLE",
     "TIMEOUT_VARIABLE",
     "Config",
 ]
@@ -25,7 +27,9 @@ REQUIRE_VARIABLE = "WATERFILL_RS_REQUIRE"
 EXCHANGE_VARIABLE = "WATERFILL_RS_EXCHANGE"
 TIMEOUT_VARIABLE = "WATERFILL_RS_TIMEOUT_US"
 PLANNER_VARIABLE = "WATERFILL_RS_PLANNER"
+SHARED_VARIABLE = "WATERFILL_RS_SHARED"
 BACKENDS = ("auto", "rust", "upstream", "off")
+SHARED = ("auto", "overlap", "fused")
 PACES: tuple[Pace, ...] = ("auto", "inline", "park", "spin")
 LONGEST_TIMEOUT_US = 10_000_000
 """Below the time after which DeepEP's own dispatch gives up, 100 s."""
@@ -37,12 +41,14 @@ class Config:
     """``backend``: auto and rust use this package where sglang's Waterfill is on; upstream and off leave
     sglang as it is. ``required``: stop the server, with every reason, if this package cannot serve; rust
     asks for this package by name, so it always is. ``exchange``: how ranks learn each other's counts.
-    ``board``: how, where that is a board."""
+    ``board``: how, where that is a board. ``shared``: whether shared experts run beside dispatch: where that is
+    faster, in every batch (and the server stops where it cannot be), or in none."""
 
     backend: str = "auto"
     required: bool = False
     exchange: Choice = "auto"
     board: BoardSettings = field(default_factory=BoardSettings)
+    shared: str = "auto"
 
     @property
     def enabled(self) -> bool:
@@ -65,6 +71,7 @@ class Config:
             required=backend == "rust" or _BOOLEANS[required],
             exchange=cast(Choice, _one_of(environment, EXCHANGE_VARIABLE, CHOICES, "auto")),
             board=BoardSettings(_microseconds(environment, default.cap_us), *_planner(environment)),
+            shared=_one_of(environment, SHARED_VARIABLE, SHARED, "auto"),
         )
 
 

@@ -13,8 +13,9 @@ from waterfill_rs.config import Config
 from waterfill_rs.device import DeviceExchange
 from waterfill_rs.exchange import Exchange
 from waterfill_rs.sglang.compat import SCALING_FACTOR, Seams
+from waterfill_rs.sglang.overlap import OverlappedLayer
 from waterfill_rs.sglang.panics import panics_are_errors
-from waterfill_rs.torch import expand_topk
+from waterfill_rs.torch import expand_topk, move_up
 
 __all__ = ["ScalingFactorBalancer", "WaterfillBalancer", "balancer_of"]
 
@@ -74,12 +75,17 @@ class WaterfillBalancer:
         self.layer_id = layer_id
         self.shared_weight = shared_weight
         self.exchange: Exchange | DeviceExchange | None = None
+        self.overlap: OverlappedLayer | None = None
+        """This router's layer, if it can run its shared expert unfused."""
 
     @panics_are_errors
     def expand_topk(
         self, topk_output: StandardTopKOutput, num_tokens: int, *, is_decode: bool | None = None
     ) -> StandardTopKOutput:
-        """``[N, K]`` to ``[N, K + 1]``; ``num_tokens`` is N, 0 on an idle rank. ``is_decode`` changes nothing."""
+        """``[N, K]`` to ``[N, K + 1]``; ``num_tokens`` is N, 0 on an idle rank. ``is_decode`` changes nothing.
+
+        Where the layer runs its shared expert unfused: ids int64 ``[N, K]`` in the same places, and the weights as given.
+        """
         topk_ids: Any = topk_output.topk_ids
         if topk_ids.shape[0] != num_tokens:
             raise ValueError(
@@ -88,6 +94,8 @@ class WaterfillBalancer:
         if self.exchange is None:
             _tell_not_joined()
         routed = topk_ids.contiguous(), topk_output.topk_weights.contiguous()
+        if self.overlap is not None and self.overlap.runs:
+            return self._expanded(topk_output, self._moved_up(*routed), routed[1])
         if isinstance(self.exchange, DeviceExchange):
             ids, weights = self.exchange.expand(*routed, self.shared_weight)
         else:
@@ -99,6 +107,15 @@ class WaterfillBalancer:
                 shared_weight=self.shared_weight,
                 exchange=self.exchange,
             )
+        return self._expanded(topk_output, ids, weights)
+
+    def _moved_up(self, ids: Any, weights: Any) -> Any:
+        if isinstance(self.exchange, DeviceExchange):
+            return self.exchange.move_up(ids, weights)
+        return move_up(ids, physical_experts=self.num_routed_experts, ranks=self.world_size)
+
+    @staticmethod
+    def _expanded(topk_output: StandardTopKOutput, ids: Any, weights: Any) -> StandardTopKOutput:
         # As sglang's, always the plain type: one with packed ids beside would keep those of the routed columns alone.
         return StandardTopKOutput(
             topk_ids=ids, topk_weights=weights, router_logits=topk_output.router_logits

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["ROWS", "Seams", "against_posting", "differences", "find", "resolve", "row_of"]
+__all__ = ["ROWS", "Seams", "against_overlap", "against_posting", "differences", "find", "resolve", "row_of"]
 
 SHARED_WEIGHT = "shared_weight"
 SCALING_FACTOR = "routed_scaling_factor"
@@ -50,6 +50,12 @@ class Seams:
     """Does preparation count redundant experts?"""
     backend: str = "sglang.srt.layers.moe.utils.get_moe_a2a_backend"
     """Function that gives the one in force, where the ``ServerArgs`` may hold what was asked for."""
+    is_extend_in_batch: str = "sglang.srt.layers.dp_attention.get_is_extend_in_batch"
+    """Function: does any rank prefill in this step? DeepEP's mode is chosen by it."""
+    moe: str = "sglang.srt.models.deepseek_v2.DeepseekV2MoE"
+    """The layer of DeepSeek V3 and V4, which asks at each call whether its shared expert is fused."""
+    mlp: str = "sglang.srt.models.deepseek_v2.DeepseekV2MLP"
+    """What that layer's shared expert is where it is not fused."""
     mega_moe: str | None = None
     """A layer under the backend megamoe, ``(moe, hidden_states, ...)``. None where Waterfill is DeepEP's alone."""
 
@@ -176,6 +182,35 @@ def against_posting(row: Seams) -> list[str]:
         return [f"not known of sglang {version} is what a rank without rows does there"]
     heads = ((row.mega_moe, _MEGA_MOE), (f"{_ROUTER}.empty_topk_output", _EMPTY))
     return [reason for name, head in heads for reason in _headed(name, head)]
+
+
+_ASKS = ("forward_deepep", "_forward_shared_experts", "op_shared_experts")
+"""Methods of a MoE layer that ask at each call whether its shared expert is fused."""
+_FUSED = "num_fused_shared_experts"
+
+
+def against_overlap(row: Seams) -> list[str]:
+    """Why no layer of this sglang can run a fused shared expert unfused."""
+    try:
+        moe, _, _ = map(resolve, (row.moe, row.mlp, row.is_extend_in_batch))
+    except (ImportError, AttributeError) as error:
+        return [f"this sglang has no such part ({error})"]
+    reasons = [
+        f"another plugin hooks {target}"
+        for target in (row.moe, *(f"{row.moe}.{name}" for name in ("forward", *_ASKS)))
+        if _hooked(target)
+    ]
+    for name in _ASKS if not reasons else ():
+        code = getattr(getattr(moe, name, None), "__code__", None)
+        if code is None or _FUSED not in code.co_names:
+            reasons.append(f"{row.moe}.{name} does not ask for {_FUSED} at each call")
+    return reasons
+
+
+def _hooked(target: str) -> bool:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return bool(HookRegistry._hooks.get(target))
 
 
 def _headed(name: str, head: tuple[str, ...]) -> list[str]:

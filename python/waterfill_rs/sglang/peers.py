@@ -18,7 +18,6 @@ LONGEST_WAIT_S = 120.0
 """For the other ranks at preparation. sglang has a barrier once all ranks have loaded a model: a kernel is made meanwhile."""
 _runners = itertools.count()
 """Models prepared so far in this process: target and draft models call in an order of their own each."""
-_SERVES = "serves"
 
 
 @dataclass(frozen=True)
@@ -28,24 +27,31 @@ class Peers:
     store: Any
     coordinator: Any
 
-    def agree(self, reasons: Sequence[str]) -> list[str]:
-        """Either all ranks serve, or none: this rank's reasons against it, if it has any, else the other ranks'.
+    def agree(
+        self, reasons: Sequence[str], question: str = "serves", answer: str = "serves"
+    ) -> list[str]:
+        """Either all ranks do it, in the same way, or none: this rank's reasons against it, else the other ranks'.
 
-        A rank that does not come is one that does not serve; should it come later, it is told so.
+        A rank that does not come is one that does not; should it come later, it is told so.
+
+        Args:
+            question: what is agreed on; each is asked once.
+            answer: how this rank would do it.
         """
         ranks: list[int] = list(self.coordinator.ranks)
         own = ranks.index(dist.get_rank())
-        self.store.set(f"serves/{own}", "; ".join(reasons) or _SERVES)
+        self.store.set(f"{question}/{own}", "; ".join(reasons) or answer)
         if reasons:
             return list(reasons)
         # Whoever knows first decides: the others may have waited longer, or shorter.
-        decided: bytes = self.store.compare_set("decided", "", self._found(len(ranks)))
-        return [] if decided.decode() == _SERVES else [decided.decode()]
+        found = self._found(len(ranks), question, answer)
+        decided: bytes = self.store.compare_set(f"{question}/decided", "", found)
+        return [] if decided.decode() == answer else [decided.decode()]
 
-    def _found(self, ranks: int) -> str:
-        """What keeps another rank from serving, or ``_SERVES``."""
+    def _found(self, ranks: int, question: str, answer: str) -> str:
+        """What keeps another rank from it, or ``answer``."""
         for rank in range(ranks):
-            key = f"serves/{rank}"
+            key = f"{question}/{rank}"
             try:
                 self.store.wait([key], timedelta(seconds=LONGEST_WAIT_S))
             except RuntimeError:
@@ -53,9 +59,9 @@ class Peers:
                     f"EP rank {rank} did not come within {LONGEST_WAIT_S:g} s: is waterfill-rs installed and on there, "
                     "as on the others?"
                 )
-            if (word := self.store.get(key).decode()) != _SERVES:
+            if (word := self.store.get(key).decode()) != answer:
                 return f"EP rank {rank}: {word}"
-        return _SERVES
+        return answer
 
 
 def peers_of_next_model(seams: Seams) -> Peers | None:

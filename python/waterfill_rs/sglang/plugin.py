@@ -19,6 +19,8 @@ from waterfill_rs.config import (
     PACES,
     PLANNER_VARIABLE,
     REQUIRE_VARIABLE,
+    SHARED,
+    SHARED_VARIABLE,
     TIMEOUT_VARIABLE,
     Config,
 )
@@ -143,6 +145,11 @@ _VALUES = {
         "Who balances the shared experts where Waterfill is on; 'rust' stops the server if waterfill-rs cannot",
     ),
     "waterfill_rs_exchange": (EXCHANGE_VARIABLE, "How ranks learn each other's counts"),
+    "waterfill_rs_shared": (
+        SHARED_VARIABLE,
+        "Where shared experts run: 'overlap', unfused beside dispatch; 'fused', with the routed ones; 'auto', as is "
+        "faster for each batch",
+    ),
     "waterfill_rs_planner": (
         PLANNER_VARIABLE,
         f"Who plans at the board: {', '.join(PACES)}, or spin:CORE to pin the thread",
@@ -156,6 +163,7 @@ _VALUES = {
 _CHOICES = {
     "waterfill_rs": BACKENDS,
     "waterfill_rs_exchange": CHOICES,
+    "waterfill_rs_shared": SHARED,
 }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs.config import Config
-from waterfill_rs.sglang import verdict
+from waterfill_rs.sglang import unfusing, verdict
 from waterfill_rs.sglang.compat import ROWS, Seams, resolve
 
 if TYPE_CHECKING:
@@ -93,7 +93,11 @@ class Preparation:
         self._verify_hooks()
         result = prepare(*args, **kwargs)
         balancers = self._verify_routers(routers)
-        self._join(balancers, config, peers, verdict.is_deterministic(arguments), device)
+        if any(balancer.exchange is None for balancer in balancers):
+            share = unfusing.Share(self.seams, config, arguments)
+            dtype = getattr(_model_config(args, kwargs), "dtype", None)
+            where = share.decide(_model(args, kwargs), routers, dtype, device, peers)
+            self._join(balancers, config, peers, verdict.is_deterministic(arguments), device, where)
         return result
 
     def _tell_if_asked_in_vain(self) -> None:
@@ -161,14 +165,13 @@ class Preparation:
         peers: Peers | None,
         deterministic: bool,
         device: torch.device,
+        where: str,
     ) -> None:
-        """Join layers that were just prepared to their peers, and say how."""
+        """Join layers that were just prepared to their peers, and say how. ``where``: shared experts run."""
         from waterfill_rs.sglang import recorder
         from waterfill_rs.sglang.group import connect
 
         fresh = [balancer for balancer in balancers if balancer.exchange is None]
-        if not fresh:
-            return
         if deterministic and config.exchange in ("board", "group"):
             logger.warning(
                 "waterfill-rs: exchange solo, and not %s, because of %s",
@@ -186,12 +189,13 @@ class Preparation:
         told = exchange.name != "board" or fresh[0].rank == 0
         logger.log(
             logging.INFO if told else logging.DEBUG,
-            "waterfill-rs active: %d MoE layers on %s, exchange %s, because %s%s",
+            "waterfill-rs active: %d MoE layers on %s, exchange %s, because %s%s; shared experts: %s",
             len(fresh),
             device,
             exchange.name,
             exchange.reason,
             _waits(config, device) if exchange.name == "board" else "",
+            where,
         )
 
 
@@ -210,10 +214,13 @@ def _model(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return kwargs["model"] if "model" in kwargs else args[0].model
 
 
+def _model_config(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kwargs.get("model_config") or getattr(next(iter(args), None), "model_config", None)
+
+
 def _is_draft(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """A draft model often has no MoE layer, and the target's are what Waterfill is for."""
-    configuration = kwargs.get("model_config") or getattr(next(iter(args), None), "model_config", 0)
-    return bool(getattr(configuration, "is_draft_model", False))
+    return bool(getattr(_model_config(args, kwargs), "is_draft_model", False))
 
 
 def _asked(model: Any, enabled: str) -> list[Any]:

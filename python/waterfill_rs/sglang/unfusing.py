@@ -1,0 +1,133 @@
+"""At preparation: whether a model's layers can run their shared expert unfused, and what they do it with.
+
+All layers of a model can, or none: and all ranks, or none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from waterfill_rs import prefill_rule
+from waterfill_rs.config import Config
+from waterfill_rs.sglang import compat, verdict
+from waterfill_rs.sglang.compat import Seams, resolve
+from waterfill_rs.sglang.overlap import Choice, OverlappedLayer
+from waterfill_rs.sglang.shared_expert import StaysFused, Unfused
+
+if TYPE_CHECKING:
+    import torch
+
+    from waterfill_rs.sglang.peers import Peers
+
+__all__ = ["Share", "against_arguments", "unfuse"]
+
+logger = logging.getLogger(__name__)
+
+Layer = tuple[Any, Any, Unfused]
+"""sglang's MoE layer, its router, and its shared expert as a dense MLP."""
+
+
+def against_arguments(arguments: Any, seams: Seams) -> list[str]:
+    """What in the ``ServerArgs`` in force keeps shared experts fused."""
+    reasons = compat.against_overlap(seams)
+    if not resolve(seams.backend)().is_deepep():
+        reasons.append("the MoE layers do not run on deepep, whose dispatch would be beside the shared expert")
+    for name, text in _MODULES_CHANGE.items():
+        if getattr(arguments, name, None):
+            reasons.append(f"--{name.replace('_', '-')}: {text}")
+    if getattr(arguments, "offload_group_size", -1) > 0 or getattr(arguments, "cpu_offload_gb", 0) > 0:
+        reasons.append("experts' weights are offloaded, and not always where the shared expert would read them")
+    return reasons
+
+
+_MODULES_CHANGE = {
+    "enable_lora": "adapters replace the layers that a shared expert is made of",
+    "lora_paths": "adapters replace the layers that a shared expert is made of",
+    "enable_torch_compile": "a compiled model keeps one form of its layers",
+}
+
+
+def layers_of(model: Any, routers: Sequence[Any], seams: Seams) -> list[tuple[str, Any, Any]]:
+    """Name, MoE layer and router, in the model's order.
+
+    Raises:
+        StaysFused: a router belongs to no layer that we know.
+    """
+    kind, left = resolve(seams.moe), {id(router) for router in routers}
+    found = []
+    for name, module in model.named_modules():
+        router = getattr(module, "topk", None) if isinstance(module, kind) else None
+        if id(router) in left:
+            left.discard(id(router))
+            found.append((name, module, router))
+    if left:
+        raise StaysFused(f"{len(left)} of {len(routers)} MoE layers are no {kind.__name__}")
+    return found
+
+
+def unfuse(model: Any, routers: Sequence[Any], seams: Seams, dtype: torch.dtype | None) -> list[Layer]:
+    """Each layer's shared expert as a dense MLP; nothing of sglang's is changed yet.
+
+    Args:
+        dtype: the model's, in which activations are; torch's default if None.
+
+    Raises:
+        StaysFused: one layer's cannot be, and why.
+    """
+    layers = []
+    for name, moe, router in layers_of(model, routers, seams):
+        if "forward" in vars(moe):
+            raise StaysFused(f"{name} has a forward of its own: another plugin's")
+        try:
+            layers.append((moe, router, Unfused(moe, name, dtype, seams)))
+        except StaysFused as error:
+            raise StaysFused(f"{name}: {error}") from error
+    return layers
+
+
+class Share:
+    """Where one model's shared experts run."""
+
+    def __init__(self, seams: Seams, config: Config, arguments: Any) -> None:
+        self._seams, self._config, self._arguments = seams, config, arguments
+
+    def decide(
+        self,
+        model: Any,
+        routers: Sequence[Any],
+        dtype: torch.dtype | None,
+        device: torch.device,
+        peers: Peers | None,
+    ) -> str:
+        """Set the layers up as configured, all ranks alike, and tell in words how.
+
+        Raises:
+            SystemExit: overlap was asked for by name and cannot be.
+        """
+        if self._config.shared == "fused":
+            return "fused, as asked"
+        layers, reasons = self._layers(model, routers, dtype)
+        rule = prefill_rule.of(self._config.shared, device)
+        if peers is not None:
+            reasons = peers.agree(reasons, "shared", rule.text)
+        if reasons and self._config.shared == "overlap":
+            verdict.stop([f"shared experts cannot run beside dispatch: {r}" for r in reasons])
+        if reasons:
+            return f"fused in every batch, because {'; '.join(reasons)}"
+        ranks = getattr(routers[0], self._seams.holder).world_size
+        choice = Choice(self._seams, ranks, rule)
+        for moe, router, unfused in layers:
+            getattr(router, self._seams.holder).overlap = OverlappedLayer(moe, unfused, choice)
+        return f"beside dispatch in decode, {rule.text}"
+
+    def _layers(
+        self, model: Any, routers: Sequence[Any], dtype: torch.dtype | None
+    ) -> tuple[list[Layer], list[str]]:
+        if reasons := against_arguments(self._arguments, self._seams):
+            return [], reasons
+        try:
+            return unfuse(model, routers, self._seams, dtype), []
+        except StaysFused as error:
+            return [], [str(error)]
