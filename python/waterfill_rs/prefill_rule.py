@@ -11,7 +11,7 @@ class PrefillRule:
     def __init__(self, text: str, overlaps: bool) -> None:
         self.text, self._overlaps = text, overlaps
 
-    def __call__(self, tokens: int) -> bool:
+    def __call__(self, tokens: int | None) -> bool:
         return self._overlaps
 
 

@@ -12,7 +12,16 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["ROWS", "Seams", "against_overlap", "against_posting", "differences", "find", "resolve", "row_of"]
+__all__ = [
+    "ROWS",
+    "Seams",
+    "against_overlap",
+    "against_posting",
+    "differences",
+    "find",
+    "resolve",
+    "row_of",
+]
 
 SHARED_WEIGHT = "shared_weight"
 SCALING_FACTOR = "routed_scaling_factor"
@@ -56,6 +65,8 @@ class Seams:
     """The layer of DeepSeek V3 and V4, which asks at each call whether its shared expert is fused."""
     mlp: str = "sglang.srt.models.deepseek_v2.DeepseekV2MLP"
     """What that layer's shared expert is where it is not fused."""
+    prefill_graph: str | None = None
+    """Function: is a prefill's graph captured? None where DeepEP goes without such graphs."""
     mega_moe: str | None = None
     """A layer under the backend megamoe, ``(moe, hidden_states, ...)``. None where Waterfill is DeepEP's alone."""
 
@@ -98,6 +109,7 @@ _RENAMED = replace(
     expands="_apply_waterfill",
     prepare="sglang.srt.model_executor.model_runner_components.moe_ep_setup.prepare_moe_topk",
     arguments=_CONTEXT,
+    prefill_graph="sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.context.is_in_breakable_cuda_graph",
     mega_moe="sglang.srt.layers.moe.mega_moe.forward_mega_moe",
 )
 _FOLDED = replace(_RENAMED, versions=("0.5.23", "0.5.23"), weight=SHARED_WEIGHT)
@@ -192,7 +204,9 @@ _FUSED = "num_fused_shared_experts"
 def against_overlap(row: Seams) -> list[str]:
     """Why no layer of this sglang can run a fused shared expert unfused."""
     try:
-        moe, _, _ = map(resolve, (row.moe, row.mlp, row.is_extend_in_batch))
+        moe = resolve(row.moe)
+        for name in filter(None, (row.mlp, row.is_extend_in_batch, row.prefill_graph)):
+            resolve(name)
     except (ImportError, AttributeError) as error:
         return [f"this sglang has no such part ({error})"]
     reasons = [

@@ -20,39 +20,54 @@ class Choice:
     """Overlapped or fused, batch by batch; all layers of a model share it.
 
     All ranks choose alike in a step, because they choose by what sglang tells all of them alike: whether any rank
-    prefills, by which DeepEP's mode is chosen too, and the tokens of every rank. So the calls that take part in an
-    exchange are the same on all ranks, and so is the top-k width that DeepEP's normal mode exchanges.
+    prefills, by which DeepEP's mode is chosen too, and the tokens of every rank where all know them. So the calls that
+    take part in an exchange are the same on all ranks, and so is the top-k width, which DeepEP's normal mode relies on.
 
     Args:
-        prefills_overlap: whether prefills overlap, by the tokens of the rank that has the most.
         ranks: EP size.
+        groups: of ranks that share a batch: data-parallel attention's size, or 1.
+        prefills_overlap: whether prefills overlap, by the tokens in a MoE layer of the rank that has the most, or None
+            where not all ranks know them.
     """
 
     def __init__(
-        self, seams: Seams, ranks: int, prefills_overlap: Callable[[int], bool]
+        self,
+        seams: Seams,
+        ranks: int,
+        groups: int,
+        prefills_overlap: Callable[[int | None], bool],
     ) -> None:
         self.forced: str | None = None
         """``overlap`` or ``fused`` for the batches to come, whatever was configured: for comparisons."""
         self.tally = {"overlapped": 0, "fused": 0}
         """Calls of layers that Python saw. A graph's replays are not among them."""
-        self._extends = resolve(seams.is_extend_in_batch)
-        self._ranks = ranks
+        self._ranks, self._groups = ranks, groups
         self._prefills_overlap = prefills_overlap
+        self._extends = resolve(seams.is_extend_in_batch)
+        self._in_prefill_graph = resolve(seams.prefill_graph) if seams.prefill_graph else _never
 
     def overlaps(self, batch: Any) -> bool:
         """Does this batch's shared expert run unfused? ``batch``: sglang's ``ForwardBatch``."""
         if self.forced is not None:
-            overlaps = self.forced == "overlap"
-        else:
-            # Decode, draft and verify batches. While a graph is captured it is false, as at each of the graph's replays.
-            overlaps = not self._extends() or self._prefills_overlap(self._tokens(batch))
-        return overlaps
+            return self.forced == "overlap"
+        # Decode, draft and verify batches: nobody extends. So it is while any graph is captured.
+        if not self._extends():
+            # A prefill's graph is cut at dispatch, so sglang joins the second stream before, and nothing would overlap.
+            return not self._in_prefill_graph()
+        return self._prefills_overlap(self._tokens(batch))
 
-    def _tokens(self, batch: Any) -> int:
-        """Those that the rank with the most has in a MoE layer."""
-        groups = getattr(batch, "global_num_tokens_cpu", None) or [len(batch.input_ids)]
-        # Ranks of one attention group divide its tokens.
-        return max(groups) * len(groups) // self._ranks
+    def _tokens(self, batch: Any) -> int | None:
+        """Those that the rank with the most has in a MoE layer, as sglang pads them."""
+        groups = getattr(batch, "global_num_tokens_cpu", None)
+        # A half of a two-batch overlap has none; and with some settings each rank has its own alone.
+        if groups is None or len(groups) != self._groups:
+            return None
+        # The ranks of a group divide its tokens.
+        return int(max(groups)) * self._groups // self._ranks
+
+
+def _never() -> bool:
+    return False
 
 
 class OverlappedLayer:

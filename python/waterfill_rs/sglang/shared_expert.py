@@ -103,8 +103,14 @@ def _on_no_device(moe: Any, prefix: str, dtype: Any, seams: Seams) -> Any:
 def _options(mlp: type, config: Any) -> dict[str, Any]:
     """Arguments that not all versions have: how every rank gets the whole MLP, and the clamp of DeepSeek V4."""
     takes = inspect.signature(mlp).parameters
-    whole = {"parallel_group": "replicated"} if "parallel_group" in takes else {"tp_rank": 0, "tp_size": 1}
-    limit = {"swiglu_limit": getattr(config, "swiglu_limit", None)} if "swiglu_limit" in takes else {}
+    whole = (
+        {"parallel_group": "replicated"}
+        if "parallel_group" in takes
+        else {"tp_rank": 0, "tp_size": 1}
+    )
+    limit = (
+        {"swiglu_limit": getattr(config, "swiglu_limit", None)} if "swiglu_limit" in takes else {}
+    )
     return whole | limit
 
 
@@ -133,7 +139,9 @@ def _check_blocks(dense: Any, grouped: Any, experts: Any) -> None:
         raise StaysFused("FP8 weights are repacked for Marlin")
     device = next(iter(experts._parameters.values())).device
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) != HOPPER:
-        raise StaysFused(f"FP8 scales of dense and grouped layers differ on SM {found[0]}{found[1]}")
+        raise StaysFused(
+            f"FP8 scales of dense and grouped layers differ on SM {found[0]}{found[1]}"
+        )
 
 
 def _check_layout(name: str, view: Any, dense: Any) -> None:

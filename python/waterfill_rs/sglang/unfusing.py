@@ -6,6 +6,7 @@ All layers of a model can, or none: and all ranks, or none.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +34,21 @@ def against_arguments(arguments: Any, seams: Seams) -> list[str]:
     """What in the ``ServerArgs`` in force keeps shared experts fused."""
     reasons = compat.against_overlap(seams)
     if not resolve(seams.backend)().is_deepep():
-        reasons.append("the MoE layers do not run on deepep, whose dispatch would be beside the shared expert")
+        reasons.append(
+            "the MoE layers do not run on deepep, whose dispatch would be beside the shared expert"
+        )
     for name, text in _MODULES_CHANGE.items():
         if getattr(arguments, name, None):
             reasons.append(f"--{name.replace('_', '-')}: {text}")
-    if getattr(arguments, "offload_group_size", -1) > 0 or getattr(arguments, "cpu_offload_gb", 0) > 0:
-        reasons.append("experts' weights are offloaded, and not always where the shared expert would read them")
+    if os.environ.get("SGLANG_SCHEDULER_SKIP_ALL_GATHER", "").lower() in ("1", "true"):
+        reasons.append("SGLANG_SCHEDULER_SKIP_ALL_GATHER: ranks don't tell each other who prefills")
+    if (
+        getattr(arguments, "offload_group_size", -1) > 0
+        or getattr(arguments, "cpu_offload_gb", 0) > 0
+    ):
+        reasons.append(
+            "experts' weights are offloaded, and not always where the shared expert would read them"
+        )
     return reasons
 
 
@@ -67,7 +77,9 @@ def layers_of(model: Any, routers: Sequence[Any], seams: Seams) -> list[tuple[st
     return found
 
 
-def unfuse(model: Any, routers: Sequence[Any], seams: Seams, dtype: torch.dtype | None) -> list[Layer]:
+def unfuse(
+    model: Any, routers: Sequence[Any], seams: Seams, dtype: torch.dtype | None
+) -> list[Layer]:
     """Each layer's shared expert as a dense MLP; nothing of sglang's is changed yet.
 
     Args:
@@ -117,10 +129,14 @@ class Share:
         if reasons:
             return f"fused in every batch, because {'; '.join(reasons)}"
         ranks = getattr(routers[0], self._seams.holder).world_size
-        choice = Choice(self._seams, ranks, rule)
+        choice = Choice(self._seams, ranks, self._groups(), rule)
         for moe, router, unfused in layers:
             getattr(router, self._seams.holder).overlap = OverlappedLayer(moe, unfused, choice)
         return f"beside dispatch in decode, {rule.text}"
+
+    def _groups(self) -> int:
+        data_parallel = getattr(self._arguments, "enable_dp_attention", False)
+        return int(self._arguments.dp_size) if data_parallel else 1
 
     def _layers(
         self, model: Any, routers: Sequence[Any], dtype: torch.dtype | None
