@@ -16,6 +16,7 @@ from server import (
     dial,
     figures,
     kernels,
+    memory,
     model,
     modes,
     recording,
@@ -23,6 +24,7 @@ from server import (
     rows,
     schedule,
     table,
+    traffic,
 )
 from server.figures import Mode
 from server.protocol import Closed, Late, Reader, send
@@ -231,12 +233,13 @@ def test_rounds_have_the_requests_that_fill_their_forwards():
     ]
     with pytest.raises(ValueError, match="prefill of 1031 tokens"):
         schedule.prompt_length(1031)
-    off, switched, _ = modes.engines("prefill", modes.MODES)
+    off, switched, _ = modes.engines("prefill", modes.BY_DEFAULT["prefill"])
     cell = schedule.Cell("prefill", 8192, 1, "trivial")
     asked = schedule.message(cell, switched, ranks=4, number=9, sweep=2)
-    # A lead and four of each of five modes; eight prompts of 1024 tokens each and rank.
-    assert asked["requests"] == 21 * 8 * 4 and asked["chunk"] == 8192 and asked["base"] == 8
-    assert asked["cycle"] == ["sglang-dynamic", "own", "live", "home", "sglang"]
+    # A lead and four of each of six modes; eight prompts of 1024 tokens each and rank.
+    assert asked["requests"] == 25 * 8 * 4 and asked["chunk"] == 8192 and asked["base"] == 8
+    assert asked["cycle"] == ["sglang-dynamic", "own", "live", "overlap", "home", "sglang"]
+    assert schedule.message(cell, switched, 4, 9, 2, first_table=3)["placement"] == 4
     assert schedule.message(cell, off, 4, 9, 2)["requests"] == 5 * 8 * 4
     decode = schedule.message(
         schedule.Cell("decode", 64, 0, "trivial"), modes.Plan("home", ("home",)), 4, 1, 1
@@ -254,10 +257,10 @@ def test_rounds_have_the_requests_that_fill_their_forwards():
 def test_engines_that_do_not_fit_take_turns():
     plans = modes.engines("decode", modes.BY_DEFAULT["decode"])
     names = lambda groups: [[plan.name for plan in group] for group in groups]  # noqa: E731
-    assert names(modes.groups(plans, 5)) == [["off", "home", "sglang", "own", "auto"]]
+    assert names(modes.groups(plans, 6)) == [["off", "home", "sglang", "own", "overlap", "auto"]]
     assert names(modes.groups(plans, 4)) == [
         ["off", "home", "auto", "sglang"],
-        ["off", "home", "own"],
+        ["off", "home", "own", "overlap"],
     ]
     with pytest.raises(ValueError, match="2 engines fit"):
         modes.groups(plans, 2)
@@ -265,13 +268,120 @@ def test_engines_that_do_not_fit_take_turns():
         modes.engines("prefill", ["on"])
     with pytest.raises(ValueError, match="sglang-dynamic cannot be in a CUDA graph"):
         modes.engines("decode", ["off", "sglang-dynamic"])
-    arguments = model.arguments("decode", 4, [128, 8], "m", True)
-    assert (
-        arguments["cuda_graph_bs_decode"] == [8, 128] and arguments["max_running_requests"] == 512
-    )
     assert model.config(64, 6, 26)["num_hidden_layers"] == 27
     # 442 experts of 24 MiB.
     assert model.gib_an_engine(26, 64, 4) == pytest.approx(442 * 24 / 1024 + 7.5)
+    # 95% of 80 GiB are two of 858 experts, and three of 693.
+    assert [model.engines_that_fit(80, layers, 64, 2) for layers in (26, 21)] == [2, 3]
+    assert model.engines_that_fit(1, 26, 64, 2) == 1
+
+
+def test_each_engine_has_the_settings_that_make_its_mode():
+    plans = {
+        (phase, plan.name): plan
+        for phase in ("prefill", "decode", "mixed")
+        for plan in modes.engines(phase, [m for m in modes.MODES if m != "sglang-dynamic"])
+    }
+    names = [name for phase, name in plans if phase == "decode"]
+    assert names == ["off", "home", "sglang", "own", "live", "overlap", "fused", "auto"]
+    assert plans["prefill", "switched"].modes == ("home", "sglang", "own", "live", "overlap")
+    shared = {name: {"WATERFILL_RS_SHARED": name} for name in ("overlap", "fused")}
+    expected = {
+        "off": {}, "auto": {}, "sglang": {"WATERFILL_RS": "upstream"}, **shared,
+        "home": shared["fused"], "own": shared["fused"], "live": shared["fused"],
+    }  # fmt: skip
+    for name, settings in expected.items():
+        plan = plans["decode", name]
+        assert plan.settings == settings and plan == plans["mixed", name]
+        assert plan.switches == (name in ("home", "own", "live"))
+    # One that is told before each forward has none, and one that may never overlap has.
+    assert plans["prefill", "switched"].settings == {}
+    (home,) = modes.engines("prefill", ["home", "own"])
+    assert home.switches and home.settings == shared["fused"]
+    # sglang's own Waterfill is without ours wherever nothing else is asked of its engine.
+    (alone,) = modes.engines("prefill", ["sglang"])
+    assert alone == plans["decode", "sglang"] and alone.upstream and not alone.switches
+    off, *_ = modes.union([modes.engines("prefill", ["auto"]), modes.engines("decode", ["off"])])
+    assert off.name == "off"
+
+
+def test_engines_have_what_all_their_phases_need():
+    alone = model.arguments({"prefill": [1024, 8192]}, 2, "m", True)
+    assert (alone["deepep_mode"], alone["disable_cuda_graph"]) == ("normal", True)
+    assert (alone["chunked_prefill_size"], alone["max_total_tokens"]) == (16384, 40960)
+    decode = model.arguments({"decode": [128, 8]}, 4, "m", False)
+    assert (decode["cuda_graph_bs_decode"], decode["max_running_requests"]) == ([8, 128], 512)
+    assert decode["deepep_mode"] == "auto" and not decode["enable_waterfill"]
+    mixed = model.arguments({"mixed": [2048]}, 2, "m", True)
+    assert mixed["cuda_graph_bs_decode"] == list(model.MIXED_GRAPHS)
+    # Chunks are shorter than the longest prompts, and those fit.
+    assert mixed["chunked_prefill_size"] == 2 * 2048 < 2 * traffic.LONGEST_PROMPT
+    assert mixed["context_length"] > traffic.LONGEST_PROMPT + traffic.MOST_NEW
+    assert mixed["max_running_requests"] == 2 * max(model.MIXED_GRAPHS)
+    needs = {"prefill": [1024, 8192], "decode": [8, 128], "mixed": [2048]}
+    every = model.arguments(needs, 2, "m", True)
+    assert every["deepep_mode"] == "auto" and "disable_cuda_graph" not in every
+    assert every["cuda_graph_bs_decode"] == [1, 2, 4, 8, 16, 24, 32, 48, 64, 128]
+    assert every["max_running_requests"] == 256 and every["chunked_prefill_size"] == 16384
+    assert every["max_total_tokens"] == 65536 and model.longest(needs) == 8192
+    assert (model.longest({"decode": [8, 128]}), model.longest({"mixed": [2048]})) == (2048, 4096)
+
+
+def test_auto_is_held_to_the_best_of_the_others():
+    of = {
+        "off": Mode({(0, i): 10.0 for i in range(4)}),
+        "home": Mode({(0, i): 9.0 for i in range(4)}),
+        "own": Mode({(0, i): 8.0 for i in range(4)}),
+        "sglang": Mode({(0, i): 1.0 for i in range(4)}),  # Not among them.
+        "auto": Mode(
+            {(0, 0): 8.0, (0, 1): 8.08, (0, 2): 8.16},
+            batches={"overlapped": 3, "fused": 1},
+        ),
+    }
+    place = {"phase": "decode", "tokens": 5, "placement": "trivial", "redundant": 0}
+    modelled = {"routed": 1.25, "live": 1.0, "optimum": 1.0}
+    cell = figures.cell(place, "auto", of, modelled, 2)
+    assert cell["verdict"] == {
+        "best": "own", "ratio_best": 1.01, "quartiles_best": [1.005, 1.015], "pairs": 3,
+    }  # fmt: skip
+    assert table._verdict(cell) == (
+        "| decode | 5 | trivial | 0.8080 (0.8040, 0.8120) | own | 1.0100 (1.0050, 1.0150) | **above 1.005** |"
+    )
+    # Most of its batches were overlapped: routed rows alone.
+    assert cell["overlapped_share"] == 0.75 and cell["rows_max_mean"] == 1.25
+    assert "| 75.00% | 3 |" in table._row(cell)
+    of["auto"] = Mode({(0, 0): 8.0}, batches={"overlapped": 1, "fused": 1})
+    cell = figures.cell(place, "auto", of, modelled, 2)
+    assert "above" not in table._verdict(cell) and cell["rows_max_mean"] == 1.0
+    assert figures.cell(place, "own", of, modelled, 2)["verdict"] is None
+    assert figures.verdict({"auto": of["auto"]}) is None
+    document = dict(
+        machine="m", date="d", commit="c", sglang="s", ranks=2, settings={}, cells=[cell]
+    )
+    assert "Verdict:" in table.markdown([document])
+    wrong = {**cell, "verdict": {**cell["verdict"], "ratio_best": -1}}
+    with pytest.raises(ValueError, match="cell 0, verdict: ratio_best is -1"):
+        results.check({**document, "cells": [wrong]})
+
+
+def test_memory_is_told_beside_off_and_sglangs():
+    def rank(prepared, now):
+        return {
+            "prepared": {"allocated": prepared << 20, "free": 5, "total": 9},
+            "now": {"allocated": now << 20, "free": 3, "total": 9},
+        }
+
+    entries = [
+        memory.entry("mixed", "off", [rank(1024, 2000), rank(1000, 2048)]),
+        memory.entry("mixed", "sglang", [rank(1024, 2048)]),
+        memory.entry("mixed", "auto", [rank(1025, 2048), rank(900, 2150)]),
+        memory.entry("decode", "auto", [{"prepared": None, "now": {"allocated": 1 << 30}}]),
+    ]
+    assert entries[0]["ranks"][1]["ended"] == {"allocated": 2048 << 20, "free": 3, "total": 9}
+    mixed, decode = memory.lines(entries)
+    assert "off 1.000 / 2.000, sglang 1.000 / 2.000, auto 1.001 / 2.100" in mixed
+    assert "auto to off: equal / +102.0 MiB (+4.98%)" in mixed and "auto to sglang: equal" in mixed
+    assert "auto ? / 1.000." in decode
 
 
 def test_messages_come_whole_late_or_not():

@@ -18,8 +18,8 @@ torch = pytest.importorskip("torch")
 
 sys.path.append(str(Path(__file__).parents[1] / "benches"))
 
-from server import model, modes, schedule, weights
-from server.control import CLOSED, PROFILED, ROWS, TIMED, Control
+from server import model, modes, schedule, traffic, weights
+from server.control import CLOSED, MIXED, OPEN, PROFILED, ROWS, TIMED, Control
 from server.engine import Rounds, serve
 from server.forced import Forced, save
 from server.gate import TURNS_AHEAD, Gate
@@ -95,7 +95,13 @@ def run_forwards(rank, counts):
 
 
 def a_rank(control, tmp_path):
-    rank = Rank(control, tmp_path, event=Event, synchronize=lambda: None)
+    rank = Rank(
+        control,
+        tmp_path,
+        event=Event,
+        synchronize=lambda: None,
+        memory=lambda: {"allocated": int(Event.now), "free": 1, "total": 2},
+    )
     rank.number = 0
     tables = [np.arange(20, dtype=np.int16).reshape(1, 20, 1) + 100 * p for p in range(2)]
     save(tmp_path / "routing.npz", [[tables[0]], [tables[1]]])
@@ -157,6 +163,85 @@ def test_rows_and_calls_are_those_of_the_round(control, tmp_path):
     assert rank.results()["calls"] == {"calls": 0, "live": 0}
 
 
+class Shared:
+    """The package's choice, one for all layers of a model."""
+
+    def __init__(self):
+        self.forced, self.tally, self.seen = None, {"overlapped": 5, "fused": 0}, []
+
+
+def test_a_switched_engine_forces_each_forward_and_a_shipped_one_none(control, tmp_path):
+    rank, shared = a_rank(control, tmp_path), Shared()
+
+    class Balancer:
+        num_routed_experts, world_size, layer_id, exchange = 4, 2, 7, None
+        overlap = SimpleNamespace(choice=shared)
+
+        def expand_topk(self, topk_output, num_tokens):
+            shared.seen.append(shared.forced)
+            overlaps = shared.forced == "overlap"
+            shared.tally["overlapped" if overlaps else "fused"] += 1
+            # Rank 0 has slots 0 to 2, rank 1 has 3 to 5; no shared column where the expert is beside dispatch.
+            ids = [[0, 3], [1, 4]] if overlaps else [[0, 3, 5], [1, -1, 2]]
+            return SimpleNamespace(topk_ids=torch.tensor(ids))
+
+    rank.balancers, rank.switches, rank.mode = [Balancer()], True, "home"
+    rank.prepared()
+    assert shared.forced == "fused"  # Before the first forward, and while graphs are captured.
+    control.list("cycle")[:2] = [modes.MODES.index("home"), modes.MODES.index("overlap")]
+    control.set(length=2, tokens=4, lead=1, round=1, kind=ROWS)
+    run_forwards(rank, [4, 4, 4])
+    assert shared.seen == ["fused", "fused", "overlap"]
+    found = rank.results()
+    # Of an overlapped batch the routed rows alone.
+    assert [rows for _, _, rows in found["rows"]] == [[3, 2], [3, 2], [2, 2]]
+    # The lead is not among them, and what was before the round neither.
+    assert found["batches"] == {"overlapped": 1, "fused": 1}
+    assert found["modes"] == {"home": 1, "overlap": 1}
+    assert (found["layers"], found["staying"]) == (1, 0)
+    assert found["memory"]["prepared"]["allocated"] < found["memory"]["now"]["allocated"]
+    # It is forced before the batch is run, once: a hook around the forward that is outside ours sees it.
+    control.set(round=5, kind=TIMED, lead=0)
+    control.list("cycle")[:2] = [modes.MODES.index("overlap"), modes.MODES.index("home")]
+    rank.before_forward(None)
+    assert shared.forced == "overlap"
+    rank.before_forward(None)
+    run_forwards(rank, [4, 4])
+    assert shared.seen[3:] == ["overlap", "fused"]
+    assert rank.results()["batches"] == {"overlapped": 1, "fused": 1}
+    rank.switches, shared.forced = False, None
+    control.set(round=2)
+    run_forwards(rank, [4, 4, 4])
+    assert shared.forced is None
+    rank.switches = True
+    rank.balancers.append(SimpleNamespace(overlap=None))
+    with pytest.raises(RuntimeError, match="1 of 2 layers cannot overlap"):
+        run_forwards(rank, [4, 4, 4])
+
+
+def test_a_mixed_round_counts_kinds_and_has_tables_for_both(control, tmp_path):
+    rank, seen = a_rank(control, tmp_path), []
+    control.list("cycle")[0] = modes.MODES.index("auto")
+    control.set(length=1, tokens=4, lead=0, base=0, placement=0, round=1, kind=MIXED)
+
+    def forward(kind, beside):
+        mode = SimpleNamespace(is_decode=lambda: kind == "decode", is_idle=lambda: kind == "idle")
+        batch = SimpleNamespace(
+            input_ids=torch.zeros(2), forward_mode=mode, is_extend_in_batch=beside
+        )
+        rank.forward(
+            lambda *_: seen.append(int(rank.forced.into(torch.zeros(1, 1), 0))), None, batch
+        )
+
+    for kind, beside in (("prefill", True), ("decode", True), ("decode", False), ("idle", True)):
+        forward(kind, beside)
+    # Forward i begins at token 4 i: of table 0, and of table 1 where it decodes.
+    assert seen == [0, 104, 108, 12]
+    found = rank.results()
+    assert found["kinds"] == {"prefill": 1, "decode": 2, "idle": 1, "beside a prefill": 2}
+    assert found["modes"] == {"auto": 4} and found["forwards"] == []
+
+
 def test_a_switched_balancer_does_what_the_mode_says():
     made = []
 
@@ -192,17 +277,26 @@ def test_a_switched_balancer_does_what_the_mode_says():
     assert ours.exchange == "board"
     mode[0] = "home"
     assert switch(None, 0) == "static"
+    mode[0] = "overlap"
+    assert switch(None, 5) == "ours by board"
     mode[0] = "auto"
     with pytest.raises(ValueError, match="mode 'auto'"):
         switch(None, 5)
 
 
 def test_the_plugin_switches_what_is_ours_and_refuses_what_is_not(tmp_path):
-    def told(mode, switches):
+    def told(mode, switches, upstream=False):
         Control(tmp_path / "control", create=True)
         folder = str(tmp_path)
         paths = {"control": str(tmp_path / "control"), "folder": folder}
-        return {**paths, "ranks": 2, "first_layer": 1, "mode": mode, "switches": switches}
+        return {
+            **paths,
+            "ranks": 2,
+            "first_layer": 1,
+            "mode": mode,
+            "switches": switches,
+            "upstream": upstream,
+        }
 
     class Theirs(torch.nn.Module):
         def __init__(self, num_routed_experts, world_size, rank, layer_id, shared_weight):
@@ -224,21 +318,33 @@ def test_the_plugin_switches_what_is_ours_and_refuses_what_is_not(tmp_path):
         return torch.nn.ModuleList([torch.nn.Linear(1, 1), router])
 
     seams = SimpleNamespace(holder="waterfill_balancer", weight="shared_weight")
-    bench, balancer = Bench(told("home", True), seams, Theirs), ours()
+
+    def bench_of(*of):
+        bench = Bench(told(*of), seams, Theirs)
+        bench.rank._memory = lambda: {"allocated": 7}
+        return bench
+
+    bench, balancer = bench_of("home", True), ours()
     bench.prepared(None, model=model_with(balancer))
     assert balancer.expand_topk(None, 3) == "home"
-    bench, balancer = Bench(told("auto", False), seams, Theirs), ours()
+    assert bench.rank.results()["memory"]["prepared"] == {"allocated": 7}
+    bench, balancer = bench_of("auto", False), ours()
     bench.prepared(None, SimpleNamespace(model=model_with(balancer)))
     assert balancer.expand_topk(None, 3) == "ours" and bench.rank.balancers == [balancer]
     bench.prepared(None, model=model_with(None))
-    with pytest.raises(SystemExit, match="1 layers are not balanced by waterfill-rs"):
+    with pytest.raises(SystemExit, match="1 layers' balancers are not of waterfill-rs"):
         bench.prepared(None, model=model_with(SimpleNamespace()))
+    bench, theirs = bench_of("sglang", False, True), SimpleNamespace(layer_id=1)
+    bench.prepared(None, model=model_with(theirs))
+    assert bench.rank.balancers == [theirs] and bench.rank.results()["calls"] == {}
+    with pytest.raises(SystemExit, match="1 layers' balancers are not sglang's own"):
+        bench.prepared(None, model=model_with(balancer))
 
 
 def test_routing_is_forced_after_the_router(tmp_path):
     Control(tmp_path / "control", create=True)
     told = {"control": str(tmp_path / "control"), "folder": str(tmp_path), "ranks": 1}
-    bench = Bench({**told, "mode": "off", "first_layer": 1}, None, object)
+    bench = Bench({**told, "mode": "off", "first_layer": 1, "switches": False}, None, object)
     output = namedtuple("Output", "topk_ids topk_weights")
     router = output(torch.tensor([[7, 7], [7, 7]], dtype=torch.int64), "weights")
     assert bench.force(router, layer_id=2) is router  # Before the model is loaded.
@@ -297,22 +403,35 @@ def test_an_engine_runs_rounds_and_tells_failures(control, tmp_path):
     thread.start()
     commands, asks = os.pipe()
     replies, says = os.pipe()
-    rounds = Rounds(generate, control, tmp_path, 2, 100, written_s=5)
+
+    class Traffic:
+        def send(self, sent, window, deadline):
+            assert control.get("gate") == OPEN and control.get("chunk") == 2048
+            generated.append((sent, window, deadline))
+            return 1.5, 30, 4
+
+    rounds = Rounds(generate, Traffic(), control, tmp_path, 2, 100, written_s=5)
     off = modes.Plan("off", ("off",))
     asked = schedule.message(schedule.Cell("prefill", 128, 0, "trivial"), off, 2, 3, 0, short=True)
     send(asks, asked)
+    one = traffic.Request(0.5, 1, 30, 4)
+    mixed = schedule.Cell("mixed", 2048, 0, "trivial")
+    send(asks, schedule.mixed_message(mixed, off, [one], 6, 0, 2.0, 9.0))
     send(asks, {**asked, "round": 4, "new": 99})
     serve(Reader(commands), says, rounds)
     reader = Reader(replies)
     reply = reader.next(1)
     assert reply["round"] == 3 and reply["ranks"] == [{"rank": 0}, {"rank": 1}]
     assert generated[0] == (4, 128, 1, 4, 1) and control.get("gate") == CLOSED
+    reply = reader.next(1)
+    assert (reply["seconds"], reply["prompt_tokens"], reply["new_tokens"]) == (1.5, 30, 4)
+    assert generated[1] == ([one], 2.0, 9.0)
     assert reader.next(1) == {"failed": "round 4: OverflowError('too many')"}
     done.set()
     thread.join()
     begin = time.monotonic()
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] wrote no results of round 5"):
-        Rounds(generate, control, tmp_path, 2, 100, written_s=0.05).run({**asked, "round": 5})
+        Rounds(generate, None, control, tmp_path, 2, 100, written_s=0.05).run({**asked, "round": 5})
     assert time.monotonic() - begin < 5
     os.close(asks)
     serve(Reader(commands), says, rounds)  # No more commands: it ends.
@@ -320,7 +439,7 @@ def test_an_engine_runs_rounds_and_tells_failures(control, tmp_path):
 
 def test_the_hooks_fit_the_installed_sglang(tmp_path):
     """Each target is there, is applied, and takes what the hook takes; each argument is one of ``ServerArgs``."""
-    pytest.importorskip("sglang")
+    sglang = pytest.importorskip("sglang")
     import subprocess
 
     from msgspec import structs
@@ -328,8 +447,9 @@ def test_the_hooks_fit_the_installed_sglang(tmp_path):
     from sglang.srt.server_args import ServerArgs
 
     known = {field.name for field in structs.fields(ServerArgs)}
-    for phase in ("prefill", "decode"):
-        assert set(model.arguments(phase, 2, [64], "m", True)) <= known
+    for needs in ({"prefill": [64]}, {"prefill": [64], "decode": [8], "mixed": [2048]}):
+        assert set(model.arguments(needs, 2, "m", True)) <= known
+    traffic.Traffic(sglang.Engine, 100)  # One can be told which rank a request is for.
     space = workspace.Workspace(tmp_path)
     (plan,) = modes.engines("prefill", ["live", "home"])
     told = space.told("e", plan, {"tp_size": 2}, {"routing": "r", "placements": 1, "longest": 8})
@@ -348,4 +468,4 @@ def test_the_hooks_fit_the_installed_sglang(tmp_path):
         text=True,
     )
     applied = next(line for line in io.StringIO(done.stdout) if line.startswith("applied"))
-    assert len(applied.split()) == 6, done.stderr[-2000:]
+    assert len(applied.split()) == 7, done.stderr[-2000:]

@@ -53,7 +53,7 @@ def test_a_prefill_pairs_forwards_of_three_engines(stub, tmp_path):
     assert done.returncode == 0, done.stderr
     document = results.read(tmp_path / "out.json")
     cells = {cell["mode"]: cell for cell in document["cells"]}
-    assert tuple(cells) == modes.MODES
+    assert tuple(cells) == modes.BY_DEFAULT["prefill"]
     # The slowest rank takes 1.25 times what the mode takes.
     assert cells["off"]["gpu_ms"] == pytest.approx(12.5)
     assert cells["live"]["gpu_ms"] == pytest.approx(7.5 * 1.25)
@@ -63,7 +63,9 @@ def test_a_prefill_pairs_forwards_of_three_engines(stub, tmp_path):
     assert cells["auto"]["pairs"]["off"] == cells["auto"]["forwards"] > 0
     # Two ranks with 256 tokens each in 8.75 ms.
     assert cells["auto"]["tokens_per_s"] == round(512 / 8.75e-3)
-    # Each rank sends two rows to rank 0 and one to rank 1.
+    assert cells["overlap"]["ratio_off"] == pytest.approx(0.65)
+    # Each rank sends two rows to rank 0 and one to rank 1; overlapped, two to rank 0 and none to rank 1.
+    assert cells["overlap"]["rows_max_mean"] == 2.0 and cells["overlap"]["rows_from"] == "counted"
     assert cells["live"]["rows_max_mean"] == pytest.approx(4 / 3, abs=1e-5)
     assert cells["live"]["rows_from"] == "counted" and cells["off"]["rows_from"] == "model"
     assert cells["live"]["live_share"] == 1.0 and cells["own"]["live_share"] is None
@@ -72,6 +74,13 @@ def test_a_prefill_pairs_forwards_of_three_engines(stub, tmp_path):
     assert document["settings"]["environment"]["WATERFILL_RS_TIMEOUT_US"] == "7"
     assert (tmp_path / "out.png").exists()
     assert "| prefill | 256 | trivial | auto | 8.750 |" in done.stdout
+    # 7 beside 10, and beside 7.5 of the fastest among those that it is held to.
+    assert cells["auto"]["verdict"]["best"] == "live"
+    assert "| prefill | 256 | trivial | 0.7000 (0.7000, 0.7000) | live | 0.9333" in done.stdout
+    assert cells["auto"]["overlapped_share"] == 0.0
+    assert document["mismatches"] == [] and "add up in every round" in done.stdout
+    assert {entry["engine"] for entry in document["memory"]} == {"off", "switched", "auto"}
+    assert "auto to off: +16.0 MiB (+1.60%) / +16.0 MiB (+1.60%)" in done.stdout
     assert "no forward of" not in done.stdout
 
 
@@ -82,20 +91,29 @@ def test_a_decode_goes_on_without_an_engine_that_fails(stub, tmp_path):
     assert "RuntimeError: the stub was told to fail" in done.stderr
     cells = results.read(tmp_path / "out.json")["cells"]
     assert {(cell["tokens"], cell["mode"]) for cell in cells} == {
-        (tokens, mode) for tokens in (4, 8) for mode in ("off", "home", "sglang", "auto")
+        (tokens, mode) for tokens in (4, 8) for mode in ("off", "home", "sglang", "overlap", "auto")
     }
     auto = next(cell for cell in cells if cell["mode"] == "auto")
-    assert auto["ratio_off"] == pytest.approx(0.7) and auto["live_share"] == 1.0
-    # 88 steps a sweep, all of them paired; rows by the planner's sums: 3 over 2.
+    off = next(cell for cell in cells if cell["mode"] == "off")
+    assert auto["ratio_off"] == pytest.approx(0.7) and auto["live_share"] is None
+    # 88 steps a sweep, all of them paired. They were overlapped: routed rows alone.
     assert auto["forwards"] == auto["pairs"]["home"] == 88
-    assert (auto["rows_max_mean"], auto["rows_from"]) == (1.5, "planner")
+    assert auto["batches"] == {"overlapped": 2 * 88, "fused": 0}
+    assert (auto["rows_max_mean"], auto["rows_from"]) == (off["rows_max_mean"], "model")
+    failures = results.read(tmp_path / "out.json")["failures"]
+    assert failures == ["decode, engine own: did not come up"]
 
 
 def test_guests_take_turns_beside_the_references(stub, tmp_path):
-    done = run(stub, tmp_path, "--decode", "4", "--sweeps", "1", "--together", "3")
+    shown = "off,home,sglang,fused,auto"
+    options = ("--decode", "4", "--sweeps", "1", "--together", "3", "--modes", shown)
+    done = run(stub, tmp_path, *options)
     assert done.returncode == 0, done.stderr
     cells = {cell["mode"]: cell for cell in results.read(tmp_path / "out.json")["cells"]}
-    guests = [cells[mode] for mode in ("sglang", "own", "auto")]
+    guests = [cells[mode] for mode in ("sglang", "fused", "auto")]
+    assert cells["fused"]["live_share"] == 1.0
+    # By the planner's sums: 3 over 2.
+    assert (cells["fused"]["rows_max_mean"], cells["fused"]["rows_from"]) == (1.5, "planner")
     assert all(cell["pairs"]["off"] == cell["forwards"] > 0 for cell in guests)
     assert cells["off"]["forwards"] == sum(cell["forwards"] for cell in guests)
 
@@ -167,7 +185,17 @@ def test_processes_find_the_plugin_and_auto_has_no_settings(tmp_path):
         str(tmp_path / "site"),
         os.path.abspath("relative"),
     ]
+    (fused,) = modes.engines("decode", ["fused"])
+    (upstream,) = modes.engines("decode", ["sglang"])
+    for plan, ours in (
+        (fused, {"WATERFILL_RS_SHARED": "fused"}),
+        (upstream, {"WATERFILL_RS": "upstream"}),
+        (auto, {}),
+    ):
+        of = space.environment(plan, tmp_path / "told", given, 0)
+        assert {k: v for k, v in of.items() if k.startswith("WATERFILL_RS")} == ours
     kept = space.environment(switched, tmp_path / "told", given, 128)
+    assert kept["WATERFILL_RS_SHARED"] == "fused"
     assert kept["WATERFILL_RS_TIMEOUT_US"] == "7"
     assert kept["SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"] == "128"
     told = space.told(
@@ -185,6 +213,16 @@ def test_wrong_options_are_told(tmp_path, capsys):
         ("--recording", "none.npz", "--ranks", "2"): "none.npz: there is no such file",
         ("--dial", "1.0", "--ranks", "9"): "9 GPUs: 1 to 8 are needed",
         ("--dial", "1.0", "--ranks", "2", "--prefill", "100,x"): "--prefill '100,x': give numbers",
+        ("--dial", "1.0", "--ranks", "2", "--mixed", "7"): "7 requests for 2 ranks: give 8 or more",
+        (
+            "--dial",
+            "1.0",
+            "--ranks",
+            "2",
+            "--modes",
+            "off,home@night",
+        ): "'home@night': after @ give",
+        ("--dial", "1.0", "--ranks", "2", "--modes", "off@mixed"): "there is none for prefill",
         ("table",): "give at least one file",
         ("table", str(tmp_path / "none.json")): "none.json: cannot be read as JSON",
     }

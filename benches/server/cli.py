@@ -17,16 +17,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from server import modes, recording, results, table
-from server.bench import Bench, Phase
-from server.model import gib_an_engine
-from server.schedule import Cell, Clock, prompt_length
+from server import memory, modes, phases, results, table, traffic
+from server.bench import Bench
+from server.phase import Phase
+from server.phases import LAYERS, REQUESTS, TOKENS
+from server.schedule import Clock
 from server.workspace import Workspace
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-TOKENS = {"prefill": "1024,4096,8192", "decode": "8,64,128"}
-PLACEMENTS = {"prefill": "packed,trivial", "decode": "trivial"}
-DIAL_TOKENS = 16384
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,10 +34,10 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     begin = time.monotonic()
     try:
-        phases = _phases(options)
+        asked = phases.of_options(options)
         if options.dry_run:
-            return _dry_run(phases)
-        return _run(options, phases, begin)
+            return _dry_run(options, asked)
+        return _run(options, asked, begin)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,21 +60,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--prefill",
-        help=f"tokens a rank; by default {TOKENS['prefill']}, or none where --decode is given",
+        help=f"tokens a rank; by default {TOKENS['prefill']}, or none where another phase is given",
     )
     parser.add_argument(
         "--decode",
-        help=f"tokens a rank; by default {TOKENS['decode']}, or none where --prefill is given",
+        help=f"tokens a rank; by default {TOKENS['decode']}, or none where another phase is given",
+    )
+    parser.add_argument(
+        "--mixed",
+        type=int,
+        nargs="?",
+        const=REQUESTS,
+        metavar="REQUESTS",
+        help=f"mixed traffic: prefill and decode as requests come, so many a round ({REQUESTS})",
+    )
+    parser.add_argument(
+        "--one-start",
+        action="store_true",
+        help="all phases with the same engines, started once; prefill then has what decode needs: graphs, DeepEP's auto mode",
     )
     parser.add_argument(
         "--placements",
         help="packed, trivial: by default both in prefill and trivial in decode; packed@8192 is for that number of tokens alone",
     )
     parser.add_argument(
-        "--modes", help=f"some of {','.join(modes.MODES)}; by default all that a phase can have"
+        "--modes",
+        help=f"some of {','.join(modes.MODES)}; home@decode is for that phase alone; by default those that a phase is about",
     )
     parser.add_argument("--ranks", type=int, help="GPUs, one a rank: by default all")
-    parser.add_argument("--layers", type=int, default=26, help="MoE layers")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help=f"MoE layers; by default {LAYERS}, or as many as let all engines be up at once",
+    )
     parser.add_argument(
         "--experts", type=int, help="routed experts: by default the recording's, 64 for a dial"
     )
@@ -85,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sweeps",
         type=int,
-        help="over all cells, at most; by default as many as there is time for",
+        help="over all cells, or mixed rounds, at most; by default as many as there is time for",
     )
     parser.add_argument(
         "--together",
@@ -124,104 +140,36 @@ def _table(files: Sequence[str]) -> int:
     return 0
 
 
-def _numbers(name: str, text: str) -> list[int]:
-    """
-    Raises:
-        ValueError: what is not a number from 1 on.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--{name} {text!r}: give numbers from 1 on, with commas between")
-    return sorted({int(part) for part in parts})
-
-
-def _phases(options: argparse.Namespace) -> list[Phase]:
-    """What is to be measured, with its recordings read and checked."""
-    ranks = options.ranks or len(results.gpus())
-    if not 1 <= ranks <= 8:
-        raise ValueError(f"{ranks} GPUs: 1 to 8 are needed, or --ranks")
-    asked = {"prefill": options.prefill, "decode": options.decode}
-    if all(text is None for text in asked.values()):
-        asked = dict(TOKENS)
-    recordings = _recordings(options, ranks)
-    phases = []
-    for name, text in asked.items():
-        if tokens := _numbers(name, text or ""):
-            phases.append(_phase(options, name, tokens, recordings))
-    if not phases:
-        raise ValueError("nothing to measure: give --prefill or --decode")
-    return phases
-
-
-def _places(text: str) -> tuple[list[str], dict[str, list[int]]]:
-    """Names of placements, and the numbers of tokens of those that are for some alone."""
-    names, only = [], {}
-    for part in text.split(","):
-        name, at, count = part.strip().partition("@")
-        if at:
-            only.setdefault(name, []).extend(_numbers("placements", count))
-        if name not in names:
-            names.append(name)
-    return names, only
-
-
-def _recordings(options: argparse.Namespace, ranks: int) -> list[recording.Recording]:
-    if options.recording:
-        return [recording.read(options.recording, ranks, options.experts)]
-    shape = (ranks, options.experts or 64, options.top_k, options.layers, DIAL_TOKENS)
-    try:
-        ratios = [float(part) for part in options.dial.split(",")]
-    except ValueError:
-        raise ValueError(f"--dial {options.dial!r}: give numbers from 1.0 to 1.5") from None
-    return [recording.synthetic(ratio, *shape) for ratio in ratios]
-
-
-def _phase(
-    options: argparse.Namespace, name: str, tokens: list[int], recordings: list[recording.Recording]
-) -> Phase:
-    if name == "prefill":
-        for count in tokens:
-            prompt_length(count)
-    else:
-        recordings = [recording.for_decode(one) for one in recordings]
-    asked = options.modes.split(",") if options.modes else modes.BY_DEFAULT[name]
-    # Given for both phases: what only prefill can have is left out of decode.
-    if name == "decode" and not (options.prefill is None and options.decode is not None):
-        asked = [mode for mode in asked if mode != "sglang-dynamic"]
-    plans = modes.engines(name, asked)
-    only: dict[str, list[int]] = {}
-    if recordings[0].placed:
-        places = [(one, recording.place("", one)) for one in recordings]
-    else:
-        names, only = _places(options.placements or PLACEMENTS[name])
-        places = [(recordings[0], recording.place(one, recordings[0])) for one in names]
-    cells = [
-        Cell(name, count, i, placement.name, placement.redundant)
-        for count in tokens
-        for i, (_, placement) in enumerate(places)
-        if count in only.get(placement.name, tokens)
-    ]
-    return Phase(
-        name,
-        plans,
-        cells,
-        [one for one, _ in places],
-        [placement for _, placement in places],
-        options.engine,
-        options.layers,
-    )
-
-
-def _dry_run(phases: Sequence[Phase]) -> int:
-    for phase in phases:
-        phase.model_rows()
-        print(
-            f"{phase.name}: engines {', '.join(f'{p.name} ({chr(44).join(p.modes)})' for p in phase.plans)}"
-        )
-        for cell, values in phase.modelled.items():
-            told = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-            print(f"    {cell.tokens} tokens a rank, {cell.name}: rows max/mean: {told}")
+def _dry_run(options: argparse.Namespace, asked: Sequence[Phase]) -> int:
+    for start in phases.starts(options, asked):
+        plans = modes.union([phase.plans for phase in start])
+        names = "-".join(phase.name for phase in start)
+        print(f"{names}: engines {', '.join(map(_engine, plans))}; {start[0].layers} MoE layers")
+        for phase in start:
+            phase.model_rows()
+            for cell, values in phase.modelled.items():
+                told = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+                print(f"    {cell.tokens} tokens a rank, {cell.name}: rows max/mean: {told}")
+            if phase.name == "mixed":
+                _tell_traffic(phase)
     return 0
+
+
+def _engine(plan: modes.Plan) -> str:
+    settings = [f"{name}={value}" for name, value in plan.settings.items()]
+    return f"{plan.name} ({', '.join([*plan.modes, *settings])})"
+
+
+def _tell_traffic(phase: Phase) -> None:
+    sent = traffic.requests(phase.requests, phase.ranks, 0)
+    print(
+        f"    {len(sent)} requests a round, {sum(one.prompt for one in sent)} prompt tokens, {sum(one.new for one in sent)} new ones; "
+        f"chunks of {phase.tokens[0]}"
+    )
+    for name, begin, end, _ in traffic.PARTS:
+        of = [one for one in sent if begin <= one.at <= end]
+        by_rank = [sum(one.rank == rank for one in of) for rank in range(phase.ranks)]
+        print(f"    {name}, {begin:.0%} to {end:.0%} of the window: requests by rank {by_rank}")
 
 
 def _end(number: int, _: Any) -> None:
@@ -229,18 +177,18 @@ def _end(number: int, _: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def _run(options: argparse.Namespace, phases: Sequence[Phase], begin: float) -> int:
+def _run(options: argparse.Namespace, asked: Sequence[Phase], begin: float) -> int:
     signal.signal(signal.SIGTERM, _end)
     date = datetime.now(timezone.utc)
-    names = "-".join(phase.name for phase in phases)
+    names = "-".join(phase.name for phase in asked)
     out = options.out or RESULTS / f"server-{names}-{date:%Y%m%d-%H%M%S}.json"
     document: dict[str, Any] = {
-        "machine": results.machine(phases[0].ranks),
+        "machine": results.machine(asked[0].ranks),
         "date": f"{date:%Y-%m-%d %H:%M} UTC",
         "commit": options.commit or results.commit(),
         "sglang": None,
-        "ranks": phases[0].ranks,
-        "settings": _settings(options, phases[0]),
+        "ranks": asked[0].ranks,
+        "settings": _settings(options, asked[0]),
         "cells": [],
         "profiles": [],
     }
@@ -249,27 +197,40 @@ def _run(options: argparse.Namespace, phases: Sequence[Phase], begin: float) -> 
         logs.mkdir(parents=True, exist_ok=True)
 
         def save() -> None:
-            document["sglang"] = bench.sglang
-            document["cells"] = [cell for phase in phases for cell in phase.as_cells()]
-            document["profiles"] = [profile for phase in phases for profile in phase.profiles]
+            document.update(_found(bench, asked))
             results.write(out, document)
 
         bench = Bench(
             Workspace(Path(folder)),
             logs,
-            _together(options, phases[0]),
+            phases.together(options, asked),
             options.apart,
             options.sweeps,
             save,
         )
         clock = Clock(time.monotonic, begin + options.limit)
-        for i, phase in enumerate(phases):
-            bench.run(phase, clock.part(1 / (len(phases) - i)))
+        starts = phases.starts(options, asked)
+        for i, start in enumerate(starts):
+            bench.run(start, clock.part(1 / (len(starts) - i)))
     print(table.markdown([document]))
     picture = options.picture or out.with_suffix(".png")
     drawn = table.picture(document, picture)
     print(f"\nresults: {out}" + (f", picture: {picture}" if drawn else ""))
-    return 0 if document["cells"] else 1
+    return 0 if document["cells"] or document["mixed"] else 1
+
+
+def _found(bench: Bench, asked: Sequence[Phase]) -> dict[str, Any]:
+    """What is known until now."""
+    engines = bench.engines
+    return {
+        "sglang": engines.sglang,
+        "cells": [cell for phase in asked for cell in phase.as_cells()],
+        "profiles": [profile for phase in asked for profile in phase.profiles],
+        "mixed": [entry for phase in asked for entry in phase.as_mixed()],
+        "memory": [memory.entry(*names, ranks) for names, ranks in engines.memory.items()],
+        "failures": list(engines.failures),
+        "mismatches": [text for phase in asked for text in phase.mismatches],
+    }
 
 
 def _settings(options: argparse.Namespace, phase: Phase) -> dict[str, Any]:
@@ -278,7 +239,9 @@ def _settings(options: argparse.Namespace, phase: Phase) -> dict[str, Any]:
         "recording": first.name if options.recording else f"dial {options.dial}",
         "experts": first.experts,
         "top_k": first.top_k,
-        "layers": options.layers,
+        "layers": phase.layers,
+        "requests": options.mixed,
+        "one_start": options.one_start,
         "tokens_recorded_a_rank": first.tokens,
         "limit_s": options.limit,
         "apart": options.apart,
@@ -286,14 +249,3 @@ def _settings(options: argparse.Namespace, phase: Phase) -> dict[str, Any]:
         "environment": results.environment(),
         "command": " ".join(sys.argv[1:]),
     }
-
-
-def _together(options: argparse.Namespace, phase: Phase) -> int:
-    """Engines that fit on a GPU; where its memory is not known, all."""
-    if options.together:
-        return options.together
-    memory = [mib for _, mib in results.gpus()]
-    if not memory:
-        return len(modes.MODES)
-    needed = gib_an_engine(options.layers, phase.recordings[0].experts, phase.ranks)
-    return max(1, int(min(memory) / 1024 / needed))

@@ -10,8 +10,10 @@ MOST_RANKS = MOST_MODES = 8
 CLOSED = 2**62
 """In ``gate``: no turn of the scheduler comes to it."""
 
-TIMED, ROWS, PROFILED = range(3)
-"""Kinds of a round: forwards are timed, rows are counted, forwards are profiled."""
+TIMED, ROWS, PROFILED, MIXED = range(4)
+"""Kinds of a round: forwards are timed, rows are counted, forwards are profiled, requests come over time."""
+OPEN = 0
+"""In ``gate``: every turn of the scheduler has come to it."""
 
 _SCALARS = (
     "round",
@@ -21,7 +23,7 @@ _SCALARS = (
     "chunk",  # the scheduler's chunked_prefill_size
     "lead",  # forwards at the begin that do not count
     "base",  # the place of the first that does, in forwards of the recording
-    "placement",
+    "placement",  # its table; in a mixed round that of prefill, and the next one is that of decode
     "length",  # of the cycle of modes
     "gate",  # the scheduler's turn from which requests are let in
     "asked",  # the round whose results are to be written

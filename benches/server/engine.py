@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from server.control import CLOSED, Control
+from server.control import CLOSED, MIXED, OPEN, Control
 from server.modes import MODES
 from server.protocol import Closed, Reader, send
+from server.traffic import Request, Traffic
 
 WRITTEN_S = 60.0
 SETTLE_S = 0.02
@@ -28,28 +29,40 @@ class Rounds:
 
     Args:
         generate: ``(prompts, new)``: answers all prompts, lists of token ids, with ``new`` tokens each.
+        traffic: sends what comes over time.
         written_s: the longest wait for the ranks' results.
     """
 
     def __init__(
         self,
         generate: Any,
+        traffic: Any,
         control: Control,
         folder: Path,
         ranks: int,
         vocabulary: int,
         written_s: float = WRITTEN_S,
     ) -> None:
-        self._generate, self._control, self._folder, self._ranks = generate, control, folder, ranks
+        self._generate, self._traffic = generate, traffic
+        self._control, self._folder, self._ranks = control, folder, ranks
         self._vocabulary, self._written_s = vocabulary, written_s
         self._prompts: dict[tuple[int, int], list[list[int]]] = {}
 
     def run(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """One round: see ``schedule.Round.message``.
+        """One round: see ``schedule.message`` and ``schedule.mixed_message``.
 
         Raises:
             TimeoutError: a rank wrote no results.
+            traffic.Unanswered: requests that came over time were not answered by their deadline.
         """
+        self._set(asked)
+        found = self._mixed(asked) if asked["kind"] == MIXED else self._full_forwards(asked)
+        time.sleep(SETTLE_S)
+        self._control.set(gate=CLOSED, requests=0, asked=asked["round"])
+        return {"round": asked["round"], **found, "ranks": self._results(asked["round"])}
+
+    def _set(self, asked: dict[str, Any]) -> None:
+        """Tell the ranks what comes; nothing is let in yet."""
         control = self._control
         control.set(gate=CLOSED, requests=0)
         control.list("queued")[:] = 0
@@ -63,15 +76,22 @@ class Rounds:
             },
             length=len(asked["cycle"]),
             round=asked["round"],
-            requests=asked["requests"],
         )
+
+    def _full_forwards(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """All requests are there before the first is let in."""
+        self._control.set(requests=asked["requests"])
         prompts = self._prompts_of(asked["requests"], asked["prompt"])
         begin = time.monotonic()
         self._generate(prompts, asked["new"])
-        seconds = time.monotonic() - begin
-        time.sleep(SETTLE_S)
-        control.set(gate=CLOSED, requests=0, asked=asked["round"])
-        return {"round": asked["round"], "seconds": seconds, "ranks": self._results(asked["round"])}
+        return {"seconds": time.monotonic() - begin}
+
+    def _mixed(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Requests are let in as they come."""
+        self._control.set(gate=OPEN)
+        sent = [Request(*one) for one in asked["traffic"]]
+        seconds, prompt, new = self._traffic.send(sent, asked["window"], asked["deadline"])
+        return {"seconds": seconds, "prompt_tokens": prompt, "new_tokens": new}
 
     def _prompts_of(self, requests: int, length: int) -> list[list[int]]:
         """The same in every engine and round."""
@@ -134,7 +154,10 @@ def main(told_path: str, commands: str, replies_text: str) -> None:
 
     try:
         control = Control(Path(told["control"]))
-        rounds = Rounds(generate, control, Path(told["folder"]), told["ranks"], told["vocabulary"])
+        traffic = Traffic(engine, told["vocabulary"])
+        rounds = Rounds(
+            generate, traffic, control, Path(told["folder"]), told["ranks"], told["vocabulary"]
+        )
         send(replies, {"ready": time.monotonic() - begin, "sglang": sglang.__version__})
         serve(Reader(int(commands)), replies, rounds)
     finally:

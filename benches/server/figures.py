@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from server.modes import REFERENCES, VERDICT_AMONG
+
 Key = tuple[int, int]
 """Round and place: forwards of all engines with this key had the same tokens and the same routing."""
 
@@ -22,6 +24,8 @@ class Mode:
     """How calls with live counts ended in rounds that were timed, over all ranks."""
     planner: dict[str, float] = field(default_factory=dict)
     """Sums over plans in these rounds, of the planner."""
+    batches: dict[str, int] = field(default_factory=dict)
+    """``overlapped`` and ``fused`` in these rounds, over all ranks; empty where the engine does not choose by batch."""
     rows: list[float] = field(default_factory=list)
     """Max/mean of the rows of a layer and forward, as they were sent."""
     breakdown: dict[str, float] | None = None
@@ -106,9 +110,32 @@ def rows_max_mean(name: str, mode: Mode, modelled: Mapping[str, float]) -> tuple
         return round(statistics.fmean(mode.rows), 5), "counted"
     if mode.planner.get("mean") and "planned_max" in mode.planner:
         return round(mode.planner["planned_max"] / mode.planner["mean"], 5), "planner"
-    model = {"off": "routed", "auto": "live"}.get(name, name)
+    model = {"off": "routed", "overlap": "routed", "fused": "live", "auto": "live"}.get(name, name)
+    if name == "auto" and mode.batches.get("overlapped", 0) > mode.batches.get("fused", 0):
+        model = "routed"  # Its shared rows are beside dispatch.
     value = modelled.get(model)
     return (None if value is None else round(value, 5)), "model"
+
+
+def overlapped_share(batches: Mapping[str, int]) -> float | None:
+    """Of the batches, those that were overlapped; None where none is known."""
+    total = batches.get("overlapped", 0) + batches.get("fused", 0)
+    return round(batches.get("overlapped", 0) / total, 6) if total else None
+
+
+def verdict(modes: Mapping[str, Mode]) -> dict[str, Any] | None:
+    """``auto`` beside the ``best`` of ``VERDICT_AMONG``, that with the least median ms; None without either."""
+    there = {name: modes[name] for name in VERDICT_AMONG if name in modes and modes[name].ms}
+    if not there or "auto" not in modes:
+        return None
+    best = min(there, key=lambda name: statistics.median(there[name].ms.values()))
+    paired = ratios(modes["auto"].ms, there[best].ms)
+    return {
+        "best": best,
+        "ratio_best": median(paired),
+        "quartiles_best": quartiles(paired),
+        "pairs": len(paired),
+    }
 
 
 def cell(
@@ -122,7 +149,7 @@ def cell(
     mode = modes[name]
     by_reference = {
         reference: ratios(mode.ms, modes[reference].ms) if reference in modes else []
-        for reference in ("off", "home")
+        for reference in REFERENCES
     }
     rows, source = rows_max_mean(name, mode, modelled)
     interval = median(mode.interval_ms)
@@ -143,6 +170,9 @@ def cell(
         "optimum": None if optimum is None else round(optimum, 5),
         "live_share": live_share(mode.calls),
         "calls": dict(mode.calls) or None,
+        "batches": dict(mode.batches) or None,
+        "overlapped_share": overlapped_share(mode.batches),
+        "verdict": verdict(modes) if name == "auto" else None,
         "forwards": len(mode.ms),
         "breakdown": mode.breakdown,
     }

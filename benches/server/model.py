@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 HIDDEN, INTERMEDIATE, EXPERT_INTERMEDIATE, VOCABULARY = 4096, 8192, 2048, 32000
@@ -9,11 +10,19 @@ DENSE_LAYERS = 1
 BESIDE_EXPERTS_GIB = 7.5
 """Of a GPU and engine: the other weights 1.5, then context, KV cache, buffers of the all-to-all, activations, graphs."""
 
+USABLE = 0.95
+"""Of a GPU: engines that start together have their peaks together."""
+
 
 def gib_an_engine(layers: int, experts: int, ranks: int) -> float:
     """About what an engine takes of each GPU: its experts, the shared one among them, are of one byte a weight."""
     slots = layers * (experts // ranks + 1)
     return slots * 3 * HIDDEN * EXPERT_INTERMEDIATE / 2**30 + BESIDE_EXPERTS_GIB
+
+
+def engines_that_fit(gib: float, layers: int, experts: int, ranks: int) -> int:
+    """On a GPU of ``gib`` GiB, at least one."""
+    return max(1, int(USABLE * gib / gib_an_engine(layers, experts, ranks)))
 
 
 def config(experts: int, top_k: int, layers: int) -> dict[str, Any]:
@@ -69,13 +78,17 @@ def config(experts: int, top_k: int, layers: int) -> dict[str, Any]:
 
 
 def arguments(
-    phase: str, ranks: int, tokens: list[int], model: str, waterfill: bool
+    needs: Mapping[str, Sequence[int]], ranks: int, model: str, waterfill: bool
 ) -> dict[str, Any]:
-    """Arguments of ``sglang.Engine`` for forwards of at most ``max(tokens)`` a rank; ports come from the driver.
+    """Arguments of ``sglang.Engine`` for phases; ports come from the driver.
 
     ``mem_fraction_static`` is no share of the GPU here: several engines are on it, and ``max_total_tokens`` is the limit.
+
+    Args:
+        needs: by phase the tokens of a forward and rank; those of ``mixed`` are its chunks. An engine of prefill alone has
+            no graphs and DeepEP's normal mode, any other has graphs, and DeepEP's mode is by forward.
     """
-    most = max(tokens)
+    shapes = [_shape(phase, max(tokens), ranks) for phase, tokens in needs.items()]
     common = {
         "model_path": model,
         "load_format": "dummy",
@@ -99,25 +112,61 @@ def arguments(
         "watchdog_timeout": 300,
         "random_seed": 1,
         "log_level": "info",
-    }
-    if phase == "prefill":
-        return common | {
-            "deepep_mode": "normal",
-            "disable_cuda_graph": True,
-            "chunked_prefill_size": most * ranks,
-            "max_prefill_tokens": max(16384, most),
-            "max_total_tokens": max(16384, 5 * most),
-            "max_running_requests": 256 * ranks,
-        }
+    } | {name: max(shape[name] for shape in shapes) for name in shapes[0]}
+    if "prefill" in needs:
+        common["max_prefill_tokens"] = max(16384, *needs["prefill"])
+    if set(needs) == {"prefill"}:
+        return common | {"deepep_mode": "normal", "disable_cuda_graph": True}
     return common | {
         "deepep_mode": "auto",
         "disable_prefill_cuda_graph": True,
-        "cuda_graph_bs_decode": sorted(tokens),
+        "cuda_graph_bs_decode": graph_sizes(needs),
+        # Without a graph no step may have more tokens than DeepEP's buffers.
+        "max_running_requests": max(32, *graph_sizes(needs)) * ranks,
+    }
+
+
+def _shape(phase: str, most: int, ranks: int) -> dict[str, int]:
+    """What one phase needs of an engine whose forwards have at most ``most`` tokens a rank."""
+    if phase == "prefill":
+        return {
+            "chunked_prefill_size": most * ranks,
+            "max_total_tokens": max(16384, 5 * most),
+            "max_running_requests": 256 * ranks,
+        }
+    if phase == "mixed":
+        return {
+            "chunked_prefill_size": most * ranks,
+            "max_total_tokens": MIXED_CACHE,
+            "max_running_requests": max(MIXED_GRAPHS) * ranks,
+        }
+    return {
         "chunked_prefill_size": max(2048, DECODE_PROMPT * most) * ranks,
         "max_total_tokens": max(8192, 2 * most * (DECODE_PROMPT + DECODE_STEPS)),
         "max_running_requests": max(32, most) * ranks,
     }
 
 
+def graph_sizes(needs: Mapping[str, Sequence[int]]) -> list[int]:
+    """Tokens a rank of the steps that have a graph; none for prefill alone."""
+    mixed = MIXED_GRAPHS if "mixed" in needs else ()
+    return sorted({*needs.get("decode", ()), *mixed})
+
+
+def longest(needs: Mapping[str, Sequence[int]]) -> int:
+    """The most tokens of a forward and rank, padding included."""
+    by_phase = {
+        "prefill": lambda tokens: max(tokens),
+        "decode": lambda tokens: max(64, DECODE_PROMPT * max(tokens)),
+        "mixed": lambda tokens: 2 * max(tokens),
+    }
+    return max(by_phase[phase](tokens) for phase, tokens in needs.items())
+
+
 DECODE_PROMPT, DECODE_STEPS = 16, 96
 """Tokens of a decode request's prompt, and tokens that it is given."""
+MIXED_CHUNK = 2048
+"""``chunked_prefill_size`` a rank: below the longest prompts."""
+MIXED_GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+MIXED_CACHE = 65536
+"""Tokens a rank: 64 requests of mean length."""

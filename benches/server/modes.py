@@ -5,36 +5,80 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MODES = ("off", "home", "sglang", "sglang-dynamic", "own", "live", "auto")
+MODES = (
+    "off",
+    "home",
+    "sglang",
+    "sglang-dynamic",
+    "own",
+    "live",
+    "overlap",
+    "fused",
+    "auto",
+)
 """In the order of tables. ``off``: no Waterfill, the shared expert is on a stream of its own beside dispatch. ``home``:
 fused, each shared row where its token is. ``sglang``, ``sglang-dynamic``: its own placements. ``own``, ``live``: ours from
-own and from all ranks' counts. ``auto``: the package with no setting at all, in an engine where nothing is switched."""
+own and from all ranks' counts, fused. ``overlap``: ours, the shared expert unfused beside dispatch in every forward.
+``fused``: ``auto`` but for one setting, fused in every forward. ``auto``: the package with no setting at all, in an engine
+where nothing is switched."""
 
-SWITCHED = ("home", "sglang", "sglang-dynamic", "own", "live")
+SWITCHED = ("home", "sglang", "sglang-dynamic", "own", "live", "overlap")
 """What one engine with Waterfill can change between from forward to forward."""
 
-BY_DEFAULT = {"prefill": MODES, "decode": ("off", "home", "sglang", "own", "auto")}
-"""sglang's dynamic mode reads counts on the host, which no CUDA graph can hold; ``live`` in a graph is ``auto``."""
+BY_DEFAULT = {
+    "prefill": tuple(mode for mode in MODES if mode != "fused"),
+    "decode": ("off", "home", "sglang", "own", "overlap", "auto"),
+    "mixed": ("off", "sglang", "fused", "auto"),
+}
+"""sglang's dynamic mode reads counts on the host, which no CUDA graph can hold. ``fused`` is ``live`` in an engine of its
+own, for graphs and for mixed traffic."""
 
 REFERENCES = ("off", "home")
 """What ratios are to."""
+VERDICT_AMONG = ("off", "home", "own", "live")
+"""Of these, the fastest is what ``auto`` is held to."""
+LIVE = ("live", "fused", "auto")
+"""Those that ask for live plans. An engine has one of them at most."""
+
+BACKEND_VARIABLE, SHARED_VARIABLE = "WATERFILL_RS", "WATERFILL_RS_SHARED"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One engine: its name, and the modes that its forwards have in turn."""
+    """One engine: its name, and the modes that its forwards have in turn.
+
+    ``switches``: are its balancers replaced? Those of the others are as an operator has them.
+    """
 
     name: str
     modes: tuple[str, ...]
+    switches: bool = False
 
     @property
     def waterfill(self) -> bool:
         return self.modes != ("off",)
 
     @property
-    def switches(self) -> bool:
-        """Are its balancers replaced? Those of ``auto`` are as an operator has them."""
-        return self.modes[0] in SWITCHED
+    def upstream(self) -> bool:
+        """Is it sglang's own Waterfill, without any of ours? It is where nothing else is asked of the engine."""
+        return self.modes == ("sglang",)
+
+    @property
+    def as_shipped(self) -> bool:
+        """Is it without the caller's variables of the package?"""
+        return self.waterfill and not self.switches
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The package's variables that this engine has."""
+        if self.upstream:
+            return {BACKEND_VARIABLE: "upstream"}
+        if self.switches:
+            # With overlap among its modes, each forward is told; without, no forward may overlap.
+            return {} if "overlap" in self.modes else {SHARED_VARIABLE: "fused"}
+        if self.modes[0] in ("overlap", "fused"):
+            return {SHARED_VARIABLE: self.modes[0]}
+        return {}
 
     def cycle(self, round_number: int) -> tuple[str, ...]:
         """Another mode is first in each round: none always comes after the same pause."""
@@ -51,14 +95,28 @@ def engines(phase: str, modes: Sequence[str]) -> list[Plan]:
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"mode {mode!r}: give some of {', '.join(MODES)}")
-    if phase == "decode":
+    asked = [mode for mode in MODES if mode in modes]
+    if phase != "prefill":
         if "sglang-dynamic" in modes:
-            raise ValueError("sglang-dynamic cannot be in a CUDA graph: leave it out for decode")
-        return [Plan(mode, (mode,)) for mode in MODES if mode in modes]
-    switched = tuple(mode for mode in SWITCHED if mode in modes)
-    plans = [Plan("off", ("off",))] if "off" in modes else []
-    plans += [Plan("switched", switched)] if switched else []
-    return plans + ([Plan("auto", ("auto",))] if "auto" in modes else [])
+            raise ValueError(f"sglang-dynamic cannot be in a CUDA graph: leave it out for {phase}")
+        return [Plan(mode, (mode,), mode in ("home", "own", "live")) for mode in asked]
+    switched = tuple(mode for mode in asked if mode in SWITCHED)
+    plans = [_alone(mode) for mode in asked if mode == "off"]
+    if switched:
+        plans.append(
+            _alone("sglang") if switched == ("sglang",) else Plan("switched", switched, True)
+        )
+    return plans + [_alone(mode) for mode in asked if mode in ("fused", "auto")]
+
+
+def _alone(mode: str) -> Plan:
+    return Plan(mode, (mode,))
+
+
+def union(plans: Sequence[Sequence[Plan]]) -> list[Plan]:
+    """All engines that any of several phases needs, each once, the references' first."""
+    found = dict.fromkeys(plan for of in plans for plan in of)
+    return sorted(found, key=lambda plan: plan.name != "off")
 
 
 def groups(plans: Sequence[Plan], together: int) -> list[list[Plan]]:

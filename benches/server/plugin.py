@@ -45,6 +45,11 @@ def register() -> None:
             HookType.AROUND,
         ),
         (
+            "sglang.srt.managers.scheduler.Scheduler.run_batch",
+            bench.rank.before_forward,
+            HookType.BEFORE,
+        ),
+        (
             "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
             bench.turn,
             HookType.AROUND,
@@ -55,12 +60,12 @@ def register() -> None:
 
 class Bench:
     """One process. ``told``: ``control``, ``folder``, ``routing``, ``placements``, ``longest``, ``ranks``, ``first_layer``,
-    ``mode`` (of graphs), ``switches`` (are balancers replaced?)."""
+    ``mode`` (of graphs), ``switches`` (are balancers replaced?), ``upstream`` (are they to be sglang's own?)."""
 
     def __init__(self, told: dict[str, Any], seams: Any, theirs: type) -> None:
         self.told, self._seams, self._theirs = told, seams, theirs
         self.rank = Rank(Control(Path(told["control"])), Path(told["folder"]))
-        self.rank.mode = told["mode"]
+        self.rank.mode, self.rank.switches = told["mode"], told["switches"]
         self._gate = Gate(self.rank.control, lambda: max(0, self.rank.number), told["ranks"])
         self._made: dict[str, Any] = {}
 
@@ -93,18 +98,22 @@ class Bench:
         held = (getattr(module, self._seams.holder, None) for module in model.modules())
         balancers = [balancer for balancer in held if balancer is not None]
         ours = [b for b in balancers if type(b).__module__.startswith("waterfill_rs")]
-        if len(ours) != len(balancers):
-            raise SystemExit(
-                f"{len(balancers) - len(ours)} layers are not balanced by waterfill-rs: see the log above"
-            )
-        self.rank.balancers = ours
+        wrong = len(ours) if self.told["upstream"] else len(balancers) - len(ours)
+        if wrong:
+            whose = "sglang's own" if self.told["upstream"] else "of waterfill-rs"
+            raise SystemExit(f"{wrong} layers' balancers are not {whose}: see the log above")
+        self.rank.balancers = balancers
         if self.told["switches"]:
             own = own_exchange(self._made)
             for balancer in ours:
                 balancer.expand_topk = Switch(
                     balancer, self._theirs, self._seams.weight, lambda: self.rank.mode, own
                 )
-        print(f"server bench: {len(ours)} balancers, switched: {self.told['switches']}", flush=True)
+        self.rank.prepared()
+        print(
+            f"server bench: {len(balancers)} balancers, {len(ours)} of waterfill-rs, switched: {self.told['switches']}",
+            flush=True,
+        )
         return result
 
     def turn(self, original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,16 +1,18 @@
-"""What one rank of an engine keeps of a round: forwards and their times, rows, how calls ended, a profile."""
+"""What one rank of an engine keeps of a round: forwards and their times, rows, how calls ended, memory, a profile."""
 
 from __future__ import annotations
 
 import gc
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from server import kernels
-from server.control import PROFILED, ROWS, Control
+from server.choice import Choice
+from server.control import MIXED, PROFILED, ROWS, Control
 from server.forced import Forced
 from server.modes import MODES
 
@@ -30,6 +32,14 @@ def _synchronize() -> None:
     import torch
 
     torch.cuda.synchronize()
+
+
+def _memory() -> dict[str, int]:
+    """Bytes: of this process by torch's allocator, and of the whole GPU, other engines' included."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return {"allocated": torch.cuda.memory_allocated(), "free": free, "total": total}
 
 
 def profiler() -> Any:
@@ -52,7 +62,7 @@ class Rank:
 
     Args:
         folder: where results of rounds are written.
-        event, synchronize: torch's for CUDA, but for tests.
+        event, synchronize, memory: torch's for CUDA, but for tests.
     """
 
     def __init__(
@@ -62,6 +72,7 @@ class Rank:
         *,
         event: Callable[[], Any] = _event,
         synchronize: Callable[[], None] = _synchronize,
+        memory: Callable[[], dict[str, int]] = _memory,
     ) -> None:
         self.control, self.folder = control, folder
         self.number = -1
@@ -69,8 +80,14 @@ class Rank:
         self.balancers: list[Any] = []
         self.mode = "home"
         """Of the forward that runs, and before the first of one that captures a graph."""
-        self._event, self._synchronize = event, synchronize
+        self.switches = False
+        """Are its modes switched, so that each forward is told whether it overlaps?"""
+        self._choice = Choice(lambda: self.balancers)
+        self._event, self._synchronize, self._memory = event, synchronize, memory
+        self._prepared: dict[str, int] | None = None
         self._round, self._index, self._written = 0, 0, 0
+        self._ready = False
+        """Was the next forward's mode set?"""
         self._wrapped: list[tuple[Any, Any]] | None = None
         self._profiled_before = False
         self._frozen = False
@@ -80,29 +97,61 @@ class Rank:
         self._forwards: list[tuple[int, str, int, int, Any, Any]] = []
         self._rows: list[tuple[int, int, Any]] = []
         self._profiles: dict[str, Any] = {}
-        self._before: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._modes: Counter[str] = Counter()
+        self._kinds: Counter[str] = Counter()
+        self._before: tuple[dict[str, Any], ...] | None = None
+
+    def prepared(self) -> None:
+        """The model's layers are: before any cache, graph or forward. A graph that is captured next has this mode."""
+        self._prepared = self._memory()
+        if self.switches:
+            self._choice.force(self.mode)
+
+    def before_forward(self, *_: Any, **__: Any) -> None:
+        """Before the scheduler runs a batch: the mode of its forward is set, and forced where modes are switched.
+
+        Others' hooks of the forward may be around ours, and the package may choose in one of them.
+        """
+        control = self.control
+        if control.get("round") != self._round:
+            self._round, self._index, self._ready = control.get("round"), 0, False
+            self._begin()
+            self._freeze_garbage()
+        if self._ready:
+            return
+        self._ready = True
+        lead = control.get("lead")
+        if length := control.get("length"):
+            cycle = control.list("cycle")
+            self.mode = MODES[int(cycle[max(0, self._index - lead) % length])]
+        if self._index == lead:
+            self._before = self._tally()
+        if self.switches:
+            self._choice.force(self.mode)
 
     def forward(self, original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ``ModelRunner.forward``: all ranks call it in step, one without tokens too."""
+        self.before_forward()
+        self._ready = False
         control = self.control
-        number, lead = control.get("round"), control.get("lead")
-        if number != self._round:
-            self._round, self._index = number, 0
-            self._begin()
-            self._freeze_garbage()
+        lead, length = control.get("lead"), max(1, control.get("length"))
         index, self._index = self._index, self._index + 1
-        length = max(1, control.get("length"))
-        counted = max(0, index - lead)
-        if control.get("length"):
-            self.mode = MODES[int(control.list("cycle")[counted % length])]
-        place = control.get("base") + counted // length
-        if self.forced is not None:
-            self.forced.move(control.get("placement"), place * control.get("tokens"))
-        if index == lead:
-            self._before = self._tally()
+        place = control.get("base") + max(0, index - lead) // length
         kind = control.get("kind")
-        self._count_rows(kind == ROWS)
         batch = args[0] if args else kwargs["forward_batch"]
+        sort = _sort(batch) if kind == MIXED else ""
+        if self.forced is not None:
+            table = control.get("placement") + (sort == "decode")
+            self.forced.move(table, place * control.get("tokens"))
+        if index >= lead:
+            self._modes[self.mode] += 1
+        if kind == MIXED:
+            self._kinds[sort] += 1
+            self._kinds["beside a prefill"] += sort != "prefill" and getattr(
+                batch, "is_extend_in_batch", False
+            )
+            return original(runner, *args, **kwargs)
+        self._count_rows(kind == ROWS)
         ids = getattr(batch, "input_ids", None)
         tokens = 0 if ids is None else int(ids.shape[0])
         # One more before those that count: the profiler itself is new to it.
@@ -161,6 +210,12 @@ class Rank:
             self._wrapped = None
 
     def _counting_call(self, balancer: Any, expand: Callable[..., Any]) -> Callable[..., Any]:
+        """``expand`` that also counts, by rank, the rows of the grouped GEMM that its ids ``[N, K or K + 1]`` make.
+
+        Those of an overlapped batch are routed rows alone, K columns moved up past the shared slots: each token's shared
+        row is at home, in a dense MLP beside dispatch, so it is no row of the grouped GEMM and is not counted.
+        """
+
         def call(topk_output: Any, num_tokens: int, **options: Any) -> Any:
             import torch
 
@@ -175,16 +230,18 @@ class Rank:
 
         return call
 
-    def _tally(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """How this rank's calls ended so far, and the planner's sums, on the rank that tells them."""
-        exchange = self.balancers[0].exchange if self.balancers else None
+    def _tally(self) -> tuple[dict[str, Any], ...]:
+        """So far: how this rank's calls ended, the planner's sums on the rank that tells them, and batches by choice."""
+        batches = self._choice.tally()
+        # sglang's own balancers exchange in another way, or not.
+        exchange = getattr(self.balancers[0], "exchange", None) if self.balancers else None
         if exchange is None:
-            return {}, {}
+            return {}, {}, batches
         board = getattr(exchange, "board", None)
         planner = (
             dict(board.snapshot()["planner"]) if board is not None and self.number == 0 else {}
         )
-        return dict(exchange.tally()), planner
+        return dict(exchange.tally()), planner, batches
 
     def write_if_asked(self) -> None:
         """Write the round's results, once, when the engine asks for them; between rounds, so nothing waits for it."""
@@ -202,10 +259,13 @@ class Rank:
         """Of the round so far.
 
         ``forwards``: index, mode, place, tokens, GPU ms, and ms from this one's begin to the next's or None.
-        ``rows``: index, layer, and the rows that this rank sends to each rank.
+        ``rows``: index, layer, and the rows that this rank sends to each rank. ``modes``: forwards that counted, by mode.
+        ``kinds``: forwards of a mixed round, by kind. ``calls``, ``planner``, ``batches``: what was added since the lead.
+        ``layers``, ``staying``: those that are balanced, and those of them that are fused in every batch.
+        ``memory``: bytes when the model was ``prepared``, and ``now``.
         """
         now = self._tally()
-        calls, planner = map(_since, self._before or now, now)
+        calls, planner, batches = map(_since, self._before or now, now)
         forwards = []
         for at, (index, mode, place, tokens, begin, end) in enumerate(self._forwards):
             following = self._forwards[at + 1][4] if at + 1 < len(self._forwards) else None
@@ -217,8 +277,22 @@ class Rank:
             "rows": [(index, layer, rows.tolist()) for index, layer, rows in self._rows],
             "calls": calls,
             "planner": planner,
+            "batches": batches,
+            "modes": dict(self._modes),
+            "kinds": dict(self._kinds),
+            "layers": len(self.balancers),
+            "staying": self._choice.staying,
+            "memory": {"prepared": self._prepared, "now": self._memory()},
             "profiles": self._profiles,
         }
+
+
+def _sort(batch: Any) -> str:
+    """What this rank does in a forward."""
+    mode = batch.forward_mode
+    if mode.is_decode():
+        return "decode"
+    return "idle" if mode.is_idle() else "prefill"
 
 
 def _since(before: dict[str, Any], now: dict[str, Any]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,21 @@ NUMBERS_OR_NONE = (
     "live_share",
 )
 COUNTS = ("tokens", "redundant", "forwards")
+MIXED_NUMBERS = ("seconds", "new_tokens_per_s", "prompt_tokens_per_s", "ratio_off")
+MIXED = (
+    "placement",
+    "redundant",
+    "mode",
+    "rounds",
+    "quartiles",
+    "batches",
+    "calls",
+    *MIXED_NUMBERS,
+)
+LISTS = ("mixed", "memory", "mismatches", "failures")
+"""Fields that a document may have beside ``FIELDS``."""
 CELL = ("phase", "placement", "mode", "quartiles", *NUMBERS_OR_NONE, *COUNTS)
+VERDICT = ("best", "ratio_best", "quartiles_best", "pairs")
 SETTING_PREFIXES = ("WATERFILL_RS", "SGLANG_", "NVSHMEM_", "NCCL_")
 """Variables of the environment that change what is measured."""
 
@@ -66,29 +81,63 @@ def check(document: Any) -> None:
         raise ValueError(f"ranks is {document['ranks']!r}: a number from 1 on is needed")
     if not isinstance(document["settings"], dict) or not isinstance(document["cells"], list):
         raise ValueError("settings must be an object, and cells a list")
+    for name in LISTS:
+        if not isinstance(document.get(name, []), list):
+            raise ValueError(f"{name} must be a list")
     for i, cell in enumerate(document["cells"]):
         _check_cell(f"cell {i}", cell)
+    for i, entry in enumerate(document.get("mixed", [])):
+        _check_mixed(f"mixed {i}", entry)
+
+
+def _check_mixed(where: str, entry: Any) -> None:
+    _check_there(where, entry, MIXED)
+    if entry["mode"] not in MODES:
+        raise ValueError(f"{where}: mode {entry['mode']!r} is unknown")
+    _check_counts(where, entry, ("redundant", "rounds"))
+    _check_numbers(where, entry, MIXED_NUMBERS)
+    _check_quartiles(where, entry["quartiles"])
 
 
 def _check_cell(where: str, cell: Any) -> None:
-    missing = [name for name in CELL if name not in cell]
-    if missing:
-        raise ValueError(f"{where} has no {', '.join(missing)}")
+    _check_there(where, cell, CELL)
     if cell["phase"] not in ("prefill", "decode") or cell["mode"] not in MODES:
         raise ValueError(f"{where}: phase {cell['phase']!r} or mode {cell['mode']!r} is unknown")
-    for name in COUNTS:
-        if type(cell[name]) is not int or cell[name] < 0:
-            raise ValueError(f"{where}: {name} is {cell[name]!r}: a number from 0 on is needed")
-    for name in NUMBERS_OR_NONE:
-        value = cell[name]
+    _check_counts(where, cell, COUNTS)
+    _check_numbers(where, cell, NUMBERS_OR_NONE)
+    for name in ("live_share", "overlapped_share"):
+        share = cell.get(name)
+        if share is not None and share > 1:
+            raise ValueError(f"{where}: {name} is {share}: it cannot be above 1")
+    _check_quartiles(where, cell["quartiles"])
+    if verdict := cell.get("verdict"):
+        _check_there(f"{where}, verdict", verdict, VERDICT)
+        _check_numbers(f"{where}, verdict", verdict, ("ratio_best",))
+        _check_quartiles(f"{where}, verdict", verdict["quartiles_best"])
+
+
+def _check_there(where: str, entry: Any, names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in entry]
+    if missing:
+        raise ValueError(f"{where} has no {', '.join(missing)}")
+
+
+def _check_counts(where: str, entry: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if type(entry[name]) is not int or entry[name] < 0:
+            raise ValueError(f"{where}: {name} is {entry[name]!r}: a number from 0 on is needed")
+
+
+def _check_numbers(where: str, entry: Any, names: Sequence[str]) -> None:
+    for name in names:
+        value = entry[name]
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"{where}: {name} is {value!r}: a number or null is needed")
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{where}: {name} is {value}: it cannot be below 0 or endless")
-    share = cell["live_share"]
-    if share is not None and share > 1:
-        raise ValueError(f"{where}: live_share is {share}: it cannot be above 1")
-    between = cell["quartiles"]
+
+
+def _check_quartiles(where: str, between: Any) -> None:
     if between is not None and not (len(between) == 2 and between[0] <= between[1]):
         raise ValueError(f"{where}: quartiles is {between!r}: the first and the third are needed")
 

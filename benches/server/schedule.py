@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
-from server.control import TIMED
+from server.control import MIXED, TIMED
 from server.model import DECODE_PROMPT, DECODE_STEPS
 from server.modes import Plan
+from server.traffic import Request
 
 LONGEST_PROMPT, SHORTEST_PROMPT = 1024, 64
 PREFILL_LEAD, DECODE_LEAD = 1, 8
@@ -24,7 +25,8 @@ STOPPING_S = 8.0
 
 @dataclass(frozen=True)
 class Cell:
-    """``placement``: its index among the tables; ``name``: its name in the results."""
+    """``placement``: its index among the phase's tables; ``name``: its name in the results. ``tokens`` of a mixed one are
+    those of a chunk."""
 
     phase: str
     tokens: int
@@ -44,7 +46,7 @@ class Cell:
 
     @property
     def lead(self) -> int:
-        return PREFILL_LEAD if self.phase == "prefill" else DECODE_LEAD
+        return {"prefill": PREFILL_LEAD, "decode": DECODE_LEAD, "mixed": 0}[self.phase]
 
     @property
     def forwards(self) -> int:
@@ -77,6 +79,7 @@ def message(
     sweep: int,
     kind: int = TIMED,
     short: bool = False,
+    first_table: int = 0,
 ) -> dict[str, Any]:
     """What an engine is asked for: see ``engine.Rounds`` and ``control``.
 
@@ -84,16 +87,12 @@ def message(
         number: of the round, from 1 on; another one each time.
         sweep: engines have the same tokens in the same sweep.
         short: one forward of each mode, or a few steps.
+        first_table: of the phase, among those of its engines.
     """
     cycle = plan.cycle(sweep)
-    common = {
-        "round": number,
+    common = _common(cell, plan, number, sweep, first_table) | {
         "kind": kind,
-        "tokens": cell.tokens,
-        "lead": cell.lead,
         "base": sweep * cell.forwards,
-        "placement": cell.placement,
-        "cycle": list(cycle),
     }
     if cell.phase == "decode":
         steps = cell.lead + SHORT_DECODE + 1 if short else DECODE_STEPS
@@ -110,6 +109,37 @@ def message(
         "prompt": prompt,
         "new": 1,
         "chunk": cell.tokens,
+    }
+
+
+def mixed_message(
+    cell: Cell,
+    plan: Plan,
+    asked: Sequence[Request],
+    number: int,
+    sweep: int,
+    window: float,
+    deadline: float,
+    first_table: int = 0,
+) -> dict[str, Any]:
+    """What an engine is asked for in a mixed round: ``window`` and ``deadline`` in seconds, see ``traffic.Traffic.send``."""
+    return _common(cell, plan, number, sweep, first_table) | {
+        "kind": MIXED,
+        "base": sweep,
+        "chunk": cell.tokens,
+        "traffic": [astuple(one) for one in asked],
+        "window": window,
+        "deadline": deadline,
+    }
+
+
+def _common(cell: Cell, plan: Plan, number: int, sweep: int, first_table: int) -> dict[str, Any]:
+    return {
+        "round": number,
+        "tokens": cell.tokens,
+        "lead": cell.lead,
+        "placement": first_table + cell.placement,
+        "cycle": list(plan.cycle(sweep)),
     }
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from server import kernels
+from server import kernels, memory
+from server.accounts import ENDS
 from server.modes import MODES
 
 HEAD = (
     "| phase | tokens a rank | placement | mode | GPU ms | to off (quartiles) | to home (quartiles) | tokens/s "
-    "| rows max/mean | optimum | live calls | forwards |"
+    "| rows max/mean | optimum | live calls | overlapped | forwards |"
 )
-COLUMNS = HEAD.count("|") - 1
+VERDICT_HEAD = "| phase | tokens a rank | placement | auto to off (quartiles) | best of off, home, own, live | auto to it (quartiles) | |"
+MIXED_HEAD = (
+    "| placement | mode | seconds a round | new tokens/s | prompt tokens/s | seconds to off (quartiles) | overlapped | calls "
+    "| rounds |"
+)
+TOO_SLOW = 1.005
+"""A median ratio above it is marked: ``auto`` is to be nowhere slower by more."""
+MARK = "**above 1.005**"
+MOST_SHOWN = 6
 
 
 def markdown(documents: Sequence[dict[str, Any]]) -> str:
@@ -26,12 +35,76 @@ def _parts(document: dict[str, Any]) -> list[str]:
         f"{document['machine']}, EP{document['ranks']}, sglang {document['sglang']}, commit {document['commit']}, "
         f"{document['date']}"
     )
-    lines = [HEAD, "|" + "---|" * COLUMNS, *(_row(cell) for cell in document["cells"])]
-    parts = [told, "\n".join(lines)]
+    parts = [told]
+    if document["cells"] or not document.get("mixed"):
+        parts.append(_table(HEAD, map(_row, document["cells"])))
+    judged = [cell for cell in document["cells"] if cell["mode"] == "auto"]
+    if judged:
+        parts.append("Verdict:\n\n" + _table(VERDICT_HEAD, map(_verdict, judged)))
+    if mixed := document.get("mixed"):
+        about = "Mixed traffic, medians over rounds; a ratio is of seconds for the same requests, below 1 is faster:"
+        parts.append(f"{about}\n\n" + _table(MIXED_HEAD, map(_mixed, mixed)))
+    parts += memory.lines(document.get("memory", []))
+    if failures := document.get("failures"):
+        parts.append("Engines that failed or were late: " + "; ".join(failures) + ".")
+    if mismatches := document.get("mismatches"):
+        shown = mismatches[:MOST_SHOWN]
+        more = f", and {len(mismatches) - len(shown)} more" if len(mismatches) > len(shown) else ""
+        parts.append(
+            f"Calls that do not add up ({len(mismatches)}): " + "; ".join(shown) + more + "."
+        )
+    elif "mismatches" in document:
+        parts.append("Batches and calls add up in every round.")
     profiled = [cell for cell in document["cells"] if cell.get("breakdown")]
     if profiled:
         parts.append(_breakdowns(profiled))
     return parts
+
+
+def _table(head: str, rows: Iterable[str]) -> str:
+    return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *rows])
+
+
+def _verdict(cell: dict[str, Any]) -> str:
+    found = cell.get("verdict") or {}
+    best, ratio = found.get("best", ""), found.get("ratio_best")
+    slow = any(one is not None and one > TOO_SLOW for one in (cell["ratio_off"], ratio))
+    fields = (
+        cell["phase"],
+        cell["tokens"],
+        cell["placement"],
+        _ratio(cell["ratio_off"], cell["quartiles"]),
+        best,
+        _ratio(ratio, found.get("quartiles_best")),
+        MARK if slow else "",
+    )
+    return "| " + " | ".join(map(str, fields)) + " |"
+
+
+def _mixed(entry: dict[str, Any]) -> str:
+    calls = entry["calls"] or {}
+    total = sum(calls.values())
+    told = ", ".join(f"{end} {calls[end]}" for end in ENDS if calls.get(end))
+    slow = entry["mode"] == "auto" and (entry["ratio_off"] or 0) > TOO_SLOW
+    fields = (
+        entry["placement"],
+        entry["mode"],
+        _number(entry["seconds"], ".3f"),
+        _number(entry["new_tokens_per_s"], ",.0f"),
+        _number(entry["prompt_tokens_per_s"], ",.0f"),
+        _ratio(entry["ratio_off"], entry["quartiles"]) + (f" {MARK}" if slow else ""),
+        _batches(entry["batches"]),
+        f"{total}: {told}" if total else "",
+        entry["rounds"],
+    )
+    return "| " + " | ".join(map(str, fields)) + " |"
+
+
+def _batches(batches: dict[str, int] | None) -> str:
+    """How many of the batches were overlapped."""
+    if not batches:
+        return ""
+    return f"{batches.get('overlapped', 0)} of {sum(batches.values())}"
 
 
 def _row(cell: dict[str, Any]) -> str:
@@ -56,6 +129,7 @@ def _row(cell: dict[str, Any]) -> str:
         _number(cell["rows_max_mean"], ".4f"),
         _number(cell["optimum"], ".4f"),
         live,
+        _number(cell.get("overlapped_share"), ".2%"),
         cell["forwards"],
     )
     return "| " + " | ".join(map(str, fields)) + " |"

@@ -64,6 +64,7 @@ class Workspace:
             "first_layer": model.DENSE_LAYERS,
             "mode": plan.modes[0],
             "switches": plan.switches,
+            "upstream": plan.upstream,
             "arguments": dict(arguments),
             **routing,
         }
@@ -74,12 +75,13 @@ class Workspace:
     def environment(
         self, plan: Plan, told: Path, given: Mapping[str, str], most_decode: int
     ) -> dict[str, str]:
-        """The caller's, with the plugin; ``auto`` is without the package's own variables."""
+        """The caller's, with the plugin. The package's own variables are in it where balancers are switched, and there
+        and elsewhere those that the engine is made for."""
         environment = {
             name: value
             for name, value in given.items()
-            if not (plan.name == "auto" and name.startswith(OUR_PREFIX))
-        }
+            if not (plan.as_shipped and name.startswith(OUR_PREFIX))
+        } | plan.settings
         # Absolute: an engine runs in a folder of its own.
         paths = [
             os.path.abspath(path) for path in given.get("PYTHONPATH", "").split(os.pathsep) if path

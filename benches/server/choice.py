@@ -1,0 +1,47 @@
+"""The package's choice for each batch, overlapped or fused: forced for a mode, and read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class Choice:
+    """Of one rank's layers, which share one object. A package or a layer that cannot overlap has none.
+
+    Args:
+        balancers: gives the rank's balancers, which are there once the model is prepared.
+    """
+
+    def __init__(self, balancers: Callable[[], Sequence[Any]]) -> None:
+        self._balancers = balancers
+
+    def _overlaps(self) -> list[Any]:
+        return [getattr(balancer, "overlap", None) for balancer in self._balancers()]
+
+    @property
+    def _shared(self) -> Any:
+        return next((own.choice for own in self._overlaps() if own is not None), None)
+
+    @property
+    def staying(self) -> int:
+        """Layers that are fused in every batch."""
+        return sum(own is None for own in self._overlaps())
+
+    def force(self, mode: str) -> None:
+        """For the forwards from now on, in an engine whose modes are switched.
+
+        Raises:
+            RuntimeError: overlap is asked for, and there are layers that cannot.
+        """
+        if mode == "overlap" and self.staying:
+            raise RuntimeError(
+                f"{self.staying} of {len(self._balancers())} layers cannot overlap, see the log: leave the mode overlap out"
+            )
+        if (shared := self._shared) is not None:
+            shared.forced = "overlap" if mode == "overlap" else "fused"
+
+    def tally(self) -> dict[str, int]:
+        """Batches so far, ``overlapped`` and ``fused``; empty where the package knows no choice."""
+        shared = self._shared
+        return {} if shared is None else dict(shared.tally)

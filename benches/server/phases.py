@@ -1,0 +1,183 @@
+"""Options made into phases: which cells, from which recording, with which engines."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from server import model, modes, recording, results, traffic
+from server.modes import Plan
+from server.phase import Phase
+from server.schedule import Cell, prompt_length
+
+NAMES = ("prefill", "decode", "mixed")
+TOKENS = {"prefill": "1024,4096,8192", "decode": "8,64,128"}
+PLACEMENTS = {"prefill": "packed,trivial", "decode": "trivial", "mixed": "trivial"}
+REQUESTS = 64
+"""Of a mixed round."""
+EXPERTS, DIAL_TOKENS = 64, 16384
+LAYERS, FEWEST_LAYERS = 26, 8
+
+
+def of_options(options: argparse.Namespace) -> list[Phase]:
+    """What is to be measured, with its recordings read and checked.
+
+    Raises:
+        ValueError: naming the option, and what to give.
+    """
+    ranks = options.ranks or len(results.gpus())
+    if not 1 <= ranks <= 8:
+        raise ValueError(f"{ranks} GPUs: 1 to 8 are needed, or --ranks")
+    tokens = _tokens(options, ranks)
+    plans = {name: _plans(options, name, list(tokens)) for name in tokens}
+    read = recording.read(options.recording, ranks, options.experts) if options.recording else None
+    experts = read.experts if read else options.experts or EXPERTS
+    layers = options.layers or _layers(options, list(plans.values()), experts, ranks)
+    recordings = [read] if read else _dials(options, ranks, experts, layers)
+    return [_phase(options, name, tokens[name], recordings, plans[name], layers) for name in tokens]
+
+
+def together(options: argparse.Namespace, phases: Sequence[Phase]) -> int:
+    """Engines that fit on a GPU; where its memory is not known, all."""
+    if options.together:
+        return int(options.together)
+    memory = [mib for _, mib in results.gpus()]
+    if not memory:
+        return len(modes.MODES)
+    first = phases[0]
+    return model.engines_that_fit(
+        min(memory) / 1024, first.layers, first.recordings[0].experts, first.ranks
+    )
+
+
+def starts(options: argparse.Namespace, phases: Sequence[Phase]) -> list[list[Phase]]:
+    """Phases that have their engines started once."""
+    return [list(phases)] if options.one_start else [[phase] for phase in phases]
+
+
+def _tokens(options: argparse.Namespace, ranks: int) -> dict[str, list[int]]:
+    """By phase that was asked for, those of a forward and rank."""
+    asked = {"prefill": options.prefill, "decode": options.decode}
+    if all(text is None for text in asked.values()) and options.mixed is None:
+        asked = dict(TOKENS)
+    found = {name: _numbers(name, text) for name, text in asked.items() if text}
+    if options.mixed is not None:
+        traffic.requests(options.mixed, ranks, 0)  # Too few are told now.
+        found["mixed"] = [model.MIXED_CHUNK]
+    if not found:
+        raise ValueError("nothing to measure: give --prefill, --decode or --mixed")
+    for count in found.get("prefill", ()):
+        prompt_length(count)
+    return found
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    """
+    Raises:
+        ValueError: what is not a number from 1 on.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--{name} {text!r}: give numbers from 1 on, with commas between")
+    return sorted({int(part) for part in parts})
+
+
+def _plans(options: argparse.Namespace, name: str, phases: Sequence[str]) -> list[Plan]:
+    if not options.modes:
+        return modes.engines(name, modes.BY_DEFAULT[name])
+    asked = []
+    for part in options.modes.split(","):
+        mode, at, phase = part.strip().partition("@")
+        if at and phase not in NAMES:
+            raise ValueError(f"--modes {part.strip()!r}: after @ give one of {', '.join(NAMES)}")
+        if phase in ("", name):
+            asked.append((mode, bool(at)))
+    # Given for all phases: what only prefill can have is left out of the others.
+    kept = [
+        mode
+        for mode, alone in asked
+        if alone or "prefill" not in phases or name == "prefill" or mode != "sglang-dynamic"
+    ]
+    plans = modes.engines(name, kept)
+    if not plans:
+        raise ValueError(f"--modes {options.modes!r}: there is none for {name}")
+    return plans
+
+
+def _layers(
+    options: argparse.Namespace, plans: Sequence[list[Plan]], experts: int, ranks: int
+) -> int:
+    """``LAYERS``, or as many as let all engines be up at once; told where it is fewer."""
+    engines = len(modes.union(plans)) if options.one_start else max(map(len, plans))
+    engines = 1 if options.apart else min(engines, options.together or engines)
+    memory = [mib / 1024 for _, mib in results.gpus()]
+    if not memory:
+        return LAYERS
+    for layers in range(LAYERS, FEWEST_LAYERS - 1, -1):
+        if model.engines_that_fit(min(memory), layers, experts, ranks) >= engines:
+            if layers < LAYERS:
+                print(f"{layers} MoE layers: {engines} engines fit on {min(memory):.0f} GiB so")
+            return layers
+    return LAYERS
+
+
+def _dials(
+    options: argparse.Namespace, ranks: int, experts: int, layers: int
+) -> list[recording.Recording]:
+    shape = (ranks, experts, options.top_k, layers, DIAL_TOKENS)
+    try:
+        ratios = [float(part) for part in options.dial.split(",")]
+    except ValueError:
+        raise ValueError(f"--dial {options.dial!r}: give numbers from 1.0 to 1.5") from None
+    return [recording.synthetic(ratio, *shape) for ratio in ratios]
+
+
+def _places(text: str) -> tuple[list[str], dict[str, list[int]]]:
+    """Names of placements, and the numbers of tokens of those that are for some alone."""
+    names, only = [], {}
+    for part in text.split(","):
+        name, at, count = part.strip().partition("@")
+        if at:
+            only.setdefault(name, []).extend(_numbers("placements", count))
+        if name not in names:
+            names.append(name)
+    return names, only
+
+
+def _phase(
+    options: argparse.Namespace,
+    name: str,
+    tokens: list[int],
+    recordings: list[recording.Recording],
+    plans: list[Plan],
+    layers: int,
+) -> Phase:
+    only: dict[str, list[int]] = {}
+    if recordings[0].placed:
+        places = [(one, recording.place("", one)) for one in recordings]
+    else:
+        names, only = _places(options.placements or PLACEMENTS[name])
+        places = [(recordings[0], recording.place(one, recordings[0])) for one in names]
+    orders = {
+        "prefill": lambda one: [one],
+        "decode": lambda one: [recording.for_decode(one)],
+        "mixed": lambda one: [one, recording.for_decode(one)],
+    }[name]
+    tables = [(order, place) for one, place in places for order in orders(one)]
+    a_place = len(tables) // len(places)
+    cells = [
+        Cell(name, count, i * a_place, placement.name, placement.redundant)
+        for count in tokens
+        for i, (_, placement) in enumerate(places)
+        if count in only.get(placement.name, tokens) or name == "mixed"
+    ]
+    return Phase(
+        name,
+        plans,
+        cells,
+        [one for one, _ in tables],
+        [placement for _, placement in tables],
+        options.engine,
+        layers,
+        requests=options.mixed or 0,
+    )

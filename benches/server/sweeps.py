@@ -1,0 +1,176 @@
+"""Full forwards of prefill or decode: warm-up, rows, sweeps over all cells and engines while there is time, profiles."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from server import accounts, figures, kernels
+from server.control import PROFILED, ROWS, TIMED
+from server.engines import Engines
+from server.modes import LIVE, Plan
+from server.phase import Phase
+from server.schedule import Cell, Clock, message, profiled_cells, profiles_s
+
+ROUND_S, PROFILE_ROUND_S = 240.0, 45.0
+SAYS_S = 15.0
+"""Between tables of what was found so far."""
+CHOOSING = ("overlap", *LIVE)
+"""Modes of engines whose batches are kept."""
+
+
+class Sweeps:
+    """Measures one phase with engines that are up.
+
+    Args:
+        most: no more sweeps than these, where there is time for more.
+        save_results: called after every sweep.
+    """
+
+    def __init__(
+        self, phase: Phase, engines: Engines, most: int | None, save_results: Callable[[], None]
+    ) -> None:
+        self._phase, self._engines, self._most = phase, engines, most
+        self._save = save_results
+
+    def measure(self, group: Sequence[Plan], clock: Clock, sweep: int) -> int:
+        """Warm-up, rows, sweeps, profiles. Gives the number of the next sweep."""
+        phase = self._phase
+        begin = time.monotonic()
+        for i, cell in enumerate(phase.cells):
+            for plan in self._there(group):
+                # A number of tokens that is new compiles kernels; once more, so that nothing of it is left.
+                for _ in range(2 if cell.placement == phase.cells[0].placement else 1):
+                    self._round(plan, cell, i, TIMED, clock, short=True, keep=False)
+        print(
+            f"{phase.name}: warm after {time.monotonic() - begin:.0f} s, {clock.left():.0f} s left",
+            flush=True,
+        )
+        if phase.name == "prefill":
+            for cell in phase.cells:
+                for plan in self._there(group):
+                    if plan.waterfill:
+                        self._round(plan, cell, 0, ROWS, clock, short=True)
+        sweep = self._timed(group, clock, sweep)
+        for cell in profiled_cells(phase.cells):
+            for plan in self._there(group):
+                if clock.left() > 2:
+                    self._round(plan, cell, 0, PROFILED, clock, short=True)
+        self._save()
+        return sweep
+
+    def _there(self, group: Sequence[Plan]) -> list[Plan]:
+        return [plan for plan in group if plan in self._engines]
+
+    def _timed(self, group: Sequence[Plan], clock: Clock, sweep: int) -> int:
+        phase = self._phase
+        kept = profiles_s(len(group), phase.cells)
+        took: dict[Cell, float] = {}
+        first = sweep
+        said = time.monotonic()
+        while self._there(group):
+            measured = False
+            for cell in phase.cells:
+                if clock.left() - kept < took.get(cell, 0.0):
+                    continue
+                cell_begin = time.monotonic()
+                plans = self._there(group)
+                shift = sweep % max(1, len(plans))
+                for plan in plans[shift:] + plans[:shift]:
+                    self._round(plan, cell, sweep, TIMED, clock)
+                took[cell] = time.monotonic() - cell_begin
+                measured = True
+            sweep += 1
+            self._save()
+            if not measured or clock.left() < kept or sweep - first == self._most:
+                break
+            if time.monotonic() - said > SAYS_S:
+                said = time.monotonic()
+                self._say(sweep, clock)
+        return sweep
+
+    def _round(
+        self,
+        plan: Plan,
+        cell: Cell,
+        sweep: int,
+        kind: int,
+        clock: Clock,
+        *,
+        short: bool = False,
+        keep: bool = True,
+    ) -> None:
+        """One round of one engine."""
+        phase = self._phase
+        number = self._engines.next_number()
+        asked = message(cell, plan, phase.ranks, number, sweep, kind, short, phase.first_table)
+        # Past the limit only what runs may end, in a few seconds.
+        longest = PROFILE_ROUND_S if kind == PROFILED else ROUND_S
+        result = self._engines.round(plan, asked, min(longest, max(10.0, clock.left() + 5)))
+        if result is None:
+            return
+        ranks = result["ranks"]
+        for rank, own in enumerate(ranks):
+            told = accounts.mismatches(own, calls=False)
+            phase.tell_mismatches(
+                plan.name, [f"round {number}, rank {rank}: {one}" for one in told]
+            )
+        if kind == PROFILED:
+            self._keep_profile(plan, cell, ranks)
+            return
+        found = list(figures.full_forwards(ranks, cell.tokens, cell.lead))
+        if not found:
+            seen = [dict(Counter(forward[3] for forward in rank["forwards"])) for rank in ranks]
+            print(
+                f"engine {plan.name}: no forward of {cell.tokens} tokens on all ranks; tokens: forwards by rank: {seen}",
+                flush=True,
+            )
+        if not keep:
+            return
+        if kind == ROWS:
+            for name, ratio in figures.layers_rows(ranks, cell.tokens, cell.lead):
+                phase.mode(cell, name).rows.append(ratio)
+            return
+        for _, name, place, ms, interval in found:
+            mode = phase.mode(cell, name)
+            mode.ms[sweep, place] = ms
+            if interval is not None:
+                mode.interval_ms.append(interval)
+        self._keep_calls(plan, cell, ranks)
+
+    def _keep_calls(self, plan: Plan, cell: Cell, ranks: Sequence[dict[str, Any]]) -> None:
+        for name in plan.modes:
+            mode = self._phase.mode(cell, name)
+            for rank in ranks:
+                if name in LIVE:  # One at most in an engine: only these ask for live plans.
+                    figures.add(mode.calls, rank["calls"])
+                    figures.add(mode.planner, rank["planner"])
+                if plan.modes == (name,) and name in CHOOSING:
+                    figures.add(mode.batches, rank["batches"])
+
+    def _keep_profile(self, plan: Plan, cell: Cell, ranks: Sequence[dict[str, Any]]) -> None:
+        for name in plan.modes:
+            of = [rank["profiles"][name] for rank in ranks if name in rank["profiles"]]
+            if not of:
+                continue
+            mean = kernels.mean(profile["groups"] for profile in of)
+            self._phase.mode(cell, name).breakdown = mean
+            entry = {
+                **cell.fields,
+                "mode": name,
+                "groups": mean,
+                "longest_of_rank_0": of[0]["longest"],
+            }
+            self._phase.profiles.append(entry)
+
+    def _say(self, sweep: int, clock: Clock) -> None:
+        print(f"{self._phase.name}: {sweep} sweeps, {clock.left():.0f} s left", flush=True)
+        for entry in self._phase.as_cells():
+            off, home = (entry[f"ratio_{name}"] for name in ("off", "home"))
+            print(
+                f"    {entry['tokens']:>6} {entry['placement']:<9} {entry['mode']:<15} {entry['gpu_ms']:9.3f} ms"
+                f"  /off {off or 0:.4f}  /home {home or 0:.4f}  n {entry['forwards']}",
+                flush=True,
+            )
