@@ -17,6 +17,8 @@ REQUESTS = 64
 """Of a mixed round."""
 EXPERTS, DIAL_TOKENS = 64, 16384
 LAYERS, FEWEST_LAYERS = 26, 8
+TURNS = 4
+"""Engines at once where not all can be: two references, and two that take turns with the others."""
 
 
 def of_options(options: argparse.Namespace) -> list[Phase]:
@@ -107,17 +109,21 @@ def _plans(options: argparse.Namespace, name: str, phases: Sequence[str]) -> lis
 def _layers(
     options: argparse.Namespace, plans: Sequence[list[Plan]], experts: int, ranks: int
 ) -> int:
-    """``LAYERS``, or as many as let all engines be up at once; told where it is fewer."""
+    """``LAYERS``, or as many as let all engines be up at once, or ``TURNS`` of them where that are too few layers; told
+    where it is fewer."""
     engines = len(modes.union(plans)) if options.one_start else max(map(len, plans))
     engines = 1 if options.apart else min(engines, options.together or engines)
     memory = [mib / 1024 for _, mib in results.gpus()]
     if not memory:
         return LAYERS
-    for layers in range(LAYERS, FEWEST_LAYERS - 1, -1):
-        if model.engines_that_fit(min(memory), layers, experts, ranks) >= engines:
-            if layers < LAYERS:
-                print(f"{layers} MoE layers: {engines} engines fit on {min(memory):.0f} GiB so")
-            return layers
+    for together in (engines, min(engines, TURNS)):
+        for layers in range(LAYERS, FEWEST_LAYERS - 1, -1):
+            if model.engines_that_fit(min(memory), layers, experts, ranks) >= together:
+                if layers < LAYERS:
+                    print(
+                        f"{layers} MoE layers: {together} engines fit on {min(memory):.0f} GiB so"
+                    )
+                return layers
     return LAYERS
 
 
