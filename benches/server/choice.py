@@ -15,6 +15,8 @@ class Choice:
 
     def __init__(self, balancers: Callable[[], Sequence[Any]]) -> None:
         self._balancers = balancers
+        self._seen = {"overlapped": 0, "fused": 0}
+        self._batches = {"overlapped": 0, "fused": 0}
 
     def _overlaps(self) -> list[Any]:
         return [getattr(balancer, "overlap", None) for balancer in self._balancers()]
@@ -41,7 +43,15 @@ class Choice:
         if (shared := self._shared) is not None:
             shared.forced = "overlap" if mode == "overlap" else "fused"
 
+    def count(self) -> None:
+        """After each forward: what its layers did, or, where a graph was replayed, what they did when it was captured."""
+        if (shared := self._shared) is None:
+            return
+        grown = {how: calls - self._seen[how] for how, calls in shared.tally.items()}
+        self._seen = dict(shared.tally)
+        overlapped = grown["overlapped"] > 0 if any(grown.values()) else shared.captured
+        self._batches["overlapped" if overlapped else "fused"] += 1
+
     def tally(self) -> dict[str, int]:
         """Batches so far, ``overlapped`` and ``fused``; empty where the package knows no choice."""
-        shared = self._shared
-        return {} if shared is None else dict(shared.tally)
+        return {} if self._shared is None else dict(self._batches)

@@ -131,6 +131,11 @@ class Rank:
 
     def forward(self, original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ``ModelRunner.forward``: all ranks call it in step, one without tokens too."""
+        result = self._forward(original, runner, *args, **kwargs)
+        self._choice.count()
+        return result
+
+    def _forward(self, original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
         self.before_forward()
         self._ready = False
         control = self.control

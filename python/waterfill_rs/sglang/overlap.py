@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from waterfill_rs.sglang.compat import Seams, resolve
 from waterfill_rs.sglang.shared_expert import Unfused
 
@@ -41,6 +43,8 @@ class Choice:
         """``overlap`` or ``fused`` for the batches to come, whatever was configured: for comparisons."""
         self.tally = {"overlapped": 0, "fused": 0}
         """Calls of layers that Python saw. A graph's replays are not among them."""
+        self.captured = False
+        """Do the graphs that were captured last overlap?"""
         self._ranks, self._groups = ranks, groups
         self._prefills_overlap = prefills_overlap
         self._extends = resolve(seams.is_extend_in_batch)
@@ -53,7 +57,10 @@ class Choice:
         # Decode, draft and verify batches: nobody extends. So it is while any graph is captured.
         if not self._extends():
             # A prefill's graph is cut at dispatch, so sglang joins the second stream before, and nothing would overlap.
-            return not self._in_prefill_graph()
+            overlaps = not self._in_prefill_graph()
+            if torch.cuda.is_current_stream_capturing():
+                self.captured = overlaps
+            return overlaps
         return self._prefills_overlap(self._tokens(batch))
 
     def _tokens(self, batch: Any) -> int | None:
