@@ -125,7 +125,7 @@ def _rank(rank: int, job: _Job, reports: Any) -> None:
         us = _slowest(partial(_dispatch, buffer, batch, job))
         if rank == 0:
             reports.put((count, us))
-    distributed.barrier()
+    distributed.barrier(device_ids=[rank])  # Without them torch warns on the terminal.
     torch.cuda.synchronize()
     distributed.destroy_process_group()
 
