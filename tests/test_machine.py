@@ -21,6 +21,7 @@ GIVEN = {
     "dispatch_ranks": 4,
     "dispatch_top_k": 8,
     "launch_us": 5.5,
+    "prefill_us": [[1024, 1200, 1000.5], [4096, 3000, 3000], [8192, 5900, 6000]],
 }
 
 
@@ -60,8 +61,34 @@ def test_dispatch_grows_with_bytes_and_ranks_that_a_token_goes_to():
         expected = 40 + 50 * copies[ranks, top_k] / copies[4, 8]
         assert measured.dispatch(564, top_k=top_k, ranks=ranks) == pytest.approx(expected)
     assert measured.dispatch(564, ranks=1) == pytest.approx(40 + 50 / copies[4, 8])
-    unknown = machine(dispatch_us=[], dispatch_ranks=None, dispatch_top_k=None)
+    unknown = machine(dispatch_us=[], dispatch_ranks=None, dispatch_top_k=None, prefill_us=[])
     assert unknown.dispatch(564) is None
+
+
+def test_prefill_overlaps_where_that_was_measured_to_be_faster():
+    measured = machine()
+    answers = [measured.prefill_overlaps(tokens, 4) for tokens in (0, 1024, 8191, 8192, 10**6)]
+    assert answers == [False, False, False, True, True]
+    assert measured.prefill_overlaps(8192, 2) is True
+    assert measured.prefill_overlaps(8192, 5) is None
+    assert machine(prefill_us=[]).prefill_overlaps(8192, 4) is None
+
+
+def test_prefill_overlaps_by_more_than_the_measurement_s_error():
+    def answer(overlapped):
+        return machine(prefill_us=[[512, overlapped, 1000.0]]).prefill_overlaps(1, 2)
+
+    assert [answer(us) for us in (980.0, 989.0, 991.0, 1000.0)] == [True, True, False, False]
+    for arguments in ((-1, 4), (1, 0)):
+        with pytest.raises(ValueError, match="give at least 0 and 1"):
+            machine().prefill_overlaps(*arguments)
+
+
+def test_prefill_without_dispatch_is_refused():
+    nowhere = {"dispatch_us": [], "dispatch_ranks": None, "dispatch_top_k": None}
+    with pytest.raises(ValueError, match=r"prefill_us is .*: give none of them"):
+        machine(**nowhere)
+    assert machine(**nowhere, prefill_us=[]).prefill_us == ()
 
 
 def test_the_cost_table_is_a_staircase_without_the_call_s_time():
@@ -78,7 +105,9 @@ def test_a_file_holds_the_machine(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["gpu.json"]
     assert Machine.load(path) == machine()
     assert json.loads(path.read_text())["version"] == 1
-    assert parse({"version": 1, **{k: v for k, v in GIVEN.items() if "launch" not in k}})
+    later = ("launch_us", "prefill_us")
+    old = parse({"version": 1, **{k: v for k, v in GIVEN.items() if k not in later}})
+    assert (old.launch_us, old.prefill_us) == (None, ())
 
 
 WRONG = {
@@ -92,6 +121,18 @@ WRONG = {
     "dispatch_ranks": (1, None, 2.5),
     "dispatch_top_k": (0, None, "8"),
     "launch_us": (0, "5", float("nan")),
+    "prefill_us": (
+        None,
+        [1024],
+        [[1024, 1.0]],
+        [[1024, 1.0, 2.0, 3.0]],
+        [[0, 1.0, 2.0]],
+        [[1024.5, 1.0, 2.0]],
+        [[1024, 0, 2.0]],
+        [[1024, 1.0, float("nan")]],
+        [[1024, 1.0, "2"]],
+        [[1024, 1.0, 2.0], [1024, 1.0, 2.0]],
+    ),
 }
 
 

@@ -13,10 +13,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["VERSION", "Curve", "Machine", "machine_of", "parse"]
+__all__ = ["PREFILL_GAIN", "VERSION", "Curve", "Machine", "machine_of", "parse"]
 
 VERSION = 1
 """The version of the JSON file's schema, its field ``version``."""
+
+PREFILL_GAIN = 0.01
+"""By what share overlapped prefill has to be faster than fused. A measurement is not more exact than that, and where both
+are equal, fused is the better: its plans level skewed routing."""
 
 Curve = tuple[tuple[int, float], ...]
 """``(rows or tokens, microseconds)``: the first rise, the second do not fall."""
@@ -52,6 +56,10 @@ class Machine:
     """Routed experts a token of the measured dispatch."""
     launch_us: float | None = None
     """Host time of one eager kernel launch. None: not measured."""
+    prefill_us: tuple[tuple[int, float, float], ...] = ()
+    """``(tokens a rank, overlapped, fused)``, tokens rising: a layer of ``shape`` over ``dispatch_ranks`` as the host launches it
+    eagerly, its shared expert as a dense MLP on a second stream beside dispatch, or as a row of the grouped GEMM. Empty: not
+    measured."""
 
     def __post_init__(self) -> None:
         for name in ("name", "source"):
@@ -74,6 +82,9 @@ class Machine:
             _check(fits, name, self, wanted)
         launch = self.launch_us
         _check(launch is None or _time(launch), "launch_us", self, "a time above 0, or null")
+        object.__setattr__(self, "prefill_us", _pairs(self.prefill_us))
+        fits = not self.prefill_us or self.dispatch_ranks
+        _check(fits, "prefill_us", self, "none of them where there is no dispatch_ranks")
 
     @property
     def call_us(self) -> float:
@@ -113,6 +124,24 @@ class Machine:
         wanted = _copies(ranks or self.dispatch_ranks, top_k or self.dispatch_top_k)
         share = (hidden or self.shape[0]) / self.shape[0] * wanted / measured
         return floor + (_at(self.dispatch_us, tokens) - floor) * share
+
+    def prefill_overlaps(self, tokens: int, ranks: int) -> bool | None:
+        """Is a prefill of ``tokens`` tokens a rank faster with its shared expert beside dispatch, by more than ``PREFILL_GAIN``?
+
+        The most tokens measured that are no more than ``tokens`` say so, or the fewest measured. None where no prefill was
+        measured, or with more than ``dispatch_ranks`` ranks: over several hosts dispatch is another. It is not scaled: the model's
+        expert has to be of ``shape``.
+
+        Raises:
+            ValueError: for fewer than 0 tokens or 1 rank.
+        """
+        if tokens < 0 or ranks < 1:
+            raise ValueError(f"{tokens} tokens over {ranks} ranks: give at least 0 and 1")
+        if not self.prefill_us or self.dispatch_ranks is None or ranks > self.dispatch_ranks:
+            return None
+        reached = [point for point in self.prefill_us if point[0] <= tokens]
+        _, overlapped, fused = reached[-1] if reached else self.prefill_us[0]
+        return overlapped < fused * (1 - PREFILL_GAIN)
 
     def cost_table(self) -> list[tuple[int, float]]:
         """``(rows, microseconds)`` for ``CostModel.table``: an expert's time without the call's, in steps of 128 rows.
@@ -225,6 +254,24 @@ def _curve(name: str, points: Any, least: int) -> Curve:
             raise ValueError(f"{where}: give {wanted}, as the point before")
         curve.append((rows, float(us)))
     return tuple(curve)
+
+
+def _pairs(points: Any) -> tuple[tuple[int, float, float], ...]:
+    name, form = "prefill_us", "[tokens, overlapped, fused]"
+    if not isinstance(points, (tuple, list)):
+        raise ValueError(f"{name} is {points!r}: give [{form}, ...], or []")
+    pairs: list[tuple[int, float, float]] = []
+    for index, point in enumerate(points):
+        where = f"{name}[{index}] is {point!r}"
+        if not isinstance(point, (tuple, list)) or len(point) != 3:
+            raise ValueError(f"{where}: give {form}")
+        tokens, *times = point
+        if not _count(tokens) or not all(map(_time, times)):
+            raise ValueError(f"{where}: give a whole number of at least 1 and two times above 0")
+        if pairs and tokens <= pairs[-1][0]:
+            raise ValueError(f"{where}: give more tokens than {pairs[-1][0]}, as the point before")
+        pairs.append((tokens, float(times[0]), float(times[1])))
+    return tuple(pairs)
 
 
 def _at(curve: Curve, rows: int) -> float:
