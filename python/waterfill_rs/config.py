@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from waterfill_rs.exchange import Pace
+from waterfill_rs.machine import Machine
 from waterfill_rs.rendezvous import CHOICES, BoardSettings, Choice
 
 __all__ = [
     "BACKENDS",
     "BACKEND_VARIABLE",
     "EXCHANGE_VARIABLE",
+    "MACHINE_VARIABLE",
     "PACES",
     "PLANNER_VARIABLE",
     "REQUIRE_VARIABLE",
@@ -28,6 +31,7 @@ EXCHANGE_VARIABLE = "WATERFILL_RS_EXCHANGE"
 TIMEOUT_VARIABLE = "WATERFILL_RS_TIMEOUT_US"
 PLANNER_VARIABLE = "WATERFILL_RS_PLANNER"
 SHARED_VARIABLE = "WATERFILL_RS_SHARED"
+MACHINE_VARIABLE = "WATERFILL_RS_MACHINE"
 BACKENDS = ("auto", "rust", "upstream", "off")
 SHARED = ("auto", "overlap", "fused")
 PACES: tuple[Pace, ...] = ("auto", "inline", "park", "spin")
@@ -42,13 +46,15 @@ class Config:
     sglang as it is. ``required``: stop the server, with every reason, if this package cannot serve; rust
     asks for this package by name, so it always is. ``exchange``: how ranks learn each other's counts.
     ``board``: how, where that is a board. ``shared``: whether shared experts run beside dispatch: where that is
-    faster, in every batch (and the server stops where it cannot be), or in none."""
+    faster, in every batch (and the server stops where it cannot be), or in none. ``machine``: what
+    ``waterfill-rs calibrate`` measured here."""
 
     backend: str = "auto"
     required: bool = False
     exchange: Choice = "auto"
     board: BoardSettings = field(default_factory=BoardSettings)
     shared: str = "auto"
+    machine: Machine | None = None
 
     @property
     def enabled(self) -> bool:
@@ -72,6 +78,7 @@ class Config:
             exchange=cast(Choice, _one_of(environment, EXCHANGE_VARIABLE, CHOICES, "auto")),
             board=BoardSettings(_microseconds(environment, default.cap_us), *_planner(environment)),
             shared=_one_of(environment, SHARED_VARIABLE, SHARED, "auto"),
+            machine=_machine(environment),
         )
 
 
@@ -82,6 +89,16 @@ def _one_of(
     if value not in allowed:
         raise ValueError(f"{variable}={value!r}: give one of {', '.join(allowed)}")
     return value
+
+
+def _machine(environment: Mapping[str, str]) -> Machine | None:
+    path = environment.get(MACHINE_VARIABLE)
+    if not path:
+        return None
+    try:
+        return Machine.load(Path(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{MACHINE_VARIABLE}={path!r}: {error}") from error
 
 
 def _planner(environment: Mapping[str, str]) -> tuple[Pace, int | None]:

@@ -15,7 +15,7 @@ import waterfill_rs
 from waterfill_rs.sglang.panics import panics_are_errors
 from waterfill_rs.status import ENDS
 
-__all__ = ["SEAM", "Page", "after_log_stats", "install", "stand_aside", "watch"]
+__all__ = ["SEAM", "Page", "after_log_stats", "install", "stand_aside", "watch", "watch_shared"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,11 @@ def watch(exchange: Counting, *, leads: bool) -> None:
     _page.watch(exchange, leads=leads)
 
 
+def watch_shared(tally: Mapping[str, int]) -> None:
+    """Show from now on where shared experts ran: calls of layers by ``overlapped`` and ``fused``."""
+    _page.shared.append(tally)
+
+
 def stand_aside(reason: str) -> None:
     """Show that sglang's own Waterfill stays, and why."""
     _page.reasons_off.append(reason)
@@ -71,6 +76,8 @@ class Page:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.reasons_off: list[str] = []
+        self.shared: list[Mapping[str, int]] = []
+        self._shared_pushed: dict[str, int] = {}
         self._watched: list[_Watched] = []
         self._metrics: _Metrics | None = None
         self._clock = clock
@@ -81,7 +88,7 @@ class Page:
 
     def clear(self) -> None:
         """Show nothing more."""
-        self.reasons_off, self._watched = [], []
+        self.reasons_off, self.shared, self._watched = [], [], []
 
     @panics_are_errors
     def push(self, labels: Mapping[str, Any]) -> None:
@@ -94,12 +101,20 @@ class Page:
             self._metrics = _Metrics(tuple(labels))
         for reason in self.reasons_off:
             self._metrics.info.labels(**_info("off", reason), **labels).set(1)
+        self._push_shared(self._metrics, labels)
         plans = [watched.push(self._metrics, labels) for watched in self._watched]
         mean = sum(plan.get("mean", 0) for plan in plans)
         for placement in ("home", "planned") if mean else ():
             slowest = sum(plan.get(f"{placement}_max", 0) for plan in plans)
             ratio = self._metrics.imbalance.labels(placement=placement, **labels)
             ratio.set(slowest / mean)
+
+    def _push_shared(self, metrics: _Metrics, labels: Mapping[str, Any]) -> None:
+        for place in self.shared[0] if self.shared else ():
+            calls = sum(tally[place] for tally in self.shared)
+            new = calls - self._shared_pushed.get(place, 0)
+            self._shared_pushed[place] = calls
+            metrics.shared.labels(place=place, **labels).inc(new)
 
 
 class _Watched:
@@ -172,6 +187,11 @@ class _Metrics:
             "sglang:waterfill_exchange_total",
             "Exchanges of counts, one a MoE layer and pass, by how they ended.",
             (*labels, "result"),
+        )
+        self.shared = Counter(
+            "sglang:waterfill_shared_total",
+            "Eager calls of MoE layers by where their shared expert ran: overlapped or fused. No replay of a graph is one.",
+            (*labels, "place"),
         )
         self.share = gauge(
             "sglang:waterfill_live_ratio",

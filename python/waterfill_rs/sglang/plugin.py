@@ -16,6 +16,7 @@ from waterfill_rs.config import (
     BACKEND_VARIABLE,
     BACKENDS,
     EXCHANGE_VARIABLE,
+    MACHINE_VARIABLE,
     PACES,
     PLANNER_VARIABLE,
     REQUIRE_VARIABLE,
@@ -149,6 +150,10 @@ _VALUES = {
         SHARED_VARIABLE,
         "Where shared experts run: 'overlap', unfused beside dispatch; 'fused', with the routed ones; 'auto', as is "
         "faster for each batch",
+    ),
+    "waterfill_rs_machine": (
+        MACHINE_VARIABLE,
+        "File that waterfill-rs calibrate wrote on this machine: what 'auto' goes by in prefill",
     ),
     "waterfill_rs_planner": (
         PLANNER_VARIABLE,

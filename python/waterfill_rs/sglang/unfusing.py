@@ -10,9 +10,9 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from waterfill_rs import prefill_rule
 from waterfill_rs.config import Config
-from waterfill_rs.sglang import compat, verdict
+from waterfill_rs.prefill_rule import PrefillRule
+from waterfill_rs.sglang import compat, metrics, verdict
 from waterfill_rs.sglang.compat import Seams, resolve
 from waterfill_rs.sglang.overlap import Choice, OverlappedLayer
 from waterfill_rs.sglang.shared_expert import StaysFused, Unfused
@@ -121,18 +121,34 @@ class Share:
         if self._config.shared == "fused":
             return "fused, as asked"
         layers, reasons = self._layers(model, routers, dtype)
-        rule = prefill_rule.of(self._config.shared, device)
+        ranks = getattr(routers[0], self._seams.holder).world_size
+        rule = self._rule(ranks, device)
         if peers is not None:
             reasons = peers.agree(reasons, "shared", rule.text)
         if reasons and self._config.shared == "overlap":
             verdict.stop([f"shared experts cannot run beside dispatch: {r}" for r in reasons])
         if reasons:
             return f"fused in every batch, because {'; '.join(reasons)}"
-        ranks = getattr(routers[0], self._seams.holder).world_size
         choice = Choice(self._seams, ranks, self._groups(), rule)
+        metrics.watch_shared(choice.tally)
         for moe, router, unfused in layers:
             getattr(router, self._seams.holder).overlap = OverlappedLayer(moe, unfused, choice)
         return f"beside dispatch in decode, {rule.text}"
+
+    def _rule(self, ranks: int, device: torch.device) -> PrefillRule:
+        machine, arguments = self._config.machine, self._arguments
+        if machine is not None and device.type == "cuda":
+            import torch
+
+            if (name := torch.cuda.get_device_name(device)) != machine.name:
+                verdict.stop(
+                    [
+                        f"the figures of {machine.name} do not hold for {name}: run waterfill-rs calibrate here"
+                    ]
+                )
+        chunk = getattr(arguments, "chunked_prefill_size", None) or 0
+        tokens = chunk if chunk > 0 else getattr(arguments, "max_prefill_tokens", 0)
+        return PrefillRule(self._config.shared, ranks, tokens * self._groups() // ranks, machine)
 
     def _groups(self) -> int:
         data_parallel = getattr(self._arguments, "enable_dp_attention", False)
