@@ -7,6 +7,7 @@ from waterfill_rs.config import (
     EXCHANGE_VARIABLE,
     PLANNER_VARIABLE,
     REQUIRE_VARIABLE,
+    SHARED_VARIABLE,
     TIMEOUT_VARIABLE,
     Config,
 )
@@ -15,6 +16,7 @@ from waterfill_rs.config import (
 def test_nothing_said_is_auto_everywhere():
     config = Config.from_environment({})
     assert (config.backend, config.exchange, config.required) == ("auto", "auto", False)
+    assert config.shared == "auto"
     assert (config.board.cap_us, config.board.pace) == (1_000_000, "auto")
 
 
@@ -25,8 +27,10 @@ def test_all_that_can_be_said():
             "WATERFILL_RS_EXCHANGE": "board",
             "WATERFILL_RS_TIMEOUT_US": "250",
             "WATERFILL_RS_PLANNER": "spin",
+            "WATERFILL_RS_SHARED": "overlap",
         }
     )
+    assert config.shared == "overlap"
     assert config.required and config.enabled and config.exchange == "board"
     assert (config.board.cap_us, config.board.patience_us, config.board.pace) == (250, 219, "spin")
 
@@ -34,7 +38,7 @@ def test_all_that_can_be_said():
 def test_an_empty_variable_is_as_none():
     """Deployments that pass ``NAME=${NAME:-}`` on, of a server that may not even use Waterfill."""
     names = (BACKEND_VARIABLE, REQUIRE_VARIABLE, EXCHANGE_VARIABLE, TIMEOUT_VARIABLE)
-    empty = dict.fromkeys((*names, PLANNER_VARIABLE), "")
+    empty = dict.fromkeys((*names, PLANNER_VARIABLE, SHARED_VARIABLE), "")
     assert Config.from_environment(empty) == Config.from_environment({})
 
 
@@ -49,6 +53,7 @@ def test_a_spinning_planner_may_have_a_core():
         ("WATERFILL_RS", "on", "give one of auto, rust, upstream, off"),
         ("WATERFILL_RS_REQUIRE", "yes", "give 0 or 1"),
         ("WATERFILL_RS_EXCHANGE", "shm", "give one of auto, solo, board, group"),
+        ("WATERFILL_RS_SHARED", "beside", "give one of auto, overlap, fused"),
         ("WATERFILL_RS_PLANNER", "thread", "give one of auto, inline, park, spin"),
         ("WATERFILL_RS_PLANNER", "spin:x", "or spin:CORE to pin it"),
         ("WATERFILL_RS_PLANNER", "park:1", "or spin:CORE to pin it"),

@@ -317,8 +317,22 @@ BALANCER, FLAGS = "sglang.x.WaterfillBalancer", "sglang.x.add_cli_args"
     ],
 )
 def test_hooks(code, stands, errors, enabled, level, texts):
-    loaded = code, f"noise\n{json.dumps(stands)}\n", errors
+    printed = json.dumps({"hooks": stands, "against_overlap": []})
+    loaded = code, f"noise\n{printed}\n", errors
     check(doctor.hooks(lambda: loaded, enabled=enabled), level, *texts)
+
+
+@pytest.mark.parametrize(
+    "code, reasons, level, texts",
+    [
+        (0, [], "ok", ["beside dispatch"]),
+        (0, ["no such part", "a hook"], "warn", ["stay fused", "no such part; a hook"]),
+        (1, [], "warn", ["not seen", "see hooks"]),
+    ],
+)
+def test_overlap(code, reasons, level, texts):
+    printed = json.dumps({"hooks": {}, "against_overlap": reasons})
+    check(doctor.overlap(lambda: (code, f"noise\n{printed}\n", "")), level, *texts)
 
 
 def test_hooks_that_take_too_long_to_look_at(monkeypatch):
@@ -347,6 +361,8 @@ OTHER_PLUGIN = """
 def register():
     from sglang.srt.plugins.hook_registry import HookRegistry
     HookRegistry.apply_hooks = classmethod(lambda cls: None)
+    layer = "sglang.srt.models.deepseek_v2.DeepseekV2MoE.forward"
+    HookRegistry.register(layer, lambda forward, *args, **kwargs: forward(*args, **kwargs))
 """
 
 
@@ -364,5 +380,7 @@ def test_the_real_hooks_in_place_and_not(tmp_path):
     ours, other = loaded(look), loaded(beside + look)
     check(doctor.hooks(lambda: ours, enabled=True), "ok", "in place")
     check(doctor.hooks(lambda: other, enabled=True), "fail", "WaterfillBalancer")
+    check(doctor.overlap(lambda: ours), "ok", "beside dispatch")
+    check(doctor.overlap(lambda: other), "warn", "another plugin hooks", "DeepseekV2MoE.forward")
     wrong = loaded(look, WATERFILL_RS="on")
     check(doctor.hooks(lambda: wrong, enabled=True), "fail", "WATERFILL_RS='on'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ from waterfill_rs.doctor_checks import Entry, Finding
 from waterfill_rs.rendezvous import BoardSettings
 from waterfill_rs.sglang import compat
 
-__all__ = ["add_command", "exchange", "hooks"]
+__all__ = ["add_command", "exchange", "hooks", "overlap"]
 
 JSON_VERSION = 1
 SHARED_MEMORY = Path("/dev/shm")
@@ -115,7 +116,9 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
         "exchange": lambda: exchange(settings, self_test.run),
     }
     if deep:
-        looks["hooks"] = lambda: hooks(_load_hooks, enabled=_enabled())
+        load = functools.cache(_load_hooks)
+        looks["hooks"] = lambda: hooks(load, enabled=_enabled())
+        looks["overlap"] = lambda: overlap(load)
     return looks
 
 
@@ -145,7 +148,7 @@ def hooks(load: Callable[[], tuple[int, str, str]], *, enabled: bool) -> Finding
     if code:
         text = f"loading sglang's plugins ended with code {code}: {reason}"
         return Finding("hooks", "fail", text, "docs/operators.md lists the messages")
-    stands: dict[str, bool] = json.loads(printed.splitlines()[-1])
+    stands: dict[str, bool] = _told(printed)["hooks"]
     if enabled and not any(name.endswith("WaterfillBalancer") for name in stands):
         text = f"sglang's Waterfill is not replaced: {reason}"
         return Finding("hooks", "fail", text, "docs/operators.md lists the messages")
@@ -156,6 +159,24 @@ def hooks(load: Callable[[], tuple[int, str, str]], *, enabled: bool) -> Finding
             "hooks", "fail", text, "another plugin hooks the same: remove one of the two"
         )
     return Finding("hooks", "ok", f"all {len(stands)} are in place")
+
+
+def overlap(load: Callable[[], tuple[int, str, str]]) -> Finding:
+    """``load``: as of ``hooks``. Can this sglang's MoE layers run a fused shared expert beside dispatch?"""
+    code, printed, _ = load()
+    if code:
+        return Finding("overlap", "warn", "not seen: sglang's plugins did not load", "see hooks")
+    if reasons := _told(printed)["against_overlap"]:
+        text = f"shared experts stay fused with the routed ones: {'; '.join(reasons)}"
+        advice = "Waterfill works as before; for overlap, use a sglang of the table, without that plugin"
+        return Finding("overlap", "warn", text, advice)
+    text = "shared experts can run beside dispatch; whether a model's do, its log says"
+    return Finding("overlap", "ok", text)
+
+
+def _told(printed: str) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return told
 
 
 def _load_hooks() -> tuple[int, str, str]:

@@ -19,6 +19,7 @@ from waterfill_rs.config import (
     EXCHANGE_VARIABLE,
     PLANNER_VARIABLE,
     REQUIRE_VARIABLE,
+    SHARED_VARIABLE,
     TIMEOUT_VARIABLE,
     Config,
 )
@@ -49,6 +50,7 @@ VARIABLES = (
     EXCHANGE_VARIABLE,
     TIMEOUT_VARIABLE,
     PLANNER_VARIABLE,
+    SHARED_VARIABLE,
 )
 LEAST_CAP_US = 100_000
 """Below it, ranks that are late for usual reasons cost live plans; the planner may be asleep for 8 ms of it."""
@@ -176,7 +178,7 @@ def variables(environment: Mapping[str, str]) -> Finding:
     board = config.board
     text = (
         f"{config.backend}{', required' if config.required else ''}, exchange {config.exchange}, "
-        f"a layer waits at most {board.cap_us} us, planner {board.pace}"
+        f"a layer waits at most {board.cap_us} us, planner {board.pace}, shared experts {config.shared}"
     )
     if board.cap_us < LEAST_CAP_US:
         advice = f"unset {TIMEOUT_VARIABLE}: ranks of a prefill are a millisecond apart, and then no rank has a live plan"

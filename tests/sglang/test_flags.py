@@ -83,6 +83,17 @@ def test_flags_come_before_variables():
     assert here["variables"] == {"WATERFILL_RS": "upstream"}
 
 
+def test_shared_experts_have_a_flag_with_its_choices():
+    here, _ = parsed(HERE, "--waterfill-rs-shared", "fused", WATERFILL_RS_SHARED="overlap")
+    assert here["variables"] == {"WATERFILL_RS_SHARED": "fused"}
+    by_flag = forked.run(PARSE, "--waterfill-rs-shared", "beside")
+    by_variable = forked.run(PARSE, WATERFILL_RS_SHARED="beside")
+    assert by_flag.returncode == 2 and by_variable.returncode == 1
+    for choice in ("auto", "overlap", "fused"):
+        assert choice in by_flag.stderr.splitlines()[-1]
+    assert "WATERFILL_RS_SHARED='beside': give one of auto, overlap, fused" in by_variable.stderr
+
+
 def test_required_serves_where_it_can():
     here, _ = parsed(HERE, "--waterfill-rs-require")
     assert here["balancer"] == "waterfill_rs.sglang.balancer"

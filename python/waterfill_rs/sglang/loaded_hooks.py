@@ -1,4 +1,5 @@
-"""Prints which hooks of ours are in place once sglang has loaded its plugins: ``python -m`` in a fresh process.
+"""Prints which hooks of ours are in place once sglang has loaded its plugins, and whether shared experts can run beside
+dispatch there: ``python -m`` in a fresh process.
 
 sglang 0.5.23 has no question for that, and logs nothing that is seen when a hook is not applied.
 """
@@ -9,7 +10,7 @@ import json
 import pkgutil
 from typing import Any
 
-__all__ = ["found"]
+__all__ = ["against_overlap", "found"]
 
 
 def found() -> dict[str, bool]:
@@ -39,5 +40,13 @@ def _stands(target: str, hook: Any) -> bool:
     return False
 
 
+def against_overlap() -> list[str]:
+    """Why no layer of this sglang, with the plugins it has, can run its shared expert beside dispatch."""
+    from waterfill_rs.sglang import compat
+
+    seams, reasons = compat.find()
+    return compat.against_overlap(seams) if seams else reasons
+
+
 if __name__ == "__main__":
-    print(json.dumps(found()))
+    print(json.dumps({"hooks": found(), "against_overlap": against_overlap()}))
