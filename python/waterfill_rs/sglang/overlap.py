@@ -58,7 +58,8 @@ class Choice:
         if not self._extends():
             # A prefill's graph is cut at dispatch, so sglang joins the second stream before, and nothing would overlap.
             overlaps = not self._in_prefill_graph()
-            if torch.cuda.is_current_stream_capturing():
+            # Where CUDA has no driver the second raises, and where nothing ran on it nothing is captured.
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
                 self.captured = overlaps
             return overlaps
         return self._prefills_overlap(self._tokens(batch))
