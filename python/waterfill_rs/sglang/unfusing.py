@@ -26,6 +26,8 @@ __all__ = ["Share", "against_arguments", "unfuse"]
 
 logger = logging.getLogger(__name__)
 
+_AS_ASKED = "fused, as asked"
+
 Layer = tuple[Any, Any, Unfused]
 """sglang's MoE layer, its router, and its shared expert as a dense MLP."""
 
@@ -118,13 +120,13 @@ class Share:
         Raises:
             SystemExit: overlap was asked for by name and cannot be.
         """
-        if self._config.shared == "fused":
-            return "fused, as asked"
         layers, reasons = self._layers(model, routers, dtype)
         ranks = getattr(routers[0], self._seams.holder).world_size
         rule = self._rule(ranks, device)
         if peers is not None:
             reasons = peers.agree(reasons, "shared", rule.text)
+        if self._config.shared == "fused":
+            return _AS_ASKED
         if reasons and self._config.shared == "overlap":
             verdict.stop([f"shared experts cannot run beside dispatch: {r}" for r in reasons])
         if reasons:
@@ -157,6 +159,8 @@ class Share:
     def _layers(
         self, model: Any, routers: Sequence[Any], dtype: torch.dtype | None
     ) -> tuple[list[Layer], list[str]]:
+        if self._config.shared == "fused":
+            return [], [_AS_ASKED]  # A reason like others: ranks that were not asked so must not wait.
         if reasons := against_arguments(self._arguments, self._seams):
             return [], reasons
         try:
