@@ -94,7 +94,7 @@ def _on_no_device(moe: Any, prefix: str, dtype: Any, seams: Seams) -> Any:
                 prefix=prefix,
                 **_options(mlp, config),
             )
-    except (TypeError, ValueError, NotImplementedError, AssertionError) as error:
+    except Exception as error:  # Of sglang's, and it need not end a server that serves without.
         raise StaysFused(f"no dense MLP can be made of it: {error!r}") from error
     finally:
         torch.set_default_dtype(before)
