@@ -335,6 +335,12 @@ def test_overlap(code, reasons, level, texts):
     check(doctor.overlap(lambda: (code, f"noise\n{printed}\n", "")), level, *texts)
 
 
+def test_where_shared_experts_run_is_one_of_our_variables():
+    check(checks.variables({"WATERFILL_RS_SHARED": "overlap"}), "ok", "shared experts overlap")
+    check(checks.variables({"WATERFILL_RS_SHARE": "overlap"}), "warn", "mean WATERFILL_RS_SHARED")
+    check(checks.variables({"WATERFILL_RS_SHARED": "on"}), "fail", "auto, overlap, fused")
+
+
 def test_hooks_that_take_too_long_to_look_at(monkeypatch):
     monkeypatch.setattr(doctor, "DEEP_S", 0.01)
     check(doctor.hooks(doctor._load_hooks, enabled=True), "fail", "not done in 0.01 s")

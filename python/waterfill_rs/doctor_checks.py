@@ -17,6 +17,7 @@ from waterfill_rs import _native
 from waterfill_rs.config import (
     BACKEND_VARIABLE,
     EXCHANGE_VARIABLE,
+    MACHINE_VARIABLE,
     PLANNER_VARIABLE,
     REQUIRE_VARIABLE,
     SHARED_VARIABLE,
@@ -51,6 +52,7 @@ VARIABLES = (
     TIMEOUT_VARIABLE,
     PLANNER_VARIABLE,
     SHARED_VARIABLE,
+    MACHINE_VARIABLE,
 )
 LEAST_CAP_US = 100_000
 """Below it, ranks that are late for usual reasons cost live plans; the planner may be asleep for 8 ms of it."""
