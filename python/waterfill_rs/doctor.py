@@ -168,7 +168,9 @@ def overlap(load: Callable[[], tuple[int, str, str]]) -> Finding:
         return Finding("overlap", "warn", "not seen: sglang's plugins did not load", "see hooks")
     if reasons := _told(printed)["against_overlap"]:
         text = f"shared experts stay fused with the routed ones: {'; '.join(reasons)}"
-        advice = "Waterfill works as before; for overlap, use a sglang of the table, without that plugin"
+        advice = (
+            "Waterfill works as before; for overlap, use a sglang of the table, without that plugin"
+        )
         return Finding("overlap", "warn", text, advice)
     text = "shared experts can run beside dispatch; whether a model's do, its log says"
     return Finding("overlap", "ok", text)

@@ -34,6 +34,47 @@ os._exit(0)  # The scheduler's own threads and sockets have no end but its signa
 """
 
 
+LAYERS = """
+import json, sys
+import cpu_server
+scheduler = cpu_server.start(sys.argv[1], "--enable-waterfill")
+model = scheduler.tp_worker.model_runner.model
+import torch
+from overlap_layers import Experts, batch
+found = []
+for layer in model.model.layers:
+    moe = layer.mlp
+    if not hasattr(moe, "topk"):
+        continue
+    moe.__dict__["stand_in"] = Experts(moe.experts, None)
+    moe.topk.forward = moe.topk.forward_native
+    choice = moe.topk.waterfill_balancer.overlap.choice
+    hidden = torch.randn(6, moe.config.hidden_size).bfloat16()
+    outputs = []
+    for choice.forced in ("overlap", "fused"):
+        outputs.append(moe(hidden, batch(6)).float())
+    beside, fused = outputs
+    widths = [ids.shape[1] for ids, _ in moe.stand_in.seen]
+    found.append([widths, float((beside - fused).abs().max() / fused.abs().max())])
+print(json.dumps(found))
+sys.stdout.flush()
+import os
+os._exit(0)
+"""
+
+
+def test_layers_of_the_scheduler_give_the_same_both_ways(tmp_path):
+    """Layer by layer of the loaded model, not token by token: DeepEP has no form for the CPU."""
+    done = forked.run(LAYERS, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [widths for widths, _ in found] == [[4, 5]] * 2
+    assert all(difference < 0.01 for _, difference in found), found
+    assert "shared experts: beside dispatch in decode" in done.stderr
+    asked = forked.run(LAYERS, str(tmp_path), WATERFILL_RS_SHARED="fused")
+    assert "shared experts: fused, as asked" in asked.stderr
+
+
 def start(folder, **environment):
     """What the process then has, and its log without what differs between any two starts."""
     # A cold cache for each: where torch's compiler finds sglang's functions compiled, it loads 59 modules fewer.
@@ -50,6 +91,7 @@ def test_the_scheduler_starts_with_us_and_is_sglangs_without(tmp_path):
     assert on["expanded"] == [[5, 5], [5, 5]]
     (line,) = (line for line in told if "waterfill-rs" in line)
     assert "active: 2 MoE layers on cpu, exchange solo, because there is one rank" in line
+    assert "shared experts: beside dispatch in decode" in line
 
     off, off_told = start(tmp_path, WATERFILL_RS="off")
     without, without_told = start(tmp_path, SGLANG_PLUGINS="none")

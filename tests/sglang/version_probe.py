@@ -506,6 +506,9 @@ def main(report):
         found["checks"]["off_leaves_sglang_untouched"] = run(untouched)
     else:
         probe = Probe()
+        import overlap_probe
+
+        found["checks"] |= overlap_probe.outcomes(probe.seams, probe.resolve)
         probe.start()
         for name, check in probe.checks().items():
             missing = probe.seams.hash_topk is None and "hash_router" in name

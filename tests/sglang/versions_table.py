@@ -14,6 +14,7 @@ COLUMNS = {
     "megamoe, idle ranks": "mega_moe",
     "redundant experts, rebalance": "redundant",
     "indivisible experts refused": "experts_that_do_not",
+    "shared experts beside dispatch": "overlap",
     "recorder": "recorder",
     "deterministic": "deterministic",
     "elastic EP refused": "elastic",

@@ -160,7 +160,8 @@ class Share:
         self, model: Any, routers: Sequence[Any], dtype: torch.dtype | None
     ) -> tuple[list[Layer], list[str]]:
         if self._config.shared == "fused":
-            return [], [_AS_ASKED]  # A reason like others: ranks that were not asked so must not wait.
+            # A reason like others: ranks that were not asked so must not wait for this one.
+            return [], [_AS_ASKED]
         if reasons := against_arguments(self._arguments, self._seams):
             return [], reasons
         try:
