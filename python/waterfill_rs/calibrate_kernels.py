@@ -15,7 +15,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["BLOCK", "Bf16Experts", "Experts", "Fp8Experts", "check", "make", "quantise_rows"]
+__all__ = [
+    "BLOCK",
+    "QUANTISE",
+    "Bf16Experts",
+    "Experts",
+    "Fp8Experts",
+    "check",
+    "experts_of",
+    "first_working",
+    "hold",
+    "make",
+    "quantise_rows",
+    "reference",
+]
 
 BLOCK = 128
 """Elements of a quantisation group of a row, and rows and columns of a block of a weight."""
@@ -32,6 +45,8 @@ class Experts(Protocol):
     alignment: int
     """Rows of an expert in the grouped GEMM are a multiple of this."""
     description: str
+    as_sglang: bool
+    """Every kernel is the one that sglang runs."""
     poisoned: bool
     """Outputs hold NaN before a kernel writes them."""
 
@@ -65,11 +80,15 @@ def make(hidden: int, intermediate: int, group: int) -> Experts:
 
     FP8 where ``deep_gemm`` can be had and the GPU has a kernel of it (Hopper and newer), else BF16.
     """
-    torch.manual_seed(0)
-    packed = torch.cuda.get_device_capability() >= (10, 0)
     cache = int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20))
     groups = -(-_CACHES * cache // (3 * hidden * intermediate * group))
-    count = group * max(1, groups)
+    return experts_of(hidden, intermediate, group * max(1, groups))
+
+
+def experts_of(hidden: int, intermediate: int, count: int) -> Experts:
+    """``count`` experts on the current GPU, the same in every process of a machine. FP8 or BF16, as ``make`` says."""
+    torch.manual_seed(0)
+    packed = torch.cuda.get_device_capability() >= (10, 0)
     if torch.cuda.get_device_capability() < (9, 0):
         reason = "DeepGEMM needs a GPU of compute capability 9.0 or newer"
         return Bf16Experts(hidden, intermediate, count, reason)
@@ -91,6 +110,8 @@ class Tools:
     activate: Callable[[Tensor], Tensor]
     """``[rows, 2N]`` to ``[rows, N]``: ``silu(left) * right``."""
     words: str
+    of_sglang: bool = False
+    """Both are sglang's."""
 
 
 class Fp8Experts:
@@ -109,6 +130,7 @@ class Fp8Experts:
     ) -> None:
         """``packed``: scales are powers of two, four in an int32, as DeepGEMM wants them on Blackwell."""
         self.count = count
+        self.as_sglang = tools.of_sglang
         self.poisoned = False
         self._gemm = deep_gemm
         self._tools = tools
@@ -176,6 +198,7 @@ class Bf16Experts:
     """BF16 by torch, one expert after the other. See ``Experts``."""
 
     alignment = 128
+    as_sglang = False
 
     def __init__(
         self, hidden: int, intermediate: int, count: int, reason: str, *, device: str = "cuda"
@@ -222,20 +245,27 @@ def check(experts: Experts, hidden: int, device: str = "cuda") -> None:
     order = (experts.count - 1, 0)
     x = torch.randn(2 * rows, hidden, dtype=torch.bfloat16, device=device)
     experts.poisoned = True
-    _hold("dense MLP", experts.dense(x, order[0]), _mlp(experts, x, order[0]))
+    hold("dense MLP", experts.dense(x, order[0]), reference(experts, x, order[0]))
     found = experts.grouped(experts.dispatched(x), experts.layout(order, rows))
     experts.poisoned = False
-    expected = [_mlp(experts, part, e) for part, e in zip((x[:rows], x[rows:]), order, strict=True)]
-    _hold("grouped GEMM", found, torch.cat(expected))
+    expected = [
+        reference(experts, part, e) for part, e in zip((x[:rows], x[rows:]), order, strict=True)
+    ]
+    hold("grouped GEMM", found, torch.cat(expected))
 
 
-def _mlp(experts: Experts, x: Tensor, expert: int) -> Tensor:
+def reference(experts: Experts, x: Tensor, expert: int) -> Tensor:
+    """One expert's MLP of ``x`` ``[rows, hidden]`` by torch in float32, weights and ``x`` as the kernels see them."""
     up, down = experts.weights(expert)
     return _torch_activate(experts.seen(x) @ up.T) @ down.T
 
 
-def _hold(what: str, found: Tensor, expected: Tensor) -> None:
-    """Quantising the activation to FP8 alone makes an error of 2 to 3% of the output's norm."""
+def hold(what: str, found: Tensor, expected: Tensor) -> None:
+    """Is it torch's but for FP8? Quantising the activation alone makes an error of 2 to 3% of the output's norm.
+
+    Raises:
+        RuntimeError: with the error found and the one allowed.
+    """
     error = float((found.float() - expected).norm() / expected.norm())
     if not error <= 0.06:
         text = f"the {what} differs from torch's by {error:.3f} of its norm, at most 0.06 is right"
@@ -281,10 +311,11 @@ def _torch_quantise(x: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
 
 
 # Where sglang 0.5.13 to 0.5.23 have them.
-_QUANTISE = (
+QUANTISE = (
     "sglang.kernels.ops.quantization.fp8_kernel:sglang_per_token_group_quant_fp8",
     "sglang.srt.layers.quantization.fp8_kernel:sglang_per_token_group_quant_fp8",
 )
+"""Places of sglang's quantisation, ``module:name``, for ``first_working``."""
 _ACTIVATE = (
     "sglang.kernels.ops.activation:silu_and_mul",
     "sglang.jit_kernel.activation:silu_and_mul",
@@ -304,8 +335,8 @@ def _tools() -> Tools:
     def activates(function: Any) -> bool:
         return torch.allclose(function(x).float(), _torch_activate(x.float()), atol=0.02, rtol=0.02)
 
-    quantise, lacks_one = _first(_QUANTISE, quantises)
-    activate, lacks_other = _first(_ACTIVATE, activates)
+    quantise, lacks_one = first_working(QUANTISE, quantises)
+    activate, lacks_other = first_working(_ACTIVATE, activates)
     lacks = [reason for reason in (lacks_one, lacks_other) if reason]
     words = "sglang's quantisation and activation"
     if lacks:
@@ -320,10 +351,11 @@ def _tools() -> Tools:
         sglang_quantise if quantise else _torch_quantise,
         activate or _torch_activate,
         words,
+        of_sglang=not lacks,
     )
 
 
-def _first(places: Sequence[str], works: Callable[[Any], bool]) -> tuple[Any, str]:
+def first_working(places: Sequence[str], works: Callable[[Any], bool]) -> tuple[Any, str]:
     """The first function that can be imported and works, or None; and why none does."""
     reasons = []
     for place in places:
