@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -18,7 +19,7 @@ from waterfill_rs import (
     calibrate_timing,
     cost_models,
 )
-from waterfill_rs.calibrate import GROUP, Dispatched, Plan, Times, machine_from, measure, table
+from waterfill_rs.calibrate import GROUP, Dispatched, Job, Plan, Times, machine_from, measure, table
 from waterfill_rs.calibrate_kernels import (
     Bf16Experts,
     check,
@@ -28,7 +29,9 @@ from waterfill_rs.calibrate_kernels import (
 from waterfill_rs.cli import main
 from waterfill_rs.machine import Machine
 
-PLAN = Plan(dense_tokens=(64, 512), tiles=(1, 2, 4), dispatch_tokens=(), batches=1)
+PLAN = Plan(
+    dense_tokens=(64, 512), tiles=(1, 2, 4), dispatch_tokens=(64,), prefill_tokens=(512,), batches=1
+)
 
 
 class FakeExperts:
@@ -87,7 +90,7 @@ def test_every_point_is_timed_through_all_experts():
 def test_a_machine_s_model_gives_the_times_back():
     times, _, _ = measured()
     machine = machine_from(
-        "GPU", "a test", SHAPE, times, Dispatched(4, 8, {64: 30.0, 128: 29.0}), 5.0
+        "GPU", "a test", SHAPE, times, Dispatched(4, 8, {64: 30.0, 128: 29.0}, "no room"), 5.0
     )
     assert (machine.call_us, machine.active_expert_us) == (20, 10)
     for (experts, rows), us in times.grouped.items():
@@ -109,8 +112,10 @@ def test_noise_does_not_make_a_machine_that_cannot_be():
 
 def test_the_table_shows_every_time():
     times, _, _ = measured()
-    machine = machine_from("GPU", "a test", SHAPE, times, Dispatched(4, 8, {64: 31.5}), 5.2)
-    lines = list(table(machine, times, Dispatched(4, 8, {64: 31.5})))
+    dispatched = Dispatched(4, 8, {64: 31.5}, "no room")
+    machine = machine_from("GPU", "a test", SHAPE, times, dispatched, 5.2)
+    lines = list(table(machine, times, dispatched))
+    assert "prefill was not measured: no room" in lines
     assert ["128", "30.0", "40.0", "60.0", "100.0"] in [line.split() for line in lines]
     assert ["256", "36.4", "-", "-", "151.2"] in [line.split() for line in lines]
     assert ["64", "31.5"] in [line.split() for line in lines]
@@ -174,24 +179,76 @@ def test_the_first_helper_that_works_is_taken():
     assert found is None and reason.startswith("f of no_such: ModuleNotFoundError")
 
 
-def job(ranks, tokens):
-    return calibrate_dispatch._Job(ranks, 128, 2, 8, tokens, 0)
+def prefill_lines(prefill):
+    times, _, _ = measured()
+    dispatched = Dispatched(4, 8, {64: 31.5}, prefill)
+    machine = machine_from("GPU", "a test", SHAPE, times, dispatched, 5.2)
+    assert machine.prefill_us == tuple((n, *pair) for n, pair in sorted(prefill.items()))
+    return list(table(machine, times, dispatched))
 
 
-def test_dispatch_collects_its_ranks_times_and_failures():
+def test_the_table_says_from_how_many_tokens_on_prefill_overlaps():
+    slower, faster = (1200.0, 1000.0), (900.0, 1000.0)
+    lines = prefill_lines({8192: faster, 1024: slower, 4096: slower})
+    assert lines[-1] == (
+        "by these figures prefill is fused, from 8192 tokens a rank on it overlaps"
+    )
+    rows = [line.split() for line in lines[-4:-1]]
+    assert rows[0] == ["1024", "1200.0", "1000.0", "1.200"]
+    assert rows[2] == ["8192", "900.0", "1000.0", "0.900"]
+    never, always = prefill_lines({512: slower})[-1], prefill_lines({512: faster})[-1]
+    assert never == "by these figures prefill is fused at any number of tokens"
+    assert always == "by these figures prefill overlaps at any number of tokens"
+
+
+def job(dispatch=(64, 128), prefill=(512,)):
+    return Job(2, 128, 128, 2, 8, dispatch, prefill, 0)
+
+
+def collected(job, work):
     said = []
-    times = calibrate_dispatch._collect(job(2, (64, 128)), dispatch_ranks.report_times, said.append)
-    assert times == {64: 66.0, 128: 130.0} and len(said) == 2
-    failed = calibrate_dispatch._collect(job(2, (64,)), dispatch_ranks.fail_on_rank_1, said.append)
-    assert failed == "rank 1: OSError: no NVLink"
-    died = calibrate_dispatch._collect(job(2, (64,)), dispatch_ranks.die_on_rank_1, said.append)
-    assert died == "a rank's process ended with code 3"
+    return calibrate_dispatch._collect(job, work, said.append), said
+
+
+def test_dispatch_collects_its_ranks_times():
+    found, said = collected(job(), dispatch_ranks.report_times)
+    assert found == Dispatched(2, 2, {64: 66.0, 128: 130.0}, {512: (514.0, 256.0)})
+    assert len(said) == 4 and said[2] == "the forms agree"
+
+
+@pytest.mark.parametrize(
+    ("work", "reason"),
+    [
+        (dispatch_ranks.fail_on_rank_1, "rank 1: OSError: no NVLink"),
+        (dispatch_ranks.die_on_rank_1, "a rank's process ended with code 3"),
+    ],
+)
+def test_dispatch_that_fails_says_why(work, reason):
+    assert collected(job(), work)[0] == reason
+
+
+@pytest.mark.parametrize(
+    ("work", "reason"),
+    [
+        (dispatch_ranks.fail_in_prefill, "rank 0: RuntimeError: forms differ"),
+        (dispatch_ranks.die_in_prefill, "a rank's process ended with code 3"),
+        (dispatch_ranks.no_memory, "not even 512 tokens a rank fit into memory"),
+    ],
+)
+def test_prefill_that_fails_does_not_cost_dispatch(work, reason):
+    assert collected(job(), work)[0] == Dispatched(2, 2, {64: 66.0, 128: 130.0}, reason)
+
+
+def test_ranks_that_hang_are_ended(monkeypatch):
+    monkeypatch.setattr(calibrate_dispatch, "_SILENT_S", 0)
+    found, _ = collected(job(), dispatch_ranks.fail_on_rank_1)
+    assert found == "the ranks' processes reported nothing for 0 s"
 
 
 def test_dispatch_that_cannot_be_measured_says_why(monkeypatch):
     def reason(gpus, experts=256):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        return calibrate_dispatch.measure(128, 2, experts, (64,), print)
+        return calibrate_dispatch.measure(SHAPE, 2, experts, PLAN, print)
 
     assert reason(1) == "1 GPU visible, and 256 experts over 2, 4 or 8 are needed"
     assert reason(3, experts=255) == "3 GPUs visible, and 255 experts over 2, 4 or 8 are needed"
@@ -244,16 +301,24 @@ def test_the_command_runs_as_a_module():
     assert "--quick" in done.stdout
 
 
-def test_the_whole_command_with_a_gpu_that_is_not_there(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(calibrate, "_gpu", lambda: "NVIDIA Test")
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A GPU that is not there, and how many of it are visible."""
     experts = FakeExperts()
     experts.description = "fake kernels"
+    monkeypatch.setattr(calibrate, "_gpu", lambda: "NVIDIA Test")
     monkeypatch.setattr(calibrate_kernels, "make", lambda *shape: experts)
     monkeypatch.setattr(calibrate_kernels, "check", lambda *_: None)
     monkeypatch.setattr(calibrate, "_inputs", lambda hidden: lambda tokens: tokens)
     monkeypatch.setattr(calibrate_timing, "GpuTimer", lambda batches: fake_timer([]))
     monkeypatch.setattr(calibrate_timing, "launch_us", lambda: 4.5)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
+    monkeypatch.setitem(sys.modules, "deep_ep", ModuleType("deep_ep"))
+    return lambda gpus: monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+
+def test_the_whole_command_with_a_gpu_that_is_not_there(tmp_path, capsys, no_gpu):
+    no_gpu(1)
     path = tmp_path / "gpu.json"
     assert main(["calibrate", "--quick", "--json", str(path), "--hidden", "256"]) == 0
     printed = capsys.readouterr()
@@ -262,8 +327,23 @@ def test_the_whole_command_with_a_gpu_that_is_not_there(tmp_path, capsys, monkey
     machine = Machine.load(path)
     assert (machine.name, machine.shape, machine.launch_us) == ("NVIDIA Test", (256, 2048), 4.5)
     assert "fake kernels" in machine.source
+    assert (machine.dispatch_us, machine.prefill_us) == ((), ())
     assert json.loads(path.read_text())["version"] == 1
     assert cost_models.parse(str(path)).cost(128) == 10e6
+
+
+def test_the_whole_command_with_two_gpus_that_are_not_there(tmp_path, capsys, no_gpu, monkeypatch):
+    no_gpu(2)
+    monkeypatch.setattr(calibrate_dispatch, "_rank", dispatch_ranks.report_times)
+    path = tmp_path / "gpu.json"
+    assert main(["calibrate", "--quick", "--json", str(path)]) == 0
+    printed = capsys.readouterr()
+    assert "prefill, 4096 tokens a rank: overlapped 4098.0 us, fused 2048.0 us" in printed.err
+    assert "by these figures prefill is fused at any number of tokens" in printed.out
+    machine = Machine.load(path)
+    assert machine.dispatch_us[0] == (256, 258.0) and machine.dispatch_ranks == 2
+    tokens = (1024, 4096, 8192)
+    assert machine.prefill_us == tuple((n, n + 2.0, n / 2) for n in tokens)
 
 
 class FakeGpu:

@@ -1,13 +1,14 @@
-"""``waterfill-rs calibrate``: what this machine's GPU takes for a dense MLP, for a grouped GEMM and for dispatch."""
+"""``waterfill-rs calibrate``: what this machine's GPU takes for a dense MLP, a grouped GEMM, dispatch, and a layer's prefill."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from waterfill_rs.machine import Curve, Machine
 if TYPE_CHECKING:
     from waterfill_rs.calibrate_kernels import Experts
 
-__all__ = ["GROUP", "Dispatched", "Plan", "Times", "add_command", "machine_from", "measure"]
+__all__ = ["GROUP", "Dispatched", "Job", "Plan", "Times", "add_command", "machine_from", "measure"]
 
 GROUP = 8
 """Experts of the largest measured grouped call."""
@@ -36,6 +37,7 @@ class Plan:
     tiles: Sequence[int]
     """Rows of an expert, in units of the grouped GEMM's alignment, the first 1."""
     dispatch_tokens: Sequence[int]
+    prefill_tokens: Sequence[int]
     batches: int
     """How many times each is timed; the median counts."""
 
@@ -44,12 +46,14 @@ FULL = Plan(
     dense_tokens=(64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
     tiles=(1, 2, 4, 8, 16, 32),
     dispatch_tokens=(64, 256, 1024, 2048, 4096, 8192),
+    prefill_tokens=(512, 1024, 2048, 4096, 8192, 16384),
     batches=15,
 )
 QUICK = Plan(
     dense_tokens=(64, 512, 2048, 8192),
     tiles=(1, 4, 16),
     dispatch_tokens=(256, 2048, 8192),
+    prefill_tokens=(1024, 4096, 8192),
     batches=7,
 )
 
@@ -65,12 +69,34 @@ class Times:
 
 
 @dataclass(frozen=True)
+class Job:
+    """What the ranks' processes measure, all alike."""
+
+    ranks: int
+    hidden: int
+    intermediate: int
+    top_k: int
+    experts: int
+    dispatch_tokens: Sequence[int]
+    prefill_tokens: Sequence[int]
+    port: int
+    """Of 127.0.0.1, where they meet."""
+
+    def with_experts(self, experts: int) -> Job:
+        """The same over other ``experts``."""
+        return replace(self, experts=experts)
+
+
+@dataclass(frozen=True)
 class Dispatched:
-    """Measured microseconds of dispatch, by tokens a rank."""
+    """Measured microseconds between GPUs, by tokens a rank."""
 
     ranks: int
     top_k: int
     times: dict[int, float]
+    """Of dispatch."""
+    prefill: dict[int, tuple[float, float]] | str
+    """Of a layer in prefill, overlapped and fused; or in words why it was not measured."""
 
 
 def add_command(commands: Any) -> None:
@@ -80,8 +106,12 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--json", type=Path, help="write the figures, for --cost-model and others")
     parser.add_argument("--hidden", type=int, default=7168, help="width of a token (7168)")
     parser.add_argument("--intermediate", type=int, default=2048, help="width of an expert (2048)")
-    parser.add_argument("--top-k", type=int, default=8, help="dispatch: experts a token (8)")
-    parser.add_argument("--experts", type=int, default=256, help="dispatch: experts (256)")
+    parser.add_argument(
+        "--top-k", type=int, default=8, help="dispatch and prefill: experts a token (8)"
+    )
+    parser.add_argument(
+        "--experts", type=int, default=256, help="dispatch and prefill: experts (256)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer points, half the time")
     parser.set_defaults(run=_run)
 
@@ -112,7 +142,7 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     del experts
     dispatched: Dispatched | str = calibrate_dispatch.measure(
-        hidden, arguments.top_k, arguments.experts, plan.dispatch_tokens, _say
+        (hidden, intermediate), arguments.top_k, arguments.experts, plan, _say
     )
     machine = machine_from(name, source, (hidden, intermediate), times, dispatched, launch)
     for line in table(machine, times, dispatched):
@@ -254,7 +284,14 @@ def machine_from(
         dispatch_ranks=known.ranks if known else None,
         dispatch_top_k=known.top_k if known else None,
         launch_us=None if launch_us is None else round(launch_us, 2),
+        prefill_us=_prefill(known.prefill) if known else (),
     )
+
+
+def _prefill(times: dict[int, tuple[float, float]] | str) -> tuple[tuple[int, float, float], ...]:
+    if isinstance(times, str):
+        return ()
+    return tuple((tokens, round(o, 1), round(f, 1)) for tokens, (o, f) in sorted(times.items()))
 
 
 def _rising(times: dict[int, float]) -> Curve:
@@ -285,14 +322,45 @@ def table(machine: Machine, times: Times, dispatched: Dispatched | str) -> Itera
     yield ""
     over = f"dispatch over {dispatched.ranks} ranks, top {dispatched.top_k}"
     yield from _columns(("tokens", over), machine.dispatch_us)
+    if isinstance(dispatched.prefill, str):
+        yield f"prefill was not measured: {dispatched.prefill}"
+        return
+    yield ""
+    yield f"a layer's prefill over {dispatched.ranks} ranks, tokens a rank, shared expert overlapped or fused"
+    yield from _columns(
+        ("tokens", "overlapped", "fused", "ratio"),
+        [(tokens, o, f, f"{o / f:.3f}") for tokens, o, f in machine.prefill_us],
+    )
+    yield _steps(machine, dispatched.ranks)
 
 
-def _columns(header: Sequence[str], lines: Iterable[Sequence[float | None]]) -> Iterable[str]:
+def _steps(machine: Machine, ranks: int) -> str:
+    """From how many tokens on prefill overlaps, in words."""
+    words = {True: "overlaps", False: "is fused"}
+    answers = [
+        (tokens, machine.prefill_overlaps(tokens, ranks)) for tokens, _, _ in machine.prefill_us
+    ]
+    changes = [
+        f", from {tokens} tokens a rank on it {words[bool(overlaps)]}"
+        for (_, before), (tokens, overlaps) in itertools.pairwise(answers)
+        if overlaps != before
+    ]
+    first = f"by these figures prefill {words[bool(answers[0][1])]}"
+    return first + ("".join(changes) or " at any number of tokens")
+
+
+def _columns(header: Sequence[str], lines: Iterable[Sequence[float | str | None]]) -> Iterable[str]:
     widths = [max(10, len(cell) + 2) for cell in header]
     yield "".join(cell.rjust(width) for cell, width in zip(header, widths, strict=True))
     for rows, *rest in lines:
-        cells = [f"{rows}", *("-" if us is None else f"{us:.1f}" for us in rest)]
+        cells = [f"{rows}", *map(_cell, rest)]
         yield "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+
+
+def _cell(us: float | str | None) -> str:
+    if isinstance(us, str):
+        return us
+    return "-" if us is None else f"{us:.1f}"
 
 
 def _say(text: str) -> None:

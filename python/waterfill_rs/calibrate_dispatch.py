@@ -1,4 +1,7 @@
-"""DeepEP's dispatch in normal mode between this machine's GPUs, one process each, timed as sglang calls it."""
+"""DeepEP's dispatch in normal mode between this machine's GPUs, one process each, timed as sglang calls it.
+
+The same processes then time a layer's prefill, see ``calibrate_prefill``.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +9,35 @@ import queue
 import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from waterfill_rs.calibrate import Dispatched
+from waterfill_rs.calibrate import Dispatched, Job, Plan
 
 __all__ = ["measure"]
 
-_LONGEST_S = 120
+_SILENT_S = 180  # New kernels are compiled between two reports.
 _WARM = 3
 _TIMED = 15
 _HEAD_START_US = 300  # In which the host launches what is timed.
 
+Work = Callable[[int, Job, Any], None]
+"""What a rank's process does: rank, job and the queue of reports, each ``(part, tokens, result)``, or words that say what failed.
 
-@dataclass(frozen=True)
-class _Job:
-    ranks: int
-    hidden: int
-    top_k: int
-    experts: int
-    tokens: Sequence[int]
-    port: int
+Parts are ``dispatch``, ``prefill``, ``said`` with words as its result, and ``end``.
+"""
 
 
 def measure(
-    hidden: int, top_k: int, experts: int, tokens: Sequence[int], say: Callable[[str], None]
+    shape: tuple[int, int], top_k: int, experts: int, plan: Plan, say: Callable[[str], None]
 ) -> Dispatched | str:
-    """Dispatch of FP8 tokens by ``tokens`` a rank, over 8, 4 or 2 GPUs; the slowest rank's time counts.
+    """Dispatch of FP8 tokens by tokens a rank, over 8, 4 or 2 GPUs, and a layer's prefill; the slowest rank's time counts.
 
     Layout, exchange of counts and transfer are in it. In words why, where it cannot be measured.
+
+    Args:
+        shape: ``(hidden, intermediate)`` of an expert.
     """
     import torch
 
@@ -51,16 +52,43 @@ def measure(
     except Exception as error:  # Its import compiles and checks libraries, and fails in many ways.
         return f"deep_ep cannot be imported ({_line(error)})"
     torch.cuda.empty_cache()
-    job = _Job(ranks, hidden, top_k, experts, tokens, _free_port())
+    tokens = plan.dispatch_tokens, plan.prefill_tokens
+    job = Job(ranks, *shape, top_k, experts, *tokens, _free_port())
     say(f"dispatch between {ranks} GPUs: starting a process on each")
-    times = _collect(job, _rank, say)
-    return times if isinstance(times, str) else Dispatched(ranks, top_k, times)
+    return _collect(job, _rank, say)
 
 
-def _collect(
-    job: _Job, work: Callable[[int, _Job, Any], None], say: Callable[[str], None]
-) -> dict[int, float] | str:
-    """Run ``work`` in a process a rank. Rank 0 reports each time; the first error, death or the time limit ends all."""
+def _collect(job: Job, work: Work, say: Callable[[str], None]) -> Dispatched | str:
+    """Run ``work`` in a process a rank. The first error, death or long silence ends all; dispatch that was measured is kept."""
+    dispatch: dict[int, float] = {}
+    prefill: dict[int, tuple[float, float]] = {}
+    failed = ""
+    try:
+        for part, tokens, result in _reports(job, work):
+            if part == "said":
+                say(result)
+            elif part == "dispatch":
+                dispatch[tokens] = result
+                say(f"dispatch, {tokens} tokens a rank: {result:.1f} us")
+            else:
+                prefill[tokens] = result
+                text = "overlapped {:.1f} us, fused {:.1f} us a layer".format(*result)
+                say(f"prefill, {tokens} tokens a rank: {text}")
+    except RuntimeError as error:
+        failed = str(error)
+    if failed and len(dispatch) < len(job.dispatch_tokens):
+        return failed
+    if not failed and not prefill:
+        failed = f"not even {min(job.prefill_tokens)} tokens a rank fit into memory"
+    return Dispatched(job.ranks, job.top_k, dispatch, failed or prefill)
+
+
+def _reports(job: Job, work: Work) -> Iterator[tuple[str, int, Any]]:
+    """What the ranks' processes report until the end.
+
+    Raises:
+        RuntimeError: a rank failed, or nothing came for long.
+    """
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
@@ -69,45 +97,51 @@ def _collect(
         context.Process(target=_reporting, args=(work, rank, job, reports), daemon=True)
         for rank in range(job.ranks)
     ]
-    times: dict[int, float] = {}
-    deadline = time.monotonic() + _LONGEST_S
     try:
         for process in processes:
             process.start()
-        while len(times) < len(job.tokens):
-            try:
-                found = reports.get(timeout=1)
-            except queue.Empty:
-                dead = [p.exitcode for p in processes if p.exitcode]
-                if dead:
-                    return f"a rank's process ended with code {dead[0]}"
-                if time.monotonic() > deadline:
-                    return f"not done in {_LONGEST_S} s"
-                continue
-            if isinstance(found, str):
-                return found
-            tokens, times[tokens] = found
-            say(f"dispatch, {tokens} tokens a rank: {times[tokens]:.1f} us")
+        while (found := _next(reports, processes))[0] != "end":
+            yield found
         for process in processes:
             process.join(10)
     finally:
         for process in processes:
             if process.is_alive():
                 process.kill()
-    return times
 
 
-def _reporting(work: Callable[[int, _Job, Any], None], rank: int, job: _Job, reports: Any) -> None:
+def _next(reports: Any, processes: Sequence[Any]) -> tuple[str, int, Any]:
+    deadline = time.monotonic() + _SILENT_S
+    while time.monotonic() < deadline:
+        try:
+            found = reports.get(timeout=1)
+        except queue.Empty:
+            dead = [p.exitcode for p in processes if p.exitcode]
+            if dead:
+                raise RuntimeError(f"a rank's process ended with code {dead[0]}") from None
+            continue
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        part, tokens, result = found
+        return part, tokens, result
+    raise RuntimeError(f"the ranks' processes reported nothing for {_SILENT_S} s")
+
+
+def _reporting(work: Work, rank: int, job: Job, reports: Any) -> None:
     try:
         work(rank, job, reports)
-    except Exception as error:  # Whatever it is, rank 0's process has to hear of it.
+    except Exception as error:  # Whatever it is, the command has to hear of it.
         reports.put(f"rank {rank}: {_line(error)}")
 
 
-def _rank(rank: int, job: _Job, reports: Any) -> None:
+def _rank(rank: int, job: Job, reports: Any) -> None:
     import deep_ep
     import torch
     from torch import distributed
+
+    def report(part: str, tokens: int, result: Any) -> None:
+        if rank == 0:
+            reports.put((part, tokens, result))
 
     torch.cuda.set_device(rank)
     torch.manual_seed(rank)
@@ -120,17 +154,19 @@ def _rank(rank: int, job: _Job, reports: Any) -> None:
     buffer = deep_ep.Buffer(group, max(hints), 0)
     id_type = getattr(deep_ep, "topk_idx_t", torch.int64)
     _check(buffer, _tokens(job, 256, id_type), job)
-    for count in job.tokens:
+    for count in job.dispatch_tokens:
         batch = _tokens(job, count, id_type)
-        us = _slowest(partial(_dispatch, buffer, batch, job))
-        if rank == 0:
-            reports.put((count, us))
+        report("dispatch", count, _slowest(partial(_dispatch, buffer, batch, job)))
+    from waterfill_rs import calibrate_prefill  # It loads more of torch than dispatch needs.
+
+    calibrate_prefill.measure(job, rank, buffer, id_type, report)
+    report("end", 0, None)
     distributed.barrier(device_ids=[rank])  # Without them torch warns on the terminal.
     torch.cuda.synchronize()
     distributed.destroy_process_group()
 
 
-def _tokens(job: _Job, count: int, id_type: Any) -> tuple[Any, Any, Any]:
+def _tokens(job: Job, count: int, id_type: Any) -> tuple[Any, Any, Any]:
     """FP8 tokens with their scales, ids ``[count, K]`` of distinct experts evenly drawn, and weights."""
     import torch
 
@@ -143,7 +179,7 @@ def _tokens(job: _Job, count: int, id_type: Any) -> tuple[Any, Any, Any]:
     return (values, scales.contiguous()), ids.to(id_type), weights
 
 
-def _dispatch(buffer: Any, batch: tuple[Any, Any, Any], job: _Job) -> Any:
+def _dispatch(buffer: Any, batch: tuple[Any, Any, Any], job: Job) -> Any:
     x, ids, weights = batch
     per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, job.experts)
     return buffer.dispatch(
@@ -158,7 +194,7 @@ def _dispatch(buffer: Any, batch: tuple[Any, Any, Any], job: _Job) -> Any:
     )
 
 
-def _check(buffer: Any, batch: tuple[Any, Any, Any], job: _Job) -> None:
+def _check(buffer: Any, batch: tuple[Any, Any, Any], job: Job) -> None:
     """A token comes back from combine as often as ranks had it, so its sum over them is known."""
     import torch
 

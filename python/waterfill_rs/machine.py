@@ -83,8 +83,8 @@ class Machine:
         launch = self.launch_us
         _check(launch is None or _time(launch), "launch_us", self, "a time above 0, or null")
         object.__setattr__(self, "prefill_us", _pairs(self.prefill_us))
-        fits = not self.prefill_us or self.dispatch_ranks
-        _check(fits, "prefill_us", self, "none of them where there is no dispatch_ranks")
+        fits = bool(self.dispatch_us) or not self.prefill_us
+        _check(fits, "prefill_us", self, "none of them where there is no dispatch_us")
 
     @property
     def call_us(self) -> float:

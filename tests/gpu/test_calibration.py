@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 
@@ -9,7 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from waterfill_rs import calibrate_kernels, calibrate_timing, cost_models
+from waterfill_rs import calibrate_dispatch, calibrate_kernels, calibrate_timing, cost_models
+from waterfill_rs.calibrate import Plan
 from waterfill_rs.cli import main
 from waterfill_rs.machine import Machine
 
@@ -61,3 +63,25 @@ def test_the_kernels_agree_with_torch():
         alone = experts.dense(x[rows].contiguous(), expert)
         assert math.isfinite(float(alone.float().norm()))
         assert (out[rows] - alone).float().norm() < 0.02 * alone.float().norm()
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2 or importlib.util.find_spec("deep_ep") is None,
+    reason="a layer over DeepEP needs deep_ep and two GPUs",
+)
+@pytest.mark.parametrize("experts", [16, 256])
+def test_a_layer_s_prefill_is_timed_both_ways(experts, capfd):
+    """The processes compare the two forms with torch before they time them, and say so."""
+    plan = Plan((), (), dispatch_tokens=(256,), prefill_tokens=(512, 4096), batches=1)
+    said: list[str] = []
+    found = calibrate_dispatch.measure((HIDDEN, INTERMEDIATE), 6, experts, plan, said.append)
+    assert not isinstance(found, str), found
+    assert not isinstance(found.prefill, str), found.prefill
+    local = min(experts // found.ranks, 32)
+    assert f"a layer of {found.ranks} x {local} experts is the same fused and overlapped" in said
+    assert set(found.prefill) == {512, 4096}
+    for overlapped, fused in found.prefill.values():
+        assert fused > found.times[256] / 2  # Dispatch is in it.
+        assert 0.5 < overlapped / fused < 2
+    assert found.prefill[4096][1] > found.prefill[512][1]
+    assert "barrier()" not in capfd.readouterr().err
