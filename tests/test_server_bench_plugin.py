@@ -358,6 +358,20 @@ def test_routing_is_forced_after_the_router(tmp_path):
     assert bench.force(router, layer_id=None) is router
 
 
+def module_of(parameters):
+    """A module with these parameters by their dotted names."""
+    root = torch.nn.Module()
+    for name, value in parameters.items():
+        *path, own = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        module.register_parameter(own, torch.nn.Parameter(value, requires_grad=False))
+    return root
+
+
 def test_weights_are_sane_and_depend_on_their_name_alone():
     def weights_of():
         names = {
@@ -366,10 +380,10 @@ def test_weights_are_sane_and_depend_on_their_name_alone():
             "e_score_correction_bias": torch.float32, "o_proj": torch.bfloat16,
         }  # fmt: skip
         state = {name: torch.zeros((2, 4, 8), dtype=dtype) for name, dtype in names.items()}
-        weights.fill(
-            SimpleNamespace(state_dict=lambda: state | {"place": torch.zeros(2, dtype=int)}), seed=5
-        )
-        return {name: value.float() for name, value in state.items()}
+        model = module_of(state)
+        model.register_buffer("place", torch.zeros(2, dtype=int))
+        weights.fill(model, seed=5)
+        return {name: value.float() for name, value in model.state_dict().items()}
 
     one, other = weights_of(), weights_of()
     assert all((one[name] == other[name]).all() for name in one)
@@ -377,6 +391,46 @@ def test_weights_are_sane_and_depend_on_their_name_alone():
     assert (one["w13_weight_scale_inv"] == torch.tensor(weights.SCALE)).all()
     assert 0.5 < one["w13_weight"].abs().max() <= 1 and one["w13_weight"].unique().numel() > 20
     assert one["o_proj"].abs().max() <= 0.041 and one["a.mlp.gate.weight"].abs().max() < 0.2
+    assert (one["place"] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_a_fused_shared_expert_has_the_weights_of_the_dense_one(dtype):
+    """Two routed experts, and the shared one as a dense MLP or as the third slot."""
+    shapes = {"w13": (8, 4), "w2": (4, 4)}
+
+    def stacks(slots):
+        return {
+            f"0.mlp.experts.{stack}_{name}": torch.zeros((slots, *shape), dtype=kind)
+            for stack, shape in shapes.items()
+            for name, kind in (("weight", dtype), ("weight_scale_inv", torch.float32))
+        }
+
+    def filled(parameters, fused):
+        model = module_of(parameters)
+        model.get_submodule("0.mlp.experts").num_fused_shared_experts = fused
+        weights.fill(model)
+        return {name: value.float() for name, value in model.state_dict().items()}
+
+    linear = {"w13": "gate_up_proj", "w2": "down_proj"}
+    dense = {
+        f"0.mlp.shared_experts.{linear[stack]}.{name}": torch.zeros(shape, dtype=kind)
+        for stack, shape in shapes.items()
+        for name, kind in (("weight", dtype), ("weight_scale_inv", torch.float32))
+    }
+    off, fused = filled(stacks(2) | dense, 0), filled(stacks(3), 1)
+    for stack, layer in linear.items():
+        for name in ("weight", "weight_scale_inv"):
+            slots = fused[f"0.mlp.experts.{stack}_{name}"]
+            assert slots[:2].equal(off[f"0.mlp.experts.{stack}_{name}"])
+            assert slots[2].equal(off[f"0.mlp.shared_experts.{layer}.{name}"])
+        weight = fused[f"0.mlp.experts.{stack}_weight"]
+        assert not weight[2].equal(weight[0]) and weight[2].abs().max() > 0
+    # What is not fused has as many routed slots as there are.
+    third = filled(stacks(3), 0)["0.mlp.experts.w2_weight"][2]
+    assert not third.equal(fused["0.mlp.experts.w2_weight"][2])
+    with pytest.raises(ValueError, match=r"0\.mlp\.experts has 2 fused shared experts"):
+        filled(stacks(4), 2)
 
 
 def test_an_engine_runs_rounds_and_tells_failures(control, tmp_path):
