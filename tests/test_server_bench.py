@@ -270,10 +270,13 @@ def test_engines_that_do_not_fit_take_turns():
         modes.engines("decode", ["off", "sglang-dynamic"])
     assert model.config(64, 6, 26)["num_hidden_layers"] == 27
     # 442 experts of 24 MiB.
-    assert model.gib_an_engine(26, 64, 4) == pytest.approx(442 * 24 / 1024 + 7.5)
+    assert model.gib_an_engine(26, 64, 4, False) == pytest.approx(442 * 24 / 1024 + 7.5)
     # 95% of 80 GiB are two of 858 experts, and three of 693.
-    assert [model.engines_that_fit(80, layers, 64, 2) for layers in (26, 21)] == [2, 3]
-    assert model.engines_that_fit(1, 26, 64, 2) == 1
+    assert [model.engines_that_fit(80, layers, 64, 2, False) for layers in (26, 21)] == [2, 3]
+    assert model.engines_that_fit(1, 26, 64, 2, False) == 1
+    # With graphs an engine of 22 layers held 26.4 GiB, and three of them did not fit on an H100 of 79.6.
+    assert 26.4 < model.gib_an_engine(22, 64, 2, True) < 28
+    assert model.engines_that_fit(79.6, 22, 64, 2, True) == 2
 
 
 def test_each_engine_has_the_settings_that_make_its_mode():

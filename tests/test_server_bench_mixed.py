@@ -259,11 +259,13 @@ def test_layers_are_as_many_as_let_all_engines_be_up(monkeypatch, capsys):
 
     three = found()
     assert three.layers == 22 == three.recordings[0].layers and len(three.plans) == 3
-    assert "22 MoE layers: 3 engines fit on 80 GiB so" in capsys.readouterr().out
+    assert "prefill: 22 MoE layers let 3 engines be on 80 GiB" in capsys.readouterr().out
     assert phases.together(SimpleNamespace(**shape), [three]) == 3
     # Six would have fewer than eight layers: four at once then, and two starts.
     six = found(prefill=None, decode="8")
-    assert len(six.plans) == 6 and six.layers == 14
+    assert len(six.plans) == 6 and six.layers == 11
     assert phases.together(SimpleNamespace(**shape), [six]) == 4
+    three = found(prefill=None, decode="8", modes="off,overlap,auto")
+    assert three.layers == 19 and phases.together(SimpleNamespace(**shape), [three]) == 3
     assert found(layers=26).layers == 26 and found(apart=True).layers == 26
     assert found(ranks=1, modes="off,auto", apart=True).layers == 26

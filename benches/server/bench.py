@@ -21,7 +21,6 @@ class Bench:
 
     Args:
         apart: one engine after the other, in place of all at once.
-        together: how many fit.
         most: no more sweeps or mixed rounds of a phase than these, where there is time for more.
         save_results: called after every one of them.
         logs: engines' logs go there.
@@ -31,19 +30,22 @@ class Bench:
         self,
         space: workspace.Workspace,
         logs: Path,
-        together: int,
         apart: bool,
         most: int | None,
         save_results: Callable[[], None],
     ) -> None:
-        self._space, self._together, self._apart, self._most = space, together, apart, most
+        self._space, self._apart, self._most = space, apart, most
         self._save = save_results
         self.engines = Engines(space, logs)
 
-    def run(self, phases: Sequence[Phase], clock: Clock) -> None:
-        """Measure until the clock ends, with one start of the engines for these phases; what was found is in them."""
+    def run(self, phases: Sequence[Phase], clock: Clock, together: int) -> None:
+        """Measure until the clock ends, with one start of the engines for these phases; what was found is in them.
+
+        Args:
+            together: how many engines fit on a GPU.
+        """
         plans = modes.union([phase.plans for phase in phases])
-        groups = [[plan] for plan in plans] if self._apart else modes.groups(plans, self._together)
+        groups = [[plan] for plan in plans] if self._apart else modes.groups(plans, together)
         start = self._prepared(phases)
         sweeps = dict.fromkeys((phase.name for phase in phases), 0)
         try:

@@ -203,7 +203,6 @@ def _run(options: argparse.Namespace, asked: Sequence[Phase], begin: float) -> i
         bench = Bench(
             Workspace(Path(folder)),
             logs,
-            phases.together(options, asked),
             options.apart,
             options.sweeps,
             save,
@@ -211,7 +210,8 @@ def _run(options: argparse.Namespace, asked: Sequence[Phase], begin: float) -> i
         clock = Clock(time.monotonic, begin + options.limit)
         starts = phases.starts(options, asked)
         for i, start in enumerate(starts):
-            bench.run(start, clock.part(1 / (len(starts) - i)))
+            together = phases.together(options, start)
+            bench.run(start, clock.part(1 / (len(starts) - i)), together)
     print(table.markdown([document]))
     picture = options.picture or out.with_suffix(".png")
     drawn = table.picture(document, picture)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from server import model, modes, recording, results, traffic
 from server.modes import Plan
@@ -34,21 +34,22 @@ def of_options(options: argparse.Namespace) -> list[Phase]:
     plans = {name: _plans(options, name, list(tokens)) for name in tokens}
     read = recording.read(options.recording, ranks, options.experts) if options.recording else None
     experts = read.experts if read else options.experts or EXPERTS
-    layers = options.layers or _layers(options, list(plans.values()), experts, ranks)
+    layers = options.layers or _layers(options, plans, experts, ranks)
     recordings = [read] if read else _dials(options, ranks, experts, layers)
     return [_phase(options, name, tokens[name], recordings, plans[name], layers) for name in tokens]
 
 
 def together(options: argparse.Namespace, phases: Sequence[Phase]) -> int:
-    """Engines that fit on a GPU; where its memory is not known, all."""
+    """Engines for these phases that fit on a GPU; where its memory is not known, all."""
     if options.together:
         return int(options.together)
     memory = [mib for _, mib in results.gpus()]
     if not memory:
         return len(modes.MODES)
     first = phases[0]
+    graphs = model.has_graphs(phase.name for phase in phases)
     return model.engines_that_fit(
-        min(memory) / 1024, first.layers, first.recordings[0].experts, first.ranks
+        min(memory) / 1024, first.layers, first.recordings[0].experts, first.ranks, graphs
     )
 
 
@@ -107,24 +108,34 @@ def _plans(options: argparse.Namespace, name: str, phases: Sequence[str]) -> lis
 
 
 def _layers(
-    options: argparse.Namespace, plans: Sequence[list[Plan]], experts: int, ranks: int
+    options: argparse.Namespace, plans: Mapping[str, list[Plan]], experts: int, ranks: int
 ) -> int:
-    """``LAYERS``, or as many as let all engines be up at once, or ``TURNS`` of them where that are too few layers; told
-    where it is fewer."""
-    engines = len(modes.union(plans)) if options.one_start else max(map(len, plans))
-    engines = 1 if options.apart else min(engines, options.together or engines)
+    """``LAYERS``, or as many as let all engines of each start be up at once, or ``TURNS`` of them where that are too few
+    layers; told where it is fewer. ``plans``: by phase."""
     memory = [mib / 1024 for _, mib in results.gpus()]
     if not memory:
         return LAYERS
+    fewest = LAYERS
+    for names in [list(plans)] if options.one_start else [[name] for name in plans]:
+        engines = len(modes.union([plans[name] for name in names]))
+        engines = 1 if options.apart else min(engines, options.together or engines)
+        shape = (experts, ranks, model.has_graphs(names))
+        layers, together = _most_layers(min(memory), engines, shape)
+        if layers < LAYERS:
+            print(
+                f"{'-'.join(names)}: {layers} MoE layers let {together} engines be on {min(memory):.0f} GiB"
+            )
+        fewest = min(fewest, layers)
+    return fewest
+
+
+def _most_layers(gib: float, engines: int, shape: tuple[int, int, bool]) -> tuple[int, int]:
+    """Layers, and how many of the engines are up at once with them. ``shape``: experts, ranks, whether there are graphs."""
     for together in (engines, min(engines, TURNS)):
         for layers in range(LAYERS, FEWEST_LAYERS - 1, -1):
-            if model.engines_that_fit(min(memory), layers, experts, ranks) >= together:
-                if layers < LAYERS:
-                    print(
-                        f"{layers} MoE layers: {together} engines fit on {min(memory):.0f} GiB so"
-                    )
-                return layers
-    return LAYERS
+            if model.engines_that_fit(gib, layers, *shape) >= together:
+                return layers, together
+    return LAYERS, 1
 
 
 def _dials(
