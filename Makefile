@@ -84,6 +84,7 @@ server-bench: wheel ## the wheel for a machine with 1 to 8 GPUs and sglang, and 
 	@echo "python benches/server --recording FOLDER_OF_DUMPS --prefill 1024,4096,8192 --limit 540"
 	@echo "python benches/server --recording FOLDER_OF_DUMPS --decode 8,64,128 --limit 540"
 	@echo "python benches/server --recording FOLDER_OF_DUMPS --mixed --limit 540"
+	@echo "== do engines answer what Waterfill off answers, bit for bit? --outputs, with any of these"
 	@echo "== all three with one start: --prefill 8192 --decode 8,128 --mixed --one-start --modes off,sglang,fused,auto"
 	@echo "== without a recording: --dial 1.0,1.2,1.5; what it would do, without a GPU: --dry-run --ranks 4"
 	@echo "== tables of results: python benches/server table benches/results/server-*.json"

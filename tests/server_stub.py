@@ -160,7 +160,7 @@ class Engine:
         self.ranks = [Stub(told, number) for number in range(told["ranks"])]
         self.loop = asyncio.new_event_loop()
         self.ended = False
-        self.sent = 0
+        self.sent = self.asked = 0
         threading.Thread(target=self.turns, daemon=True).start()
 
     def turns(self):
@@ -198,7 +198,11 @@ class Engine:
         while any(stub.waiting_queue or stub.running for stub in self.ranks):
             time.sleep(0.002)
 
-    async def async_generate(self, input_ids, sampling_params, routed_dp_rank):
+    async def async_generate(
+        self, input_ids, sampling_params, routed_dp_rank, return_logprob=False
+    ):
+        if return_logprob:
+            return await self.answers(input_ids, sampling_params, routed_dp_rank)
         self.sent += 1
         new = sampling_params["max_new_tokens"]
         if os.environ.get("STUB_HANGS") == self.mode and self.sent > 2 * 16:
@@ -208,6 +212,29 @@ class Engine:
         while request[1]:
             await asyncio.sleep(0.002)
         return {"meta_info": {"completion_tokens": new}}
+
+    async def answers(self, prompts, sampling_params, rank):
+        """Tokens by the prompt; ``STUB_ANSWERS``, JSON, says of modes what is wrong with theirs."""
+        requests = [[len(prompt), sampling_params["max_new_tokens"], False] for prompt in prompts]
+        self.ranks[rank].waiting_queue += requests
+        while any(request[1] for request in requests):
+            await asyncio.sleep(0.002)
+        mode, self.asked = self.ranks[0].rank.mode, self.asked + (rank == 0)
+        wrong = json.loads(os.environ.get("STUB_ANSWERS", "{}")).get(mode)
+        return [
+            self.answer(prompt, sampling_params["max_new_tokens"], wrong, i == rank == 0)
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def answer(self, prompt, new, wrong, first):
+        told = [[-1 / (3 + prompt[i]), prompt[i], None] for i in range(new)]
+        if first and (wrong == "token" or (wrong == "varies" and self.asked % 2 == 0)):
+            told[7][1] += 1
+        if first and wrong == "token":
+            told[6][0] -= 0.25
+        if wrong == "nan":
+            told[0][0] = float("nan")
+        return {"meta_info": {"output_token_logprobs": told}}
 
     def shutdown(self):
         self.ended = True

@@ -1,5 +1,6 @@
 """What the plugin of ``benches/server`` does in the processes of an engine, with stand-ins for sglang's objects; no GPU."""
 
+import inspect
 import io
 import json
 import os
@@ -465,13 +466,20 @@ def test_an_engine_runs_rounds_and_tells_failures(control, tmp_path):
             generated.append((sent, window, deadline))
             return 1.5, 30, 4
 
-    rounds = Rounds(generate, Traffic(), control, tmp_path, 2, 100, written_s=5)
+    class Answers:
+        def ask(self, prompts, new):
+            assert control.get("gate") == CLOSED and control.get("tokens") == 3 * 96
+            generated.append(([[len(prompt) for prompt in own] for own in prompts], new))
+            return ["answers"]
+
+    rounds = Rounds(generate, Traffic(), Answers(), control, tmp_path, 2, 100, written_s=5)
     off = modes.Plan("off", ("off",))
     asked = schedule.message(schedule.Cell("prefill", 128, 0, "trivial"), off, 2, 3, 0, short=True)
     send(asks, asked)
     one = traffic.Request(0.5, 1, 30, 4)
     mixed = schedule.Cell("mixed", 2048, 0, "trivial")
     send(asks, schedule.mixed_message(mixed, off, [one], 6, 0, 2.0, 9.0))
+    send(asks, schedule.answers_message(mixed, off, "off", 3, 2, 7))
     send(asks, {**asked, "round": 4, "new": 99})
     serve(Reader(commands), says, rounds)
     reader = Reader(replies)
@@ -481,12 +489,15 @@ def test_an_engine_runs_rounds_and_tells_failures(control, tmp_path):
     reply = reader.next(1)
     assert (reply["seconds"], reply["prompt_tokens"], reply["new_tokens"]) == (1.5, 30, 4)
     assert generated[1] == ([one], 2.0, 9.0)
+    assert reader.next(1)["answers"] == ["answers"]
+    assert generated[2] == ([[96] * 3] * 2, 24)
     assert reader.next(1) == {"failed": "round 4: OverflowError('too many')"}
     done.set()
     thread.join()
     begin = time.monotonic()
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] wrote no results of round 5"):
-        Rounds(generate, None, control, tmp_path, 2, 100, written_s=0.05).run({**asked, "round": 5})
+        late = Rounds(generate, None, None, control, tmp_path, 2, 100, written_s=0.05)
+        late.run({**asked, "round": 5})
     assert time.monotonic() - begin < 5
     os.close(asks)
     serve(Reader(commands), says, rounds)  # No more commands: it ends.
@@ -504,7 +515,10 @@ def test_the_hooks_fit_the_installed_sglang(tmp_path):
     known = {field.name for field in structs.fields(ServerArgs)}
     for needs in ({"prefill": [64]}, {"prefill": [64], "decode": [8], "mixed": [2048]}):
         assert set(model.arguments(needs, 2, "m", True)) <= known
-    traffic.Traffic(sglang.Engine, 100)  # One can be told which rank a request is for.
+    # One can be told which rank a request is for, and asked for logprobs.
+    assert {traffic.rank_argument(sglang.Engine), "return_logprob"} <= set(
+        inspect.signature(sglang.Engine.async_generate).parameters
+    )
     space = workspace.Workspace(tmp_path)
     (plan,) = modes.engines("prefill", ["live", "home"])
     told = space.told("e", plan, {"tp_size": 2}, {"routing": "r", "placements": 1, "longest": 8})

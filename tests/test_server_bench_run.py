@@ -223,6 +223,7 @@ def test_wrong_options_are_told(tmp_path, capsys):
             "off,home@night",
         ): "'home@night': after @ give",
         ("--dial", "1.0", "--ranks", "2", "--modes", "off@mixed"): "there is none for prefill",
+        ("--dial", "1.0", "--ranks", "2", "--modes", "auto", "--outputs"): "give it among --modes",
         ("table",): "give at least one file",
         ("table", str(tmp_path / "none.json")): "none.json: cannot be read as JSON",
     }

@@ -81,6 +81,9 @@ class Bench:
         routing = self._space.folder / f"routing-{name}.npz"
         save(routing, tables)
         needs = {phase.name: phase.tokens for phase in phases}
+        for phase in phases:
+            phase.output_prompts = model.output_prompts(needs) if phase.outputs else 0
+        answered = [phase.output_prompts * model.OUTPUT_PROMPT for phase in phases]
         return {
             "name": name,
             "needs": needs,
@@ -89,7 +92,7 @@ class Bench:
             "routing": {
                 "routing": str(routing),
                 "placements": len(tables),
-                "longest": model.longest(needs),
+                "longest": max(model.longest(needs), *answered),
             },
             "more": phases[0].engine_arguments,
             "meanwhile": lambda: _model_rows(phases),

@@ -108,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="engines on a GPU at the same time: by default what its memory holds",
     )
+    parser.add_argument(
+        "--outputs",
+        action="store_true",
+        help="before anything is timed: do engines answer what off answers, bit for bit? Only where off is among a phase's modes",
+    )
     parser.add_argument("--apart", action="store_true", help="one engine after the other")
     parser.add_argument(
         "--engine", type=json.loads, default={}, help="JSON: arguments of sglang.Engine over ours"
@@ -227,6 +232,7 @@ def _found(bench: Bench, asked: Sequence[Phase]) -> dict[str, Any]:
         "cells": [cell for phase in asked for cell in phase.as_cells()],
         "profiles": [profile for phase in asked for profile in phase.profiles],
         "mixed": [entry for phase in asked for entry in phase.as_mixed()],
+        "outputs": [entry for phase in asked for entry in phase.as_outputs()],
         "memory": [memory.entry(*names, ranks) for names, ranks in engines.memory.items()],
         "failures": list(engines.failures),
         "mismatches": [text for phase in asked for text in phase.mismatches],

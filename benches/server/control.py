@@ -10,8 +10,9 @@ MOST_RANKS = MOST_MODES = 8
 CLOSED = 2**62
 """In ``gate``: no turn of the scheduler comes to it."""
 
-TIMED, ROWS, PROFILED, MIXED = range(4)
-"""Kinds of a round: forwards are timed, rows are counted, forwards are profiled, requests come over time."""
+TIMED, ROWS, PROFILED, MIXED, ANSWERED = range(5)
+"""Kinds of a round: forwards are timed, rows are counted, forwards are profiled, requests come over time, answers are
+compared."""
 OPEN = 0
 """In ``gate``: every turn of the scheduler has come to it."""
 

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from server.control import CLOSED, MIXED, OPEN, Control
+from server.answers import Answers
+from server.control import ANSWERED, CLOSED, MIXED, OPEN, Control
 from server.modes import MODES
 from server.protocol import Closed, Reader, send
 from server.traffic import Request, Traffic
@@ -30,6 +31,7 @@ class Rounds:
     Args:
         generate: ``(prompts, new)``: answers all prompts, lists of token ids, with ``new`` tokens each.
         traffic: sends what comes over time.
+        answers: asks for what is compared.
         written_s: the longest wait for the ranks' results.
     """
 
@@ -37,26 +39,29 @@ class Rounds:
         self,
         generate: Any,
         traffic: Any,
+        answers: Any,
         control: Control,
         folder: Path,
         ranks: int,
         vocabulary: int,
         written_s: float = WRITTEN_S,
     ) -> None:
-        self._generate, self._traffic = generate, traffic
+        self._generate, self._traffic, self._answers = generate, traffic, answers
         self._control, self._folder, self._ranks = control, folder, ranks
         self._vocabulary, self._written_s = vocabulary, written_s
         self._prompts: dict[tuple[int, int], list[list[int]]] = {}
 
     def run(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """One round: see ``schedule.message`` and ``schedule.mixed_message``.
+        """One round: see ``schedule.message``, ``schedule.mixed_message`` and ``schedule.answers_message``.
 
         Raises:
             TimeoutError: a rank wrote no results.
             traffic.Unanswered: requests that came over time were not answered by their deadline.
+            RuntimeError: an answer that is compared has another number of tokens than was asked for.
         """
         self._set(asked)
-        found = self._mixed(asked) if asked["kind"] == MIXED else self._full_forwards(asked)
+        run = {MIXED: self._mixed, ANSWERED: self._answered}.get(asked["kind"], self._full_forwards)
+        found = run(asked)
         time.sleep(SETTLE_S)
         self._control.set(gate=CLOSED, requests=0, asked=asked["round"])
         return {"round": asked["round"], **found, "ranks": self._results(asked["round"])}
@@ -85,6 +90,14 @@ class Rounds:
         begin = time.monotonic()
         self._generate(prompts, asked["new"])
         return {"seconds": time.monotonic() - begin}
+
+    def _answered(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """As full forwards, each rank with prompts of its own; with the answers, rank by rank."""
+        self._control.set(requests=asked["requests"])
+        prompts = self._prompts_of(asked["requests"], asked["prompt"])
+        a_rank = asked["requests"] // self._ranks
+        by_rank = [prompts[rank * a_rank : (rank + 1) * a_rank] for rank in range(self._ranks)]
+        return {"answers": self._answers.ask(by_rank, asked["new"])}
 
     def _mixed(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Requests are let in as they come."""
@@ -154,9 +167,14 @@ def main(told_path: str, commands: str, replies_text: str) -> None:
 
     try:
         control = Control(Path(told["control"]))
-        traffic = Traffic(engine, told["vocabulary"])
         rounds = Rounds(
-            generate, traffic, control, Path(told["folder"]), told["ranks"], told["vocabulary"]
+            generate,
+            Traffic(engine, told["vocabulary"]),
+            Answers(engine),
+            control,
+            Path(told["folder"]),
+            told["ranks"],
+            told["vocabulary"],
         )
         send(replies, {"ready": time.monotonic() - begin, "sglang": sglang.__version__})
         serve(Reader(int(commands)), replies, rounds)

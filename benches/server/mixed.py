@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from server import accounts, mixed_figures
+from server import accounts, mixed_figures, outputs
 from server.engines import Engines
 from server.modes import Plan
 from server.phase import Phase
@@ -40,7 +40,7 @@ class MixedRounds:
         self._save = save_results
 
     def measure(self, group: Sequence[Plan], clock: Clock, sweep: int) -> int:
-        """Warm-up, then rounds until the clock ends. Gives the number of the next round."""
+        """Warm-up, outputs, then rounds until the clock ends. Gives the number of the next round."""
         begin = time.monotonic()
         alone: dict[str, float] = {}
         for i in range(WARM_ROUNDS):
@@ -58,6 +58,7 @@ class MixedRounds:
             f"over {window:.1f} s, at most {deadline:.0f} s",
             flush=True,
         )
+        outputs.ask(self._phase, self._engines, self._there(group), clock)
         expected = 1.5 * usual * len(self._there(group))
         return self._timed(group, clock, sweep, window, deadline, expected)
 

@@ -162,6 +162,11 @@ def graph_sizes(needs: Mapping[str, Sequence[int]]) -> list[int]:
     return sorted({*needs.get("decode", ()), *mixed})
 
 
+def output_prompts(needs: Mapping[str, Sequence[int]]) -> int:
+    """Prompts a rank whose answers are compared: no step may have more tokens than the largest graph."""
+    return min(OUTPUT_PROMPTS, max(graph_sizes(needs), default=OUTPUT_PROMPTS))
+
+
 def longest(needs: Mapping[str, Sequence[int]]) -> int:
     """The most tokens of a forward and rank, padding included."""
     by_phase = {
@@ -174,6 +179,8 @@ def longest(needs: Mapping[str, Sequence[int]]) -> int:
 
 DECODE_PROMPT, DECODE_STEPS = 16, 96
 """Tokens of a decode request's prompt, and tokens that it is given."""
+OUTPUT_PROMPTS, OUTPUT_PROMPT, OUTPUT_NEW = 8, 96, 24
+"""Prompts a rank whose answers are compared, tokens of each, and tokens that it is given."""
 MIXED_CHUNK = 2048
 """``chunked_prefill_size`` a rank: below the longest prompts."""
 MIXED_GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server import figures, modes, rows
+from server import figures, modes, output_figures, rows
 from server.figures import Mode
 from server.mixed_figures import MixedRound, entries
 from server.modes import Plan
@@ -23,6 +23,7 @@ class Phase:
     """``recordings``, ``placements``: one of each for each table of the cells; a mixed cell has two, for prefill and decode.
 
     ``requests``: of a mixed round. ``first_table``: the place of the phase's tables among those that its engines read.
+    ``outputs``: are answers compared? ``output_prompts``: of each rank, for that. ``answers``: by mode the first and second.
     """
 
     name: str
@@ -34,8 +35,11 @@ class Phase:
     layers: int
     requests: int = 0
     first_table: int = 0
+    outputs: bool = False
+    output_prompts: int = 0
     found: dict[tuple[Cell, str], Mode] = field(default_factory=dict)
     mixed: dict[Cell, dict[str, list[MixedRound]]] = field(default_factory=dict)
+    answers: dict[str, list[Any]] = field(default_factory=dict)
     modelled: dict[Cell, dict[str, float]] = field(default_factory=dict)
     profiles: list[dict[str, Any]] = field(default_factory=list)
     mismatches: list[str] = field(default_factory=list)
@@ -88,6 +92,10 @@ class Phase:
     def as_mixed(self) -> list[dict[str, Any]]:
         """Entries of ``mixed`` of what was measured until now."""
         return [entry for cell, of in self.mixed.items() for entry in entries(cell.fields, of)]
+
+    def as_outputs(self) -> list[dict[str, Any]]:
+        """Entries of ``outputs`` of what was answered until now."""
+        return output_figures.entries(self.name, self.answers)
 
     def tell_mismatches(self, engine: str, told: Sequence[str]) -> None:
         """Keep what does not add up for the results, and print the first of it."""

@@ -32,11 +32,17 @@ def of_options(options: argparse.Namespace) -> list[Phase]:
         raise ValueError(f"{ranks} GPUs: 1 to 8 are needed, or --ranks")
     tokens = _tokens(options, ranks)
     plans = {name: _plans(options, name, list(tokens)) for name in tokens}
+    if options.outputs and not any(map(_has_off, plans.values())):
+        raise ValueError("--outputs compares engines with off: give it among --modes")
     read = recording.read(options.recording, ranks, options.experts) if options.recording else None
     experts = read.experts if read else options.experts or EXPERTS
     layers = options.layers or _layers(options, plans, experts, ranks)
     recordings = [read] if read else _dials(options, ranks, experts, layers)
     return [_phase(options, name, tokens[name], recordings, plans[name], layers) for name in tokens]
+
+
+def _has_off(plans: Sequence[Plan]) -> bool:
+    return any(plan.name == "off" for plan in plans)
 
 
 def together(options: argparse.Namespace, phases: Sequence[Phase]) -> int:
@@ -197,4 +203,5 @@ def _phase(
         options.engine,
         layers,
         requests=options.mixed or 0,
+        outputs=options.outputs and _has_off(plans),
     )

@@ -34,7 +34,16 @@ MIXED = (
     "calls",
     *MIXED_NUMBERS,
 )
-LISTS = ("mixed", "memory", "mismatches", "failures")
+OUTPUT = ("phase", "mode", "prompts", "tokens", "different", "repeated", "to_off")
+COMPARISON = (
+    "equal",
+    "equal_tokens",
+    "equal_logprobs",
+    "first_difference",
+    "logprob_difference",
+    "finite",
+)
+LISTS = ("mixed", "outputs", "memory", "mismatches", "failures")
 """Fields that a document may have beside ``FIELDS``."""
 CELL = ("phase", "placement", "mode", "quartiles", *NUMBERS_OR_NONE, *COUNTS)
 VERDICT = ("best", "ratio_best", "quartiles_best", "pairs")
@@ -88,6 +97,8 @@ def check(document: Any) -> None:
         _check_cell(f"cell {i}", cell)
     for i, entry in enumerate(document.get("mixed", [])):
         _check_mixed(f"mixed {i}", entry)
+    for i, entry in enumerate(document.get("outputs", [])):
+        _check_output(f"outputs {i}", entry)
 
 
 def _check_mixed(where: str, entry: Any) -> None:
@@ -97,6 +108,20 @@ def _check_mixed(where: str, entry: Any) -> None:
     _check_counts(where, entry, ("redundant", "rounds"))
     _check_numbers(where, entry, MIXED_NUMBERS)
     _check_quartiles(where, entry["quartiles"])
+
+
+def _check_output(where: str, entry: Any) -> None:
+    _check_there(where, entry, OUTPUT)
+    if entry["mode"] not in MODES:
+        raise ValueError(f"{where}: mode {entry['mode']!r} is unknown")
+    _check_counts(where, entry, ("prompts", "tokens", "different"))
+    for name in ("repeated", "to_off"):
+        comparison = entry[name]
+        if comparison is None and name == "to_off":
+            continue
+        _check_there(f"{where}, {name}", comparison, COMPARISON)
+        _check_counts(f"{where}, {name}", comparison, ("equal_tokens", "equal_logprobs"))
+        _check_numbers(f"{where}, {name}", comparison, ("first_difference", "logprob_difference"))
 
 
 def _check_cell(where: str, cell: Any) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from server.control import MIXED, TIMED
-from server.model import DECODE_PROMPT, DECODE_STEPS
+from server.control import ANSWERED, MIXED, TIMED
+from server.model import DECODE_PROMPT, DECODE_STEPS, OUTPUT_NEW, OUTPUT_PROMPT
 from server.modes import Plan
 from server.traffic import Request
 
@@ -130,6 +130,31 @@ def mixed_message(
         "traffic": [astuple(one) for one in asked],
         "window": window,
         "deadline": deadline,
+    }
+
+
+def answers_message(
+    cell: Cell, plan: Plan, mode: str, prompts: int, ranks: int, number: int, first_table: int = 0
+) -> dict[str, Any]:
+    """What an engine is asked for where answers are compared.
+
+    All prompts of a rank are one forward, and each step has one token of each of them. Every engine has the same routing in
+    the same forward.
+
+    Args:
+        mode: of every forward.
+        prompts: of each rank.
+    """
+    return _common(cell, plan, number, 0, first_table) | {
+        "kind": ANSWERED,
+        "cycle": [mode],
+        "tokens": prompts * OUTPUT_PROMPT,
+        "chunk": prompts * OUTPUT_PROMPT,
+        "lead": 0,
+        "base": 0,
+        "requests": prompts * ranks,
+        "prompt": OUTPUT_PROMPT,
+        "new": OUTPUT_NEW,
     }
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from server import accounts, figures, kernels
+from server import accounts, figures, kernels, outputs
 from server.control import PROFILED, ROWS, TIMED
 from server.engines import Engines
 from server.modes import LIVE, Plan
@@ -36,7 +36,7 @@ class Sweeps:
         self._save = save_results
 
     def measure(self, group: Sequence[Plan], clock: Clock, sweep: int) -> int:
-        """Warm-up, rows, sweeps, profiles. Gives the number of the next sweep."""
+        """Warm-up, outputs, rows, sweeps, profiles. Gives the number of the next sweep."""
         phase = self._phase
         begin = time.monotonic()
         for i, cell in enumerate(phase.cells):
@@ -48,6 +48,7 @@ class Sweeps:
             f"{phase.name}: warm after {time.monotonic() - begin:.0f} s, {clock.left():.0f} s left",
             flush=True,
         )
+        outputs.ask(phase, self._engines, self._there(group), clock)
         if phase.name == "prefill":
             for cell in phase.cells:
                 for plan in self._there(group):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from server import kernels, memory
+from server import kernels, memory, output_figures
 from server.accounts import ENDS
 from server.modes import MODES
 
@@ -44,6 +44,7 @@ def _parts(document: dict[str, Any]) -> list[str]:
     if mixed := document.get("mixed"):
         about = "Mixed traffic, medians over rounds; a ratio is of seconds for the same requests, below 1 is faster:"
         parts.append(f"{about}\n\n" + _table(MIXED_HEAD, map(_mixed, mixed)))
+    parts += output_figures.lines(document.get("outputs", []))
     parts += memory.lines(document.get("memory", []))
     if failures := document.get("failures"):
         parts.append("Engines that failed or were late: " + "; ".join(failures) + ".")

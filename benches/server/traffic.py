@@ -83,6 +83,13 @@ def _part(place: float) -> tuple[str, float, float]:
     return PARTS[-1][:3]
 
 
+def rank_argument(engine: Any) -> str:
+    """Of ``async_generate``: which rank a request is for."""
+    known = inspect.signature(engine.async_generate).parameters
+    # Its name before sglang 0.5.16.
+    return "routed_dp_rank" if "routed_dp_rank" in known else "data_parallel_rank"
+
+
 class Traffic:
     """Sends requests to one engine.
 
@@ -93,9 +100,7 @@ class Traffic:
 
     def __init__(self, engine: Any, vocabulary: int) -> None:
         self._engine, self._vocabulary = engine, vocabulary
-        known = inspect.signature(engine.async_generate).parameters
-        # Its name before sglang 0.5.16.
-        self._rank = "routed_dp_rank" if "routed_dp_rank" in known else "data_parallel_rank"
+        self._rank = rank_argument(engine)
 
     def send(
         self, asked: Sequence[Request], window: float, deadline: float
