@@ -10,7 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from waterfill_rs.config import Config
+from waterfill_rs.config import MACHINE_VARIABLE, Config
+from waterfill_rs.machine import Machine
 from waterfill_rs.prefill_rule import PrefillRule
 from waterfill_rs.sglang import compat, metrics, verdict
 from waterfill_rs.sglang.compat import Seams, resolve
@@ -122,7 +123,10 @@ class Share:
         """
         layers, reasons = self._layers(model, routers, dtype)
         ranks = getattr(routers[0], self._seams.holder).world_size
-        rule = self._rule(ranks, device)
+        machine = self._config.machine
+        if machine is not None and layers:
+            _check_machine(machine, layers[0][0].config, device)
+        rule = PrefillRule(self._config.shared, ranks, self._most(ranks), machine)
         if peers is not None:
             reasons = peers.agree(reasons, "shared", rule.text)
         if self._config.shared == "fused":
@@ -137,20 +141,11 @@ class Share:
             getattr(router, self._seams.holder).overlap = OverlappedLayer(moe, unfused, choice)
         return f"beside dispatch in decode, {rule.text}"
 
-    def _rule(self, ranks: int, device: torch.device) -> PrefillRule:
-        machine, arguments = self._config.machine, self._arguments
-        if machine is not None and device.type == "cuda":
-            import torch
-
-            if (name := torch.cuda.get_device_name(device)) != machine.name:
-                verdict.stop(
-                    [
-                        f"the figures of {machine.name} do not hold for {name}: run waterfill-rs calibrate here"
-                    ]
-                )
-        chunk = getattr(arguments, "chunked_prefill_size", None) or 0
-        tokens = chunk if chunk > 0 else getattr(arguments, "max_prefill_tokens", 0)
-        return PrefillRule(self._config.shared, ranks, tokens * self._groups() // ranks, machine)
+    def _most(self, ranks: int) -> int:
+        """Tokens of a prefill in a rank's MoE layer, at most."""
+        chunk = getattr(self._arguments, "chunked_prefill_size", None) or 0
+        tokens = chunk if chunk > 0 else getattr(self._arguments, "max_prefill_tokens", 0)
+        return int(tokens) * self._groups() // ranks
 
     def _groups(self) -> int:
         data_parallel = getattr(self._arguments, "enable_dp_attention", False)
@@ -168,3 +163,23 @@ class Share:
             return unfuse(model, routers, self._seams, dtype), []
         except StaysFused as error:
             return [], [str(error)]
+
+
+def _check_machine(machine: Machine, config: Any, device: torch.device) -> None:
+    """Are the figures of this GPU and of experts like the model's?
+
+    Raises:
+        SystemExit: they are not.
+    """
+    import torch
+
+    wrong = []
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.name
+    if machine.name != name:
+        wrong.append(f"they are of {machine.name}, and this is {name}")
+    if machine.shape != (shape := (config.hidden_size, config.moe_intermediate_size)):
+        wrong.append(
+            f"they are of experts of {machine.shape}, (hidden, intermediate), and the model's are {shape}"
+        )
+    if wrong:
+        verdict.stop([f"{MACHINE_VARIABLE}: {text}: run waterfill-rs calibrate" for text in wrong])
