@@ -125,6 +125,9 @@ class Rank:
             cycle = control.list("cycle")
             self.mode = MODES[int(cycle[max(0, self._index - lead) % length])]
         if self._index == lead:
+            if control.get("kind") == MIXED:
+                # Every call of this round is accounted for, so none of the round before may still be to end.
+                self._synchronize()
             self._before = self._tally()
         if self.switches:
             self._choice.force(self.mode)
