@@ -39,6 +39,8 @@ def rank_process(rank: int, name: str, begin: float) -> None:
     )
     page = metrics.Page()
     page.watch(exchange, leads=rank == 0)
+    shared = {"overlapped": 0, "fused": 0}
+    page.shared.append(shared)
     steps = int(SECONDS / STEP_S)
     texts, stream = documents([]), []
     for _ in range(rank + 1):  # Each rank has a text of its own.
@@ -53,6 +55,7 @@ def rank_process(rank: int, name: str, begin: float) -> None:
         for router in routers:
             ids = router.route(stream[step * TOKENS : (step + 1) * TOKENS])
             exchange.quotas((ids.buffer_info()[0], TOKENS, TOP_K, 32))
+            shared["fused"] += 1
         page.push({"model_name": "demo", "moe_ep_rank": rank})
 
 
@@ -163,7 +166,8 @@ def draw(pages: list, file: str) -> None:
         for rank in range(RANKS)
     }
     panel("Ranks alive (lines set apart)", alive, "1 or 0")
-    next(panels).axis("off")
+    places = {name: rates(pages, ("shared_total", name)) for name in ("overlapped", "fused")}
+    panel("Where shared experts ran, eager calls a second", places, "1/s")
     figure.savefig(file, dpi=70)
 
 

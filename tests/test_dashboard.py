@@ -21,7 +21,7 @@ def test_each_panel_asks_for_metrics_that_there_are():
         for target in panel["targets"]
         for name in NAME.findall(target["expr"])
     }
-    assert asked == METRICS and len(METRICS) == 8
+    assert asked == METRICS and len(METRICS) == 9
 
 
 def test_the_operators_page_has_every_metric_and_variable():

@@ -32,6 +32,8 @@ exchange = BoardExchange(
 now = 0.0
 page = Page(clock=lambda: now)
 page.watch(exchange, leads=rank == 0)
+shared = {"overlapped": 3, "fused": 1}
+page.shared.append(shared)
 labels = {"model_name": "m", "tp_rank": rank}
 ids = array("i", [0, 0, 0, 1, 0, 1, 2, 0] * 4)
 
@@ -47,6 +49,7 @@ calls(5)
 page.push(labels)  # a moment later: nothing is done
 now += INTERVAL_S
 calls(20)
+shared["overlapped"] += 4
 page.push(labels)
 print("pushed", flush=True)
 if rank == 0:
@@ -101,6 +104,8 @@ def test_two_processes_are_read_from_one_page(tmp_path):
         assert both["sglang:waterfill_exchange_total", "timed_out", rank] == 0
         assert both["sglang:waterfill_exchange_total", "none", rank] == 0
         assert both["sglang:waterfill_live_ratio", rank] == 1
+        assert both["sglang:waterfill_shared_total", "overlapped", rank] == 7
+        assert both["sglang:waterfill_shared_total", "fused", rank] == 1
         assert both["sglang:waterfill_exchange_seconds_count", rank] == 40
         assert both["sglang:waterfill_exchange_seconds_bucket", "+Inf", rank] == 40
         info = ("sglang:waterfill_info", "board", "a test", rank, waterfill_rs.__version__)
