@@ -19,21 +19,20 @@ def measured(ranks=8):
 
 @pytest.mark.parametrize("tokens", [None, 1, 10**6])
 def test_what_was_asked_for_holds_for_every_prefill(tokens):
-    overlap = PrefillRule("overlap", 8, 4096, measured())
-    fused = PrefillRule("fused", 8, 4096, measured())
-    assert (overlap(tokens), fused(tokens)) == (True, False)
+    overlap = PrefillRule(True, 8, 4096, measured())
+    assert overlap(tokens)
     assert overlap.text == "beside dispatch in prefill, as asked"
 
 
 @pytest.mark.parametrize("machine", [None, machine_of("H200")])
 def test_without_a_measurement_a_prefill_is_fused(machine):
-    rule = PrefillRule("auto", 8, 16384, machine)
+    rule = PrefillRule(False, 8, 16384, machine)
     assert not any(rule(tokens) for tokens in (None, 1, 4096, 10**6))
     assert rule.text == "fused in prefill"
 
 
 def test_a_measurement_decides_by_tokens_and_by_the_most_where_they_are_not_known():
-    rule = PrefillRule("auto", 8, 16384, measured())
+    rule = PrefillRule(False, 8, 16384, measured())
     assert [rule(tokens) for tokens in (1, 4096, 8191, 8192, 10**6)] == [
         False,
         False,
@@ -42,16 +41,16 @@ def test_a_measurement_decides_by_tokens_and_by_the_most_where_they_are_not_know
         True,
     ]
     assert rule(None)
-    assert not PrefillRule("auto", 8, 4096, measured())(None)
+    assert not PrefillRule(False, 8, 4096, measured())(None)
     assert "with 1024, 4096, 8192 tokens a rank: beside dispatch with 8192, else fused" in rule.text
 
 
 def test_a_measurement_between_fewer_ranks_says_nothing_of_more():
-    rule = PrefillRule("auto", 16, 16384, measured(ranks=8))
+    rule = PrefillRule(False, 16, 16384, measured(ranks=8))
     assert not rule(10**6) and rule.text == "fused in prefill"
 
 
 def test_ranks_that_would_choose_differently_differ_in_words():
     slower = dataclasses.replace(measured(), prefill_us=(*POINTS[:2], (8192, 1700.0, 1500.0)))
-    rules = [PrefillRule("auto", 8, 16384, machine) for machine in (measured(), slower, None)]
+    rules = [PrefillRule(False, 8, 16384, machine) for machine in (measured(), slower, None)]
     assert len({rule.text for rule in rules}) == 3

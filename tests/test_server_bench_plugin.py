@@ -169,7 +169,7 @@ class Shared:
 
     def __init__(self):
         self.forced, self.tally, self.seen = None, {"overlapped": 5, "fused": 0}, []
-        self.captured = False
+        self.overlaps = lambda batch: False
 
 
 def test_a_switched_engine_forces_each_forward_and_a_shipped_one_none(control, tmp_path):

@@ -16,6 +16,7 @@ class Choice:
     def __init__(self, balancers: Callable[[], Sequence[Any]]) -> None:
         self._balancers = balancers
         self._seen = {"overlapped": 0, "fused": 0}
+        self._captured = False
         self._batches = {"overlapped": 0, "fused": 0}
 
     def _overlaps(self) -> list[Any]:
@@ -24,6 +25,22 @@ class Choice:
     @property
     def _shared(self) -> Any:
         return next((own.choice for own in self._overlaps() if own is not None), None)
+
+    def watch(self) -> None:
+        """Before graphs are captured: what they are captured to do is what their replays do."""
+        if (shared := self._shared) is None:
+            return
+        import torch
+
+        overlaps = shared.overlaps
+
+        def watched(batch: Any) -> bool:
+            decided: bool = overlaps(batch)
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                self._captured = decided
+            return decided
+
+        shared.overlaps = watched
 
     @property
     def staying(self) -> int:
@@ -49,7 +66,7 @@ class Choice:
             return
         grown = {how: calls - self._seen[how] for how, calls in shared.tally.items()}
         self._seen = dict(shared.tally)
-        overlapped = grown["overlapped"] > 0 if any(grown.values()) else shared.captured
+        overlapped = grown["overlapped"] > 0 if any(grown.values()) else self._captured
         self._batches["overlapped" if overlapped else "fused"] += 1
 
     def tally(self) -> dict[str, int]:

@@ -104,6 +104,7 @@ class Rank:
     def prepared(self) -> None:
         """The model's layers are: before any cache, graph or forward. A graph that is captured next has this mode."""
         self._prepared = self._memory()
+        self._choice.watch()
         if self.switches:
             self._choice.force(self.mode)
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 from waterfill_rs.exchange import Pace
-from waterfill_rs.machine import Machine
 from waterfill_rs.rendezvous import CHOICES, BoardSettings, Choice
 
 __all__ = [
@@ -46,15 +44,15 @@ class Config:
     sglang as it is. ``required``: stop the server, with every reason, if this package cannot serve; rust
     asks for this package by name, so it always is. ``exchange``: how ranks learn each other's counts.
     ``board``: how, where that is a board. ``shared``: whether shared experts run beside dispatch: where that is
-    faster, in every batch (and the server stops where it cannot be), or in none. ``machine``: what
-    ``waterfill-rs calibrate`` measured here."""
+    faster, in every batch (and the server stops where it cannot be), or in none. ``machine``: path of
+    what ``waterfill-rs calibrate`` wrote here."""
 
     backend: str = "auto"
     required: bool = False
     exchange: Choice = "auto"
     board: BoardSettings = field(default_factory=BoardSettings)
     shared: str = "auto"
-    machine: Machine | None = None
+    machine: str | None = None
 
     @property
     def enabled(self) -> bool:
@@ -78,7 +76,7 @@ class Config:
             exchange=cast(Choice, _one_of(environment, EXCHANGE_VARIABLE, CHOICES, "auto")),
             board=BoardSettings(_microseconds(environment, default.cap_us), *_planner(environment)),
             shared=_one_of(environment, SHARED_VARIABLE, SHARED, "auto"),
-            machine=_machine(environment),
+            machine=environment.get(MACHINE_VARIABLE) or None,
         )
 
 
@@ -89,16 +87,6 @@ def _one_of(
     if value not in allowed:
         raise ValueError(f"{variable}={value!r}: give one of {', '.join(allowed)}")
     return value
-
-
-def _machine(environment: Mapping[str, str]) -> Machine | None:
-    path = environment.get(MACHINE_VARIABLE)
-    if not path:
-        return None
-    try:
-        return Machine.load(Path(path))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{MACHINE_VARIABLE}={path!r}: {error}") from error
 
 
 def _planner(environment: Mapping[str, str]) -> tuple[Pace, int | None]:

@@ -9,8 +9,6 @@ from waterfill_rs.machine import Machine
 
 __all__ = ["PrefillRule"]
 
-ASKED = {"overlap": True, "fused": False}
-
 
 class PrefillRule:
     """Of one model on one machine; ranks that have the same ``text`` choose alike.
@@ -20,21 +18,20 @@ class PrefillRule:
     and an unfused shared expert is seven launches more (docs/performance.md).
 
     Args:
-        shared: ``auto``, ``overlap`` or ``fused``, as configured.
+        asked: overlap was asked for by name.
         ranks: EP size.
         most: tokens of a prefill in a rank's MoE layer, at most: what is taken where a batch's are not known to all.
         machine: what ``waterfill-rs calibrate`` measured here, if it did.
     """
 
-    def __init__(self, shared: str, ranks: int, most: int, machine: Machine | None = None) -> None:
-        self._ranks, self._most, self._machine = ranks, most, machine
-        self._asked = ASKED.get(shared)
+    def __init__(self, asked: bool, ranks: int, most: int, machine: Machine | None = None) -> None:
+        self._asked, self._ranks, self._most, self._machine = asked, ranks, most, machine
         self.text = self._text()
 
     def __call__(self, tokens: int | None) -> bool:
         """Does a prefill overlap in which the rank with the most has so many tokens? None: not all ranks know."""
-        if self._asked is not None:
-            return self._asked
+        if self._asked:
+            return True
         return self._measured(self._most if tokens is None else tokens) or False
 
     def _measured(self, tokens: int) -> bool | None:
@@ -43,8 +40,8 @@ class PrefillRule:
         )
 
     def _text(self) -> str:
-        if self._asked is not None:
-            return f"{'beside dispatch' if self._asked else 'fused'} in prefill, as asked"
+        if self._asked:
+            return "beside dispatch in prefill, as asked"
         if self._machine is None or self._measured(self._most) is None:
             return "fused in prefill"
         tokens = [tokens for tokens, _, _ in self._machine.prefill_us]

@@ -4,6 +4,7 @@ Each check runs in two processes of its own, the two ranks of one group.
 """
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -17,6 +18,8 @@ import overlap_layers
 import torch
 from overlap_layers import HIDDEN, RANKS, TOP_K, V3, V4, batch, checkpoint
 
+from waterfill_rs.machine import machine_of
+from waterfill_rs.sglang.overlap import _VOTES
 from waterfill_rs.sglang.shared_expert import StaysFused, Unfused
 
 FP8 = V3 | {"hidden_size": 256, "moe_intermediate_size": 128}
@@ -165,6 +168,34 @@ class OverlapChecks:
         assert asked == [40, 20, None], asked
         assert self.choice(moe).tally == {"overlapped": 2, "fused": 2}
 
+    def check_overlap_is_not_for_what_a_prefill_graph_may_run(self):
+        """Ranks that replay such a graph, which is captured fused, and ranks that don't are alike."""
+        if self.seams.prefill_graph is None:
+            return "none"
+        from sglang.srt.layers.dp_attention import set_is_extend_in_batch
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+        captures = mock.Mock(return_value=False)
+        module, _, name = self.seams.prefill_graph.rpartition(".")
+        overlap = mock.patch.dict(os.environ, WATERFILL_RS_SHARED="overlap")
+        with overlap, mock.patch.object(self.ranks.resolve(module), name, captures):
+            on, _ = self.pair(V3, 1)
+        (moe,) = on.moes
+        (vote,) = set(_VOTES) & set(ForwardBatch.__dataclass_fields__)
+        widths = []
+        for extends, votes, capturing in (
+            (True, False, False),
+            (True, True, False),
+            (False, False, True),
+            (False, True, False),
+        ):
+            set_is_extend_in_batch(extends)
+            captures.return_value = capturing
+            self.forward(moe, 3, **{vote: votes})
+            widths.append(moe.stand_in.seen[-1][0].shape[1])
+        set_is_extend_in_batch(False)
+        assert widths == [TOP_K, TOP_K + 1, TOP_K + 1, TOP_K], widths
+
     def check_overlap_ends_with_the_call(self):
         on, _ = self.pair(V3, 1)
         (moe,) = on.moes
@@ -292,15 +323,22 @@ class OverlapChecks:
 
     def hindrances(self):
         """What we say, and what makes it so for a model of two layers."""
+        import sglang
+
         forward, asked = f"{self.seams.moe}.forward", self.ranks.asked
         found = {
             f"another plugin hooks {forward}": lambda _: hooked(forward),
+            f"another plugin hooks {self.seams.mlp}": lambda _: hooked(self.seams.mlp),
+            "not known of sglang 99.0": lambda _: mock.patch.object(sglang, "__version__", "99.0"),
             "layers.0.mlp has a forward of its own": lambda model: mock.patch.dict(
                 vars(model.moes[0]), forward=model.moes[0].forward
             ),
             "--enable-lora: adapters": lambda _: asked(enable_lora=True),
             "--enable-torch-compile: a compiled": lambda _: asked(enable_torch_compile=True),
             "experts' weights are offloaded": lambda _: asked(cpu_offload_gb=1),
+            "SGLANG_SCHEDULER_SKIP_ALL_GATHER: ranks": lambda _: mock.patch.dict(
+                os.environ, SGLANG_SCHEDULER_SKIP_ALL_GATHER="yes"
+            ),
             "layers.1.mlp: UnquantizedLinearMethod and Other are not known": lambda model: (
                 of_another_method(model.moes[1].experts)
             ),
@@ -330,6 +368,21 @@ class OverlapChecks:
         self.is_as_built(model)
         self.forward(model.moes[0], 3)
         assert model.moes[0].stand_in.seen[-1][0].shape == (3, TOP_K + 1)
+
+    def check_overlap_refuses_figures_of_another_machine(self):
+        model = self.ranks.build(V3, 1)
+        figures = dataclasses.replace(machine_of("H200"), shape=(HIDDEN, 1))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "figures.json")
+            for told in ("No such file", "version is", f"experts of ({HIDDEN}, 1), (hidden"):
+                with mock.patch.dict(os.environ, WATERFILL_RS_MACHINE=str(path)):
+                    with raises(SystemExit, told):
+                        self.ranks.prepare(model)
+                    self.is_as_built(model)
+                if told == "No such file":
+                    path.write_text("{}")
+                else:
+                    figures.save(path)
 
     def check_overlap_is_for_all_ranks_or_none(self):
         other = self.ranks.rank == 1

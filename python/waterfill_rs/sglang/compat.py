@@ -198,11 +198,17 @@ def against_posting(row: Seams) -> list[str]:
 
 _ASKS = ("forward_deepep", "_forward_shared_experts", "op_shared_experts")
 """Methods of a MoE layer that ask at each call whether its shared expert is fused."""
+_WRAPPED = ("forward", "op_select_experts", *_ASKS)
 _FUSED = "num_fused_shared_experts"
 
 
 def against_overlap(row: Seams) -> list[str]:
     """Why no layer of this sglang can run a fused shared expert unfused."""
+    import sglang
+
+    version: str = sglang.__version__
+    if row_of(version) is None:
+        return [f"not known of sglang {version} is what its MoE layers ask for at each call"]
     try:
         moe = resolve(row.moe)
         for name in filter(None, (row.mlp, row.is_extend_in_batch, row.prefill_graph)):
@@ -211,9 +217,11 @@ def against_overlap(row: Seams) -> list[str]:
         return [f"this sglang has no such part ({error})"]
     reasons = [
         f"another plugin hooks {target}"
-        for target in (row.moe, *(f"{row.moe}.{name}" for name in ("forward", *_ASKS)))
+        for target in (row.moe, row.mlp, *(f"{row.moe}.{name}" for name in _WRAPPED))
         if _hooked(target)
     ]
+    if not reasons and not hasattr(moe, "op_select_experts"):
+        reasons.append(f"no {row.moe}.op_select_experts")
     for name in _ASKS if not reasons else ():
         code = getattr(getattr(moe, name, None), "__code__", None)
         if code is None or _FUSED not in code.co_names:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from waterfill_rs.sglang.compat import Seams, resolve
 from waterfill_rs.sglang.shared_expert import Unfused
 
 __all__ = ["Choice", "OverlappedLayer"]
 
 FUSED = "num_fused_shared_experts"
+_VOTES = ("can_run_dp_prefill_cuda_graph", "can_run_dp_breakable_cuda_graph")
+"""A batch's attribute, from 0.5.19 on and before: may all ranks replay a prefill's graph? All ranks have the same answer."""
 
 
 class Choice:
@@ -43,8 +43,6 @@ class Choice:
         """``overlap`` or ``fused`` for the batches to come, whatever was configured: for comparisons."""
         self.tally = {"overlapped": 0, "fused": 0}
         """Calls of layers that Python saw. A graph's replays are not among them."""
-        self.captured = False
-        """Do the graphs that were captured last overlap?"""
         self._ranks, self._groups = ranks, groups
         self._prefills_overlap = prefills_overlap
         self._extends = resolve(seams.is_extend_in_batch)
@@ -54,14 +52,13 @@ class Choice:
         """Does this batch's shared expert run unfused? ``batch``: sglang's ``ForwardBatch``."""
         if self.forced is not None:
             return self.forced == "overlap"
-        # Decode, draft and verify batches: nobody extends. So it is while any graph is captured.
+        # Decode, draft and verify batches: nobody extends. So it is while any graph is captured, a prefill's too.
         if not self._extends():
-            # A prefill's graph is cut at dispatch, so sglang joins the second stream before, and nothing would overlap.
-            overlaps = not self._in_prefill_graph()
-            # Where CUDA has no driver the second raises, and where nothing ran on it nothing is captured.
-            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
-                self.captured = overlaps
-            return overlaps
+            return not self._in_prefill_graph()
+        # A prefill's graph is cut at dispatch, where sglang joins the second stream, so nothing would overlap: it is captured
+        # fused. Where some ranks may replay one, those that don't are fused too.
+        if any(getattr(batch, vote, False) for vote in _VOTES):
+            return False
         return self._prefills_overlap(self._tokens(batch))
 
     def _tokens(self, batch: Any) -> int | None:
@@ -110,12 +107,13 @@ class OverlappedLayer:
         self, call: Callable[..., Any], batch_of: Callable[..., Any], counts: bool
     ) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
+            # Weights that sglang replaced are not kept alive by the views of them.
+            self._unfused.follow()
             overlaps = self.choice.overlaps(batch_of(*args, **kwargs))
             if counts:
                 self.choice.tally["overlapped" if overlaps else "fused"] += 1
             if not overlaps:
                 return call(*args, **kwargs)
-            self._unfused.follow()
             fused, self._fields[FUSED] = self._fields[FUSED], 0
             self.runs = True
             try:
@@ -126,8 +124,9 @@ class OverlappedLayer:
         return run
 
 
-def _batch_of_forward(_: Any, forward_batch: Any = None, *__: Any, **___: Any) -> Any:
-    return forward_batch
+def _batch_of_forward(*args: Any, **kwargs: Any) -> Any:
+    """The second argument, or that of the name."""
+    return args[1] if len(args) > 1 else kwargs.get("forward_batch")
 
 
 def _batch_of_operation(state: Any) -> Any:

@@ -38,6 +38,12 @@ class Peers:
             question: what is agreed on; each is asked once.
             answer: how this rank would do it.
         """
+        try:
+            return self._agree(reasons, question, answer)
+        except RuntimeError as error:  # The store is gone with the rank that has it.
+            return list(reasons) or [f"the other ranks cannot be asked: {error}"]
+
+    def _agree(self, reasons: Sequence[str], question: str, answer: str) -> list[str]:
         ranks: list[int] = list(self.coordinator.ranks)
         own = ranks.index(dist.get_rank())
         self.store.set(f"{question}/{own}", "; ".join(reasons) or answer)

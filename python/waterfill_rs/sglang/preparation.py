@@ -114,10 +114,7 @@ class Preparation:
         from waterfill_rs.sglang.peers import peers_of_next_model
 
         peers = peers_of_next_model(self.seams)
-        try:
-            return peers, peers.agree(reasons) if peers else reasons
-        except RuntimeError as error:
-            return peers, reasons or [f"the other ranks cannot be asked: {error}"]
+        return peers, peers.agree(reasons) if peers else reasons
 
     @contextlib.contextmanager
     def _sglangs_balancer(self) -> Iterator[None]:

@@ -6,8 +6,8 @@ All layers of a model can, or none: and all ranks, or none.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs.config import MACHINE_VARIABLE, Config
@@ -43,7 +43,7 @@ def against_arguments(arguments: Any, seams: Seams) -> list[str]:
     for name, text in _MODULES_CHANGE.items():
         if getattr(arguments, name, None):
             reasons.append(f"--{name.replace('_', '-')}: {text}")
-    if os.environ.get("SGLANG_SCHEDULER_SKIP_ALL_GATHER", "").lower() in ("1", "true"):
+    if resolve("sglang.srt.environ.envs").SGLANG_SCHEDULER_SKIP_ALL_GATHER.get():
         reasons.append("SGLANG_SCHEDULER_SKIP_ALL_GATHER: ranks don't tell each other who prefills")
     if (
         getattr(arguments, "offload_group_size", -1) > 0
@@ -99,6 +99,8 @@ def unfuse(
             layers.append((moe, router, Unfused(moe, name, dtype, seams)))
         except StaysFused as error:
             raise StaysFused(f"{name}: {error}") from error
+        except Exception as error:  # A sglang that is unlike those we know ends no server by it.
+            raise StaysFused(f"{name}: {error!r}") from error
     return layers
 
 
@@ -122,16 +124,18 @@ class Share:
             SystemExit: overlap was asked for by name and cannot be.
         """
         layers, reasons = self._layers(model, routers, dtype)
+        machine, wrong = self._machine(layers, device)
         ranks = getattr(routers[0], self._seams.holder).world_size
-        machine = self._config.machine
-        if machine is not None and layers:
-            _check_machine(machine, layers[0][0].config, device)
-        rule = PrefillRule(self._config.shared, ranks, self._most(ranks), machine)
+        asked = self._config.shared == "overlap"
+        rule = PrefillRule(asked, ranks, self._most(ranks), machine)
+        reasons = wrong + reasons
         if peers is not None:
             reasons = peers.agree(reasons, "shared", rule.text)
         if self._config.shared == "fused":
             return _AS_ASKED
-        if reasons and self._config.shared == "overlap":
+        if wrong:
+            verdict.stop(wrong)
+        if reasons and asked:
             verdict.stop([f"shared experts cannot run beside dispatch: {r}" for r in reasons])
         if reasons:
             return f"fused in every batch, because {'; '.join(reasons)}"
@@ -140,6 +144,21 @@ class Share:
         for moe, router, unfused in layers:
             getattr(router, self._seams.holder).overlap = OverlappedLayer(moe, unfused, choice)
         return f"beside dispatch in decode, {rule.text}"
+
+    def _machine(
+        self, layers: list[Layer], device: torch.device
+    ) -> tuple[Machine | None, list[str]]:
+        """The figures that ``auto`` goes by, or why they cannot be those of this machine and model."""
+        path = self._config.machine
+        if path is None or self._config.shared != "auto" or not layers:
+            return None, []
+        try:
+            machine = Machine.load(Path(path))
+        except (OSError, ValueError) as error:
+            return None, [f"{MACHINE_VARIABLE}={path}: {error}"]
+        return machine, [
+            f"{MACHINE_VARIABLE}={path}: {text}" for text in _unlike(machine, layers, device)
+        ]
 
     def _most(self, ranks: int) -> int:
         """Tokens of a prefill in a rank's MoE layer, at most."""
@@ -165,21 +184,20 @@ class Share:
             return [], [str(error)]
 
 
-def _check_machine(machine: Machine, config: Any, device: torch.device) -> None:
-    """Are the figures of this GPU and of experts like the model's?
-
-    Raises:
-        SystemExit: they are not.
-    """
+def _unlike(machine: Machine, layers: list[Layer], device: torch.device) -> list[str]:
+    """In what the figures are of another GPU, or of other experts than the model's."""
     import torch
 
-    wrong = []
+    config, unlike = layers[0][0].config, []
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.name
     if machine.name != name:
-        wrong.append(f"they are of {machine.name}, and this is {name}")
-    if machine.shape != (shape := (config.hidden_size, config.moe_intermediate_size)):
-        wrong.append(
-            f"they are of experts of {machine.shape}, (hidden, intermediate), and the model's are {shape}"
+        unlike.append(
+            f"it is of {machine.name}, and this is {name}: run waterfill-rs calibrate here"
         )
-    if wrong:
-        verdict.stop([f"{MACHINE_VARIABLE}: {text}: run waterfill-rs calibrate" for text in wrong])
+    shape = config.hidden_size, config.moe_intermediate_size
+    if machine.shape != shape:
+        unlike.append(
+            f"it is of experts of {machine.shape}, (hidden, intermediate), and the model's are {shape}: run "
+            f"waterfill-rs calibrate --hidden {shape[0]} --intermediate {shape[1]}"
+        )
+    return unlike
