@@ -204,7 +204,11 @@ BROKEN = {
         ["--top-k", "3"],
         "global_physical_count is zero everywhere",
     ),
-    "floats": (dict(logical_count=torch.ones(2, 16)), ["--ep", "2"], "torch.float32 [2, 16]"),
+    "halves": (
+        dict(logical_count=torch.ones(2, 16) / 2),
+        ["--ep", "2"],
+        "logical_count[0, 0] is 0.5",
+    ),
     "zeros": (dict(logical_count=torch.zeros(3, 2, 16).int()), ["--ep", "2"], "zero everywhere"),
     "ragged": (dict(logical_count=[[1, 2], [3]]), ["--ep", "2"], "no array of integers"),
     "other ranks": (

@@ -24,9 +24,14 @@ def add_command(commands: Any) -> None:
         "replay", help="compare placements on routing that sglang recorded", description=__doc__
     )
     parser.add_argument(
-        "paths", nargs="+", type=Path, help="files of one recording, of any mode, or their folder"
+        "paths",
+        nargs="+",
+        type=Path,
+        help="files of one recording, of any mode, or their folder, or JSON text",
     )
-    parser.add_argument("--ep", type=int, help="EP size (default: the number of files)")
+    parser.add_argument(
+        "--ep", type=int, help="EP size (default: the number of ranks that recorded)"
+    )
     parser.add_argument(
         "--top-k", type=int, help="routed experts a token, where counts are all there is"
     )

@@ -1,0 +1,198 @@
+"""The files of a recording: which ones a folder holds, and what is in each, by its bytes and not by its name.
+
+torch files are read with ``weights_only=True``, which runs no code. What is neither a torch file nor JSON is
+refused by what it is.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import warnings
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+__all__ = ["load_all"]
+
+_FOREIGN = {
+    b"\x93NUMPY": "a numpy array",
+    b"PAR1": "a parquet table",
+    b"\x89HDF": "an HDF5 file",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"BZh": "a bzip2 archive",
+    b"version https://git-lfs": "a pointer of Git LFS, whose file `git lfs pull` brings",
+    b"<": "an HTML or XML page",
+}
+"""By the bytes at their start."""
+
+_NEEDED = "give sglang's torch file, or JSON with 'logical_count'"
+
+
+def load_all(paths: Sequence[Path]) -> tuple[list[tuple[str, Any]], list[str]]:
+    """What the files, folders and JSON texts hold: a name and a content each, and notes on what was left out.
+
+    Raises:
+        ValueError: naming the file, for what is not there or cannot be read.
+    """
+    contents: list[tuple[str, Any]] = []
+    notes: list[str] = []
+    for path in paths:
+        text = str(path).lstrip()
+        if text.startswith("{"):
+            contents.append(("the JSON text", _json("the JSON text", text)))
+            continue
+        if not path.exists():
+            raise ValueError(f"{path}: there is no such file or folder")
+        files, left_out = _of_folder(path) if path.is_dir() else ([path], [])
+        contents += [(str(file), _load(file)) for file in files]
+        if left_out:
+            names = ", ".join(file.name for file in left_out[:4]) + ", ..." * (len(left_out) > 4)
+            notes.append(f"Of {path}, {len(left_out)} files were not read: {names}.")
+    return contents, notes
+
+
+def _of_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The recorder's files by their names; else all torch files; else all JSON. And the other torch and JSON files."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    torches = [file for file in files if _suffix(file) in (".pt", ".pth")]
+    recorders = [f for f in torches if f.name.startswith("expert_distribution_recorder_")]
+    jsons = [file for file in files if _suffix(file) == ".json"]
+    chosen = recorders or torches or jsons
+    if not chosen:
+        raise ValueError(f"{folder}: no *.pt and no *.json file in this folder")
+    return chosen, [file for file in torches if file not in chosen]
+
+
+def _suffix(file: Path) -> str:
+    """In lower case, without gzip's."""
+    name = file.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
+
+
+def _load(file: Path) -> Any:
+    size = file.stat().st_size
+    if size == 0:
+        raise ValueError(f"{file}: the file is empty (0 bytes)")
+    with file.open("rb") as opened:
+        if opened.read(2) != b"\x1f\x8b":
+            return _read(str(file), opened, size)
+        opened.seek(0)
+        try:
+            unpacked = gzip.GzipFile(fileobj=opened).read()
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{file}: not a whole gzip file ({error}), {size} bytes") from error
+    if not unpacked:
+        raise ValueError(f"{file}: a gzip file of nothing (0 bytes)")
+    return _read(f"{file} (unpacked)", io.BytesIO(unpacked), len(unpacked))
+
+
+def _read(name: str, stream: BinaryIO, size: int) -> Any:
+    stream.seek(0)
+    head = stream.read(512)
+    stream.seek(0)
+    if head.startswith(b"PK"):
+        return _zip(name, stream, size)
+    if head.startswith(b"\x80"):
+        return _torch(name, stream, size)
+    foreign = _foreign(head, size)
+    if foreign:
+        raise ValueError(f"{name}: {foreign}: {_NEEDED}")
+    try:
+        encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        text = stream.read().decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: neither a torch file nor JSON (it begins with {head[:8]!r}), {size} bytes: {_NEEDED}"
+        ) from error
+    return _json(name, text)
+
+
+def _foreign(head: bytes, size: int) -> str | None:
+    """What the file is, if it is of a known kind that holds no recording."""
+    for start, kind in _FOREIGN.items():
+        if head.startswith(start):
+            return kind
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        return "a safetensors file"
+    return None
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        columns = _columns_of_csv(text)
+        if columns:
+            raise ValueError(
+                f"{name}: a CSV with the columns {', '.join(columns)}, as old recorders wrote: "
+                'record anew, or give its counts as JSON, {"logical_count": [[...], ...]}, layers by experts'
+            ) from error
+        raise ValueError(f"{name}: not JSON ({error}), {len(text)} bytes: {_NEEDED}") from error
+
+
+def _columns_of_csv(text: str) -> list[str]:
+    """Its first line's fields, if its lines have equally many, two or more."""
+    lines = text.splitlines()[:3]
+    if not lines or text.lstrip()[:1] in ("{", "["):
+        return []
+    for separator in (",", "\t", ";"):
+        fields = [line.split(separator) for line in lines]
+        if len(fields[0]) > 1 and all(len(line) == len(fields[0]) for line in fields):
+            return [field.strip() for field in fields[0][:8]]
+    return []
+
+
+def _zip(name: str, stream: BinaryIO, size: int) -> Any:
+    """A torch file, if it is one: other zip archives are named by what they hold."""
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            members = archive.namelist()
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise ValueError(f"{name}: not a whole torch file ({error}), {size} bytes") from error
+    if not any(member.endswith("/data.pkl") for member in members):
+        held = ", ".join(members[:4]) + ", ..." * (len(members) > 4)
+        raise ValueError(f"{name}: a zip archive of {held or 'nothing'}: {_NEEDED}")
+    if any(member.endswith("/constants.pkl") for member in members):
+        raise ValueError(f"{name}: a TorchScript program: {_NEEDED}")
+    stream.seek(0)
+    return _torch(name, stream, size)
+
+
+def _torch(name: str, stream: BinaryIO, size: int) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on files that are refused next
+            return torch.load(stream, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises many kinds for a broken or foreign file
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found:
+            raise ValueError(
+                f"{name}: holds {found[1]}, a class or function: only tensors, numbers, texts, lists and "
+                "dicts are read, as reading anything else runs code of the file: save it without that"
+            ) from error
+        whole = _is_whole(stream)
+        kind = "a pickle that is no file of torch.save" if whole else "not a whole torch file"
+        raise ValueError(f"{name}: {kind} ({type(error).__name__}), {size} bytes") from error
+
+
+def _is_whole(stream: BinaryIO) -> bool:
+    """Does the archive have all its bytes, or the pickle its last one (STOP)?"""
+    stream.seek(0)
+    if stream.read(2) == b"PK":
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                return archive.testzip() is None
+        except (zipfile.BadZipFile, ValueError, OSError):
+            return False
+    stream.seek(-1, io.SEEK_END)
+    return stream.read() == b"."

@@ -1,0 +1,168 @@
+"""What sglang's expert distribution recorder writes in modes per_token and per_pass.
+
+Each rank writes one ``torch.save`` file: ``records`` and ``last_physical_to_logical_map`` ``[L, P]``. A record is one
+forward pass of one rank: ``forward_pass_id``, ``rank``, and ``topk_ids_of_layer`` ``[L, tokens, 8]`` int32, physical
+ids, -1 in unused columns, or ``global_physical_count`` ``[L, P]``.
+
+``rank`` is the rank among the experts' ranks (EP), so files share it where there are pipeline stages, which route
+different layers, and where ranks split each expert (TP), which route the same tokens. A draft model (MTP, EAGLE)
+numbers its passes by itself and routes nothing here: its records are empty, under numbers that the target has too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from waterfill_rs import whole_numbers
+
+__all__ = ["RankFile", "read", "routed"]
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """One rank's file: ``passes`` are ids ``[L, tokens, 8]`` or counts ``[L, P]``, by ``field``.
+
+    ``records``: how many there were, empty ones too. ``dispatched``: to how many ranks its dispatch went, where it tells.
+    """
+
+    file: str
+    rank: int
+    field: str
+    mapping: Tensor
+    passes: dict[int, Tensor]
+    records: int
+    dispatched: int | None
+
+
+def routed(values: Tensor) -> Tensor:
+    """Whether anything was routed, for each layer of ids ``[L, tokens, 8]`` or counts ``[L, P]``: bool ``[L]``."""
+    used = values >= 0 if values.dim() == 3 else values > 0
+    return used.flatten(1).any(dim=1)
+
+
+def read(file: str, content: Any) -> RankFile:
+    """Check one rank's file.
+
+    Raises:
+        ValueError: naming file, record, field and number.
+    """
+    if not isinstance(content, dict) or "records" not in content:
+        raise ValueError(
+            f"{file}: found {_kind(content)}, no 'records': give one dump of sglang's expert distribution recorder"
+        )
+    if not isinstance(content["records"], list) or not content["records"]:
+        found = content["records"]
+        raise ValueError(
+            f"{file}: records is {type(found).__name__} {found!r:.40}: give a list of at least one record"
+        )
+    mapping = _tensor(file, content, "last_physical_to_logical_map", "[L, P]")
+    fields, ranks, sizes = set(), set(), set()
+    passes: dict[int, Tensor] = {}
+    for index, record in enumerate(content["records"]):
+        where = f"{file}: record {index}"
+        field = _field(where, record)
+        values = (_ids if field == "topk_ids_of_layer" else _counts)(where, record, mapping)
+        _add(where, passes, record["forward_pass_id"], values)
+        fields.add(field)
+        ranks.add(record["rank"])
+        sizes |= _dispatched(record)
+    if len(ranks) != 1 or len(fields) != 1:
+        raise ValueError(
+            f"{file}: records of ranks {sorted(ranks)} with {sorted(fields)}: "
+            "one rank a file, and one mode, is what sglang writes"
+        )
+    dispatched = sizes.pop() if len(sizes) == 1 else None
+    records = len(content["records"])
+    return RankFile(file, ranks.pop(), fields.pop(), mapping, passes, records, dispatched)
+
+
+def _kind(content: Any) -> str:
+    """What a foreign file holds: a dict's keys, or a type."""
+    if not isinstance(content, dict):
+        return type(content).__name__
+    keys = ", ".join(f"{key!r:.40}" for key in list(content)[:8])
+    return f"the keys {keys}" + f" and {len(content) - 8} more" * (len(content) > 8)
+
+
+def _add(where: str, passes: dict[int, Tensor], pass_id: int, values: Tensor) -> None:
+    """Of several records of one pass number, the one that routed something: the others are a draft model's."""
+    known = passes.get(pass_id)
+    if known is None or not routed(known).any():
+        passes[pass_id] = values
+    elif routed(values).any():
+        raise ValueError(
+            f"{where}: forward_pass_id {pass_id} is there twice, and both routed rows: give one recording at a time"
+        )
+
+
+def _dispatched(record: dict[str, Any]) -> set[int]:
+    """To how many ranks DeepEP's dispatch went. per_token has it in mode normal."""
+    misc = record.get("misc_objects")
+    layers = misc if isinstance(misc, list) else []
+    found = [layer.get("num_tokens_per_rank") for layer in layers if isinstance(layer, dict)]
+    return {len(tokens) for tokens in found if isinstance(tokens, list)}
+
+
+def _field(where: str, record: Any) -> str:
+    """What the record holds, once it is known whose it is."""
+    for needed in ("forward_pass_id", "rank"):
+        if not isinstance(record, dict) or needed not in record:
+            raise ValueError(f"{where} has no '{needed}'")
+        value = record[needed]
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{where}: {needed} is {value!r:.40}: give an integer from 0 on")
+    for field in ("topk_ids_of_layer", "global_physical_count"):
+        if field in record:
+            return field
+    raise ValueError(
+        f"{where} has no 'topk_ids_of_layer' (per_token) and no 'global_physical_count' (per_pass)"
+    )
+
+
+def _tensor(where: object, holder: dict[str, Any], field: str, shape: str) -> Tensor:
+    """An integer tensor of as many dimensions as ``shape`` names, none but the middle one empty."""
+    found = holder.get(field)
+    if (
+        not isinstance(found, Tensor)
+        or found.layout != torch.strided
+        or found.dtype not in (torch.int32, torch.int64)
+        or found.dim() != shape.count(",") + 1
+        or 0 in (found.shape[0], found.shape[-1])
+    ):
+        what = type(found).__name__
+        if isinstance(found, Tensor):
+            what = f"{found.dtype} {list(found.shape)}"
+        raise ValueError(f"{where}: {field} must be a dense tensor of integers {shape}, is {what}")
+    return found
+
+
+def _ids(where: str, record: dict[str, Any], mapping: Tensor) -> Tensor:
+    experts = int(mapping.shape[1])
+    ids = _tensor(where, record, "topk_ids_of_layer", "[L, tokens, K]")
+    if ids.dtype != torch.int32:
+        raise ValueError(f"{where}: topk_ids_of_layer must be int32, is {ids.dtype}")
+    if ids.numel() and int(ids.max()) >= experts:
+        raise ValueError(f"{where}: topk_ids_of_layer has id {int(ids.max())} of {experts} experts")
+    _check_layers(where, ids, mapping)
+    return ids
+
+
+def _counts(where: str, record: dict[str, Any], mapping: Tensor) -> Tensor:
+    experts = int(mapping.shape[1])
+    counts = _tensor(where, record, "global_physical_count", "[L, P]")
+    if counts.shape[1] != experts:
+        raise ValueError(
+            f"{where}: global_physical_count has {counts.shape[1]} experts, the map has {experts}"
+        )
+    whole_numbers.check_range(f"{where}: global_physical_count", counts)
+    _check_layers(where, counts, mapping)
+    return counts
+
+
+def _check_layers(where: str, values: Tensor, mapping: Tensor) -> None:
+    if values.shape[0] != mapping.shape[0]:
+        raise ValueError(f"{where} has {values.shape[0]} layers, the map has {mapping.shape[0]}")

@@ -1,0 +1,71 @@
+"""What a recording is once it is read, and the checks that all its formats share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Counts", "Dump", "Tokens", "check_divides", "given_top_k", "replicated"]
+
+
+@dataclass(frozen=True)
+class Dump:
+    """What all kinds have. ``mappings``: for each layer, the logical expert of each physical one, or None
+    where none has replicas. ``notes``: what had to be assumed, a sentence each."""
+
+    ranks: int
+    experts: int
+    top_k: int
+    mappings: list[list[int]] | None
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Tokens(Dump):
+    """``passes``: forward pass id to one ``[L, tokens, 8]`` tensor of ids a rank, ranks in order."""
+
+    passes: dict[int, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Counts(Dump):
+    """``passes``: forward pass id to counts ``[R, L, P]``, or ``[1, L, P]`` where sources are not known."""
+
+    passes: dict[int, Tensor]
+
+
+def check_divides(experts: int, kind: str, ranks: int) -> None:
+    if ranks < 1 or experts % ranks:
+        raise ValueError(
+            f"{experts} {kind} experts do not divide over {ranks} ranks: give the right --ep"
+        )
+
+
+def given_top_k(top_k: int | None, experts: int) -> int:
+    """``--top-k``, which counts need."""
+    if top_k is None:
+        raise ValueError("counts do not tell how many experts a token has: give --top-k")
+    if top_k > experts:
+        raise ValueError(f"--top-k {top_k}: the dump has {experts} experts")
+    return top_k
+
+
+def replicated(name: str, mapping: Tensor) -> list[list[int]] | None:
+    """The map ``[L, P]`` by layer, if any logical expert is there more than once.
+
+    Raises:
+        ValueError: naming the map by ``name``, if a layer's logical experts are not 0 to their number.
+    """
+    mappings: list[list[int]] = mapping.tolist()
+    found = False
+    for layer, row in enumerate(mappings):
+        named = set(row)
+        found |= len(named) < len(row)
+        if named != set(range(len(named))):
+            odd = min(named ^ set(range(len(named))))
+            raise ValueError(
+                f"{name} of layer {layer}: {len(named)} logical experts "
+                f"are not 0 to {len(named) - 1}; the first that does not fit is {odd}"
+            )
+    return mappings if found else None
