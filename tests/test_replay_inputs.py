@@ -4,7 +4,9 @@ import enum
 import gzip
 import io
 import json
+import os
 import pickle
+import threading
 import zipfile
 
 import pytest
@@ -150,6 +152,16 @@ def test_a_recording_may_be_packed_and_in_capitals(tmp_path):
         name = f"expert_distribution_recorder_1.5_{rank}.PT.gz"
         (tmp_path / name).write_bytes(gzip.compress(as_bytes(dump(rank))))
     assert len(replay(tmp_path, tmp_path)) == (LAYERS - 1) * 2
+
+
+@pytest.mark.parametrize("content", [TEXT.encode(), TORCH, gzip.compress(TORCH)])
+def test_a_pipe_is_read(content, tmp_path):
+    """A shell's ``<(command)``."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    check_is_the_sum(replay(tmp_path / "pipe", tmp_path, *EP))
+    writer.join()
 
 
 def test_json_text_is_read_as_sglang_reads_it(tmp_path, capsys):

@@ -232,6 +232,22 @@ def test_two_recordings_in_one_folder_are_refused(mode, tmp_path, capsys):
     assert error.count("expert_distribution_recorder_") == 2
 
 
+def test_an_earlier_dump_without_traffic_is_left_out(mode, tmp_path, capsys):
+    make, options = mode
+    contents = [make(rank) for rank in range(RANKS)]
+    contents[2]["records"] = [empty(contents[2], pass_id) for pass_id in PASSES]  # idle
+    alone = every_row(write(tmp_path / "alone", contents), tmp_path, *options)
+    earlier = [
+        {**content, "records": [empty(content, pass_id) for pass_id in (7, 8)]}
+        for content in contents
+    ]
+    capsys.readouterr()
+    assert every_row(write(tmp_path / "two", earlier + contents), tmp_path, *options) == alone
+    assert "4 files routed nothing, and were left out." in capsys.readouterr().out
+    error = refused(write(tmp_path / "empty", earlier + earlier), capsys, *options)
+    assert "has no routed row, nor has any other file: record while the server serves" in error
+
+
 def test_each_stage_writes_the_same_statistics(tmp_path, capsys):
     counts = sum(counts_of(rank, 100) for rank in range(RANKS))
     files = [tmp_path / f"expert_distribution_recorder_1.{stage}.pt" for stage in range(2)]

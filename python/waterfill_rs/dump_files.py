@@ -78,17 +78,23 @@ def _suffix(file: Path) -> str:
 
 
 def _load(file: Path) -> Any:
-    size = file.stat().st_size
+    if file.is_fifo():  # a shell's <(command), which has no size and goes one way
+        content = file.read_bytes()
+        return _opened(file, io.BytesIO(content), len(content))
+    with file.open("rb") as opened:
+        return _opened(file, opened, file.stat().st_size)
+
+
+def _opened(file: Path, opened: BinaryIO, size: int) -> Any:
     if size == 0:
         raise ValueError(f"{file}: the file is empty (0 bytes)")
-    with file.open("rb") as opened:
-        if opened.read(2) != b"\x1f\x8b":
-            return _read(str(file), opened, size)
-        opened.seek(0)
-        try:
-            unpacked = gzip.GzipFile(fileobj=opened).read()
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{file}: not a whole gzip file ({error}), {size} bytes") from error
+    if opened.read(2) != b"\x1f\x8b":
+        return _read(str(file), opened, size)
+    opened.seek(0)
+    try:
+        unpacked = gzip.GzipFile(fileobj=opened).read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file}: not a whole gzip file ({error}), {size} bytes") from error
     if not unpacked:
         raise ValueError(f"{file}: a gzip file of nothing (0 bytes)")
     return _read(f"{file} (unpacked)", io.BytesIO(unpacked), len(unpacked))

@@ -41,7 +41,10 @@ def read(contents: list[tuple[str, Any]], ranks: int | None, top_k: int | None) 
     by_stage = [whole for whole, _ in read_stages]
     passes = _joined(by_stage) if len(stages) > 1 else by_stage[0]
     notes = _notes(files, kept, len(stages))
-    notes += _notes_on_passes(kept, by_stage, sum(left_out for _, left_out in read_stages))
+    joined = [file for stage in stages for file in stage]
+    if len(joined) < len(kept):
+        notes.append(f"{len(kept) - len(joined)} files routed nothing, and were left out.")
+    notes += _notes_on_passes(joined, by_stage, sum(left_out for _, left_out in read_stages))
     mappings = replicated(f"{files[0].file}: last_physical_to_logical_map", files[0].mapping)
     if files[0].field == "topk_ids_of_layer":
         columns = _columns(passes, top_k)
@@ -130,7 +133,10 @@ def _layers(file: RankFile) -> Tensor:
 
 
 def _stages(files: list[RankFile]) -> list[list[RankFile]]:
-    """The files by pipeline stage: files of one stage have layers in common, and each rank one file there."""
+    """The files by pipeline stage: files of one stage have layers in common, and each rank one file there.
+
+    Files that routed nothing fill the stages that lack their rank. What is left of them belongs to no stage.
+    """
     if len({file.rank for file in files}) == len(files):
         return [files]
     stages: list[tuple[Tensor, list[RankFile]]] = []
@@ -149,11 +155,12 @@ def _stages(files: list[RankFile]) -> list[list[RankFile]]:
                 apart.append((known, others))
         stages = [*apart, (layers, own)]
     if not stages:
-        stages = [(torch.empty(0), [])]
-    for file in idle:
-        # An idle rank's files name no layer: each fills a stage that lacks the rank.
-        lacking = (own for _, own in stages if file.rank not in {one.rank for one in own})
-        next(lacking, stages[0][1]).append(file)
+        raise ValueError(
+            f"{files[0].file}: {files[0].field} has no routed row, nor has any other file: "
+            "record while the server serves"
+        )
+    for _, own in stages:
+        own += _idle_of(own, idle)
     for _, own in stages:
         for index, file in enumerate(own):
             same = [one for one in own[:index] if one.rank == file.rank]
@@ -163,6 +170,17 @@ def _stages(files: list[RankFile]) -> list[list[RankFile]]:
                     "with rows in the same layers: give one dump at a time"
                 )
     return [own for _, own in stages]
+
+
+def _idle_of(stage: list[RankFile], idle: list[RankFile]) -> list[RankFile]:
+    """Of the files that name no layer, one for each rank that the stage lacks: that with most of its passes. They leave ``idle``."""
+    passes = {pass_id for file in stage for pass_id in file.passes}
+    chosen = []
+    for rank in sorted({file.rank for file in idle} - {file.rank for file in stage}):
+        own = [file for file in idle if file.rank == rank]
+        chosen.append(max(own, key=lambda file: len(passes & file.passes.keys())))
+    idle[:] = [file for file in idle if not any(file is one for one in chosen)]
+    return chosen
 
 
 def _size(files: list[RankFile], kept: list[RankFile], given: int | None) -> int:
@@ -273,14 +291,14 @@ def _notes(files: list[RankFile], kept: list[RankFile], stages: int) -> list[str
 
 
 def _notes_on_passes(
-    kept: list[RankFile], stages: list[dict[int, list[Tensor]]], left_out: int
+    files: list[RankFile], stages: list[dict[int, list[Tensor]]], left_out: int
 ) -> list[str]:
     notes = []
     if left_out:
         notes.append(
             f"{left_out} passes at the beginning or the end, which not every rank recorded, were left out."
         )
-    records = sum(file.records for file in kept)
+    records = sum(file.records for file in files)
     used = sum(len(parts) for passes in stages for parts in passes.values())
     if not left_out and used < records:
         notes.append(
