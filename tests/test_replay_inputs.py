@@ -8,6 +8,7 @@ import os
 import pickle
 import threading
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -171,6 +172,13 @@ def test_json_text_is_read_as_sglang_reads_it(tmp_path, capsys):
     assert "the JSON text: found the keys 'counts', no 'records'" in refused(
         '{"counts": [[1]]}', capsys, *EP
     )
+
+
+def test_sums_over_passes_are_told_from_steps():
+    flat, ring = {"logical_count": PLACED}, {"logical_count": [PLACED, PLACED]}
+    by_rank = {**ring, "logical_count_layout": "rank_layer_expert"}
+    for content, summed in ((flat, True), (ring, False), (by_rank, True)):
+        assert dumps.read([Path(json.dumps(content))], 2, 1).summed is summed
 
 
 # Maps

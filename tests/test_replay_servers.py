@@ -100,6 +100,24 @@ def test_an_idle_rank_takes_part_with_no_rows(tmp_path):
         assert found[layer, 100]["tokens"] == 3 * 38 and found[layer, 101]["tokens"] == 4 * 38
 
 
+def test_a_passs_modes_are_those_of_the_ranks_that_routed(tmp_path):
+    """EXTEND 1 and TARGET_VERIFY 5 of the target, DECODE 2 of the draft, IDLE 4 of rank 1."""
+    contents = [with_draft(dump(rank)) for rank in range(RANKS)]
+    for content in contents:
+        for record in content["records"]:
+            target = bool((record["topk_ids_of_layer"] >= 0).any())
+            record["forward_mode"] = {100: 1, 101: 5}[record["forward_pass_id"]] if target else 2
+    for record in contents[1]["records"]:
+        if record["forward_pass_id"] == 100:
+            record.update(
+                forward_mode=4, topk_ids_of_layer=empty(contents[1], 100)["topk_ids_of_layer"]
+            )
+    read = dumps.read([write(tmp_path / "modes", contents)], None, None)
+    assert read.modes == {100: [1, 1, 1], 101: [5, 5, 5, 5]} and not read.summed
+    counts = [per_pass(rank) for rank in range(RANKS)]
+    assert dumps.read([write(tmp_path / "none", counts)], None, TOP_K).modes == {100: [], 101: []}
+
+
 def test_two_full_records_of_one_number_are_refused(mode, tmp_path, capsys):
     make, options = mode
     contents = [make(rank) for rank in range(RANKS)]

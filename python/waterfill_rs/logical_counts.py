@@ -68,12 +68,12 @@ def read(
     )
     if by_rank:
         whole_numbers.check_range(f"{file}: logical_count of all ranks", counts.sum(0))
-        return Counts(ranks, experts, top_k, mappings, notes, {0: counts})
+        return Counts(ranks, experts, top_k, mappings, notes, {0: counts}, summed=True)
     notes.append("Tokens are taken to be spread evenly over the ranks.")
     steps = counts if counts.dim() == 3 else counts[None]
     # A ring buffer: steps that were not used are zero.
     used = {step: one[None] for step, one in enumerate(steps) if int(one.sum())}
-    return Counts(ranks, experts, top_k, mappings, notes, used)
+    return Counts(ranks, experts, top_k, mappings, notes, used, summed=counts.dim() == 2)
 
 
 def _counts(file: str, content: dict[str, Any]) -> Tensor:

@@ -26,6 +26,7 @@ __all__ = ["RankFile", "read", "routed"]
 class RankFile:
     """One rank's file: ``passes`` are ids ``[L, tokens, 8]`` or counts ``[L, P]``, by ``field``.
 
+    ``modes``: forward pass id to ``forward_mode``, of the passes that routed anything, where it is recorded.
     ``records``: how many there were, empty ones too. ``dispatched``: to how many ranks its dispatch went, where it tells.
     """
 
@@ -34,6 +35,7 @@ class RankFile:
     field: str
     mapping: Tensor
     passes: dict[int, Tensor]
+    modes: dict[int, int]
     records: int
     dispatched: int | None
 
@@ -62,6 +64,7 @@ def read(file: str, content: Any) -> RankFile:
     mapping = _tensor(file, content, "last_physical_to_logical_map", "[L, P]")
     fields, ranks, sizes = set(), set(), set()
     passes: dict[int, Tensor] = {}
+    modes: dict[int, int] = {}
     for index, record in enumerate(content["records"]):
         where = f"{file}: record {index}"
         field = _field(where, record)
@@ -70,6 +73,9 @@ def read(file: str, content: Any) -> RankFile:
         fields.add(field)
         ranks.add(record["rank"])
         sizes |= _dispatched(record)
+        # An empty record may be a draft model's, which decodes beside a prefill of the target.
+        if type(record.get("forward_mode")) is int and routed(values).any():
+            modes[record["forward_pass_id"]] = record["forward_mode"]
     if len(ranks) != 1 or len(fields) != 1:
         raise ValueError(
             f"{file}: records of ranks {sorted(ranks)} with {sorted(fields)}: "
@@ -77,7 +83,7 @@ def read(file: str, content: Any) -> RankFile:
         )
     dispatched = sizes.pop() if len(sizes) == 1 else None
     records = len(content["records"])
-    return RankFile(file, ranks.pop(), fields.pop(), mapping, passes, records, dispatched)
+    return RankFile(file, ranks.pop(), fields.pop(), mapping, passes, modes, records, dispatched)
 
 
 def _kind(content: Any) -> str:

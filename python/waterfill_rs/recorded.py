@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -12,13 +12,17 @@ __all__ = ["Counts", "Dump", "Tokens", "check_divides", "given_top_k", "replicat
 @dataclass(frozen=True)
 class Dump:
     """What all kinds have. ``mappings``: for each layer, the logical expert of each physical one, or None
-    where none has replicas. ``notes``: what had to be assumed, a sentence each."""
+    where none has replicas. ``notes``: what had to be assumed, a sentence each. ``modes``: forward pass id to
+    the ``forward_mode`` of the ranks that routed anything, where they are recorded. ``summed``: each pass is a sum
+    over passes."""
 
     ranks: int
     experts: int
     top_k: int
     mappings: list[list[int]] | None
     notes: list[str]
+    modes: dict[int, list[int]] = field(default_factory=dict, kw_only=True)
+    summed: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)

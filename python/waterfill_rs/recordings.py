@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -45,13 +46,15 @@ def read(contents: list[tuple[str, Any]], ranks: int | None, top_k: int | None) 
     if len(joined) < len(kept):
         notes.append(f"{len(kept) - len(joined)} files routed nothing, and were left out.")
     notes += _notes_on_passes(joined, by_stage, sum(left_out for _, left_out in read_stages))
+    modes = {i: [file.modes[i] for file in joined if i in file.modes] for i in passes}
     mappings = replicated(f"{files[0].file}: last_physical_to_logical_map", files[0].mapping)
     if files[0].field == "topk_ids_of_layer":
         columns = _columns(passes, top_k)
         if not any(file.dispatched for file in files):
             _check_sources_differ(passes, len(files))
-        return Tokens(size, experts, columns, mappings, notes, passes)
-    return _counts(files[0].file, passes, size, experts, top_k, mappings, notes)
+        return Tokens(size, experts, columns, mappings, notes, passes, modes=modes)
+    counts = _counts(files[0].file, passes, size, experts, top_k, mappings, notes)
+    return replace(counts, modes=modes)
 
 
 def _counts(
