@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
 
+import types
+
 import forked
 import torch
 from inside import EXPERTS, RANK, RANKS, TOKENS, TOP_K, hash_layer, level_of, prepare, routed_only
@@ -91,6 +93,39 @@ def test_v3_layer_goes_through_the_same_balancer(sglang):
     routed = forward(*inputs)
     layer.waterfill_balancer, layer.enable_waterfill = balancer, True
     check_expansion(sglang, routed, expanded, balancer.shared_weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_router_weights_in_other_precisions_are_served(sglang, dtype):
+    """As sglang's own serves them: weights come back in the precision that they have."""
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    layer = hash_layer(sglang)
+    prepare(sglang, layer)
+    balancer = layer.waterfill_balancer
+    torch.manual_seed(0)
+    logits = torch.randn(9, EXPERTS).to(dtype)
+    routed = routed_only(sglang, layer, torch.zeros(9, 8), logits, torch.arange(9))
+    weights = routed.topk_weights.to(dtype)
+    given = StandardTopKOutput(weights, routed.topk_ids, routed.router_logits)
+    expanded = balancer.expand_topk(given, 9)
+    like = balancer.expand_topk(given._replace(topk_weights=weights.float()), 9)
+    assert expanded.topk_weights.dtype == dtype
+    assert torch.equal(expanded.topk_ids, like.topk_ids)
+    assert torch.equal(expanded.topk_weights, like.topk_weights.to(dtype))
+    assert layer(torch.zeros(9, 8), logits, torch.arange(9)).topk_ids.shape == (9, TOP_K + 1)
+
+
+def test_an_overlapped_batch_keeps_its_weights(sglang):
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    layer = hash_layer(sglang)
+    prepare(sglang, layer)
+    balancer = layer.waterfill_balancer
+    balancer.overlap = types.SimpleNamespace(runs=True)
+    ids, weights = torch.arange(6, dtype=torch.int32)[None], torch.rand(1, 6).half()
+    moved = balancer.expand_topk(StandardTopKOutput(weights, ids, None), 1)
+    assert moved.topk_ids.shape == (1, 6) and moved.topk_weights is weights
 
 
 def test_experts_that_do_not_divide_are_refused_with_the_numbers(sglang):

@@ -7,6 +7,7 @@ import logging
 import os
 from typing import Any
 
+import torch
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
 from waterfill_rs.config import Config
@@ -20,6 +21,9 @@ from waterfill_rs.torch import expand_topk, move_up
 __all__ = ["ScalingFactorBalancer", "WaterfillBalancer", "balancer_of"]
 
 logger = logging.getLogger(__name__)
+
+_WEIGHTS = (torch.float32, torch.bfloat16)
+"""Types that the expansion takes."""
 
 
 @functools.cache
@@ -84,6 +88,8 @@ class WaterfillBalancer:
     ) -> StandardTopKOutput:
         """``[N, K]`` to ``[N, K + 1]``; ``num_tokens`` is N, 0 on an idle rank. ``is_decode`` changes nothing.
 
+        Weights may be of any float type, and come back in it. Those of double precision are rounded to float32.
+
         Where the layer runs its shared expert unfused: ids int64 ``[N, K]`` in the same places, and the weights as given.
         """
         topk_ids: Any = topk_output.topk_ids
@@ -93,9 +99,12 @@ class WaterfillBalancer:
             )
         if self.exchange is None:
             _tell_not_joined()
-        routed = topk_ids.contiguous(), topk_output.topk_weights.contiguous()
+        given: Any = topk_output.topk_weights
+        # Elsewhere weights of half or double precision are errors; a router that gives them is served here.
+        known = given if given.dtype in _WEIGHTS else given.float()
+        routed = topk_ids.contiguous(), known.contiguous()
         if self.overlap is not None and self.overlap.runs:
-            return self._expanded(topk_output, self._moved_up(*routed), routed[1])
+            return self._expanded(topk_output, self._moved_up(*routed), given.contiguous())
         if isinstance(self.exchange, DeviceExchange):
             ids, weights = self.exchange.expand(*routed, self.shared_weight)
         else:
@@ -107,7 +116,7 @@ class WaterfillBalancer:
                 shared_weight=self.shared_weight,
                 exchange=self.exchange,
             )
-        return self._expanded(topk_output, ids, weights)
+        return self._expanded(topk_output, ids, weights.to(given.dtype))
 
     def _moved_up(self, ids: Any, weights: Any) -> Any:
         if isinstance(self.exchange, DeviceExchange):
