@@ -11,7 +11,7 @@ from inside import RANK, RANKS
 def sglang():
     """sglang with plugins loaded, as its launcher and scheduler do, and a model's context published.
 
-    ``original``, ``sglangs``: the hash router and the recorder's names from before.
+    ``original``, ``own_balancer``, ``sglangs``: the hash router, the balancer and the recorder's names from before.
     """
     os.environ["SGLANG_OPT_USE_FUSED_HASH_TOPK"] = "0"
     from sglang.srt.configs.shared_experts import SharedExpertsConfig
@@ -19,7 +19,7 @@ def sglang():
     from sglang.srt.layers.moe import hash_topk, topk, waterfill
     from sglang.srt.plugins import load_plugins
 
-    original = hash_topk.HashTopK
+    original, own_balancer = hash_topk.HashTopK, waterfill.WaterfillBalancer
     sglangs = dict(vars(expert_distribution))
     load_plugins()
     from sglang.srt.model_executor.model_runner_components import moe_ep_setup
@@ -42,6 +42,7 @@ def sglang():
             waterfill=waterfill,
             setup=moe_ep_setup,
             original=original,
+            own_balancer=own_balancer,
             recording=expert_distribution,
             sglangs=sglangs,
             moe=get_exec().moe,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs.config import Config
-from waterfill_rs.sglang import unfusing, verdict
+from waterfill_rs.sglang import sizes, unfusing, verdict
 from waterfill_rs.sglang.compat import ROWS, Seams, resolve
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Preparation:
     ) -> None:
         self.seams, self.ours, self.originals = seams, ours, originals
         self._serves = False
+        self._stood_aside = False
 
     def hook(self, prepare: Prepare, *args: Any, **kwargs: Any) -> Any:
         """Prepare with our balancers and join the ranks, or with sglang's and say why.
@@ -83,22 +84,68 @@ class Preparation:
         reasons += verdict.against_model(arguments, config, self.seams)
         reasons += verdict.against_routers(_model(args, kwargs))
         # All layers of a model are prepared at once: those of one that was are joined.
+        fresh = [router for router in routers if getattr(router, self.seams.holder, None) is None]
+        if not fresh and self._has_sglangs(routers):
+            return prepare(*args, **kwargs)
         peers: Peers | None = None
-        if any(getattr(router, self.seams.holder, None) is None for router in routers):
+        if fresh:
             peers, reasons = self._agree(reasons)
         if reasons:
-            verdict.tell(config, reasons)
-            with self._sglangs_balancer():
-                return prepare(*args, **kwargs)
+            return self._stand_aside(config, reasons, prepare, args, kwargs)
         self._verify_hooks()
         result = prepare(*args, **kwargs)
         balancers = self._verify_routers(routers)
+        if fresh and (
+            reasons := self._against_sizes(routers, arguments, device, args, kwargs, peers)
+        ):
+            for router in fresh:
+                setattr(router, self.seams.holder, None)
+            return self._stand_aside(config, reasons, prepare, args, kwargs)
         if any(balancer.exchange is None for balancer in balancers):
             share = unfusing.Share(self.seams, config, arguments)
             dtype = getattr(_model_config(args, kwargs), "dtype", None)
             where = share.decide(_model(args, kwargs), routers, dtype, device, peers)
             self._join(balancers, config, peers, verdict.is_deterministic(arguments), device, where)
         return result
+
+    def _has_sglangs(self, routers: list[Any]) -> bool:
+        """Were they prepared by sglang's own balancer, because we stood aside?"""
+        original = self.originals[self.seams.balancer]
+        holders = [getattr(router, self.seams.holder, None) for router in routers]
+        return self._stood_aside and all(type(holder) is original for holder in holders)
+
+    def _stand_aside(
+        self,
+        config: Config,
+        reasons: list[str],
+        prepare: Prepare,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Say why, and prepare with sglang's own.
+
+        Raises:
+            SystemExit: we were required.
+        """
+        verdict.tell(config, reasons)
+        self._stood_aside = True
+        with self._sglangs_balancer():
+            return prepare(*args, **kwargs)
+
+    def _against_sizes(
+        self,
+        routers: list[Any],
+        arguments: Any,
+        device: torch.device,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        peers: Peers | None,
+    ) -> list[str]:
+        """What in the sizes of any rank's layers keeps us from serving them; all ranks come to the same."""
+        balancers = [getattr(router, self.seams.holder) for router in routers]
+        tokens = sizes.most_tokens(arguments, balancers[0].world_size)
+        reasons = sizes.against_sizes(_model(args, kwargs), routers, balancers, device, tokens)
+        return peers.agree(reasons, "fits") if peers else reasons
 
     def _tell_if_asked_in_vain(self) -> None:
         try:

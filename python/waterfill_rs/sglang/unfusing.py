@@ -17,6 +17,7 @@ from waterfill_rs.sglang import compat, metrics, verdict
 from waterfill_rs.sglang.compat import Seams, resolve
 from waterfill_rs.sglang.overlap import Choice, OverlappedLayer
 from waterfill_rs.sglang.shared_expert import StaysFused, Unfused
+from waterfill_rs.sglang.sizes import data_parallel_groups, most_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,7 @@ class Share:
         machine, wrong = self._machine(layers, device)
         ranks = getattr(routers[0], self._seams.holder).world_size
         asked = self._config.shared == "overlap"
-        rule = PrefillRule(asked, ranks, self._most(ranks), machine)
+        rule = PrefillRule(asked, ranks, most_tokens(self._arguments, ranks), machine)
         reasons = wrong + reasons
         if peers is not None:
             reasons = peers.agree(reasons, "shared", rule.text)
@@ -139,7 +140,7 @@ class Share:
             verdict.stop([f"shared experts cannot run beside dispatch: {r}" for r in reasons])
         if reasons:
             return f"fused in every batch, because {'; '.join(reasons)}"
-        choice = Choice(self._seams, ranks, self._groups(), rule)
+        choice = Choice(self._seams, ranks, data_parallel_groups(self._arguments), rule)
         metrics.watch_shared(choice.tally)
         for moe, router, unfused in layers:
             getattr(router, self._seams.holder).overlap = OverlappedLayer(moe, unfused, choice)
@@ -159,16 +160,6 @@ class Share:
         return machine, [
             f"{MACHINE_VARIABLE}={path}: {text}" for text in _unlike(machine, layers, device)
         ]
-
-    def _most(self, ranks: int) -> int:
-        """Tokens of a prefill in a rank's MoE layer, at most."""
-        chunk = getattr(self._arguments, "chunked_prefill_size", None) or 0
-        tokens = chunk if chunk > 0 else getattr(self._arguments, "max_prefill_tokens", 0)
-        return int(tokens) * self._groups() // ranks
-
-    def _groups(self) -> int:
-        data_parallel = getattr(self._arguments, "enable_dp_attention", False)
-        return int(self._arguments.dp_size) if data_parallel else 1
 
     def _layers(
         self, model: Any, routers: Sequence[Any], dtype: torch.dtype | None
