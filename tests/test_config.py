@@ -42,6 +42,13 @@ def test_an_empty_variable_is_as_none():
     assert Config.from_environment(empty) == Config.from_environment({})
 
 
+@pytest.mark.parametrize(
+    "text, backend", [("false", "off"), ("False", "off"), ("true", "auto"), ("True", "auto")]
+)
+def test_what_yaml_makes_of_off_and_on(text, backend):
+    assert Config.from_environment({"WATERFILL_RS": text}).backend == backend
+
+
 def test_a_spinning_planner_may_have_a_core():
     board = Config.from_environment({"WATERFILL_RS_PLANNER": "spin:3"}).board
     assert (board.pace, board.core) == ("spin", 3)

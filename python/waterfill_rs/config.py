@@ -21,6 +21,7 @@ __all__ = [
     "SHARED_VARIABLE",
     "TIMEOUT_VARIABLE",
     "Config",
+    "backend_named",
 ]
 
 BACKEND_VARIABLE = "WATERFILL_RS"
@@ -35,6 +36,7 @@ SHARED = ("auto", "overlap", "fused")
 PACES: tuple[Pace, ...] = ("auto", "inline", "park", "spin")
 LONGEST_TIMEOUT_US = 10_000_000
 """Below the time after which DeepEP's own dispatch gives up, 100 s."""
+_YAML = {"false": "off", "true": "auto"}
 _BOOLEANS = {"": False, "0": False, "false": False, "1": True, "true": True}
 
 
@@ -68,7 +70,8 @@ class Config:
         required = environment.get(REQUIRE_VARIABLE, "").lower()
         if required not in _BOOLEANS:
             raise ValueError(f"{REQUIRE_VARIABLE}={required!r}: give 0 or 1")
-        backend = _one_of(environment, BACKEND_VARIABLE, BACKENDS, "auto")
+        named = {BACKEND_VARIABLE: backend_named(environment.get(BACKEND_VARIABLE, ""))}
+        backend = _one_of(named, BACKEND_VARIABLE, BACKENDS, "auto")
         default = BoardSettings()
         return Config(
             backend=backend,
@@ -78,6 +81,14 @@ class Config:
             shared=_one_of(environment, SHARED_VARIABLE, SHARED, "auto"),
             machine=environment.get(MACHINE_VARIABLE) or None,
         )
+
+
+def backend_named(text: str) -> str:
+    """The backend that a flag or a variable names, not yet checked.
+
+    YAML takes an unquoted ``off`` for false and ``on`` for true, and sglang's ``--config`` and manifests pass those on.
+    """
+    return _YAML.get(text.lower(), text)
 
 
 def _one_of(

@@ -20,6 +20,14 @@ parsed = parser.parse_args(["--model-path", "dummy", "--device", "cpu", *sys.arg
 ServerArgs.__post_init__ = lambda self: None  # resolution wants a model
 arguments = ServerArgs.from_cli_args(parsed)
 """
+CONFIGURED = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt import server_args
+server_args.ServerArgs.__post_init__ = lambda self: None  # resolution wants a model
+arguments = server_args.prepare_server_args(["--config", sys.argv[1]])
+"""
 HERE = """
 import json
 from inside import server_child
@@ -81,6 +89,20 @@ def test_flags_reach_a_spawned_child():
 def test_flags_come_before_variables():
     here, _ = parsed(HERE, "--waterfill-rs", "upstream", WATERFILL_RS="rust")
     assert here["variables"] == {"WATERFILL_RS": "upstream"}
+
+
+@pytest.mark.parametrize(
+    "written, backend", [("off", "off"), ("on", "auto"), ("'off'", "off"), ("rust", "rust")]
+)
+def test_a_config_file_says_off_and_on_as_yaml_does(tmp_path, written, backend):
+    """sglang's parser gets an unquoted ``off`` as ``--waterfill-rs false``."""
+    file = tmp_path / "server.yaml"
+    file.write_text(
+        f"model-path: dummy\ndevice: cpu\nwaterfill-rs: {written}\nwaterfill-rs-require: off\n"
+    )
+    done = forked.run(CONFIGURED + HERE, str(file))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["variables"] == {"WATERFILL_RS": backend}
 
 
 def test_shared_experts_have_a_flag_with_its_choices():

@@ -24,6 +24,7 @@ from waterfill_rs.config import (
     SHARED_VARIABLE,
     TIMEOUT_VARIABLE,
     Config,
+    backend_named,
 )
 from waterfill_rs.rendezvous import CHOICES
 from waterfill_rs.sglang import actors, compat, metrics, verdict
@@ -176,7 +177,9 @@ def _add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("waterfill-rs")
     for name, (variable, text) in _VALUES.items():
         flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, choices=_CHOICES.get(name), help=f"{text} (sets {variable}).")
+        named = backend_named if variable == BACKEND_VARIABLE else str
+        choices = _CHOICES.get(name)
+        group.add_argument(flag, type=named, choices=choices, help=f"{text} (sets {variable}).")
     group.add_argument(
         "--waterfill-rs-require",
         action="store_true",
