@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from waterfill_rs import _native, nvrtc, self_test
 from waterfill_rs import boards as board_finder
 from waterfill_rs import doctor_checks as checks
 from waterfill_rs.config import Config
-from waterfill_rs.doctor_checks import Entry, Finding
+from waterfill_rs.doctor_checks import Entry, Finding, Level
 from waterfill_rs.rendezvous import BoardSettings
 from waterfill_rs.sglang import compat
 
@@ -27,6 +28,7 @@ __all__ = ["add_command", "exchange", "hooks", "overlap"]
 
 JSON_VERSION = 1
 SHARED_MEMORY = Path("/dev/shm")
+DRIVER = Path("/proc/driver/nvidia")
 USUAL_RANKS = 8
 LEAST_LIVE = 0.9
 DEEP_S = 300
@@ -90,9 +92,10 @@ def _findings(ranks: int | None, deep: bool) -> Iterator[Finding]:
 def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
     """Each check, bound to this machine."""
     environment = os.environ
-    gpus = checks.visible_gpus(Path("/dev"), environment)
+    gpus = checks.visible_gpus(Path("/dev"), environment, _uuids(DRIVER))
     ranks_here = ranks or gpus or USUAL_RANKS
-    settings = _settings()
+    config = _config()
+    settings = config.board
     pipes = Path(environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
     folder = Path(waterfill_rs.__file__).parent
     looks: dict[str, Callable[[], Finding]] = {
@@ -104,7 +107,12 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
         ),
         "variables": lambda: checks.variables(environment),
         "shm": lambda: checks.shared_memory(
-            SHARED_MEMORY, _text(Path("/proc/mounts")), _free(SHARED_MEMORY), ranks_here
+            SHARED_MEMORY,
+            _text(Path("/proc/mounts")),
+            _free(SHARED_MEMORY),
+            ranks_here,
+            config.exchange,
+            gpus,
         ),
         "cpu": lambda: checks.cpus(
             len(os.sched_getaffinity(0)), _quota(), ranks_here, settings.pace, gpus
@@ -113,27 +121,40 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
         "nvrtc": lambda: checks.nvrtc(gpus, nvrtc.files()),
         "mps": lambda: checks.mps(gpus, ranks_here, pipes),
         "boards": lambda: checks.boards(SHARED_MEMORY, _boards(), board_finder.is_left_behind),
-        "exchange": lambda: exchange(settings, self_test.run),
+        "exchange": lambda: exchange(
+            settings, self_test.run, checks.without_board(config.exchange, gpus)
+        ),
     }
     if deep:
         load = functools.cache(_load_hooks)
-        looks["hooks"] = lambda: hooks(load, enabled=_enabled())
+        looks["hooks"] = lambda: hooks(load, enabled=config.enabled)
         looks["overlap"] = lambda: overlap(load)
     return looks
 
 
-def exchange(settings: BoardSettings, run: Callable[[BoardSettings], self_test.Rounds]) -> Finding:
-    """The self-test, with the wait and the planner that the variables ask for."""
+def exchange(
+    settings: BoardSettings,
+    run: Callable[[BoardSettings], self_test.Rounds],
+    without: Level = "warn",
+) -> Finding:
+    """The self-test, with the wait and the planner that the variables ask for.
+
+    ``without``: how bad it is that no board can be had.
+    """
     try:
         rounds = run(settings)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        advice = "" if without == "ok" else "see shm above"
+        return Finding("exchange", without, f"no board for the self-test: {error}", advice)
+    except RuntimeError as error:
         return Finding("exchange", "fail", f"the self-test ended: {error}", "see shm above")
     text = (
         f"2 processes, planner {settings.pace}: {rounds.live} of {rounds.calls} rounds live, "
         f"median wait {rounds.median_us:.1f} us, longest {rounds.longest_us:.0f} (at most {settings.cap_us})"
     )
     if not rounds.live:
-        return Finding("exchange", "fail", text, "see cpu above; WATERFILL_RS_EXCHANGE=group")
+        advice = "see cpu above; WATERFILL_RS_EXCHANGE=solo: all layers take own counts anyway"
+        return Finding("exchange", "warn", text, advice)
     if rounds.live < LEAST_LIVE * rounds.calls:
         advice = "see cpu above: layers without a live plan take own counts"
         return Finding("exchange", "warn", text, advice)
@@ -190,18 +211,20 @@ def _load_hooks() -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def _settings() -> BoardSettings:
+def _config() -> Config:
     try:
-        return Config.from_environment(os.environ).board
+        return Config.from_environment(os.environ)
     except ValueError:
-        return BoardSettings()  # The variables' own check tells.
+        return Config()  # The variables' own check tells.
 
 
-def _enabled() -> bool:
-    try:
-        return Config.from_environment(os.environ).enabled
-    except ValueError:
-        return True
+def _uuids(driver: Path) -> list[str]:
+    """Of the GPUs that NVIDIA's driver tells of in ``driver``; none where it does not."""
+    found = (
+        re.search(r"^GPU UUID:\s*(GPU-\S+)", _text(path), re.MULTILINE)
+        for path in sorted(driver.glob("gpus/*/information"))
+    )
+    return [uuid[1] for uuid in found if uuid]
 
 
 def _entries(group: str) -> list[Entry]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import itertools
 import os
 import re
 import stat
@@ -24,6 +25,7 @@ from waterfill_rs.config import (
     TIMEOUT_VARIABLE,
     Config,
 )
+from waterfill_rs.machine import Machine
 
 __all__ = [
     "Entry",
@@ -41,6 +43,7 @@ __all__ = [
     "shared_memory",
     "variables",
     "visible_gpus",
+    "without_board",
 ]
 
 Level = Literal["ok", "warn", "fail"]
@@ -90,18 +93,13 @@ def python(version: tuple[int, ...]) -> Finding:
 
 
 def package(native: str, installed: Mapping[Path, str], folder: Path) -> Finding:
-    """``native``: the compiled module's version. ``installed``: versions of this package's metadata, by place."""
+    """``native``: the compiled module's version. ``installed``: versions of this package's metadata, by place, in the order in which Python looks."""
     text = f"{native}, from {folder}"
     if not installed:
         return Finding(
             "package", "fail", f"{text}, not installed", "sglang finds it once it is: pip install"
         )
-    if len(installed) > 1:
-        places = ", ".join(f"{version} in {place}" for place, version in installed.items())
-        return Finding(
-            "package", "fail", f"{text}, installed {len(installed)} times: {places}", "keep one"
-        )
-    (version,) = installed.values()
+    version, *others = installed.values()  # Python and sglang take the first.
     if version != native:
         return Finding(
             "package",
@@ -109,6 +107,10 @@ def package(native: str, installed: Mapping[Path, str], folder: Path) -> Finding
             f"the package is {version} and its compiled module {native}",
             "install it anew: pip install --force-reinstall waterfill-rs",
         )
+    if others:
+        places = ", ".join(f"{version} in {place}" for place, version in installed.items())
+        text += f", installed {len(installed)} times: {places}"
+        return Finding("package", "warn", text, "keep one: the first of them is used")
     return Finding("package", "ok", text)
 
 
@@ -141,6 +143,10 @@ def plugin(
         text = f"{len(ours)} distributions have an entry point {PLUGIN}: {owners}"
         return Finding("plugin", "fail", text, "uninstall all but one: sglang takes any of them")
     selected = environment.get("SGLANG_PLATFORM", "")
+    if selected and selected not in {entry.name for entry in platforms}:
+        text = f"SGLANG_PLATFORM={selected!r} names no entry point: sglang itself does not start"
+        there = ", ".join(sorted(entry.name for entry in platforms)) or "none"
+        return Finding("plugin", "fail", text, f"unset it; there are: {there}")
     left_out = {e.distribution for e in platforms if selected and e.name != selected}
     if ours[0].distribution in left_out:
         text = f"SGLANG_PLATFORM={selected} leaves {ours[0].distribution} out"
@@ -151,19 +157,30 @@ def plugin(
 def _plugin_filter(
     plugins: Sequence[Entry], platforms: Sequence[Entry], environment: Mapping[str, str]
 ) -> Finding:
+    """As sglang reads it: any text but an empty one is a list of all that is loaded, if of nothing."""
     text = environment.get("SGLANG_PLUGINS", "")
     names = [name.strip() for name in text.split(",") if name.strip()]
     known = {entry.name for entry in (*plugins, *platforms)}
     wrong = [name for name in names if name not in known]
-    if names and PLUGIN not in names:
-        meant = difflib.get_close_matches(PLUGIN, wrong, 1)
-        because = f": {meant[0]} names no entry point" if meant else " does not name it"
+    if text and PLUGIN not in names:
         advice = f"add {PLUGIN} to it, with that spelling, or unset it"
-        return Finding("plugin", "fail", f"SGLANG_PLUGINS={text}{because}", advice)
+        return Finding(
+            "plugin", "fail", f"SGLANG_PLUGINS={text!r}{_left_out(names, wrong)}", advice
+        )
     if wrong:
-        told = f"SGLANG_PLUGINS={text}: {', '.join(wrong)} names no entry point"
+        told = f"SGLANG_PLUGINS={text!r}: {', '.join(wrong)} names no entry point"
         return Finding("plugin", "warn", told, f"there are {', '.join(sorted(known))}")
     return Finding("plugin", "ok", f"entry point {PLUGIN} seen once, not filtered out")
+
+
+def _left_out(names: Sequence[str], wrong: Sequence[str]) -> str:
+    """Why a list does not let us through."""
+    if not names:
+        return " names nothing, and is not empty: sglang loads no plugin at all"
+    if any(name.strip("\"'") == PLUGIN for name in names):
+        return ": the quotes are part of the name there"
+    meant = difflib.get_close_matches(PLUGIN, wrong, 1)
+    return f": {meant[0]} names no entry point" if meant else " does not name it"
 
 
 def variables(environment: Mapping[str, str]) -> Finding:
@@ -182,6 +199,9 @@ def variables(environment: Mapping[str, str]) -> Finding:
         f"{config.backend}{', required' if config.required else ''}, exchange {config.exchange}, "
         f"a layer waits at most {board.cap_us} us, planner {board.pace}, shared experts {config.shared}"
     )
+    if (refusal := _against_machine(config)) is not None:
+        advice = f"give a file of waterfill-rs calibrate --json, or unset {MACHINE_VARIABLE}: the server stops"
+        return Finding("variables", "fail", f"{text}; {refusal}", advice)
     if board.cap_us < LEAST_CAP_US:
         advice = f"unset {TIMEOUT_VARIABLE}: ranks of a prefill are a millisecond apart, and then no rank has a live plan"
         return Finding("variables", "warn", text, advice)
@@ -192,11 +212,38 @@ def variables(environment: Mapping[str, str]) -> Finding:
     return Finding("variables", "ok", text)
 
 
-def shared_memory(folder: Path, mounts: str, free: int | None, ranks: int) -> Finding:
-    """``mounts``: as in ``/proc/mounts``. ``free``: bytes, if the folder is there."""
-    others = "; else exchange by the group: WATERFILL_RS_EXCHANGE=group"
+def _against_machine(config: Config) -> str | None:
+    """Why the file of measurements, which only ``auto`` opens, cannot be read."""
+    if not config.enabled or config.machine is None or config.shared != "auto":
+        return None
+    try:
+        Machine.load(Path(config.machine))
+    except (OSError, ValueError) as error:
+        return f"{MACHINE_VARIABLE}={config.machine}: {error}"
+    return None
+
+
+def without_board(choice: str, gpus: int) -> Level:
+    """How bad it is that no board can be had. ``choice``: the exchange that was asked for.
+
+    With ``auto`` ranks take the group, and with ``solo`` they need none. On GPUs each rank of the group has a board too.
+    """
+    if choice == "board" or (choice == "group" and gpus):
+        return "fail"
+    return "warn" if choice == "auto" else "ok"
+
+
+def shared_memory(
+    folder: Path, mounts: str, free: int | None, ranks: int, choice: str = "auto", gpus: int = 0
+) -> Finding:
+    """``mounts``: as in ``/proc/mounts``. ``free``: bytes, if the folder is there. ``choice``: the exchange asked for."""
+    level = without_board(choice, gpus)
+    if level == "ok":
+        return Finding("shm", "ok", f"not needed with exchange {choice}")
+    instead = "own counts" if gpus else "exchange by the group"
+    others = f"; until then it serves, with {instead}" if level == "warn" else ""
     if not folder.is_dir() or free is None:
-        return Finding("shm", "fail", f"{folder} is not there", f"mount a tmpfs on it{others}")
+        return Finding("shm", level, f"{folder} is not there", f"mount a tmpfs on it{others}")
     mode = stat.S_IMODE(folder.stat().st_mode)
     kinds = [line.split()[2] for line in mounts.splitlines() if line.split()[1] == str(folder)]
     kind = kinds[-1] if kinds else "no file system of its own"
@@ -211,10 +258,10 @@ def shared_memory(folder: Path, mounts: str, free: int | None, ranks: int) -> Fi
             pass
     except OSError as error:
         advice = f"make it writable for user {os.getuid()}{others}"
-        return Finding("shm", "fail", f"{text}; a file cannot be made: {error}", advice)
+        return Finding("shm", level, f"{text}; a file cannot be made: {error}", advice)
     if free < needed:
         advice = "give it more: docker --shm-size, in Kubernetes an emptyDir with medium: Memory"
-        return Finding("shm", "fail", text, advice + others)
+        return Finding("shm", level, text, advice + others)
     if kind != "tmpfs":
         return Finding(
             "shm", "warn", text, "mount a tmpfs on it: counts would be written to a disk"
@@ -275,7 +322,7 @@ def cpus(cores: int, quota: float | None, ranks: int, pace: str, gpus: int = 0) 
     calm = "WATERFILL_RS_PLANNER=" + ("park" if gpus else "inline")
     if pace == "spin" and usable < ranks + 1:
         advice = f"{calm}, or give {ranks + 1} CPUs: the spinning thread needs its own"
-        return Finding("cpu", "fail", text, advice)
+        return Finding("cpu", "warn", text, advice)
     if pace == "spin" and quota is not None:
         return Finding("cpu", "warn", text, f"{calm}: a spinning thread uses the group's time up")
     if usable < 2 * ranks + threads:
@@ -285,14 +332,44 @@ def cpus(cores: int, quota: float | None, ranks: int, pace: str, gpus: int = 0) 
     return Finding("cpu", "ok", text)
 
 
-def visible_gpus(devices: Path, environment: Mapping[str, str]) -> int:
-    """NVIDIA devices in ``devices`` (/dev) that CUDA_VISIBLE_DEVICES leaves."""
+def visible_gpus(devices: Path, environment: Mapping[str, str], uuids: Sequence[str] = ()) -> int:
+    """NVIDIA devices in ``devices`` (/dev) that CUDA_VISIBLE_DEVICES leaves, by CUDA's rule.
+
+    CUDA reads the list up to the first entry that names no device; if one is named twice, none is visible. The first
+    entry decides whether all are indices, UUIDs or MIG devices, of which a process sees one.
+
+    Args:
+        uuids: of the devices, as ``GPU-...``; if not known, each UUID is taken for that of a device.
+    """
     found = sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in devices.glob("nvidia*"))
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return found
-    named = [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
-    return min(found, len(named))
+    entries = [entry.strip() for entry in chosen.split(",")]
+    if entries[0].startswith("MIG-"):
+        return min(found, 1)
+    by_uuid = entries[0].startswith("GPU-")
+    name = (lambda entry: _of_uuid(entry, uuids)) if by_uuid else _index
+    named = list(itertools.takewhile(lambda device: device is not None, map(name, entries)))
+    if not by_uuid:
+        named = list(itertools.takewhile(lambda index: index in range(found), named))
+    return 0 if len(set(named)) < len(named) else min(found, len(named))
+
+
+def _index(entry: str) -> int | None:
+    """The number that an entry begins with, as C's ``strtol`` reads it."""
+    number = re.match(r"[+-]?\d+", entry, re.ASCII)
+    return int(number[0]) if number else None
+
+
+def _of_uuid(entry: str, uuids: Sequence[str]) -> str | None:
+    """The UUID that an entry, which may be its beginning, names."""
+    if not entry.startswith("GPU-"):
+        return None
+    if not uuids:
+        return entry
+    meant = [uuid for uuid in uuids if uuid.startswith(entry)]
+    return meant[0] if len(meant) == 1 else None
 
 
 Load = Callable[[str], Any]
