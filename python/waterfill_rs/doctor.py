@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -105,6 +106,7 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
         "plugin": lambda: checks.plugin(
             _entries("sglang.srt.plugins"), _entries("sglang.srt.platforms"), environment
         ),
+        "one_batch": lambda: checks.one_batch(_folder("sglang")),
         "variables": lambda: checks.variables(environment),
         "shm": lambda: checks.shared_memory(
             SHARED_MEMORY,
@@ -248,6 +250,12 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _folder(package: str) -> Path | None:
+    """Where it is installed, without importing it."""
+    found = importlib.util.find_spec(package)
+    return Path(found.origin).parent if found and found.origin else None
 
 
 def _quota() -> float | None:

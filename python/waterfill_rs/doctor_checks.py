@@ -36,6 +36,7 @@ __all__ = [
     "driver",
     "mps",
     "nvrtc",
+    "one_batch",
     "package",
     "plugin",
     "python",
@@ -181,6 +182,29 @@ def _left_out(names: Sequence[str], wrong: Sequence[str]) -> str:
         return ": the quotes are part of the name there"
     meant = difflib.get_close_matches(PLUGIN, wrong, 1)
     return f": {meant[0]} names no entry point" if meant else " does not name it"
+
+
+_ONE_BATCH = {
+    "sglang.benchmark.one_batch": "benchmark/one_batch.py",
+    "sglang.bench_one_batch": "bench_one_batch.py",
+}
+"""sglang's benchmark of one batch, since 0.5.15 and before."""
+
+
+def one_batch(sglang: Path | None) -> Finding:
+    """``sglang``: the folder of the installed package. Whose Waterfill does its benchmark of one batch measure?"""
+    for module, file in _ONE_BATCH.items():
+        if sglang is None or not (sglang / file).is_file():
+            continue
+        code = (sglang / file).read_text(errors="replace")
+        if "load_plugins" in code:
+            return Finding("one_batch", "ok", f"{module} loads plugins")
+        ours = f"python -m waterfill_rs.sglang.with_plugins {module}"
+        if "def cli_main" not in code:
+            ours = "a server and sglang.bench_serving"
+        text = f"{module} loads no plugins, so it measures sglang's own Waterfill, even where ours is required"
+        return Finding("one_batch", "ok", f"{text}; for ours: {ours}")
+    return Finding("one_batch", "ok", "sglang has no such benchmark here")
 
 
 def variables(environment: Mapping[str, str]) -> Finding:
