@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
 
+from waterfill_rs import replay
 from waterfill_rs.cli import main
 
 RANKS, EXPERTS, TOP_K, LAYERS, TOKENS = 4, 16, 3, 3, 40
@@ -29,7 +30,8 @@ def ids_of(rank, pass_id):
 
 def dump(rank, **changes):
     records = [
-        dict(forward_pass_id=p, rank=rank, topk_ids_of_layer=ids_of(rank, p)) for p in (100, 101)
+        dict(forward_pass_id=p, rank=rank, forward_mode=1, topk_ids_of_layer=ids_of(rank, p))
+        for p in (100, 101)
     ]
     mapping = torch.arange(EXPERTS).repeat(LAYERS, 1)
     return {**dict(records=records, last_physical_to_logical_map=mapping), **changes}
@@ -66,7 +68,9 @@ def test_numbers_are_those_of_a_plain_computation(folder, tmp_path, capsys):
         if policy == "live":
             assert row["max"] == level and 0 <= row["extra_copies"] < 0.2
         assert row["max"] >= level
-    assert "the optimum in 4 of 4 layers" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the optimum in every layer of every pass (2 layers, 2 passes)" in said
+    assert "told apart by forward_mode." in said
 
 
 def change(record_field, value):
@@ -210,6 +214,26 @@ def test_a_picture_is_written_under_the_name_given(folder, tmp_path, capsys):
         assert main(["replay", str(folder), "--plot", str(tmp_path / name)]) == 0
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_torch_has_one_thread_while_it_works_and_its_own_after(folder, monkeypatch):
+    seen = []
+
+    def compare(*arguments):
+        seen.append(torch.get_num_threads())
+        return before(*arguments)
+
+    before = replay.compare
+    monkeypatch.setattr(replay, "compare", compare)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert main(["replay", str(folder)]) == 0
+        assert set(seen) == {1} and torch.get_num_threads() == 3
+        assert main(["replay", str(folder), "--ep", "9"]) == 2
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the routing data of shared/data is not here")

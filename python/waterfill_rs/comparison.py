@@ -54,7 +54,8 @@ class Layer:
     ``routed`` ``[P]`` and ``tokens`` ``[R]`` always are. ``sources``, each rank's own counts ``[P]``, and
     ``batches``, each rank's tokens, may not be; ``mapping`` ``[P]``, the logical expert of each physical
     one, is there where some have replicas; ``static``: what sglang's static mode chose, ``[rows]`` a rank;
-    ``live`` ``[R][R]``: the quotas that ranks really had, where they ran (else the planner's).
+    ``live`` ``[R][R]``: the quotas that ranks really had, where they ran (else the planner's); ``phase``:
+    prefill or decode, where that is known.
     """
 
     layer: int
@@ -66,6 +67,7 @@ class Layer:
     mapping: list[int] | None = None
     static: list[array[int]] | None = None
     live: list[list[int]] | None = None
+    phase: str | None = None
 
     @staticmethod
     def of_batches(layer: int, pass_id: int, batches: list[Batch], **known: Any) -> Layer:
@@ -93,6 +95,7 @@ class Result:
     mean: float
     optimum: int
     extra_copies: float | None
+    phase: str | None = None
 
     def as_json(self) -> dict[str, object]:
         """With the key ``pass``, which Python reserves."""
@@ -145,6 +148,7 @@ def compare(
             mean=mean,
             optimum=choice.optimum,
             extra_copies=None if choice.copies is None else choice.copies / total,
+            phase=layer.phase,
         )
 
 
@@ -170,6 +174,10 @@ def _choose(layer: Layer, policy: str, live: waterfill_rs.Plan, model: CostModel
         for counter in map(Counter, layer.static):
             received = [rows + counter[rank] for rank, rows in enumerate(received)]
         return _Choice(received, layer.routed, live.optimum, _copies(layer.batches, layer.static))
+    if layer.batches is None and layer.live is None and policy in ("home", "live"):
+        # Without tokens there are no copies to count, and the sums of quotas are known.
+        received = layer.tokens if policy == "home" else live.shared_rows
+        return _Choice(received, layer.routed, live.optimum, None)
     quotas = _quotas(layer, policy, live, model)
     if quotas is None:
         return None

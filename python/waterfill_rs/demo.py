@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import waterfill_rs
-from waterfill_rs import rank_processes, report
+from waterfill_rs import rank_processes, report, verdict
 from waterfill_rs.comparison import Batch, Layer, Result, compare
 from waterfill_rs.config import PACES
 from waterfill_rs.rank_processes import Outcome, Setup
@@ -82,12 +82,14 @@ def _run(arguments: argparse.Namespace) -> None:
     results = _compare(setup, streams, outcome)
     if results:
         report.print_table(results, "\nPlacements of the same tokens; live: what the processes did")
-        report.print_verdict(results, setup.top_k)
+        print()
+        verdict.print_verdict(results, setup.top_k)
     else:
         print("\nNo step was made by all ranks: nothing to compare.")
     if arguments.json:
         shape = {"ranks": setup.ranks, "experts": setup.experts, "top_k": setup.top_k}
-        report.write_json(results, arguments.json, **shape, by_rank=ranks)
+        rows = [result.as_json() for result in results]
+        report.write_json(arguments.json, **shape, by_rank=ranks, rows=rows)
     if arguments.plot and results:
         title = (
             f"{setup.ranks} rank processes, {setup.tokens} tokens a rank, whole documents a rank"

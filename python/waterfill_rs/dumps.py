@@ -13,10 +13,12 @@ from typing import Any
 from waterfill_rs import dump_files, logical_counts, recordings
 from waterfill_rs.recorded import Counts, Dump, Tokens
 
-__all__ = ["Counts", "Dump", "Tokens", "read"]
+__all__ = ["Counts", "Dump", "Tokens", "read", "read_map"]
 
 
-def read(paths: Sequence[Path], ranks: int | None, top_k: int | None) -> Tokens | Counts:
+def read(
+    paths: Sequence[Path], ranks: int | None, top_k: int | None, *, placed_anew: bool = False
+) -> Tokens | Counts:
     """Read one recording.
 
     Args:
@@ -24,6 +26,7 @@ def read(paths: Sequence[Path], ranks: int | None, top_k: int | None) -> Tokens 
             ``physical_to_logical_map``.
         ranks: EP size; None for the number of ranks that recorded.
         top_k: routed experts a token; None where the tokens tell.
+        placed_anew: its experts will be placed for other ranks, so counts over all ranks are read as of one.
 
     Raises:
         ValueError: naming file, field and number, for anything that is not such a recording, or not whole.
@@ -42,12 +45,22 @@ def read(paths: Sequence[Path], ranks: int | None, top_k: int | None) -> Tokens 
         raise ValueError(
             f"{others[0][0]}: has no 'logical_count', {counts[0][0]} has: give files of one recording"
         )
+    if placed_anew and counts and "logical_count_layout" not in counts[0][1]:
+        ranks = 1
     if counts:
         dump: Tokens | Counts = logical_counts.read(counts, maps[0] if maps else None, ranks, top_k)
     else:
         dump = recordings.read(others, ranks, top_k)
     dump.notes.extend(notes)
     return dump
+
+
+def read_map(file: Path) -> Any:
+    """What a file (or JSON text) with a ``physical_to_logical_map`` holds; None for any other, and for a folder."""
+    if file.is_dir():
+        return None
+    ((_, content),) = dump_files.load_all([file])[0]
+    return content if _has(content, logical_counts.MAP) else None
 
 
 def _has(content: Any, field: str) -> bool:

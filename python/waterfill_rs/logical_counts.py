@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from waterfill_rs import whole_numbers
-from waterfill_rs.recorded import Counts, check_divides, given_top_k, replicated
+from waterfill_rs.placements import check_divides
+from waterfill_rs.recorded import Counts, given_top_k, replicated
 
 __all__ = ["MAP", "read"]
 
@@ -68,12 +69,15 @@ def read(
     )
     if by_rank:
         whole_numbers.check_range(f"{file}: logical_count of all ranks", counts.sum(0))
-        return Counts(ranks, experts, top_k, mappings, notes, {0: counts}, summed=True)
+        return Counts(
+            ranks, experts, top_k, mappings, notes, {0: counts}, summed=True, places=mapping
+        )
     notes.append("Tokens are taken to be spread evenly over the ranks.")
     steps = counts if counts.dim() == 3 else counts[None]
     # A ring buffer: steps that were not used are zero.
     used = {step: one[None] for step, one in enumerate(steps) if int(one.sum())}
-    return Counts(ranks, experts, top_k, mappings, notes, used, summed=counts.dim() == 2)
+    summed = counts.dim() == 2
+    return Counts(ranks, experts, top_k, mappings, notes, used, summed=summed, places=mapping)
 
 
 def _counts(file: str, content: dict[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-__all__ = ["Counts", "Dump", "Tokens", "check_divides", "given_top_k", "replicated"]
+__all__ = ["Counts", "Dump", "Tokens", "given_top_k", "replicated"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Dump:
     """What all kinds have. ``mappings``: for each layer, the logical expert of each physical one, or None
     where none has replicas. ``notes``: what had to be assumed, a sentence each. ``modes``: forward pass id to
     the ``forward_mode`` of the ranks that routed anything, where they are recorded. ``summed``: each pass is a sum
-    over passes."""
+    over passes. ``places``: the recorded map ``[L, P]``, replicas or not."""
 
     ranks: int
     experts: int
@@ -23,6 +23,7 @@ class Dump:
     notes: list[str]
     modes: dict[int, list[int]] = field(default_factory=dict, kw_only=True)
     summed: bool = field(default=False, kw_only=True)
+    places: Tensor | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,6 @@ class Counts(Dump):
     """``passes``: forward pass id to counts ``[R, L, P]``, or ``[1, L, P]`` where sources are not known."""
 
     passes: dict[int, Tensor]
-
-
-def check_divides(experts: int, kind: str, ranks: int) -> None:
-    if ranks < 1 or experts % ranks:
-        raise ValueError(
-            f"{experts} {kind} experts do not divide over {ranks} ranks: give the right --ep"
-        )
 
 
 def given_top_k(top_k: int | None, experts: int) -> int:

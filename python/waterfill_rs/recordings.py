@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from waterfill_rs import rank_files, whole_numbers
+from waterfill_rs.placements import check_divides
 from waterfill_rs.rank_files import RankFile, routed
-from waterfill_rs.recorded import Counts, Tokens, check_divides, given_top_k, replicated
+from waterfill_rs.recorded import Counts, Tokens, given_top_k, replicated
 
 __all__ = ["read"]
 
@@ -47,14 +48,15 @@ def read(contents: list[tuple[str, Any]], ranks: int | None, top_k: int | None) 
         notes.append(f"{len(kept) - len(joined)} files routed nothing, and were left out.")
     notes += _notes_on_passes(joined, by_stage, sum(left_out for _, left_out in read_stages))
     modes = {i: [file.modes[i] for file in joined if i in file.modes] for i in passes}
+    places = files[0].mapping
     mappings = replicated(f"{files[0].file}: last_physical_to_logical_map", files[0].mapping)
     if files[0].field == "topk_ids_of_layer":
         columns = _columns(passes, top_k)
         if not any(file.dispatched for file in files):
             _check_sources_differ(passes, len(files))
-        return Tokens(size, experts, columns, mappings, notes, passes, modes=modes)
+        return Tokens(size, experts, columns, mappings, notes, passes, modes=modes, places=places)
     counts = _counts(files[0].file, passes, size, experts, top_k, mappings, notes)
-    return replace(counts, modes=modes)
+    return replace(counts, modes=modes, places=places)
 
 
 def _counts(

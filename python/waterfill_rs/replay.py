@@ -7,11 +7,13 @@ import sys
 import time
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from waterfill_rs import cost_models, report
+from waterfill_rs import cost_models, report, verdict
 from waterfill_rs.comparison import POLICIES, Batch, Layer, Result, compare
+from waterfill_rs.report import Compared
 
 if TYPE_CHECKING:
     from waterfill_rs.dumps import Counts, Tokens
@@ -30,7 +32,9 @@ def add_command(commands: Any) -> None:
         help="files of one recording, of any mode, or their folder, or JSON text",
     )
     parser.add_argument(
-        "--ep", type=int, help="EP size (default: the number of ranks that recorded)"
+        "--ep",
+        type=_sizes,
+        help="EP size (default: the number of ranks that recorded); several, like 8,16,32: one table of them",
     )
     parser.add_argument(
         "--top-k", type=int, help="routed experts a token, where counts are all there is"
@@ -38,45 +42,218 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--policy", action="append", choices=POLICIES, help="only this one; may be given again"
     )
+    parser.add_argument(
+        "--forward-mode",
+        choices=("prefill", "decode", "all"),
+        default="all",
+        help="only its passes",
+    )
+    parser.add_argument(
+        "--least-tokens",
+        type=int,
+        default=0,
+        help="only passes with so many tokens, over all ranks",
+    )
+    parser.add_argument(
+        "--redundant", type=int, help="what if there were so many redundant experts"
+    )
+    parser.add_argument(
+        "--placement",
+        help="what if experts stood as in sglang's default ('trivial'), as its EPLB places them ('eplb'), or as a file "
+        "says that --init-expert-location takes",
+    )
+    parser.add_argument("--beside", type=Path, help="another recording, in one table with this one")
     parser.add_argument("--cost-model", default="rows", help=cost_models.HELP)
     parser.add_argument("--json", type=Path, help="write every layer, pass and policy")
     parser.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
     parser.set_defaults(run=_run)
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    for name in ("ep", "top_k"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
-    report.check_outputs(arguments.json, arguments.plot)
+def _sizes(text: str) -> list[int]:
     try:
-        from waterfill_rs import dumps
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give a whole number, or several like 8,16,32"
+        ) from None
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    _check(arguments)
+    try:
+        import torch  # noqa: F401
     except ImportError as error:
         raise ValueError("replay needs torch, which reads sglang's dumps: install torch") from error
+    unit = "rows" if arguments.cost_model == "rows" else "time"
+    with _one_thread():
+        replayed = list(_replay(arguments))
+    if len(replayed) == 1:
+        _print_one(replayed[0], unit)
+    else:
+        _print_notes(replayed)
+        report.print_sizes(replayed, unit)
+    if arguments.json:
+        _write_json(replayed, arguments.json)
+    if arguments.plot:
+        report.plot(replayed[0].results, _title(replayed[0]), arguments.plot)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Before the work.
+
+    Raises:
+        ValueError: naming the option, its number, and what to give instead.
+    """
+    least = [("ep", size, 1) for size in arguments.ep or ()]
+    least += [("top_k", arguments.top_k, 1), ("redundant", arguments.redundant, 0)]
+    least += [("least_tokens", arguments.least_tokens, 0)]
+    for name, value, bound in least:
+        if value is not None and value < bound:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {bound}")
+    several = arguments.beside is not None or len(arguments.ep or ()) > 1
+    if arguments.plot and several:
+        raise ValueError("--plot draws one recording at one EP size: give one --ep, no --beside")
+    report.check_outputs(arguments.json, arguments.plot)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch on one thread, then as before: with several, each small operation waits for cores that others use."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _replay(arguments: argparse.Namespace) -> Iterator[Compared]:
+    """Every recording under every EP size, as far as it was asked for."""
+    from waterfill_rs import phases
+
     cost_model = cost_models.parse(arguments.cost_model)
     policies: Sequence[str] = arguments.policy or POLICIES
-    dump = dumps.read(arguments.paths, arguments.ep, arguments.top_k)
-    layers = _with_progress(_layers(dump, "sglang-static" in policies), len(dump.passes))
-    results = [result for layer in layers for result in compare(layer, policies, cost_model)]
-    if not results:
-        raise ValueError(f"{', '.join(policies)}: this dump does not hold what that needs")
-    title = (
-        f"{dump.ranks} ranks, {dump.experts} physical experts, top {dump.top_k}, "
-        f"{len(dump.passes)} passes"
+    for name, recorded, dump in _dumps(arguments):
+        found, note = phases.phases_of(recorded)
+        chosen = _chosen(recorded, found, arguments)
+        layers = _with_progress(_layers(dump, "sglang-static" in policies, chosen), len(chosen))
+        results = [result for layer in layers for result in compare(layer, policies, cost_model)]
+        if not results:
+            raise ValueError(f"{', '.join(policies)}: this dump does not hold what that needs")
+        redundant = 0 if dump.mappings is None else dump.experts - max(dump.mappings[0]) - 1
+        shape = (dump.ranks, dump.experts, redundant, dump.top_k)
+        notes = [*_left_out(results, policies, dump), *dump.notes, note]
+        yield Compared(name, *shape, notes, results)
+
+
+def _dumps(
+    arguments: argparse.Namespace,
+) -> Iterator[tuple[str, Tokens | Counts, Tokens | Counts]]:
+    """Names, recordings as their servers ran, and with their experts placed as was asked for."""
+    from waterfill_rs import dumps, what_if
+
+    sizes: list[int] = arguments.ep or []
+    anew = len(sizes) > 1 or arguments.redundant is not None or arguments.placement is not None
+    both = [arguments.paths, *([[arguments.beside]] if arguments.beside else [])]
+    alike = len({paths[0].resolve().name for paths in both}) < len(both)
+    for paths in both:
+        name = str(paths[0]) if alike else paths[0].resolve().name
+        if not anew:
+            dump = dumps.read(paths, sizes[0] if sizes else None, arguments.top_k)
+            yield name, dump, dump
+            continue
+        dump = dumps.read(paths, None, arguments.top_k, placed_anew=True)
+        if not sizes and dump.ranks == 1:
+            raise ValueError(f"{paths[0]}: does not tell the EP size: give --ep")
+        placement = arguments.placement or "trivial"
+        for ranks in sizes or [dump.ranks]:
+            placed = what_if.place(dump, ranks, arguments.redundant, placement)
+            # Counts over all ranks do not tell their server's EP size, so it is taken to be the one asked for.
+            yield name, placed if dump.ranks == 1 else dump, placed
+
+
+def _chosen(
+    dump: Tokens | Counts, found: dict[int, str | None], arguments: argparse.Namespace
+) -> dict[int, str | None]:
+    """The passes that were asked for, with their phases."""
+    from waterfill_rs import phases
+
+    least, mode = arguments.least_tokens, arguments.forward_mode
+    tokens = {pass_id: sum(phases.tokens_of(dump, pass_id)) for pass_id in found}
+    chosen = {
+        pass_id: phase
+        for pass_id, phase in found.items()
+        if mode in ("all", phase) and tokens[pass_id] >= least
+    }
+    if not chosen:
+        numbers = {
+            phase: list(found.values()).count(phase) for phase in dict.fromkeys(found.values())
+        }
+        held = ", ".join(f"{number} {phase or 'sums'}" for phase, number in numbers.items())
+        raise ValueError(
+            f"--forward-mode {mode} --least-tokens {least}: no pass is left of {held}; "
+            f"the largest has {max(tokens.values())} tokens"
+        )
+    return chosen
+
+
+def _title(replayed: Compared) -> str:
+    passes = len({result.pass_id for result in replayed.results})
+    redundant = f" ({replayed.redundant} redundant)" if replayed.redundant else ""
+    return (
+        f"{replayed.ranks} ranks, {replayed.experts} physical experts{redundant}, top {replayed.top_k}, "
+        f"{passes} pass{'es' * (passes != 1)}"
     )
-    report.print_table(results, title)
-    _print_left_out(results, policies, dump)
-    report.print_verdict(results, dump.top_k)
-    if arguments.json:
-        shape = {"ranks": dump.ranks, "experts": dump.experts, "top_k": dump.top_k}
-        report.write_json(results, arguments.json, **shape)
-    if arguments.plot:
-        report.plot(results, title, arguments.plot)
 
 
-def _print_left_out(results: list[Result], policies: Sequence[str], dump: Tokens | Counts) -> None:
-    """What had to be assumed, and which policies are not in the table, and why."""
+def _print_one(replayed: Compared, unit: str) -> None:
+    """A table and a verdict for each phase, and one over both."""
+    print(_title(replayed))
+    by_phase: dict[str | None, list[Result]] = {}
+    for result in replayed.results:
+        by_phase.setdefault(result.phase, []).append(result)
+    for phase, results in sorted(by_phase.items(), key=lambda item: item[0] != "prefill"):
+        passes = len({result.pass_id for result in results})
+        print()
+        report.print_table(results, f"{phase or 'all'}: {passes} pass{'es' * (passes != 1)}")
+        verdict.print_verdict(results, replayed.top_k, unit)
+    verdict.print_total(replayed.results, unit)
+    print()
+    for note in replayed.notes:
+        print(note)
+
+
+def _print_notes(replayed: list[Compared]) -> None:
+    """What was assumed: once where it holds for all of them."""
+    common = [note for note in replayed[0].notes if all(note in one.notes for one in replayed)]
+    for note in common:
+        print(note)
+    for one in replayed:
+        own = [note for note in one.notes if note not in common]
+        if own:
+            print(f"{one.recording}, EP{one.ranks}: {' '.join(own)}")
+
+
+def _write_json(replayed: list[Compared], path: Path) -> None:
+    """One recording as an object with ``rows``; several as a list of such objects, ``compared``."""
+    if len(replayed) == 1:
+        report.write_json(path, **_as_json(replayed[0]))
+    else:
+        report.write_json(path, compared=[_as_json(one) for one in replayed])
+
+
+def _as_json(one: Compared) -> dict[str, object]:
+    fields = {name: getattr(one, name) for name in ("recording", "ranks", "experts", "redundant")}
+    rows = [result.as_json() for result in one.results]
+    return {**fields, "top_k": one.top_k, "notes": one.notes, "rows": rows}
+
+
+def _left_out(
+    results: list[Result], policies: Sequence[str], dump: Tokens | Counts
+) -> Iterator[str]:
+    """Which policies are not there, and why."""
     from waterfill_rs.dumps import Tokens
 
     reasons = {
@@ -88,23 +265,26 @@ def _print_left_out(results: list[Result], policies: Sequence[str], dump: Tokens
     }
     found = {result.policy for result in results}
     for policy in (policy for policy in policies if policy not in found):
-        print(f"{policy} is left out: {reasons[policy]}.")
-    for note in dump.notes:
-        print(note)
+        yield f"{policy} is left out: {reasons[policy]}."
 
 
-def _layers(dump: Tokens | Counts, with_static: bool) -> Iterator[Layer]:
-    """Every layer of every pass in which anything was routed; the others are dense."""
+def _layers(
+    dump: Tokens | Counts, with_static: bool, chosen: dict[int, str | None]
+) -> Iterator[Layer]:
+    """Every layer of the chosen passes, with their phases, in which anything was routed; the others are dense."""
     from waterfill_rs.dumps import Tokens
 
     if isinstance(dump, Tokens):
-        yield from _layers_of_tokens(dump, with_static)
+        yield from _layers_of_tokens(dump, with_static, chosen)
     else:
-        yield from _layers_of_counts(dump)
+        yield from _layers_of_counts(dump, chosen)
 
 
-def _layers_of_tokens(dump: Tokens, with_static: bool) -> Iterator[Layer]:
-    for pass_id, tensors in dump.passes.items():
+def _layers_of_tokens(
+    dump: Tokens, with_static: bool, chosen: dict[int, str | None]
+) -> Iterator[Layer]:
+    for pass_id, phase in chosen.items():
+        tensors = dump.passes[pass_id]
         for layer in range(tensors[0].shape[0]):
             batches = []
             for ids in tensors:
@@ -118,14 +298,16 @@ def _layers_of_tokens(dump: Tokens, with_static: bool) -> Iterator[Layer]:
             if any(batch.tokens for batch in batches):
                 static = _static(batches, dump) if with_static else None
                 mapping = dump.mappings[layer] if dump.mappings else None
-                yield Layer.of_batches(layer, pass_id, batches, mapping=mapping, static=static)
+                known = {"mapping": mapping, "static": static, "phase": phase}
+                yield Layer.of_batches(layer, pass_id, batches, **known)
 
 
-def _layers_of_counts(dump: Counts) -> Iterator[Layer]:
-    for pass_id, counts in dump.passes.items():
+def _layers_of_counts(dump: Counts, chosen: dict[int, str | None]) -> Iterator[Layer]:
+    for pass_id, phase in chosen.items():
+        counts = dump.passes[pass_id]
         for layer in range(counts.shape[1]):
             known: list[list[int]] = counts[:, layer].tolist()
-            routed = [sum(column) for column in zip(*known, strict=True)]
+            routed: list[int] = counts[:, layer].long().sum(0).tolist()
             if not any(routed):
                 continue
             sources = known if len(known) == dump.ranks else None
@@ -135,7 +317,7 @@ def _layers_of_counts(dump: Counts) -> Iterator[Layer]:
                 total = -(-sum(routed) // dump.top_k)
                 tokens = [(total + rank) // dump.ranks for rank in range(dump.ranks)]
             mapping = dump.mappings[layer] if dump.mappings else None
-            yield Layer(layer, pass_id, routed, tokens, sources, mapping=mapping)
+            yield Layer(layer, pass_id, routed, tokens, sources, mapping=mapping, phase=phase)
 
 
 def _static(batches: list[Batch], dump: Tokens) -> list[array[int]] | None:

@@ -6,87 +6,76 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from waterfill_rs.comparison import POLICIES, Result
+from waterfill_rs.summary import copies, level_share, of, present, ratio
 
-__all__ = ["check_outputs", "plot", "print_table", "print_verdict", "write_json"]
-
-
-def _present(results: list[Result]) -> list[str]:
-    found = {result.policy for result in results}
-    return [policy for policy in POLICIES if policy in found]
+__all__ = ["Compared", "check_outputs", "plot", "print_sizes", "print_table", "write_json"]
 
 
-def _of(results: list[Result], policy: str) -> list[Result]:
-    return [result for result in results if result.policy == policy]
+@dataclass(frozen=True)
+class Compared:
+    """A recording under one EP size and placement. ``redundant``: experts beyond one of each; ``notes``: what had to be
+    assumed, and what is left out."""
 
-
-def _ratio(results: list[Result]) -> float:
-    """Mean max/mean over layers and passes."""
-    return sum(result.max / result.mean for result in results) / len(results)
-
-
-def _copies(results: list[Result]) -> str:
-    known = [result.extra_copies for result in results if result.extra_copies is not None]
-    return f"{sum(known) / len(known):.4f}" if known else "not known"
+    recording: str
+    ranks: int
+    experts: int
+    redundant: int
+    top_k: int
+    notes: list[str]
+    results: list[Result]
 
 
 def print_table(results: list[Result], title: str) -> None:
     """The policies and the bound: what the slowest rank can have at least, shared rows alone placed."""
     print(title)
     print(f"{'policy':<14}{'max/mean':>10}{'worst':>9}{'extra copies a token':>23}")
-    for policy in _present(results):
-        mine = _of(results, policy)
+    for policy in present(results):
+        mine = of(results, policy)
         worst = max(result.max / result.mean for result in mine)
-        print(f"{policy:<14}{_ratio(mine):>10.4f}{worst:>9.4f}{_copies(mine):>23}")
-    some = _of(
-        results, next(p for p in _present(results) if p != "joint" or len(_present(results)) == 1)
+        print(f"{policy:<14}{ratio(mine):>10.4f}{worst:>9.4f}{copies(mine):>23}")
+    some = of(
+        results, next(p for p in present(results) if p != "joint" or len(present(results)) == 1)
     )
-    print(f"{'bound':<14}{sum(r.optimum / r.mean for r in some) / len(some):>10.4f}")
+    bound = sum(result.optimum for result in some) / sum(result.mean for result in some)
+    print(f"{'bound':<14}{bound:>10.4f}")
 
 
-def print_verdict(results: list[Result], top_k: int) -> None:
-    """In words: what was seen, which layers can be levelled at all, and whether it is worth turning on."""
-    home, live = _of(results, "home"), _of(results, "live")
-    if not home or not live:
-        return
-    met = sum(result.max == result.optimum for result in live)
-    own = _of(results, "own-counts")
-    from_own = f"{_ratio(own) - 1:.1%} from own counts, " if own else ""
+def print_sizes(compared: list[Compared], unit: str) -> None:
+    """Recordings, EP sizes and placements, a line for each phase."""
+    policies = [p for p in POLICIES if any(p in present(one.results) for one in compared)]
+    width = max(9, *(len(one.recording) for one in compared)) + 2
+    print(f"\nmax/mean, weighted by {unit}; level: the part of them that shared rows can level.")
+    if unit == "rows":
+        print("routed: of routed rows alone. Above 1 + 1/K place experts first.")
+    routed = f"{'routed':>10}" if unit == "rows" else ""
+    names = "".join(f"{policy:>{max(10, len(policy) + 2)}}" for policy in policies)
     print(
-        f"\nThe slowest rank is {_ratio(home) - 1:.1%} above the mean with shared experts at home,\n"
-        f"{from_own}{_ratio(live) - 1:.1%} from live counts: the optimum in {met} of {len(live)} layers."
+        f"{'recording':<{width}}{'EP':>4}{'redundant':>11}  {'passes':<9}{routed}{names}{'level':>9}"
     )
-    by_layer: dict[int, list[bool]] = {}
-    for result in home:
-        by_layer.setdefault(result.layer, []).append(result.routed_max <= result.mean)
-    always = sum(all(passes) for passes in by_layer.values())
-    never = [layer for layer, passes in by_layer.items() if not any(passes)]
-    print(
-        f"Shared rows can level {always} of {len(by_layer)} layers in every pass (a routed max/mean up to "
-        f"{1 + 1 / top_k:.3f})" + (f", and never layers {_ranges(never)}." if never else ".")
-    )
-    gain = _gain(home, live)
-    worth = "worth turning on" if gain >= 0.02 else "little to gain here"
-    own_gain = f", own counts {_gain(home, own):.1%}" if own else ""
-    print(f"Live counts take {gain:.1%} off the slowest rank, on average{own_gain}: {worth}.")
+    for one in compared:
+        for phase in sorted({r.phase for r in one.results}, key=lambda phase: phase != "prefill"):
+            mine = [result for result in one.results if result.phase == phase]
+            start = (
+                f"{one.recording:<{width}}{one.ranks:>4}{one.redundant:>11}  {phase or 'all':<9}"
+            )
+            print(start + _cells(mine, policies, one.top_k, unit))
 
 
-def _gain(before: list[Result], after: list[Result]) -> float:
-    """The part of the slowest rank's cost that is gone, mean over layers and passes."""
-    return 1 - sum(a.max / b.max for b, a in zip(before, after, strict=True)) / len(before)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """``1, 4-6``."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+def _cells(results: list[Result], policies: list[str], top_k: int, unit: str) -> str:
+    first = of(results, present(results)[0])
+    cells = ""
+    if unit == "rows":
+        # Of a token's K + 1 rows K are routed.
+        mean = sum(result.mean for result in first) * top_k / (top_k + 1)
+        cells = f"{sum(result.routed_max for result in first) / mean:>10.4f}"
+    for policy in policies:
+        mine = of(results, policy)
+        cells += f"{f'{ratio(mine):.4f}' if mine else '-':>{max(10, len(policy) + 2)}}"
+    return f"{cells}{level_share(first):>9.1%}"
 
 
 def check_outputs(json_path: Path | None, plot_path: Path | None) -> None:
@@ -150,13 +139,13 @@ def plot(results: list[Result], title: str, path: Path) -> None:
     colours = ("#888888", "#D55E00", "#E69F00", "#0072B2", "#009E73")
     layers = sorted({result.layer for result in results})
     for policy, colour in zip(POLICIES, colours, strict=True):
-        mine = _of(results, policy)
+        mine = of(results, policy)
         if not mine:
             continue
         passes = [[r.max / r.mean for r in mine if r.layer == layer] for layer in layers]
         means = [sum(one) / len(one) for one in passes]
         axes.plot(
-            layers, means, ".-", color=colour, linewidth=1, label=f"{policy} {_ratio(mine):.3f}"
+            layers, means, ".-", color=colour, linewidth=1, label=f"{policy} {ratio(mine):.3f}"
         )
         low, high = [min(one) for one in passes], [max(one) for one in passes]
         axes.fill_between(layers, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -171,14 +160,13 @@ def plot(results: list[Result], title: str, path: Path) -> None:
     print(f"picture: {path}")
 
 
-def write_json(results: list[Result], path: Path, **fields: object) -> None:
-    """An object with these fields and ``rows``; the file is whole or not there.
+def write_json(path: Path, **fields: object) -> None:
+    """An object with these fields; the file is whole or not there.
 
     Raises:
         ValueError: naming a file that cannot be written.
     """
     check_outputs(path, None)
-    rows = [result.as_json() for result in results]
-    text = json.dumps({**fields, "rows": rows}, indent=1)
+    text = json.dumps(fields, indent=1)
     with _whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
