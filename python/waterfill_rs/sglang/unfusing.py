@@ -5,7 +5,6 @@ All layers of a model can, or none: and all ranks, or none.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from waterfill_rs.sglang.peers import Peers
 
 __all__ = ["Share", "against_arguments", "unfuse"]
-
-logger = logging.getLogger(__name__)
 
 _AS_ASKED = "fused, as asked"
 
