@@ -94,6 +94,9 @@ def own_quotas(
 ) -> list[int]:
     """Quotas ``[ranks]`` of one rank that knows nobody else's counts: its own, shrunk towards their mean, levelled.
 
+    With a cost model of time the layer is taken to be its own counts times the ranks, and tokens stay home where moving
+    them would make its slowest rank no faster.
+
     Args:
         routed: ``[physical_experts]`` rows that this rank's tokens send to each expert.
         visits: ``[ranks]`` how many of its tokens have a routed expert on each rank.

@@ -1,6 +1,7 @@
 //! What rows cost: the model that turns a number of rows of one expert into time.
 
 use crate::error::{Error, Result};
+use crate::problem::sum;
 
 /// The largest figure of a curve, in picoseconds.
 const LIMIT: f64 = 1e15;
@@ -150,20 +151,21 @@ impl Table {
     }
 }
 
-/// No rank's cost can come near 64 bits, wherever the rows go: `routed` `[P]` and `shared` rows.
+/// No rank's cost can come near 64 bits, wherever `times` as many rows go: `routed` `[P]` and `shared` rows.
 pub(crate) fn check_costs(
     cost: &CostModel,
     experts_per_rank: usize,
     routed: &[u32],
     shared: u64,
+    times: u64,
 ) -> Result<()> {
     if matches!(cost, CostModel::Rows) {
         return Ok(()); // Rows fit 32 bits.
     }
-    let largest = routed.iter().copied().max().unwrap_or(0);
-    let total = routed.iter().map(|&rows| u64::from(rows)).sum::<u64>() + shared;
-    let value = (cost.cost(largest.into()).saturating_mul(experts_per_rank as u64))
-        .saturating_add(cost.cost(total));
+    let largest = times * u64::from(routed.iter().copied().max().unwrap_or(0));
+    let total = times * (sum(routed) + shared);
+    let value =
+        cost.cost(largest).saturating_mul(experts_per_rank as u64).saturating_add(cost.cost(total));
     if value <= MOST_COST {
         return Ok(());
     }

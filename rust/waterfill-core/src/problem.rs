@@ -67,7 +67,7 @@ impl Problem<'_> {
         }
         check_sum("the sum of routed rows", routed)?;
         check_sum("the sum of tokens", self.tokens)?;
-        check_costs(self.cost, self.placement.experts_per_rank(), routed, self.shared_rows())?;
+        check_costs(self.cost, self.placement.experts_per_rank(), routed, self.shared_rows(), 1)?;
         if self.shared_rows() > 0 && !(0..ranks).any(|rank| self.is_eligible(rank)) {
             return Err(Error::NoEligibleRank { rows: self.shared_rows(), ranks });
         }
@@ -103,13 +103,18 @@ pub(crate) fn cost_of_experts(cost: &CostModel, rows: &[u32]) -> u64 {
     rows.iter().map(|&rows| cost.cost(u64::from(rows))).sum()
 }
 
+/// All rows.
+pub(crate) fn sum(rows: &[u32]) -> u64 {
+    rows.iter().map(|&rows| u64::from(rows)).sum()
+}
+
 pub(crate) fn check_length(name: &'static str, found: usize, expected: usize) -> Result<()> {
     if found == expected { Ok(()) } else { Err(Error::Length { name, found, expected }) }
 }
 
 /// Quotas are 32 bits wide, so a layer's rows must be too.
 pub(crate) fn check_sum(name: &'static str, rows: &[u32]) -> Result<()> {
-    let value = rows.iter().map(|&rows| u64::from(rows)).sum();
+    let value = sum(rows);
     let limit = u64::from(u32::MAX);
     if value > limit { Err(Error::TooLarge { name, value, limit }) } else { Ok(()) }
 }

@@ -38,7 +38,7 @@ pub fn level(
     check_length("routed", routed.len(), placement.physical_experts())?;
     check_length("shared", shared.len(), placement.ranks())?;
     let all_shared = shared.iter().map(|&rows| u64::from(rows)).sum();
-    check_costs(cost, placement.experts_per_rank(), routed, all_shared)?;
+    check_costs(cost, placement.experts_per_rank(), routed, all_shared, 1)?;
     let (mut max, mut sum) = (0, 0);
     for (experts, &shared) in routed.chunks_exact(placement.experts_per_rank()).zip(shared) {
         let rank: u64 = experts.iter().chain([&shared]).map(|&rows| cost.cost(rows.into())).sum();

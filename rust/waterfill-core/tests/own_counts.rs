@@ -2,7 +2,7 @@
 
 use waterfill_core::{
     CostModel, Error, OwnCounts, OwnPlanner, Placement, Plan, Planner, Problem, Roofline, Routed,
-    score,
+    Table, score,
 };
 
 const COST: CostModel = CostModel::Rows;
@@ -122,4 +122,92 @@ fn costs_that_sums_could_not_hold_are_refused_with_the_number() {
     assert!(matches!(Planner::new().live(&problem, &mut plan), Err(Error::TooLarge { .. })));
     let level = score::level(&placement, &cost, &[1_000_000, 5], &[3, 0]);
     assert!(matches!(level, Err(Error::TooLarge { .. })));
+}
+
+/// Draws in order, the same every time.
+struct Draws(u64);
+
+impl Draws {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
+/// Each rank's counts of 64 experts and visits: the same few experts are liked by all, others by this rank.
+fn skewed(draws: &mut Draws, placement: &Placement, tokens: u32) -> Vec<(Vec<u32>, Vec<u32>)> {
+    let liked: Vec<u64> = (0..64).map(|_| 1 + draws.below(8) * draws.below(8)).collect();
+    (0..placement.ranks())
+        .map(|_| {
+            let weights: Vec<u64> = liked.iter().map(|&all| all + draws.below(20)).collect();
+            let all = weights.iter().sum();
+            let (mut ids, mut drawn) = (Vec::new(), [false; 64]);
+            for _ in 0..tokens {
+                drawn.fill(false);
+                while drawn.iter().filter(|&&taken| taken).count() < 6 {
+                    let mut place = draws.below(all);
+                    let fits = |&weight: &u64| {
+                        let here = place < weight;
+                        place = place.saturating_sub(weight);
+                        here
+                    };
+                    drawn[weights.iter().position(fits).unwrap()] = true;
+                }
+                ids.extend((0..64).filter(|&expert| drawn[expert as usize]));
+            }
+            let (mut counts, mut visits) = (vec![0; 64], vec![0; placement.ranks()]);
+            waterfill_core::count::<i32>(placement, &ids, 6, &mut counts, &mut visits).unwrap();
+            (counts, visits)
+        })
+        .collect()
+}
+
+#[test]
+fn whatever_rows_cost_own_counts_are_no_worse_than_home_over_many_layers() {
+    let roofline = |w, row, tile| CostModel::Roofline(Roofline::new(w, row, tile).unwrap());
+    let measured = Table::new(&[(16, 19.0), (256, 25.0), (512, 41.0), (768, 62.5)]).unwrap();
+    let models = [
+        CostModel::Rows,
+        roofline(2.0, 0.1, 8),
+        roofline(20.0, 0.08, 64),
+        roofline(1.0, 0.5, 1),
+        CostModel::Table(measured),
+    ];
+    let mut draws = Draws(7);
+    for (ranks, tokens) in [(8, 8), (8, 64), (8, 512), (16, 8), (16, 128), (32, 8), (32, 64)] {
+        let placement = Placement::contiguous(ranks, 64).unwrap();
+        let layers: Vec<_> = (0..12).map(|_| skewed(&mut draws, &placement, tokens)).collect();
+        for cost in &models {
+            let (mut home, mut own) = (0, 0);
+            for sources in &layers {
+                let mut routed = vec![0; 64];
+                let mut received = vec![0; ranks];
+                for (source, (counts, visits)) in sources.iter().enumerate() {
+                    routed.iter_mut().zip(counts).for_each(|(sum, rows)| *sum += rows);
+                    let counts = OwnCounts {
+                        placement: &placement,
+                        cost,
+                        source,
+                        routed: counts,
+                        visits,
+                        tokens,
+                    };
+                    let mut quotas = vec![0; ranks];
+                    OwnPlanner::new().plan(&counts, &mut quotas).unwrap();
+                    assert_eq!(quotas.iter().sum::<u32>(), tokens);
+                    received.iter_mut().zip(quotas).for_each(|(sum, rows)| *sum += rows);
+                }
+                let max =
+                    |shared: &[u32]| score::level(&placement, cost, &routed, shared).unwrap().max;
+                home += max(&vec![tokens; ranks]);
+                own += max(&received);
+            }
+            println!(
+                "EP{ranks}, {tokens} tokens, {cost:?}: {:.4} of home",
+                own as f64 / home as f64
+            );
+            assert!(own <= home, "EP{ranks}, {tokens} tokens, {cost:?}: {own} > {home}");
+        }
+    }
 }
