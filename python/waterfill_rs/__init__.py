@@ -33,7 +33,7 @@ def plan(
     cost_model: CostModel | None = None,
     policy: Literal["live", "joint"] = "live",
 ) -> Plan:
-    """Plan where shared rows run: the slowest rank's exact optimum, then the fewest extra copies.
+    """Plan where shared rows run: the slowest rank's exact optimum, then the fewest extra copies that counts can tell.
 
     Args:
         routed: rows (token, expert pairs) over all sources: ``[physical_experts]``, or its short form ``[ranks]``.

@@ -104,8 +104,7 @@ impl Planner {
     /// Place the shared rows alone: the exact optimum of the slowest rank's cost, then the fewest
     /// extra copies that the counts allow.
     ///
-    /// A rank that knows its own counts only makes its plan here too: a problem whose routed rows and
-    /// tokens are its own.
+    /// A rank that knows its own counts only has [`OwnPlanner`](crate::OwnPlanner).
     ///
     /// # Errors
     /// Arrays of other lengths than the placement's, sums of 2^32 rows or more, costs of an hour or
