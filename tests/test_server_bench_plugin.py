@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 
 sys.path.append(str(Path(__file__).parents[1] / "benches"))
 
-from server import model, modes, schedule, traffic, weights
+from server import model, modes, plugin, schedule, traffic, weights
 from server.control import CLOSED, MIXED, OPEN, PROFILED, ROWS, TIMED, Control
 from server.engine import Rounds, serve
 from server.forced import Forced, save
@@ -341,6 +341,27 @@ def test_the_plugin_switches_what_is_ours_and_refuses_what_is_not(tmp_path):
     assert bench.rank.balancers == [theirs] and bench.rank.results()["calls"] == {}
     with pytest.raises(SystemExit, match="1 layers' balancers are not sglang's own"):
         bench.prepared(None, model=model_with(balancer))
+
+
+def test_the_bench_looks_at_a_model_once_the_package_has_prepared_it(tmp_path, monkeypatch):
+    """sglang's hooks of one target wrap each other in the order in which they are registered."""
+    entered = []
+    kinds = SimpleNamespace(REPLACE="replace", AFTER="after", AROUND="around", BEFORE="before")
+    registry = SimpleNamespace(register=lambda target, hook, kind: entered.append(target))
+    hooks = SimpleNamespace(HookRegistry=registry, HookType=kinds)
+    monkeypatch.setitem(sys.modules, "sglang.srt.plugins.hook_registry", hooks)
+    monkeypatch.setattr("waterfill_rs.sglang.register", lambda: entered.append("the package"))
+    seams = SimpleNamespace(prepare="a.prepare", balancer="collections.OrderedDict")
+    monkeypatch.setattr("waterfill_rs.sglang.compat.find", lambda: (seams, []))
+    plugin.register()
+    assert entered == []  # No engine of the bench.
+    Control(tmp_path / "control", create=True)
+    paths = {"control": str(tmp_path / "control"), "folder": str(tmp_path)}
+    told = {**paths, "ranks": 1, "mode": "auto", "switches": False}
+    (tmp_path / "told.json").write_text(json.dumps(told))
+    monkeypatch.setenv(plugin.VARIABLE, str(tmp_path / "told.json"))
+    plugin.register()
+    assert entered[0] == "the package" and "a.prepare" in entered
 
 
 def test_routing_is_forced_after_the_router(tmp_path):

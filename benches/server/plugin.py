@@ -28,8 +28,11 @@ def register() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from waterfill_rs import sglang
     from waterfill_rs.sglang import compat
 
+    # Hooks wrap each other in the order of registration. Ours are to see a model that the package has prepared.
+    sglang.register()
     told = json.loads(Path(path).read_text())
     seams, strange = compat.find()
     if seams is None:
