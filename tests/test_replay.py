@@ -92,11 +92,11 @@ BROKEN = {
     "no records": (lambda c: c.pop("records"), "no 'records'"),
     "no map": (
         lambda c: c.pop("last_physical_to_logical_map"),
-        "last_physical_to_logical_map must",
+        "has no 'last_physical_to_logical_map'",
     ),
     "flat map": (
         lambda c: c.update(last_physical_to_logical_map=torch.arange(4)),
-        "last_physical_to_logical_map must",
+        "last_physical_to_logical_map is torch.int64 [4]: integers [L, P]",
     ),
     "no pass id": (drop("forward_pass_id"), "record 0 has no 'forward_pass_id'"),
     "no rank": (drop("rank"), "record 0 has no 'rank'"),
@@ -105,7 +105,10 @@ BROKEN = {
     "another pass": (change("forward_pass_id", 7), "forward_pass_id 7: ranks"),
     "two ranks": (change("rank", 1), "records of ranks [1, 2]"),
     "records no list": (lambda c: c.update(records=5), "records is int 5"),
-    "records empty": (lambda c: c.update(records=[]), "records is list []"),
+    "records empty": (
+        lambda c: c.update(records=[]),
+        "holds no record, and by its name is rank 2's, of which there is no other file",
+    ),
     "rank no number": (change("rank", "2"), "rank is '2': give an integer"),
     "rank a list": (change("rank", [2]), "rank is [2]: give an integer"),
     "pass id none": (change("forward_pass_id", None), "forward_pass_id is None: give an integer"),
@@ -115,8 +118,8 @@ BROKEN = {
     ),
     "keys of all kinds": (lambda c: (c.pop("records"), c.update({3: 4})), "no 'records'"),
     "float map": (
-        lambda c: c.update(last_physical_to_logical_map=torch.zeros(LAYERS, EXPERTS)),
-        "is torch.float32 [3, 16]",
+        lambda c: c.update(last_physical_to_logical_map=torch.full((LAYERS, EXPERTS), 0.5)),
+        "last_physical_to_logical_map[0, 0] is 0.5: give whole numbers",
     ),
     "another map": (
         lambda c: c.update(
@@ -126,18 +129,31 @@ BROKEN = {
     ),
     "sparse ids": (
         change("topk_ids_of_layer", torch.zeros(2, 3, 8, dtype=torch.int32).to_sparse()),
-        "topk_ids_of_layer must be a dense tensor",
+        "topk_ids_of_layer is torch.int32 [2, 3, 8]: integers [L, tokens, K]",
     ),
-    "float ids": (change("topk_ids_of_layer", torch.zeros(2, 3, 8)), "is torch.float32 [2, 3, 8]"),
+    "ids of halves": (
+        change("topk_ids_of_layer", torch.full((3, 3, 8), 0.5)),
+        "topk_ids_of_layer[0, 0, 0] is 0.5: give whole numbers",
+    ),
     "flat ids": (
         change("topk_ids_of_layer", torch.zeros(8, dtype=torch.int32)),
-        "must be a dense tensor of integers [L, tokens, K], is torch.int32 [8]",
+        "topk_ids_of_layer is torch.int32 [8]: integers [L, tokens, K]",
     ),
-    "wide ids": (
-        change("topk_ids_of_layer", torch.zeros(2, 3, 8, dtype=torch.int64)),
-        "must be int32, is torch.int64",
+    "ids that may be -1 or 255": (
+        change("topk_ids_of_layer", torch.full((3, 3, 8), 255, dtype=torch.uint8)),
+        "is torch.uint8 and holds 255, which may be a -1",
     ),
-    "id too large": (too_large, "has id 16 of 16 experts"),
+    "two dispatches": (
+        lambda c: [
+            record.update(misc_objects=[{"layer_id": 1, "num_tokens_per_rank": [9] * ranks}])
+            for record, ranks in zip(c["records"], (4, 8), strict=True)
+        ],
+        "its dispatches went to 4 and 8 ranks",
+    ),
+    "id too large": (
+        too_large,
+        "has id 16 of 16 experts: if that is a fused shared expert's, record with",
+    ),
     "rank of another file": (
         lambda c: [record.update(rank=3) for record in c["records"]],
         "rank 3 is in another file too",

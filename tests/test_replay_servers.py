@@ -268,6 +268,29 @@ def test_an_earlier_dump_without_traffic_is_left_out(mode, tmp_path, capsys):
     assert "has no routed row, nor has any other file: record while the server serves" in error
 
 
+def test_a_dump_without_any_record_is_left_out(mode, tmp_path, capsys):
+    """A server that served nothing yet has had no pass at all."""
+    make, options = mode
+    contents = [make(rank) for rank in range(RANKS)]
+    alone = every_row(write(tmp_path / "alone", contents), tmp_path, *options)
+    folder = write(tmp_path / "two", contents)
+    for rank in range(RANKS):
+        earlier = {**make(rank), "records": []}
+        torch.save(earlier, folder / f"expert_distribution_recorder_16000.5_{rank}.pt")
+    capsys.readouterr()
+    assert every_row(folder, tmp_path, *options) == alone
+    assert "4 files hold no record, as dumps without traffic do" in capsys.readouterr().out
+    # Its names tell of ranks whose other files are missing.
+    folder = write(tmp_path / "three", contents[:2])
+    torch.save({**make(3), "records": []}, folder / "expert_distribution_recorder_16000.5_3.pt.gz")
+    error = refused(folder, capsys, *options)
+    assert "3.pt.gz: holds no record, and by its name is rank 3's" in error
+    for file in folder.iterdir():
+        torch.save({**make(0), "records": []}, file)
+    error = refused(folder, capsys, *options)
+    assert "holds no record, nor does any other file: record while the server serves" in error
+
+
 def test_each_stage_writes_the_same_statistics(tmp_path, capsys):
     counts = sum(counts_of(rank, 100) for rank in range(RANKS))
     files = [tmp_path / f"expert_distribution_recorder_1.{stage}.pt" for stage in range(2)]
@@ -327,6 +350,33 @@ def test_counts_of_a_low_latency_recording_tell_the_ranks_that_are_missed(tmp_pa
         assert f"the files of {len(ranks)} are here" in error
 
 
+@pytest.mark.parametrize("name", MODES)
+def test_the_ep_size_is_said_to_be_taken_where_nothing_tells_it(name, tmp_path, capsys):
+    """Ranks 0 and 1 of 4: only a low-latency recording tells, and a recorded dispatch (below)."""
+    make, options = MODES[name]
+    told = name == "low latency"
+    taken = "The EP size is taken to be {0}: the files of {0} ranks are here, and nothing in them tells of more."
+    whole = write(tmp_path / "whole", [make(rank) for rank in range(RANKS)])
+    every_row(whole, tmp_path, *options)
+    assert (taken.format(4) in capsys.readouterr().out) is not told
+    every_row(whole, tmp_path, *options, "--ep", "4")
+    assert "The EP size" not in capsys.readouterr().out
+    half = write(tmp_path / "half", [make(rank) for rank in range(2)])
+    if told:
+        assert "the files of 2 are here" in refused(half, capsys, *options)
+    else:
+        every_row(half, tmp_path, *options)
+        assert taken.format(2) in capsys.readouterr().out
+
+
+def test_ranks_over_which_experts_do_not_divide_are_too_few(mode, tmp_path, capsys):
+    make, options = mode
+    folder = write(tmp_path / "three", [make(rank) for rank in range(3)])
+    error = refused(folder, capsys, *options)
+    assert "the files of 3 ranks are here, and 16 physical experts do not divide over 3" in error
+    assert "give every rank's file (each host writes those of its own ranks)" in error
+
+
 def test_deepep_tells_the_ranks_that_are_missed(tmp_path, capsys):
     contents = [dump(rank) for rank in range(2)]
     for content in contents:
@@ -343,7 +393,13 @@ def test_more_ranks_recorded_than_ep_says(mode, tmp_path, capsys):
     folder = write(tmp_path / "four", [make(rank) for rank in range(RANKS)])
     error = refused(folder, capsys, *options, "--ep", "2")
     assert "ranks [0, 1, 2, 3] of 2 are here, none missing: 4 ranks recorded" in error
-    assert "leave --ep out, or give --ep 4" in error
+    assert (
+        "leave --ep out, or give --ep 2 --placement trivial to see what 2 ranks would do" in error
+    )
+    error = refused(folder, capsys, *options, "--ep", "8")
+    assert "[4, 5, 6, 7] missing: give every rank's file (each host" in error
+    assert "or --ep 8 --placement trivial to see what 8 ranks would do" in error
+    assert replay(folder, tmp_path, *options, "--ep", "8", "--placement", "trivial")
 
 
 @pytest.mark.parametrize("make, options", [MODES["per_token"], MODES["per_pass"]])

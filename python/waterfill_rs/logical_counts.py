@@ -14,7 +14,7 @@ from torch import Tensor
 
 from waterfill_rs import whole_numbers
 from waterfill_rs.placements import check_divides
-from waterfill_rs.recorded import Counts, given_top_k, replicated
+from waterfill_rs.recorded import Counts, given_top_k, replicated, top_k_doubts
 
 __all__ = ["MAP", "read"]
 
@@ -26,8 +26,12 @@ def read(
     placed: tuple[str, dict[str, Any]] | None,
     ranks: int | None,
     top_k: int | None,
+    *,
+    placed_anew: bool = False,
 ) -> Counts:
     """The counts of the files, which must be equal, with the map of ``placed``, or else of the file itself.
+
+    ``placed_anew``: where experts lie will be forgotten, so nothing is said of it, and counts over all ranks are of one.
 
     Raises:
         ValueError: naming file, field and number.
@@ -35,35 +39,40 @@ def read(
     file, content = contents[0]
     counts = _counts(file, content)
     notes = _copies(contents, counts)
-    by_rank = content.get("logical_count_layout") == "rank_layer_expert"
+    by_rank = _is_by_rank(file, content)
     if by_rank and counts.dim() != 3:
         raise ValueError(
             f"{file}: logical_count is {list(counts.shape)}: rank_layer_expert is [R, L, E]"
         )
     if by_rank and ranks not in (None, counts.shape[0]):
-        raise ValueError(f"{file}: logical_count is of {counts.shape[0]} ranks, --ep is {ranks}")
+        raise ValueError(
+            f"{file}: logical_count is of {counts.shape[0]} ranks, --ep is {ranks}: leave --ep out, "
+            f"or give --ep {ranks} --placement trivial to see what {ranks} ranks would do"
+        )
     if by_rank:
         ranks = int(counts.shape[0])
+    elif placed_anew:
+        ranks = 1
     if ranks is None:
         raise ValueError(f"{file}: logical_count does not tell the EP size: give --ep")
     if placed is None and MAP in content:
         placed = (file, content)
     mapping = None if placed is None else _map(*placed, counts)
     if placed is None or mapping is None:
-        kind = "logical"
-        notes.append(
-            "The counts are of logical experts: these are taken to lie in order, without replicas."
-        )
+        kind, where = "logical", "these are taken to lie in order, without replicas."
     else:
         kind = "physical"
         counts = _on_physical(counts, mapping)
-        notes.append(
-            f"The counts are of logical experts: these lie as {MAP} of {placed[0]} says, "
+        where = (
+            f"these lie as {MAP} of {placed[0]} says, "
             "and the rows of an expert with replicas are taken to be split evenly over them."
         )
+    if not placed_anew:
+        notes.append(f"The counts are of logical experts: {where}")
     experts = int(counts.shape[-1])
     check_divides(experts, kind, ranks)
     top_k = given_top_k(top_k, experts)
+    notes += top_k_doubts([counts.sum(-1)], top_k)
     mappings = (
         None if placed is None or mapping is None else replicated(f"{placed[0]}: {MAP}", mapping)
     )
@@ -72,12 +81,23 @@ def read(
         return Counts(
             ranks, experts, top_k, mappings, notes, {0: counts}, summed=True, places=mapping
         )
-    notes.append("Tokens are taken to be spread evenly over the ranks.")
+    if not placed_anew:
+        notes.append("Tokens are taken to be spread evenly over the ranks.")
     steps = counts if counts.dim() == 3 else counts[None]
     # A ring buffer: steps that were not used are zero.
     used = {step: one[None] for step, one in enumerate(steps) if int(one.sum())}
     summed = counts.dim() == 2
     return Counts(ranks, experts, top_k, mappings, notes, used, summed=summed, places=mapping)
+
+
+def _is_by_rank(file: str, content: dict[str, Any]) -> bool:
+    layout = content.get("logical_count_layout")
+    if layout not in (None, "rank_layer_expert"):
+        raise ValueError(
+            f"{file}: logical_count_layout is {layout!r:.40}: give 'rank_layer_expert', "
+            "or none for [L, E] and [steps, L, E]"
+        )
+    return layout is not None
 
 
 def _counts(file: str, content: dict[str, Any]) -> Tensor:

@@ -21,6 +21,8 @@ from waterfill_rs import whole_numbers
 
 __all__ = ["RankFile", "read", "routed"]
 
+_UNSIGNED = (torch.uint8, torch.uint16, torch.uint32)
+
 
 @dataclass(frozen=True)
 class RankFile:
@@ -61,7 +63,7 @@ def read(file: str, content: Any) -> RankFile:
         raise ValueError(
             f"{file}: records is {type(found).__name__} {found!r:.40}: give a list of at least one record"
         )
-    mapping = _tensor(file, content, "last_physical_to_logical_map", "[L, P]")
+    mapping = _array(file, content, "last_physical_to_logical_map", "[L, P]")
     fields, ranks, sizes = set(), set(), set()
     passes: dict[int, Tensor] = {}
     modes: dict[int, int] = {}
@@ -81,7 +83,12 @@ def read(file: str, content: Any) -> RankFile:
             f"{file}: records of ranks {sorted(ranks)} with {sorted(fields)}: "
             "one rank a file, and one mode, is what sglang writes"
         )
-    dispatched = sizes.pop() if len(sizes) == 1 else None
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{file}: its dispatches went to {' and '.join(map(str, sorted(sizes)))} ranks: "
+            "give a recording of one EP size"
+        )
+    dispatched = sizes.pop() if sizes else None
     records = len(content["records"])
     return RankFile(file, ranks.pop(), fields.pop(), mapping, passes, modes, records, dispatched)
 
@@ -129,37 +136,40 @@ def _field(where: str, record: Any) -> str:
     )
 
 
-def _tensor(where: object, holder: dict[str, Any], field: str, shape: str) -> Tensor:
-    """An integer tensor of as many dimensions as ``shape`` names, none but the middle one empty."""
-    found = holder.get(field)
-    if (
-        not isinstance(found, Tensor)
-        or found.layout != torch.strided
-        or found.dtype not in (torch.int32, torch.int64)
-        or found.dim() != shape.count(",") + 1
-        or 0 in (found.shape[0], found.shape[-1])
-    ):
-        what = type(found).__name__
-        if isinstance(found, Tensor):
-            what = f"{found.dtype} {list(found.shape)}"
-        raise ValueError(f"{where}: {field} must be a dense tensor of integers {shape}, is {what}")
-    return found
+def _array(where: str, holder: dict[str, Any], field: str, shape: str) -> Tensor:
+    """Whole numbers ``shape``, int64; but int32 as they are, for their size."""
+    if field not in holder:
+        raise ValueError(f"{where} has no '{field}'")
+    found = holder[field]
+    empty = field == "topk_ids_of_layer"
+    values = whole_numbers.read(
+        f"{where}: {field}", found, (shape.count(",") + 1,), shape, may_be_empty=empty
+    )
+    return found if isinstance(found, Tensor) and found.dtype == torch.int32 else values
 
 
 def _ids(where: str, record: dict[str, Any], mapping: Tensor) -> Tensor:
     experts = int(mapping.shape[1])
-    ids = _tensor(where, record, "topk_ids_of_layer", "[L, tokens, K]")
-    if ids.dtype != torch.int32:
-        raise ValueError(f"{where}: topk_ids_of_layer must be int32, is {ids.dtype}")
-    if ids.numel() and int(ids.max()) >= experts:
-        raise ValueError(f"{where}: topk_ids_of_layer has id {int(ids.max())} of {experts} experts")
+    ids = _array(where, record, "topk_ids_of_layer", "[L, tokens, K]")
+    most = int(ids.max()) if ids.numel() else -1
+    dtype = getattr(record["topk_ids_of_layer"], "dtype", torch.int64)
+    if dtype in _UNSIGNED and most == torch.iinfo(dtype).max:
+        raise ValueError(
+            f"{where}: topk_ids_of_layer is {dtype} and holds {most}, which may be a -1 of columns that are "
+            "not in use: save it as int32"
+        )
+    if most >= experts:
+        raise ValueError(
+            f"{where}: topk_ids_of_layer has id {most} of {experts} experts: if that is a fused shared expert's, "
+            "record with --disable-shared-experts-fusion"
+        )
     _check_layers(where, ids, mapping)
-    return ids
+    return ids if ids.dtype == torch.int32 else ids.clamp(min=-1).to(torch.int32)
 
 
 def _counts(where: str, record: dict[str, Any], mapping: Tensor) -> Tensor:
     experts = int(mapping.shape[1])
-    counts = _tensor(where, record, "global_physical_count", "[L, P]")
+    counts = _array(where, record, "global_physical_count", "[L, P]")
     if counts.shape[1] != experts:
         raise ValueError(
             f"{where}: global_physical_count has {counts.shape[1]} experts, the map has {experts}"

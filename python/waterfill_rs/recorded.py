@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-__all__ = ["Counts", "Dump", "Tokens", "given_top_k", "replicated"]
+__all__ = ["Counts", "Dump", "Tokens", "given_top_k", "replicated", "top_k_doubts"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,22 @@ def given_top_k(top_k: int | None, experts: int) -> int:
     if top_k > experts:
         raise ValueError(f"--top-k {top_k}: the dump has {experts} experts")
     return top_k
+
+
+def top_k_doubts(layers: list[Tensor], top_k: int) -> list[str]:
+    """A sentence, if the rows of a layer are no whole number of tokens.
+
+    Args:
+        layers: rows of layers, tensors of any shape.
+    """
+    sums = torch.cat([rows.flatten() for rows in layers])
+    odd = sums % top_k != 0
+    if not odd.any():
+        return []
+    return [
+        f"--top-k {top_k} may be wrong: the rows of {int(odd.sum())} of {int((sums > 0).sum())} layers and passes are no whole "
+        f"number of tokens, as the {int(sums[odd][0])} of the first. (Mode stat_approx rounds its counts.)"
+    ]
 
 
 def replicated(name: str, mapping: Tensor) -> list[list[int]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor
 
 from waterfill_rs import rank_files, whole_numbers
-from waterfill_rs.placements import check_divides
 from waterfill_rs.rank_files import RankFile, routed
-from waterfill_rs.recorded import Counts, Tokens, given_top_k, replicated
+from waterfill_rs.recorded import Counts, Tokens, given_top_k, replicated, top_k_doubts
 
 __all__ = ["read"]
 
@@ -20,6 +20,9 @@ _RECORD_AGAIN = (
     "nothing was dispatched and nothing can be levelled. Record with --moe-a2a-backend deepep, "
     "which spreads the experts over all ranks (EP)"
 )
+
+_ENOUGH_ROWS = 256
+"""To tell a column that is always the same from chance."""
 
 _MOST_APART = 8
 """Passes that ranks may be apart when recording starts or ends: they run in step, one or two apart."""
@@ -31,18 +34,26 @@ def read(contents: list[tuple[str, Any]], ranks: int | None, top_k: int | None) 
     Raises:
         ValueError: naming file, field and number, if they are not the whole of one recording.
     """
-    files = [rank_files.read(file, content) for file, content in contents]
+    files, empty = _with_records(contents)
     _check_alike(files)
     kept = _without_copies(files)
     stages = _stages(kept)
     size = _size(files, kept, ranks)
-    ordered = [_ordered(stage, size, len(stages) > 1) for stage in stages]
+    ordered = [_ordered(stage, size, ranks is not None, len(stages) > 1) for stage in stages]
     experts = int(files[0].mapping.shape[1])
-    check_divides(experts, "physical", size)
+    if experts % size:
+        raise ValueError(
+            f"{files[0].file}: the files of {size} ranks are here, and {experts} physical experts do not divide over "
+            f"{size} ranks: give every rank's file (each host writes those of its own ranks)"
+        )
     read_stages = [_passes(stage) for stage in ordered]
     by_stage = [whole for whole, _ in read_stages]
     passes = _joined(by_stage) if len(stages) > 1 else by_stage[0]
     notes = _notes(files, kept, len(stages))
+    if empty:
+        notes.append(
+            f"{empty} files hold no record, as dumps without traffic do, and were left out."
+        )
     joined = [file for stage in stages for file in stage]
     if len(joined) < len(kept):
         notes.append(f"{len(kept) - len(joined)} files routed nothing, and were left out.")
@@ -54,9 +65,48 @@ def read(contents: list[tuple[str, Any]], ranks: int | None, top_k: int | None) 
         columns = _columns(passes, top_k)
         if not any(file.dispatched for file in files):
             _check_sources_differ(passes, len(files))
+            notes += _assumed(size, ranks)
+        if columns > experts:
+            raise ValueError(
+                f"{files[0].file}: tokens have {columns} experts of {experts}: columns that are not in use must be -1"
+            )
         return Tokens(size, experts, columns, mappings, notes, passes, modes=modes, places=places)
     counts = _counts(files[0].file, passes, size, experts, top_k, mappings, notes)
+    if len(next(iter(counts.passes.values()))) == size:  # else what each rank received has told
+        counts.notes.extend(_assumed(size, ranks))
     return replace(counts, modes=modes, places=places)
+
+
+def _with_records(contents: list[tuple[str, Any]]) -> tuple[list[RankFile], int]:
+    """The files with records, checked; and how many have none, as dumps without traffic do."""
+    empty = [file for file, content in contents if _has_no_record(content)]
+    files = [rank_files.read(*one) for one in contents if one[0] not in empty]
+    if not files:
+        raise ValueError(
+            f"{empty[0]}: holds no record, nor does any other file: record while the server serves"
+        )
+    ranks = {file.rank for file in files}
+    for file in empty:
+        named = re.search(r"_(\d+)\.pt", file)
+        if named and int(named[1]) not in ranks:
+            raise ValueError(
+                f"{file}: holds no record, and by its name is rank {named[1]}'s, of which there is no other file: "
+                "give one dump of all ranks, made while the server serves"
+            )
+    return files, len(empty)
+
+
+def _has_no_record(content: Any) -> bool:
+    return isinstance(content, dict) and content.get("records") == []
+
+
+def _assumed(size: int, given: int | None) -> list[str]:
+    """A sentence where the number of files alone says what the EP size is."""
+    if given is not None or size == 1:
+        return []
+    return [
+        f"The EP size is taken to be {size}: the files of {size} ranks are here, and nothing in them tells of more."
+    ]
 
 
 def _counts(
@@ -84,9 +134,11 @@ def _counts(
             "taken to be spread evenly over the ranks."
         )
         totals = {i: torch.stack(own).sum(0, keepdim=True) for i, own in passes.items()}
+        notes += top_k_doubts([one.sum(-1) for one in totals.values()], top_k)
         return Counts(ranks, experts, top_k, mappings, notes, totals)
     _check_sources_differ(passes, ranks)
     counts = {i: torch.stack(own) for i, own in passes.items()}
+    notes += top_k_doubts([one.sum(-1) for one in counts.values()], top_k)
     return Counts(ranks, experts, top_k, mappings, notes, counts)
 
 
@@ -98,7 +150,7 @@ def _check_alike(files: list[RankFile]) -> None:
         if file.mapping.shape != first.mapping.shape:
             raise ValueError(
                 f"{file.file}: {file.mapping.shape[1]} physical experts in {file.mapping.shape[0]} layers, "
-                f"other files have {first.mapping.shape[1]} in {first.mapping.shape[0]}"
+                f"other files have {first.mapping.shape[1]} in {first.mapping.shape[0]}: give files of one server"
             )
         if not torch.equal(file.mapping.long(), first.mapping.long()):
             raise ValueError(
@@ -207,8 +259,8 @@ def _size(files: list[RankFile], kept: list[RankFile], given: int | None) -> int
     return size
 
 
-def _ordered(files: list[RankFile], ranks: int, staged: bool) -> list[RankFile]:
-    """By rank, which must be 0 to ``ranks - 1``."""
+def _ordered(files: list[RankFile], ranks: int, given: bool, staged: bool) -> list[RankFile]:
+    """By rank, which must be 0 to ``ranks - 1``; ``given``: as ``--ep`` says."""
     by_rank = {file.rank: file for file in files}
     missing = list(islice((rank for rank in range(ranks) if rank not in by_rank), 9))
     if not missing and len(by_rank) == ranks:
@@ -217,15 +269,18 @@ def _ordered(files: list[RankFile], ranks: int, staged: bool) -> list[RankFile]:
     if staged:
         layers = torch.stack([_layers(file) for file in files]).any(dim=0).nonzero()
         where = f" in the pipeline stage of layers {int(layers.min())} to {int(layers.max())}"
+    what_if = f"--ep {ranks} --placement trivial to see what {ranks} ranks would do"
     if not missing:
         raise ValueError(
             f"ranks {sorted(by_rank)} of {ranks} are here{where}, none missing: {len(by_rank)} ranks recorded, "
-            f"so leave --ep out, or give --ep {max(by_rank) + 1}"
+            f"so leave --ep out, or give {what_if}"
         )
     named = f"{missing[:8]}{' and more' * (len(missing) > 8)}"
     raise ValueError(
         f"ranks {sorted(by_rank)} of {ranks} are here{where}, {named} missing: "
-        "give every rank's file (each host writes those of its own ranks), or the right --ep"
+        "give every rank's file (each host writes those of its own ranks)"
+        + f", or {what_if}"
+        * (given and max(by_rank) < min(missing))
     )
 
 
@@ -307,8 +362,8 @@ def _notes_on_passes(
     used = sum(len(parts) for passes in stages for parts in passes.values())
     if not left_out and used < records:
         notes.append(
-            f"{records - used} of {records} records routed nothing, as a draft model's (MTP, EAGLE) do, "
-            "and were left out."
+            f"{records - used} of {records} records routed nothing, as a draft model's (MTP, EAGLE) do "
+            "and those of passes without requests, and were left out."
         )
     return notes
 
@@ -361,6 +416,18 @@ def _columns(passes: dict[int, list[Tensor]], given: int | None) -> int:
             top_k = max(top_k, int(used.max()) + 1 if used.numel() else 0)
     if top_k == 0:
         raise ValueError("no record holds a single routed id: record while the server serves")
+    _check_last_differs(passes, top_k)
     if given not in (None, top_k):
         raise ValueError(f"--top-k {given}: the dump's tokens have {top_k} experts")
     return top_k
+
+
+def _check_last_differs(passes: dict[int, list[Tensor]], top_k: int) -> None:
+    """No router gives hundreds of rows, of all layers, the same expert in one column: that is padding by another number than -1."""
+    last = torch.cat([ids[:, :, top_k - 1].flatten() for ids in next(iter(passes.values()))])
+    used = last[last >= 0]
+    if top_k > 1 and len(used) >= _ENOUGH_ROWS and bool((used == used[0]).all()):
+        raise ValueError(
+            f"topk_ids_of_layer has {int(used[0])} in column {top_k - 1} of all {len(used)} rows: columns that are not in use "
+            "must be -1, and fused shared experts off (--disable-shared-experts-fusion)"
+        )

@@ -23,28 +23,32 @@ _INTEGERS = (
 )
 
 
-def read(name: str, found: Any, dimensions: tuple[int, ...], shapes: str) -> Tensor:
+def read(
+    name: str, found: Any, dimensions: tuple[int, ...], shapes: str, *, may_be_empty: bool = False
+) -> Tensor:
     """``found`` as a dense int64 tensor of one of these numbers of dimensions, none of them empty.
 
     Args:
         name: file and field, for the error.
         shapes: what sglang writes, for the error: ``[L, E] or [steps, L, E]``.
+        may_be_empty: dimensions between the first and the last may be, as of a rank without tokens.
 
     Raises:
         ValueError: if it is no array of whole numbers, or of another shape; with the first number that is not whole.
     """
     values = found if isinstance(found, Tensor) else _of_lists(name, found)
+    needed = (values.shape[:1] + values.shape[-1:]) if may_be_empty else values.shape
     if (
         values.layout != torch.strided
         or values.is_quantized
         or values.is_complex()
         or values.dtype == torch.bool
         or values.dim() not in dimensions
-        or not values.numel()
+        or 0 in needed
+        or values.is_meta
     ):
-        raise ValueError(
-            f"{name} is {values.dtype} {list(values.shape)}: integers {shapes} are what sglang writes"
-        )
+        kind = f"{'a meta tensor of ' * values.is_meta}{values.dtype} {list(values.shape)}"
+        raise ValueError(f"{name} is {kind}: integers {shapes} are what sglang writes")
     if values.dtype in _INTEGERS:
         return values.to(torch.int64)
     return _of_floats(name, values.to(torch.float64))
@@ -82,6 +86,8 @@ def _of_floats(name: str, values: Tensor) -> Tensor:
         raise ValueError(
             f"{name}{where} is {values[tuple(where)].item()}: give whole numbers, as counts and experts are"
         )
+    if not values.numel():
+        return values.to(torch.int64)
     # Beyond these an int64 might not hold them.
     for value in (values.min().item(), values.max().item()):
         if abs(value) > 2**62:
