@@ -300,6 +300,20 @@ def test_numbers_that_are_no_counts_are_refused(name, as_torch, tmp_path, capsys
     assert text in error and str(file) in error, error
 
 
+def test_tensors_without_numbers_are_refused(tmp_path, capsys):
+    file = tmp_path / "counts.pt"
+    torch.save({"logical_count": torch.ones(2, 4, device="meta")}, file)
+    assert "is a meta tensor of torch.float32 [2, 4]" in refused(file, capsys, *EP)
+
+
+def test_a_layout_that_is_not_known_is_refused(tmp_path, capsys):
+    file = tmp_path / "counts.json"
+    content = {"logical_count": [SUM.tolist()], "logical_count_layout": "layer_rank_expert"}
+    file.write_text(json.dumps(content))
+    error = refused(file, capsys, *EP)
+    assert "logical_count_layout is 'layer_rank_expert': give 'rank_layer_expert'" in error
+
+
 def test_unsigned_counts_beyond_int64_are_refused(tmp_path, capsys):
     counts = torch.tensor([[2**63 - 1, 1]]).to(torch.uint64) * 2
     torch.save({"logical_count": counts}, tmp_path / "counts.pt")
@@ -347,7 +361,11 @@ FOREIGN = {
     "npz": (zipped(**{"counts.npy": b"x"}), "a zip archive of counts.npy"),
     "empty zip": (zipped(), "a zip archive of nothing"),
     "safetensors": ((2).to_bytes(8, "little") + b"{}" + bytes(9), "a safetensors file"),
-    "tar": (bytes(257) + b"ustar" + bytes(250), "a tar archive"),
+    "tar": (bytes(257) + b"ustar" + bytes(250), "a tar archive, which has to be unpacked: give"),
+    "packed tar": (
+        gzip.compress(bytes(257) + b"ustar" + bytes(250)),
+        "(unpacked): a tar archive, which has to be unpacked: give",
+    ),
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(9), "a zstd archive"),
     "parquet": (b"PAR1" + bytes(9), "a parquet table"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),
@@ -400,9 +418,39 @@ def test_foreign_files_beside_a_recording_are_told_and_not_read(tmp_path, capsys
 
 
 def test_folders_without_a_recording(tmp_path, capsys):
-    assert "no *.pt and no *.json file in this folder" in refused(tmp_path, capsys)
+    error = refused(tmp_path, capsys)
+    assert "no *.pt and no *.json file in this folder\n" in error
+    for host in ("host_b", "host_a"):  # as they are copied from each host
+        (tmp_path / host).mkdir()
+        torch.save(dump(0), tmp_path / host / "0.pt")
+    (tmp_path / "empty").mkdir()
+    error = refused(tmp_path, capsys)
+    assert "in this folder, but in its folders host_a, host_b: give these" in error
     (tmp_path / "counts.JSON").write_text(TEXT)
     check_is_the_sum(replay(tmp_path, tmp_path / "out", *EP))
+
+
+def test_what_is_given_twice_is_read_once(tmp_path, capsys):
+    folder, link = tmp_path / "one", tmp_path / "link"
+    folder.mkdir()
+    torch.save(dump(0), folder / "0.pt")
+    link.symlink_to(folder)
+    alone = replay(folder, tmp_path)
+    assert "twice" not in capsys.readouterr().out
+    for paths in ([folder, folder], [folder / "0.pt"] * 3, [link, folder, link / "0.pt"]):
+        assert replay(paths, tmp_path) == alone
+        assert f"Files that were given twice were read once: {len(paths) - 1}." in (
+            capsys.readouterr().out
+        )
+
+
+def test_a_folder_with_a_name_like_json_is_a_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "{a}").mkdir()
+    for rank in range(RANKS):
+        torch.save(dump(rank), tmp_path / "{a}" / f"{rank}.pt")
+    monkeypatch.chdir(tmp_path)
+    assert replay("{a}", tmp_path)
+    assert "the JSON text: found list, no 'records'" in refused("[[1, 2]]", capsys, *EP)
 
 
 @pytest.mark.skipif(not (DATA / "cases").exists(), reason="the cases of shared/data are not here")

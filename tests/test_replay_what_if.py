@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: make test i
 from test_replay import EXPERTS, LAYERS, RANKS, TOKENS, TOP_K, dump, ids_of
 from test_replay_counts import per_pass
 
+from waterfill_rs import dump_files
 from waterfill_rs.cli import main
 
 PASSES = (100, 101)
@@ -195,8 +196,91 @@ def test_several_ep_sizes_are_one_table(tokens, capsys):
         sum(row["tokens"] for row in home) * TOP_K / 16
     )
     assert lines[2][4:6] == [f"{routed:.4f}", f"{ratio:.4f}"]
-    error = refused(capsys, tokens, "--ep", "4,5")
-    assert "16 logical experts do not divide over 5 ranks: give --redundant 4, 9, 14" in error
+
+
+def test_ep_sizes_that_do_not_divide_are_left_out_and_told(tokens, tmp_path, capsys):
+    found = replay(tokens, "--ep", "5,2,4")["compared"]
+    said = capsys.readouterr().out
+    assert [one["ranks"] for one in found] == [2, 4]
+    line = (
+        "EP 5 is left out: 16 logical experts do not divide over 5 ranks: give --redundant 4, 9, 14"
+    )
+    assert said.count(line) == 1 and all(
+        any(line in note for note in one["notes"]) for one in found
+    )
+    assert replay(tokens, "--ep", "5,4")["ranks"] == 4  # one is left: a recording, not a table
+    error = refused(capsys, tokens, "--ep", "5,7")
+    assert "over 5 ranks: give --redundant 4, 9, 14" in error
+    assert "over 7 ranks: give --redundant 5, 12, 19" in error
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({"physical_to_logical_map": [[*TRIVIAL, 1, 2, 3, 4]] * 3}))
+    found = replay(tokens, "--ep", "4,8,10", "--placement", str(path))["compared"]
+    assert [one["ranks"] for one in found] == [4, 10]
+    assert any("20 physical experts do not divide over 8 ranks" in n for n in found[0]["notes"])
+
+
+def test_the_same_ep_size_twice_is_one(tokens):
+    assert [one["ranks"] for one in replay(tokens, "--ep", "4,2,4")["compared"]] == [4, 2]
+
+
+def test_another_placement_is_read_once_for_all_ep_sizes(tokens, counts, monkeypatch):
+    pytest.importorskip("sglang.srt.eplb.eplb_algorithms.deepseek")
+    other = tokens.parent / "other.json"
+    other.write_text(json.dumps({"logical_count": [list(range(1, 17))] * 3}))
+    read = []
+    load = dump_files.load_all
+    monkeypatch.setattr(
+        dump_files, "load_all", lambda paths: read.append(str(paths[0])) or load(paths)
+    )
+    replay(tokens, "--ep", "2,4,8", "--placement", str(other))
+    assert read.count(str(tokens)) == 1 and read.count(str(other)) <= 2
+
+
+def test_a_recording_beside_that_does_not_fit_is_told_to_be_that_one(
+    tokens, counts, tmp_path, capsys
+):
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({"physical_to_logical_map": [TRIVIAL] * 3}))
+    for options, text in (
+        ([], "counts.json: logical_count does not tell the EP size: give --ep"),
+        (["--ep", "4"], "counts do not tell how many experts a token has: give --top-k"),
+        (
+            ["--ep", "8,4", "--top-k", str(TOP_K), "--placement", str(path)],
+            "map.json: physical_to_logical_map has 3 layers, the recording has 1",
+        ),
+    ):
+        error = refused(capsys, tokens, "--beside", str(counts), *options)
+        assert error.startswith("waterfill-rs: --beside: ") and text in error, error
+    assert "--beside: nowhere: there is no such file" in refused(
+        capsys, tokens, "--beside", "nowhere"
+    )
+    # The first one's own fault is not the other's.
+    assert "--beside" not in refused(capsys, counts, "--beside", str(tokens))
+
+
+def test_json_text_is_no_name(tokens, capsys):
+    text = json.dumps({"logical_count": [[7] * 16] * 3})
+    found = replay(tokens, "--beside", text, "--ep", "4", "--top-k", str(TOP_K))["compared"]
+    assert [one["recording"] for one in found] == ["tokens", "the JSON text"]
+    mapping = json.dumps({"physical_to_logical_map": [TRIVIAL] * 3})
+    found = replay(tokens, "--placement", mapping + " " * 300)
+    assert "Experts stand as the JSON text says." in found["notes"]
+
+
+def test_what_was_left_out_in_reading_is_told_with_a_what_if_too(tokens):
+    torch.save({"weight": torch.zeros(2)}, tokens / "model.pth")
+    for file in sorted(tokens.glob("*.pt")):
+        file.rename(tokens / f"expert_distribution_recorder_1_{file.name}")
+    for options in ([], ["--redundant", "4"]):
+        notes = replay(tokens, *options)["notes"]
+        assert any("1 files were not read: model.pth" in note for note in notes)
+        assert any("The EP size is taken to be 4" in note for note in notes)
+
+
+def test_counts_placed_anew_are_not_said_to_lie_in_order(counts):
+    notes = replay(counts, "--ep", "8", "--top-k", "2", "--redundant", "4")["notes"]
+    assert not any("in order, without replicas" in note for note in notes)
+    assert sum("Tokens are taken to be spread evenly" in note for note in notes) == 1
 
 
 def test_another_ep_size_does_not_make_a_decode_pass_a_prefill(tmp_path):
@@ -255,7 +339,7 @@ TRIVIAL = list(range(EXPERTS))
 @pytest.mark.parametrize(
     "content, options, text",
     [
-        ([TRIVIAL] * 2, [], "is torch.int64 [2, 16]: give whole numbers [3, P]"),
+        ([TRIVIAL] * 2, [], "physical_to_logical_map has 2 layers, the recording has 3"),
         (
             [[*TRIVIAL[:-1], 0]] * 3,
             [],
@@ -268,7 +352,7 @@ TRIVIAL = list(range(EXPERTS))
             ["--redundant", "8"],
             "has 4 redundant experts, --redundant is 8",
         ),
-        ([[0.5] * 16] * 3, [], "is torch.float32 [3, 16]: give whole numbers"),
+        ([[0.5] * 16] * 3, [], "physical_to_logical_map[0, 0] is 0.5: give whole numbers"),
         ([[0], [1, 2]], [], "is no array"),
     ],
 )
@@ -280,7 +364,10 @@ def test_maps_that_do_not_fit_are_refused(content, options, text, tokens, tmp_pa
 
 
 def test_options_that_cannot_be_are_refused(tokens, counts, tmp_path, capsys):
-    assert "there is no such file" in refused(capsys, tokens, "--placement", "nowhere")
+    error = refused(capsys, tokens, "--placement", "nowhere")
+    assert (
+        "--placement nowhere: there is no such file or folder: give trivial, eplb, a file" in error
+    )
     assert "--redundant -1: give at least 0" in refused(capsys, tokens, "--redundant", "-1")
     assert "--ep 0: give at least 1" in refused(capsys, tokens, "--ep", "4,0")
     assert "give --ep" in refused(capsys, counts, "--top-k", "2", "--redundant", "4")
@@ -289,3 +376,7 @@ def test_options_that_cannot_be_are_refused(tokens, counts, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["replay", str(tokens), "--ep", "4;8"])
     assert "'4;8': give a whole number, or several like 8,16,32" in capsys.readouterr().err
+    for options in (["--placement", ""], ["--beside", ""]):
+        with pytest.raises(SystemExit):
+            main(["replay", str(tokens), *options])
+        assert f"{options[0]}: is empty: give a file or a folder" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 import warnings
 import zipfile
@@ -19,21 +20,30 @@ from typing import Any, BinaryIO
 
 import torch
 
-__all__ = ["load_all"]
+__all__ = ["load_all", "name_of"]
 
 _FOREIGN = {
     b"\x93NUMPY": "a numpy array",
     b"PAR1": "a parquet table",
     b"\x89HDF": "an HDF5 file",
-    b"\x28\xb5\x2f\xfd": "a zstd archive",
-    b"\xfd7zXZ": "an xz archive",
-    b"BZh": "a bzip2 archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive, which has to be unpacked",
+    b"\xfd7zXZ": "an xz archive, which has to be unpacked",
+    b"BZh": "a bzip2 archive, which has to be unpacked",
     b"version https://git-lfs": "a pointer of Git LFS, whose file `git lfs pull` brings",
     b"<": "an HTML or XML page",
 }
 """By the bytes at their start."""
 
+_SUFFIXES = (".pt", ".pth", ".json")
+
+_TEXT = "the JSON text"
+
 _NEEDED = "give sglang's torch file, or JSON with 'logical_count'"
+
+
+def name_of(path: Path) -> str:
+    """What to call it: JSON text has no name."""
+    return _TEXT if _is_text(path) else str(path)
 
 
 def load_all(paths: Sequence[Path]) -> tuple[list[tuple[str, Any]], list[str]]:
@@ -44,19 +54,30 @@ def load_all(paths: Sequence[Path]) -> tuple[list[tuple[str, Any]], list[str]]:
     """
     contents: list[tuple[str, Any]] = []
     notes: list[str] = []
+    seen: set[Path] = set()
+    again = 0
     for path in paths:
-        text = str(path).lstrip()
-        if text.startswith("{"):
-            contents.append(("the JSON text", _json("the JSON text", text)))
+        if _is_text(path):
+            contents.append((_TEXT, _json(_TEXT, str(path))))
             continue
-        if not path.exists():
+        if not os.path.exists(path):  # which takes a name that is too long, too
             raise ValueError(f"{path}: there is no such file or folder")
         files, left_out = _of_folder(path) if path.is_dir() else ([path], [])
-        contents += [(str(file), _load(file)) for file in files]
+        new = [file for file in files if file.resolve() not in seen]
+        again += len(files) - len(new)
+        seen.update(file.resolve() for file in new)
+        contents += [(str(file), _load(file)) for file in new]
         if left_out:
             names = ", ".join(file.name for file in left_out[:4]) + ", ..." * (len(left_out) > 4)
             notes.append(f"Of {path}, {len(left_out)} files were not read: {names}.")
+    if again:
+        notes.append(f"Files that were given twice were read once: {again}.")
     return contents, notes
+
+
+def _is_text(path: Path) -> bool:
+    """JSON in place of a path, as ``--init-expert-location`` takes it."""
+    return str(path).lstrip()[:1] in ("{", "[") and not os.path.exists(path)
 
 
 def _of_folder(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -67,7 +88,9 @@ def _of_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     jsons = [file for file in files if _suffix(file) == ".json"]
     chosen = recorders or torches or jsons
     if not chosen:
-        raise ValueError(f"{folder}: no *.pt and no *.json file in this folder")
+        below = sorted({one.parent.name for one in folder.glob("*/*") if _suffix(one) in _SUFFIXES})
+        but = f", but in its folders {', '.join(below[:8])}: give these" if below else ""
+        raise ValueError(f"{folder}: no *.pt and no *.json file in this folder{but}")
     return chosen, [file for file in torches if file not in chosen]
 
 
@@ -127,7 +150,7 @@ def _foreign(head: bytes, size: int) -> str | None:
         if head.startswith(start):
             return kind
     if head[257:262] == b"ustar":
-        return "a tar archive"
+        return "a tar archive, which has to be unpacked"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         return "a safetensors file"
     return None

@@ -6,6 +6,7 @@ EP size: it is the number of ranks that recorded, or has to be said; nor top-k: 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,11 @@ def read(
         raise ValueError(
             f"{others[0][0]}: has no 'logical_count', {counts[0][0]} has: give files of one recording"
         )
-    if placed_anew and counts and "logical_count_layout" not in counts[0][1]:
-        ranks = 1
     if counts:
-        dump: Tokens | Counts = logical_counts.read(counts, maps[0] if maps else None, ranks, top_k)
+        placed = maps[0] if maps else None
+        dump: Tokens | Counts = logical_counts.read(
+            counts, placed, ranks, top_k, placed_anew=placed_anew
+        )
     else:
         dump = recordings.read(others, ranks, top_k)
     dump.notes.extend(notes)
@@ -57,7 +59,7 @@ def read(
 
 def read_map(file: Path) -> Any:
     """What a file (or JSON text) with a ``physical_to_logical_map`` holds; None for any other, and for a folder."""
-    if file.is_dir():
+    if os.path.isdir(file):
         return None
     ((_, content),) = dump_files.load_all([file])[0]
     return content if _has(content, logical_counts.MAP) else None

@@ -39,7 +39,7 @@ def phases_of(dump: Tokens | Counts) -> tuple[dict[int, str | None], str]:
     if not by_size:
         return found, "Prefill and decode are told apart by forward_mode."
     return found, (
-        f"Prefill and decode are told apart by size in {by_size} of {len(found)} passes, which have no forward_mode: "
+        f"Prefill and decode are told apart by size in {by_size} of {len(found)} passes, where no forward_mode does: "
         f"decode is a pass in which no rank has more than {MOST_DECODE_TOKENS} tokens."
     )
 

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["by_eplb", "check_divides", "checked", "trivial"]
+from waterfill_rs import whole_numbers
+
+__all__ = ["DoesNotDivideError", "by_eplb", "check_divides", "checked", "trivial"]
+
+
+class DoesNotDivideError(ValueError):
+    """Experts that do not divide over the ranks."""
 
 
 def check_divides(experts: int, kind: str, ranks: int, redundant: int = 0) -> None:
     """Do so many experts, and the redundant ones, divide over the ranks?
 
     Raises:
-        ValueError: naming the numbers of redundant experts, and the EP sizes, that would do.
+        DoesNotDivideError: naming the numbers of redundant experts, and the EP sizes, that would do.
     """
     if ranks >= 1 and (experts + redundant) % ranks == 0:
         return
     sizes = [size for size in range(1, min(experts, 1024) + 1) if experts % size == 0]
     fits = f"an --ep that divides {experts} ({_some(sizes)})"
     if kind == "physical":
-        raise ValueError(
+        raise DoesNotDivideError(
             f"{experts} physical experts do not divide over {ranks} ranks: give {fits}"
         )
     least = -experts % ranks
     more = ", ".join(str(least + ranks * i) for i in range(not least, 3 + (not least)))
     plus = f" and {redundant} redundant ones" if redundant else ""
-    raise ValueError(
+    raise DoesNotDivideError(
         f"{experts} {kind} experts{plus} do not divide over {ranks} ranks: give --redundant {more} "
         f"(or {ranks} more each time), or {fits}"
     )
@@ -71,23 +76,19 @@ def by_eplb(counts: Tensor, redundant: int, ranks: int) -> Tensor:
     return found
 
 
-def checked(path: Path, content: Any, layers: int, logical: int) -> Tensor:
+def checked(name: str, content: Any, layers: int, logical: int) -> Tensor:
     """The ``physical_to_logical_map`` of what a file holds: int64 ``[L, P]``, each logical expert at least once.
+
+    Args:
+        name: the file's, for the error.
 
     Raises:
         ValueError: naming the file and the number that does not fit the recording.
     """
-    try:
-        found = torch.as_tensor(content["physical_to_logical_map"])
-        mapping = found.long()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: physical_to_logical_map is no array ({error})") from error
-    where = f"{path}: physical_to_logical_map"
-    if mapping.dim() != 2 or mapping.shape[0] != layers or not torch.equal(mapping, found):
-        raise ValueError(
-            f"{where} is {found.dtype} {list(mapping.shape)}: give whole numbers [{layers}, P], "
-            f"as the recording has {layers} layers"
-        )
+    where = f"{name}: physical_to_logical_map"
+    mapping = whole_numbers.read(where, content["physical_to_logical_map"], (2,), "[L, P]")
+    if mapping.shape[0] != layers:
+        raise ValueError(f"{where} has {mapping.shape[0]} layers, the recording has {layers}")
     for layer, row in enumerate(mapping.tolist()):
         odd = set(row) ^ set(range(logical))
         if odd:

@@ -17,6 +17,7 @@ from waterfill_rs.report import Compared
 
 if TYPE_CHECKING:
     from waterfill_rs.dumps import Counts, Tokens
+    from waterfill_rs.what_if import Places
 
 __all__ = ["add_command"]
 
@@ -28,7 +29,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "paths",
         nargs="+",
-        type=Path,
+        type=_path,
         help="files of one recording, of any mode, or their folder, or JSON text",
     )
     parser.add_argument(
@@ -59,19 +60,28 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument(
         "--placement",
+        type=_path,
         help="what if experts stood as in sglang's default ('trivial'), as its EPLB places them ('eplb'), or as a file "
         "says that --init-expert-location takes",
     )
-    parser.add_argument("--beside", type=Path, help="another recording, in one table with this one")
+    parser.add_argument(
+        "--beside", type=_path, help="another recording, in one table with this one"
+    )
     parser.add_argument("--cost-model", default="rows", help=cost_models.HELP)
     parser.add_argument("--json", type=Path, help="write every layer, pass and policy")
     parser.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
     parser.set_defaults(run=_run)
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: give a file or a folder")
+    return Path(text)
+
+
 def _sizes(text: str) -> list[int]:
     try:
-        return [int(size) for size in text.split(",")]
+        return list(dict.fromkeys(int(size) for size in text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r}: give a whole number, or several like 8,16,32"
@@ -152,26 +162,68 @@ def _dumps(
     arguments: argparse.Namespace,
 ) -> Iterator[tuple[str, Tokens | Counts, Tokens | Counts]]:
     """Names, recordings as their servers ran, and with their experts placed as was asked for."""
+    both = [arguments.paths, *([[arguments.beside]] if arguments.beside else [])]
+    names = [_name(paths[0]) for paths in both]
+    if len(set(names)) < len(names):
+        names = [str(paths[0]) for paths in both]
+    for number, (name, paths) in enumerate(zip(names, both, strict=True)):
+        try:
+            for recorded, placed in _placed(paths, arguments):
+                yield name, recorded, placed
+        except ValueError as error:
+            raise ValueError(f"--beside: {error}" if number else str(error)) from error
+
+
+def _name(path: Path) -> str:
+    """Of a recording: its file's or folder's."""
+    from waterfill_rs import dump_files
+
+    name = dump_files.name_of(path)
+    return path.resolve().name if name == str(path) else name
+
+
+def _placed(
+    paths: list[Path], arguments: argparse.Namespace
+) -> Iterator[tuple[Tokens | Counts, Tokens | Counts]]:
+    """A recording as its server ran, and with its experts placed as was asked for, for each EP size."""
     from waterfill_rs import dumps, what_if
 
     sizes: list[int] = arguments.ep or []
-    anew = len(sizes) > 1 or arguments.redundant is not None or arguments.placement is not None
-    both = [arguments.paths, *([[arguments.beside]] if arguments.beside else [])]
-    alike = len({paths[0].resolve().name for paths in both}) < len(both)
-    for paths in both:
-        name = str(paths[0]) if alike else paths[0].resolve().name
-        if not anew:
-            dump = dumps.read(paths, sizes[0] if sizes else None, arguments.top_k)
-            yield name, dump, dump
-            continue
-        dump = dumps.read(paths, None, arguments.top_k, placed_anew=True)
-        if not sizes and dump.ranks == 1:
-            raise ValueError(f"{paths[0]}: does not tell the EP size: give --ep")
-        placement = arguments.placement or "trivial"
-        for ranks in sizes or [dump.ranks]:
-            placed = what_if.place(dump, ranks, arguments.redundant, placement)
-            # Counts over all ranks do not tell their server's EP size, so it is taken to be the one asked for.
-            yield name, placed if dump.ranks == 1 else dump, placed
+    placement = arguments.placement
+    if len(sizes) < 2 and arguments.redundant is None and placement is None:
+        dump = dumps.read(paths, sizes[0] if sizes else None, arguments.top_k)
+        yield dump, dump
+        return
+    dump = dumps.read(paths, None, arguments.top_k, placed_anew=True)
+    if not sizes and dump.ranks == 1:
+        raise ValueError(f"{_name(paths[0])}: does not tell the EP size: give --ep")
+    places = what_if.Places(dump, arguments.redundant, placement or Path("trivial"))
+    sizes, left_out = _dividing(places, sizes or [dump.ranks])
+    dump.notes.extend(left_out)
+    for ranks in sizes:
+        placed = places.over(ranks)
+        # Counts over all ranks do not tell their server's EP size, so it is taken to be the one asked for.
+        yield placed if dump.ranks == 1 else dump, placed
+
+
+def _dividing(places: Places, sizes: list[int]) -> tuple[list[int], list[str]]:
+    """The EP sizes over which the experts divide, and a sentence on each other one.
+
+    Raises:
+        ValueError: if they divide over none.
+    """
+    from waterfill_rs.placements import DoesNotDivideError
+
+    left_out = {}
+    for ranks in sizes:
+        try:
+            places.check(ranks)
+        except DoesNotDivideError as error:
+            left_out[ranks] = str(error)
+    if len(left_out) == len(sizes):
+        raise ValueError("; ".join(left_out.values()))
+    dividing = [ranks for ranks in sizes if ranks not in left_out]
+    return dividing, [f"EP {ranks} is left out: {error}." for ranks, error in left_out.items()]
 
 
 def _chosen(
@@ -187,6 +239,10 @@ def _chosen(
         for pass_id, phase in found.items()
         if mode in ("all", phase) and tokens[pass_id] >= least
     }
+    if not chosen and mode != "all" and dump.summed:
+        raise ValueError(
+            f"--forward-mode {mode}: the counts are sums over passes, which have no phase: leave it out"
+        )
     if not chosen:
         numbers = {
             phase: list(found.values()).count(phase) for phase in dict.fromkeys(found.values())

@@ -2,95 +2,133 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from waterfill_rs import dumps, placements
+from waterfill_rs import dump_files, dumps, placements
 from waterfill_rs.dumps import Counts, Tokens
 
-__all__ = ["place"]
+__all__ = ["Places"]
 
 
-def place(
-    dump: Tokens | Counts, ranks: int, redundant: int | None, placement: str
-) -> Tokens | Counts:
-    """The same routing with its experts placed anew.
+class Places:
+    """Where a recording's experts would stand, for any EP size. What ``placement`` names is read once.
 
     Args:
         dump: the recording; where its experts stood is forgotten.
-        ranks: EP size. If it is not the recording's, tokens are cut evenly over the ranks, in their order.
         redundant: experts beyond one of each; None: as many as a map says, else 0.
         placement: ``trivial``; ``eplb``; a file with a ``physical_to_logical_map``; or a recording, for EPLB.
 
     Raises:
-        ValueError: with the numbers, where experts do not divide over the ranks, or a file does not fit.
+        ValueError: with the numbers, where a file does not fit the recording.
     """
-    sums = _logical_sums(dump)
-    mapping, note = _mapping(dump, sums, ranks, redundant, placement)
-    logical, experts = int(sums.shape[1]), int(mapping.shape[1])
-    mappings: list[list[int]] | None = mapping.tolist() if experts > logical else None
-    notes = [note]
-    if mappings:
-        notes.append("The rows of an expert with replicas are split evenly over them.")
-    common = (ranks, experts, dump.top_k, mappings, notes)
-    if isinstance(dump, Tokens):
-        passes = {
-            i: _places_of(_cut(_logical_ids(dump, i), ranks), mapping, logical) for i in dump.passes
-        }
-        if ranks != dump.ranks:
-            notes.append(
-                f"The tokens of {dump.ranks} ranks are cut evenly over {ranks}, in their order."
+
+    def __init__(self, dump: Tokens | Counts, redundant: int | None, placement: Path) -> None:
+        self._dump = dump
+        sums = _logical_sums(dump)
+        self._layers, self._logical = sums.shape
+        self._redundant = redundant or 0
+        self._map: Tensor | None = None
+        self._counts: Tensor | None = None
+        if str(placement) == "trivial":
+            again = ", the first ones again at the end: sglang's default" if redundant else ""
+            self._note = f"Experts stand in order{again}."
+        elif str(placement) == "eplb":
+            self._counts = sums
+            self._note = (
+                "Experts stand as sglang's EPLB places them for this very recording: other traffic is less level. "
+                "--placement OTHER_RECORDING tells how much."
             )
-        return Tokens(*common, passes, modes=dump.modes)
-    sources = {i: _logical_counts(dump, i, logical) for i in dump.passes}
-    if any(len(counts) != ranks for counts in sources.values()):
-        notes.append("Tokens are taken to be spread evenly over the ranks.")
-        sources = {i: counts.sum(0, keepdim=True) for i, counts in sources.items()}
-    counted = {i: _rows_of(counts, mapping, logical) for i, counts in sources.items()}
-    return Counts(*common, counted, modes=dump.modes, summed=dump.summed)
+        else:
+            self._read(placement, redundant)
 
-
-def _mapping(
-    dump: Tokens | Counts, sums: Tensor, ranks: int, redundant: int | None, placement: str
-) -> tuple[Tensor, str]:
-    """``[L, P]``, and a sentence on where it is from."""
-    layers, logical = sums.shape
-    path = Path(placement)
-    given = None if placement in ("trivial", "eplb") else dumps.read_map(path)
-    if given is not None:
-        mapping = placements.checked(path, given, layers, logical)
-        extra = int(mapping.shape[1]) - logical
-        if redundant not in (None, extra):
-            raise ValueError(f"{path}: has {extra} redundant experts, --redundant is {redundant}")
-        if (logical + extra) % ranks:
+    def _read(self, path: Path, redundant: int | None) -> None:
+        """A map, or else another recording's counts."""
+        self._name = dump_files.name_of(path)
+        if self._name == str(path) and not os.path.exists(path):
             raise ValueError(
-                f"{path}: {logical + extra} physical experts do not divide over {ranks} ranks: "
+                f"--placement {path}: there is no such file or folder: give trivial, eplb, a file with a "
+                "physical_to_logical_map, or a recording"
+            )
+        given = dumps.read_map(path)
+        if given is None:
+            self._counts = _logical_sums(
+                dumps.read([path], None, self._dump.top_k, placed_anew=True)
+            )
+            layers, logical = self._counts.shape
+            if (layers, logical) != (self._layers, self._logical):
+                raise ValueError(
+                    f"{self._name}: {logical} experts in {layers} layers, the recording has {self._logical} in "
+                    f"{self._layers}: give one of the same model"
+                )
+            self._note = (
+                f"Experts stand as sglang's EPLB places them for the counts of {self._name}."
+            )
+            return
+        self._map = placements.checked(self._name, given, self._layers, self._logical)
+        self._redundant = int(self._map.shape[1]) - self._logical
+        if redundant not in (None, self._redundant):
+            raise ValueError(
+                f"{self._name}: has {self._redundant} redundant experts, --redundant is {redundant}"
+            )
+        self._note = f"Experts stand as {self._name} says."
+
+    def check(self, ranks: int) -> None:
+        """Do the experts divide over the ranks?
+
+        Raises:
+            DoesNotDivideError: with the numbers that would do.
+        """
+        if self._map is None:
+            placements.check_divides(self._logical, "logical", ranks, self._redundant)
+        elif self._map.shape[1] % ranks:
+            raise placements.DoesNotDivideError(
+                f"{self._name}: {self._map.shape[1]} physical experts do not divide over {ranks} ranks: "
                 "give a map made for this --ep"
             )
-        return mapping, f"Experts stand as {path} says."
-    extra = redundant or 0
-    placements.check_divides(logical, "logical", ranks, extra)
-    if placement == "trivial":
-        note = "Experts stand in order" + (
-            ", the first ones again at the end: sglang's default." if extra else "."
-        )
-        return placements.trivial(layers, logical, extra), note
-    if placement == "eplb":
-        note = (
-            "Experts stand as sglang's EPLB places them for this very recording: other traffic is less level. "
-            "--placement OTHER_RECORDING tells how much."
-        )
-        return placements.by_eplb(sums, extra, ranks), note
-    other = _logical_sums(dumps.read([path], None, dump.top_k, placed_anew=True))
-    if other.shape != sums.shape:
-        raise ValueError(
-            f"{path}: {other.shape[1]} experts in {other.shape[0]} layers, "
-            f"the recording has {logical} in {layers}: give one of the same model"
-        )
-    note = f"Experts stand as sglang's EPLB places them for the counts of {path}."
-    return placements.by_eplb(other, extra, ranks), note
+
+    def over(self, ranks: int) -> Tokens | Counts:
+        """The recording with its experts placed so. For another EP size its tokens are cut evenly, in the ranks' order.
+
+        Raises:
+            DoesNotDivideError: as ``check`` does.
+            ValueError: where sglang's EPLB is needed and cannot be imported.
+        """
+        self.check(ranks)
+        dump, mapping = self._dump, self._mapping(ranks)
+        logical, experts = self._logical, int(mapping.shape[1])
+        mappings: list[list[int]] | None = mapping.tolist() if experts > logical else None
+        notes = [*dump.notes, self._note]
+        if mappings:
+            notes.append("The rows of an expert with replicas are split evenly over them.")
+        common = (ranks, experts, dump.top_k, mappings, notes)
+        if isinstance(dump, Tokens):
+            passes = {
+                i: _places_of(_cut(_logical_ids(dump, i), ranks), mapping, logical)
+                for i in dump.passes
+            }
+            if ranks != dump.ranks:
+                notes.append(
+                    f"The tokens of {dump.ranks} ranks are cut evenly over {ranks}, in their order."
+                )
+            return Tokens(*common, passes, modes=dump.modes)
+        sources = {i: _logical_counts(dump, i, logical) for i in dump.passes}
+        if any(len(counts) != ranks for counts in sources.values()):
+            notes.append("Tokens are taken to be spread evenly over the ranks.")
+            sources = {i: counts.sum(0, keepdim=True) for i, counts in sources.items()}
+        counted = {i: _rows_of(counts, mapping, logical) for i, counts in sources.items()}
+        return Counts(*common, counted, modes=dump.modes, summed=dump.summed)
+
+    def _mapping(self, ranks: int) -> Tensor:
+        """``[L, P]``"""
+        if self._map is not None:
+            return self._map
+        if self._counts is not None:
+            return placements.by_eplb(self._counts, self._redundant, ranks)
+        return placements.trivial(self._layers, self._logical, self._redundant)
 
 
 def _logical_of(dump: Tokens | Counts, layers: int) -> Tensor:
