@@ -444,6 +444,39 @@ def test_what_is_given_twice_is_read_once(tmp_path, capsys):
         )
 
 
+def test_what_is_read_is_never_overwritten(tmp_path, capsys):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    files = [folder / f"{rank}.pt" for rank in range(RANKS)]
+    for rank, file in enumerate(files):
+        torch.save(dump(rank), file)
+    counts, link = tmp_path / "counts.json", tmp_path / "link.json"
+    counts.write_text(TEXT)
+    link.symlink_to(counts)
+    for path, options in (
+        (counts, ["--json", counts]),
+        (counts, ["--json", link]),
+        (folder, ["--json", files[2]]),
+        (folder, ["--json", counts, "--placement", counts]),
+        (folder, ["--json", counts, "--beside", counts, "--top-k", TOP_K, "--ep", RANKS]),
+    ):
+        error = refused(path, capsys, *map(str, options))
+        assert f"--json {options[1]}: this file is read, and would be overwritten" in error
+        assert counts.read_text() == TEXT
+    # Beside them is no harm, and again.
+    for _ in range(2):
+        assert main(["replay", str(folder), "--json", str(folder / "replay.json")]) == 0
+
+
+def test_hidden_files_of_a_folder_are_not_read(tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    for rank in range(RANKS):
+        torch.save(dump(rank), folder / f"{rank}.pt")
+        (folder / f"._{rank}.pt").write_bytes(b"\x00\x05\x16\x07" + bytes(200))  # macOS's
+    assert replay(folder, tmp_path)
+
+
 def test_a_folder_with_a_name_like_json_is_a_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "{a}").mkdir()
     for rank in range(RANKS):

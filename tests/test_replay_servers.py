@@ -379,9 +379,9 @@ def test_ranks_over_which_experts_do_not_divide_are_too_few(mode, tmp_path, caps
 
 def test_deepep_tells_the_ranks_that_are_missed(tmp_path, capsys):
     contents = [dump(rank) for rank in range(2)]
-    for content in contents:
+    for content, sent in zip(contents, ([9, 9, 9, 9], torch.ones(4)), strict=True):
         for record in content["records"]:
-            record["misc_objects"] = [{"layer_id": 1, "num_tokens_per_rank": [9, 9, 9, 9]}]
+            record["misc_objects"] = [{"layer_id": 1, "num_tokens_per_rank": sent}]
     folder = write(tmp_path / "first_host", contents)
     error = refused(folder, capsys)
     assert "its dispatch went to 4 ranks, and the files of 2 are here" in error

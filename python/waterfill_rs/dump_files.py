@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-__all__ = ["load_all", "name_of"]
+__all__ = ["is_read", "load_all", "name_of"]
 
 _FOREIGN = {
     b"\x93NUMPY": "a numpy array",
@@ -44,6 +44,13 @@ _NEEDED = "give sglang's torch file, or JSON with 'logical_count'"
 def name_of(path: Path) -> str:
     """What to call it: JSON text has no name."""
     return _TEXT if _is_text(path) else str(path)
+
+
+def is_read(file: Path, paths: Sequence[Path]) -> bool:
+    """Is ``file`` one of those that ``load_all`` reads?"""
+    there = [path for path in paths if os.path.exists(path)]
+    files = [one for path in there for one in (_of_folder(path)[0] if path.is_dir() else [path])]
+    return any(file.resolve() == one.resolve() for one in files)
 
 
 def load_all(paths: Sequence[Path]) -> tuple[list[tuple[str, Any]], list[str]]:
@@ -82,7 +89,8 @@ def _is_text(path: Path) -> bool:
 
 def _of_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     """The recorder's files by their names; else all torch files; else all JSON. And the other torch and JSON files."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    # Hidden ones are of the system: macOS writes ._NAME beside NAME.
+    files = [f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith(".")]
     torches = [file for file in files if _suffix(file) in (".pt", ".pth")]
     recorders = [f for f in torches if f.name.startswith("expert_distribution_recorder_")]
     jsons = [file for file in files if _suffix(file) == ".json"]

@@ -117,7 +117,7 @@ def _dispatched(record: dict[str, Any]) -> set[int]:
     misc = record.get("misc_objects")
     layers = misc if isinstance(misc, list) else []
     found = [layer.get("num_tokens_per_rank") for layer in layers if isinstance(layer, dict)]
-    return {len(tokens) for tokens in found if isinstance(tokens, list)}
+    return {len(tokens) for tokens in found if isinstance(tokens, (list, tuple, Tensor))}
 
 
 def _field(where: str, record: Any) -> str:

@@ -95,6 +95,7 @@ def _run(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError("replay needs torch, which reads sglang's dumps: install torch") from error
     unit = "rows" if arguments.cost_model == "rows" else "time"
+    _check_inputs_stay(arguments)
     with _one_thread():
         replayed = list(_replay(arguments))
     if len(replayed) == 1:
@@ -124,6 +125,23 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.plot and several:
         raise ValueError("--plot draws one recording at one EP size: give one --ep, no --beside")
     report.check_outputs(arguments.json, arguments.plot)
+
+
+def _check_inputs_stay(arguments: argparse.Namespace) -> None:
+    """No output may take the place of what is read.
+
+    Raises:
+        ValueError: naming the option and the file.
+    """
+    from waterfill_rs import dump_files
+
+    read = [*arguments.paths, arguments.beside, arguments.placement, Path(arguments.cost_model)]
+    for name in ("json", "plot"):
+        path = getattr(arguments, name)
+        if path is not None and dump_files.is_read(path, [one for one in read if one is not None]):
+            raise ValueError(
+                f"--{name} {path}: this file is read, and would be overwritten: give another"
+            )
 
 
 @contextmanager
