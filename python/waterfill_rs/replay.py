@@ -377,11 +377,13 @@ def _layers_of_tokens(
 
 
 def _layers_of_counts(dump: Counts, chosen: dict[int, str | None]) -> Iterator[Layer]:
+    import torch
+
     for pass_id, phase in chosen.items():
         counts = dump.passes[pass_id]
-        for layer in range(counts.shape[1]):
-            known: list[list[int]] = counts[:, layer].tolist()
-            routed: list[int] = counts[:, layer].long().sum(0).tolist()
+        by_layer: list[list[list[int]]] = counts.transpose(0, 1).tolist()
+        sums: list[list[int]] = counts.sum(0, dtype=torch.int64).tolist()
+        for layer, (known, routed) in enumerate(zip(by_layer, sums, strict=True)):
             if not any(routed):
                 continue
             sources = known if len(known) == dump.ranks else None
