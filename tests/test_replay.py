@@ -105,6 +105,7 @@ BROKEN = {
     "another pass": (change("forward_pass_id", 7), "forward_pass_id 7: ranks"),
     "two ranks": (change("rank", 1), "records of ranks [1, 2]"),
     "records no list": (lambda c: c.update(records=5), "records is int 5"),
+    "records a tensor": (lambda c: c.update(records=torch.ones(2)), "records is Tensor tensor("),
     "records empty": (
         lambda c: c.update(records=[]),
         "holds no record, and by its name is rank 2's, of which there is no other file",

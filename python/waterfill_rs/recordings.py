@@ -87,7 +87,7 @@ def _with_records(contents: list[tuple[str, Any]]) -> tuple[list[RankFile], int]
         )
     ranks = {file.rank for file in files}
     for file in empty:
-        named = re.search(r"_(\d+)\.pt", file)
+        named = re.search(r"_(\d+)\.pt[^/]*$", file, re.IGNORECASE)
         if named and int(named[1]) not in ranks:
             raise ValueError(
                 f"{file}: holds no record, and by its name is rank {named[1]}'s, of which there is no other file: "
@@ -97,7 +97,8 @@ def _with_records(contents: list[tuple[str, Any]]) -> tuple[list[RankFile], int]
 
 
 def _has_no_record(content: Any) -> bool:
-    return isinstance(content, dict) and content.get("records") == []
+    records = content.get("records") if isinstance(content, dict) else None
+    return isinstance(records, list) and not records
 
 
 def _assumed(size: int, given: int | None) -> list[str]:
