@@ -193,10 +193,12 @@ def test_no_shared_memory_is_as_bad_as_what_was_asked_for(choice, gpus, level, t
 def test_the_benchmark_that_measures_sglangs_own_is_told(tmp_path):
     check(checks.one_batch(None), "ok", "no such benchmark")
     put(tmp_path, "bench_one_batch.py", "def main(): pass")
-    check(checks.one_batch(tmp_path), "ok", "bench_one_batch loads no", "sglang.bench_serving")
+    ours = "python -m waterfill_rs.sglang.with_plugins sglang."
+    check(
+        checks.one_batch(tmp_path), "ok", "sglang's own Waterfill, even", f"{ours}bench_one_batch"
+    )
     put(tmp_path, "benchmark/one_batch.py", "def cli_main(): pass")
-    ours = "python -m waterfill_rs.sglang.with_plugins sglang.benchmark.one_batch"
-    check(checks.one_batch(tmp_path), "ok", "sglang's own Waterfill, even", ours)
+    check(checks.one_batch(tmp_path), "ok", f"{ours}benchmark.one_batch")
     put(tmp_path, "benchmark/one_batch.py", "load_plugins()")
     check(checks.one_batch(tmp_path), "ok", "one_batch loads plugins")
     assert doctor._folder("no_such_package") is None

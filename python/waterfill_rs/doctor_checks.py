@@ -200,8 +200,6 @@ def one_batch(sglang: Path | None) -> Finding:
         if "load_plugins" in code:
             return Finding("one_batch", "ok", f"{module} loads plugins")
         ours = f"python -m waterfill_rs.sglang.with_plugins {module}"
-        if "def cli_main" not in code:
-            ours = "a server and sglang.bench_serving"
         text = f"{module} loads no plugins, so it measures sglang's own Waterfill, even where ours is required"
         return Finding("one_batch", "ok", f"{text}; for ours: {ours}")
     return Finding("one_batch", "ok", "sglang has no such benchmark here")

@@ -31,9 +31,15 @@ runpy.run_module("waterfill_rs.sglang.with_plugins", run_name="__main__", alter_
 """
 
 
+OLDER = BENCHMARK.replace("def cli_main():", "if __name__ == '__main__':")
+"""As sglang's before 0.5.15."""
+
+
 def run(folder, *arguments, **environment):
     (folder / "a_benchmark.py").write_text(BENCHMARK)
+    (folder / "an_older_benchmark.py").write_text(OLDER)
     (folder / "no_benchmark.py").write_text("")
+    (folder / "lacks_a_package.py").write_text("import no_such_package")
     path = {"PYTHONPATH": f"{folder}:{forked.os.environ.get('PYTHONPATH', '')}"}
     return forked.run(RUN, str(folder), *arguments, **path, **environment)
 
@@ -44,9 +50,10 @@ def test_sglangs_own_way_has_no_plugin_even_where_required():
     assert done.stdout.split() == ["sglang.srt.layers.moe.waterfill"], done.stderr[-2000:]
 
 
-def test_run_by_us_every_process_has_ours_and_flags_are_known(tmp_path):
+@pytest.mark.parametrize("module", ["a_benchmark", "an_older_benchmark"])
+def test_run_by_us_every_process_has_ours_and_flags_are_known(module, tmp_path):
     flags = ["--model-path", "dummy", "--device", "cpu", "--waterfill-rs-timeout-us", "77"]
-    done = run(tmp_path, "a_benchmark", *flags)
+    done = run(tmp_path, module, *flags)
     ours = "waterfill_rs.sglang.balancer"
     assert done.stdout.split() == [ours, ours, "77", "0"], done.stderr[-3000:]
 
@@ -54,7 +61,9 @@ def test_run_by_us_every_process_has_ours_and_flags_are_known(tmp_path):
 @pytest.mark.parametrize(
     "arguments, environment, text",
     [
-        (["no_benchmark"], {}, "no_benchmark has no cli_main"),
+        (["no_benchmark"], {}, "no_benchmark runs nothing"),
+        (["sglang.bench_one_batch"], {}, "sglang.benchmark.one_batch is there from 0.5.15 on"),
+        (["lacks_a_package"], {}, "No module named 'no_such_package'"),
         (["a_benchmark"], {"SGLANG_PLUGINS": ","}, "sglang did not load waterfill-rs"),
         ([], {}, "give a module"),
     ],

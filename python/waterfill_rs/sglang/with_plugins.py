@@ -7,17 +7,20 @@ The processes that it spawns load them too, because each of them runs the main m
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import sys
+from types import ModuleType
 
 __all__ = ["main"]
 
 
 def main() -> None:
-    """Call ``cli_main`` of the module that the first argument names; the others are its own.
+    """Run the module that the first argument names as ``python -m`` would; the others are its own.
 
     Raises:
-        SystemExit: no module, one without ``cli_main``, or a plugin that sglang did not load, with what to do.
+        SystemExit: no module, one that ``python -m`` does not run, or a plugin that sglang did not load, with what to do.
     """
     from waterfill_rs.sglang.plugin import is_registered
 
@@ -26,12 +29,45 @@ def main() -> None:
     if not is_registered():
         raise SystemExit("waterfill-rs: sglang did not load waterfill-rs: run waterfill-rs doctor")
     name = sys.argv.pop(1)
-    module = importlib.import_module(name)
-    if not hasattr(module, "cli_main"):
+    module = _imported(name)
+    # In the module itself, and not in one called __main__: ranks are spawned with functions of it, which are sought there.
+    if hasattr(module, "cli_main"):
+        module.cli_main()
+    elif block := _main_block(module):
+        exec(compile(block, module.__file__ or name, "exec"), vars(module))
+    else:
+        raise SystemExit(f"waterfill-rs: {name} runs nothing: give a module that python -m runs")
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # One that it needs.
+        import sglang
+
+        version: str = sglang.__version__
         raise SystemExit(
-            f"waterfill-rs: {name} has no cli_main: measure a server with sglang's bench_serving instead"
-        )
-    module.cli_main()
+            f"waterfill-rs: no module {name} with sglang {version}: sglang.benchmark.one_batch is there from 0.5.15 on, "
+            "sglang.bench_one_batch up to 0.5.20"
+        ) from None
+
+
+def _main_block(module: ModuleType) -> ast.Module | None:
+    """What ``python -m`` runs of it beyond an import: sglang's before 0.5.15 has no function for that."""
+    try:
+        source = inspect.getsource(module)
+    except (OSError, TypeError):
+        return None  # It is empty, or no Python.
+    test = ast.dump(ast.parse("__name__ == '__main__'", mode="eval").body)
+    blocks = [
+        statement
+        for each in ast.parse(source).body
+        if isinstance(each, ast.If) and ast.dump(each.test) == test
+        for statement in each.body
+    ]
+    return ast.Module(blocks, type_ignores=[]) if blocks else None
 
 
 if __name__ in ("__main__", "__mp_main__"):
