@@ -2,15 +2,8 @@
 
 import pytest
 
-from waterfill_rs.config import (
-    BACKEND_VARIABLE,
-    EXCHANGE_VARIABLE,
-    PLANNER_VARIABLE,
-    REQUIRE_VARIABLE,
-    SHARED_VARIABLE,
-    TIMEOUT_VARIABLE,
-    Config,
-)
+from waterfill_rs.config import Config
+from waterfill_rs.doctor_checks import VARIABLES
 
 
 def test_nothing_said_is_auto_everywhere():
@@ -37,16 +30,38 @@ def test_all_that_can_be_said():
 
 def test_an_empty_variable_is_as_none():
     """Deployments that pass ``NAME=${NAME:-}`` on, of a server that may not even use Waterfill."""
-    names = (BACKEND_VARIABLE, REQUIRE_VARIABLE, EXCHANGE_VARIABLE, TIMEOUT_VARIABLE)
-    empty = dict.fromkeys((*names, PLANNER_VARIABLE, SHARED_VARIABLE), "")
-    assert Config.from_environment(empty) == Config.from_environment({})
+    for value in ("", " ", "\r"):
+        empty = dict.fromkeys(VARIABLES, value)
+        assert Config.from_environment(empty) == Config.from_environment({})
 
 
-@pytest.mark.parametrize(
-    "text, backend", [("false", "off"), ("False", "off"), ("true", "auto"), ("True", "auto")]
-)
-def test_what_yaml_makes_of_off_and_on(text, backend):
-    assert Config.from_environment({"WATERFILL_RS": text}).backend == backend
+@pytest.mark.parametrize("text", ["off", "OFF", "false", "False", "0", "no", "n", " off ", "off\r"])
+def test_whatever_a_manifest_makes_of_off_is_off(text):
+    assert Config.from_environment({"WATERFILL_RS": text}).backend == "off"
+    assert not Config.from_environment({"WATERFILL_RS_REQUIRE": text}).required
+
+
+@pytest.mark.parametrize("text", ["on", "ON", "true", "True", "1", "yes", "y", " on\n"])
+def test_whatever_a_manifest_makes_of_on_is_on(text):
+    assert Config.from_environment({"WATERFILL_RS": text}).backend == "auto"
+    assert Config.from_environment({"WATERFILL_RS_REQUIRE": text}).required
+
+
+def test_neither_case_nor_blanks_matter():
+    """A file of variables may have line ends of another system."""
+    config = Config.from_environment(
+        {
+            "WATERFILL_RS": "Rust\r",
+            "WATERFILL_RS_EXCHANGE": " Solo ",
+            "WATERFILL_RS_SHARED": "FUSED",
+            "WATERFILL_RS_PLANNER": "Spin:1 ",
+            "WATERFILL_RS_TIMEOUT_US": " 250\r",
+            "WATERFILL_RS_MACHINE": "/Here/h100.json\r",
+        }
+    )
+    assert (config.backend, config.exchange, config.shared) == ("rust", "solo", "fused")
+    assert (config.board.pace, config.board.core, config.board.cap_us) == ("spin", 1, 250)
+    assert config.machine == "/Here/h100.json"
 
 
 def test_a_spinning_planner_may_have_a_core():
@@ -57,8 +72,9 @@ def test_a_spinning_planner_may_have_a_core():
 @pytest.mark.parametrize(
     "variable, value, text",
     [
-        ("WATERFILL_RS", "on", "give one of auto, rust, upstream, off"),
-        ("WATERFILL_RS_REQUIRE", "yes", "give 0 or 1"),
+        ("WATERFILL_RS", "none", "give one of auto, rust, upstream, off"),
+        ("WATERFILL_RS", '"off"', "give one of auto, rust, upstream, off"),
+        ("WATERFILL_RS_REQUIRE", "2", "give 0 or 1"),
         ("WATERFILL_RS_EXCHANGE", "shm", "give one of auto, solo, board, group"),
         ("WATERFILL_RS_SHARED", "beside", "give one of auto, overlap, fused"),
         ("WATERFILL_RS_PLANNER", "thread", "give one of auto, inline, park, spin"),
@@ -66,7 +82,7 @@ def test_a_spinning_planner_may_have_a_core():
         ("WATERFILL_RS_PLANNER", "park:1", "or spin:CORE to pin it"),
         *(
             ("WATERFILL_RS_TIMEOUT_US", value, "give microseconds from 1 to 10000000")
-            for value in ("0", "-1", "1e3", " ", "10000001", "½")
+            for value in ("0", "-1", "1e3", "1_0", "1s", "10000001", "½")
         ),
     ],
 )

@@ -129,12 +129,15 @@ def test_distributions_are_found_as_they_lie(tmp_path, monkeypatch):
 
 def test_variables():
     check(checks.variables({}), "ok", "auto, exchange auto, a layer waits at most 1000000 us")
-    check(checks.variables({"WATERFILL_RS": "on"}), "fail", "WATERFILL_RS='on'")
+    check(checks.variables({"WATERFILL_RS": "none"}), "fail", "WATERFILL_RS='none'")
     check(checks.variables({"WATERFILL_RS_TIMEOUT": "5"}), "warn", "mean WATERFILL_RS_TIMEOUT_US")
     check(
         checks.variables({f"WATERFILL_RS{'9' * 40}": "5"}), "warn", "is none of ours", "there are"
     )
-    check(checks.variables({"WATERFILL_RS": "off"}), "warn", "sglang is left as it is")
+    off = {"WATERFILL_RS": "off"}
+    check(checks.variables(off), "warn", "sglang is left as it is")
+    required = off | {"WATERFILL_RS_REQUIRE": "1"}
+    check(checks.variables(required), "warn", "as it is, and nothing is required")
     before = {"WATERFILL_RS_TIMEOUT_US": "500"}
     check(checks.variables(before), "warn", "at most 500 us", "unset WATERFILL_RS_TIMEOUT_US")
     check(checks.variables({"WATERFILL_RS_REQUIRE": "1"}), "ok", "required")
@@ -473,10 +476,10 @@ def test_the_command_here(capsys, monkeypatch):
     assert (told["version"], told["ok"]) == (doctor.JSON_VERSION, code == 0)
     levels = {one["check"]: one["level"] for one in told["checks"]}
     assert levels["exchange"] == levels["variables"] == levels["python"] == "ok"
-    monkeypatch.setenv("WATERFILL_RS", "on")
+    monkeypatch.setenv("WATERFILL_RS", "none")
     assert main(["doctor"]) == 1
     printed = capsys.readouterr()
-    assert "fail variables  WATERFILL_RS='on': give one of" in printed.out
+    assert "fail variables  WATERFILL_RS='none': give one of" in printed.out
     assert "-> set it to one of these" in printed.out
     assert "checks failed" in printed.err and "variables" in printed.err
     assert main(["doctor", "--ranks", "0"]) == 2
@@ -507,5 +510,5 @@ def test_the_real_hooks_in_place_and_not(tmp_path):
     check(doctor.hooks(lambda: other, enabled=True), "fail", "WaterfillBalancer")
     check(doctor.overlap(lambda: ours), "ok", "beside dispatch")
     check(doctor.overlap(lambda: other), "warn", "another plugin hooks", "DeepseekV2MoE.forward")
-    wrong = loaded(look, WATERFILL_RS="on")
-    check(doctor.hooks(lambda: wrong, enabled=True), "fail", "WATERFILL_RS='on'")
+    wrong = loaded(look, WATERFILL_RS="none")
+    check(doctor.hooks(lambda: wrong, enabled=True), "fail", "WATERFILL_RS='none'")

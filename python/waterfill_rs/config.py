@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ __all__ = [
     "TIMEOUT_VARIABLE",
     "Config",
     "backend_named",
+    "named",
 ]
 
 BACKEND_VARIABLE = "WATERFILL_RS"
@@ -36,8 +37,10 @@ SHARED = ("auto", "overlap", "fused")
 PACES: tuple[Pace, ...] = ("auto", "inline", "park", "spin")
 LONGEST_TIMEOUT_US = 10_000_000
 """Below the time after which DeepEP's own dispatch gives up, 100 s."""
-_YAML = {"false": "off", "true": "auto"}
-_BOOLEANS = {"": False, "0": False, "false": False, "1": True, "true": True}
+_BOOLEANS = dict.fromkeys(("0", "false", "no", "n", "off"), False) | dict.fromkeys(
+    ("1", "true", "yes", "y", "on"), True
+)
+"""sglang's own, and what YAML takes for one."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,16 @@ class Config:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str]) -> Config:
-        """Read the variables; an empty one is as none.
+        """Read the variables. One that is empty or blank is as none; neither case nor blanks around a value matter.
 
         Raises:
             ValueError: naming the variable, its value and the values allowed.
         """
-        required = environment.get(REQUIRE_VARIABLE, "").lower()
+        required = named(environment.get(REQUIRE_VARIABLE, "")) or "0"
         if required not in _BOOLEANS:
-            raise ValueError(f"{REQUIRE_VARIABLE}={required!r}: give 0 or 1")
-        named = {BACKEND_VARIABLE: backend_named(environment.get(BACKEND_VARIABLE, ""))}
-        backend = _one_of(named, BACKEND_VARIABLE, BACKENDS, "auto")
+            value = environment[REQUIRE_VARIABLE]
+            raise ValueError(f"{REQUIRE_VARIABLE}={value!r}: give 0 or 1")
+        backend = _one_of(environment, BACKEND_VARIABLE, BACKENDS, "auto", backend_named)
         default = BoardSettings()
         return Config(
             backend=backend,
@@ -79,45 +82,56 @@ class Config:
             exchange=cast(Choice, _one_of(environment, EXCHANGE_VARIABLE, CHOICES, "auto")),
             board=BoardSettings(_microseconds(environment, default.cap_us), *_planner(environment)),
             shared=_one_of(environment, SHARED_VARIABLE, SHARED, "auto"),
-            machine=environment.get(MACHINE_VARIABLE) or None,
+            machine=environment.get(MACHINE_VARIABLE, "").strip() or None,
         )
+
+
+def named(text: str) -> str:
+    """What a flag or a variable names, not yet checked: files of variables bring blanks and line ends of other systems."""
+    return text.strip().lower()
 
 
 def backend_named(text: str) -> str:
     """The backend that a flag or a variable names, not yet checked.
 
-    YAML takes an unquoted ``off`` for false and ``on`` for true, and sglang's ``--config`` and manifests pass those on.
+    A boolean says off, or what there is without a word. YAML makes them of an unquoted ``off`` and ``on``, and sglang's
+    ``--config`` and manifests pass those on.
     """
-    return _YAML.get(text.lower(), text)
+    chosen = named(text)
+    return ("off", "auto")[_BOOLEANS[chosen]] if chosen in _BOOLEANS else chosen
 
 
 def _one_of(
-    environment: Mapping[str, str], variable: str, allowed: Sequence[Any], default: str
+    environment: Mapping[str, str],
+    variable: str,
+    allowed: Sequence[Any],
+    default: str,
+    read: Callable[[str], str] = named,
 ) -> str:
-    value = environment.get(variable) or default
+    value = read(environment.get(variable, "")) or default
     if value not in allowed:
-        raise ValueError(f"{variable}={value!r}: give one of {', '.join(allowed)}")
+        raise ValueError(f"{variable}={environment[variable]!r}: give one of {', '.join(allowed)}")
     return value
 
 
 def _planner(environment: Mapping[str, str]) -> tuple[Pace, int | None]:
     """The pace, and the core of ``spin:CORE``."""
-    text = environment.get(PLANNER_VARIABLE) or "auto"
-    pace, colon, core = text.partition(":")
+    pace, colon, core = (named(environment.get(PLANNER_VARIABLE, "")) or "auto").partition(":")
     if pace in PACES and not colon:
         return pace, None
     if pace == "spin" and core.isascii() and core.isdigit():
         return "spin", int(core)
     raise ValueError(
-        f"{PLANNER_VARIABLE}={text!r}: give one of {', '.join(PACES)}, or spin:CORE to pin it to a core"
+        f"{PLANNER_VARIABLE}={environment[PLANNER_VARIABLE]!r}: give one of {', '.join(PACES)}, or spin:CORE to pin it "
+        "to a core"
     )
 
 
 def _microseconds(environment: Mapping[str, str], default: int) -> int:
-    text = environment.get(TIMEOUT_VARIABLE) or str(default)
+    text = environment.get(TIMEOUT_VARIABLE, "").strip() or str(default)
     value = int(text) if text.isascii() and text.isdigit() else 0
     if not 1 <= value <= LONGEST_TIMEOUT_US:
         raise ValueError(
-            f"{TIMEOUT_VARIABLE}={text!r}: give microseconds from 1 to {LONGEST_TIMEOUT_US}"
+            f"{TIMEOUT_VARIABLE}={environment[TIMEOUT_VARIABLE]!r}: give microseconds from 1 to {LONGEST_TIMEOUT_US}"
         )
     return value

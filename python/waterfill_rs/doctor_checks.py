@@ -228,9 +228,8 @@ def variables(environment: Mapping[str, str]) -> Finding:
         advice = f"unset {TIMEOUT_VARIABLE}: ranks of a prefill are a millisecond apart, and then no rank has a live plan"
         return Finding("variables", "warn", text, advice)
     if not config.enabled:
-        return Finding(
-            "variables", "warn", f"{text}: sglang is left as it is", "unset WATERFILL_RS"
-        )
+        left = "sglang is left as it is" + (", and nothing is required" if config.required else "")
+        return Finding("variables", "warn", f"{text}: {left}", f"unset {BACKEND_VARIABLE}")
     return Finding("variables", "ok", text)
 
 

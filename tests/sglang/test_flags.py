@@ -92,7 +92,15 @@ def test_flags_come_before_variables():
 
 
 @pytest.mark.parametrize(
-    "written, backend", [("off", "off"), ("on", "auto"), ("'off'", "off"), ("rust", "rust")]
+    "written, backend",
+    [
+        ("off", "off"),
+        ("on", "auto"),
+        ("'off'", "off"),
+        ("rust", "rust"),
+        ("No", "off"),
+        ("0", "off"),
+    ],
 )
 def test_a_config_file_says_off_and_on_as_yaml_does(tmp_path, written, backend):
     """sglang's parser gets an unquoted ``off`` as ``--waterfill-rs false``."""
@@ -103,6 +111,19 @@ def test_a_config_file_says_off_and_on_as_yaml_does(tmp_path, written, backend):
     done = forked.run(CONFIGURED + HERE, str(file))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["variables"] == {"WATERFILL_RS": backend}
+
+
+def test_off_wins_over_required_and_says_so():
+    """A server of a manifest that requires us can be served without us."""
+    child, done = parsed(SPAWNED, "--waterfill-rs", "OFF", WATERFILL_RS_REQUIRE="1")
+    assert child["balancer"] == "sglang.srt.layers.moe.waterfill"
+    assert "was required, and balances nothing with WATERFILL_RS=off" in done.stderr
+
+
+def test_the_last_of_two_flags_is_taken():
+    flags = ["--waterfill-rs-exchange", "board", "--waterfill-rs-exchange", "Solo"]
+    here, _ = parsed(HERE, *flags)
+    assert here["variables"] == {"WATERFILL_RS_EXCHANGE": "solo"}
 
 
 def test_shared_experts_have_a_flag_with_its_choices():

@@ -168,6 +168,6 @@ def test_off_leaves_sglang_untouched():
 
 
 def test_a_wrong_value_stops_the_process_and_says_which():
-    done = forked.run(LOADED, WATERFILL_RS="on")
+    done = forked.run(LOADED, WATERFILL_RS="none")
     assert done.returncode == 1
-    assert "WATERFILL_RS='on': give one of auto, rust, upstream, off" in done.stderr
+    assert "WATERFILL_RS='none': give one of auto, rust, upstream, off" in done.stderr

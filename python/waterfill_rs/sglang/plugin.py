@@ -25,6 +25,7 @@ from waterfill_rs.config import (
     TIMEOUT_VARIABLE,
     Config,
     backend_named,
+    named,
 )
 from waterfill_rs.rendezvous import CHOICES
 from waterfill_rs.sglang import actors, compat, metrics, verdict
@@ -177,9 +178,9 @@ def _add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("waterfill-rs")
     for name, (variable, text) in _VALUES.items():
         flag = "--" + name.replace("_", "-")
-        named = backend_named if variable == BACKEND_VARIABLE else str
         choices = _CHOICES.get(name)
-        group.add_argument(flag, type=named, choices=choices, help=f"{text} (sets {variable}).")
+        read = backend_named if variable == BACKEND_VARIABLE else named if choices else str
+        group.add_argument(flag, type=read, choices=choices, help=f"{text} (sets {variable}).")
     group.add_argument(
         "--waterfill-rs-require",
         action="store_true",
@@ -202,6 +203,12 @@ def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwarg
     if config.enabled:
         actors.come_along(compat.resolve(SERVER_ARGS))
         _judge(config, parsed)
+    elif config.required:
+        logger.warning(
+            "waterfill-rs was required, and balances nothing with %s=%s",
+            BACKEND_VARIABLE,
+            config.backend,
+        )
     return from_cli_args(*args, **kwargs)
 
 
