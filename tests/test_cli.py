@@ -25,6 +25,20 @@ def test_a_reader_that_left_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_a_closed_output_is_no_error():
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", MAIN, "status", "--json"]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_an_encoding_lacks_is_written_all_the_same():
+    environment = {"PYTHONIOENCODING": "ascii", "WATERFILL_RS_MACHINE": "/größe.json"}
+    command = [sys.executable, "-c", MAIN, "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert "WATERFILL_RS_MACHINE=/gr\\xf6\\xdfe.json" in done.stdout
+    assert done.stderr.startswith("waterfill-rs: ") and "checks failed" in done.stderr
+
+
 def test_any_other_broken_pipe_is_one():
     done = run(RANK_GONE + MAIN, subprocess.PIPE)
     assert (done.returncode, done.stderr) == (2, "waterfill-rs: a rank's pipe\n")

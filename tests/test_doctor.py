@@ -1,6 +1,7 @@
 """Each thing that the doctor names, made to happen; then the command on this machine."""
 
 import ctypes
+import errno
 import json
 import os
 import secrets
@@ -88,6 +89,12 @@ def test_plugin(plugins, platforms, environment, level, texts):
     check(checks.plugin(plugins, platforms, environment), level, *texts)
 
 
+def test_a_sglang_that_loads_no_plugins(tmp_path):
+    check(checks.plugin([OURS], [], {}, tmp_path), "fail", "no sglang.srt.plugins", "table")
+    put(tmp_path, "srt/plugins/__init__.py", "")
+    check(checks.plugin([OURS], [], {}, tmp_path), "ok", "seen once")
+
+
 AS_SGLANG_READS_IT = """
 import json, os, sys
 from sglang.srt.plugins import GENERAL_PLUGINS_GROUP, load_plugins_by_group
@@ -161,14 +168,28 @@ def test_shared_memory(tmp_path):
     check(checks.shared_memory(folder, mounts, plenty, 8), "ok", "tmpfs, mode 1777, 1,024.0 MiB")
     small = 2 * _native.board_bytes(8, 256) - 1
     check(checks.shared_memory(folder, mounts, small, 8), "warn", "0.2 MiB free", "--shm-size")
-    check(checks.shared_memory(folder, "", plenty, 8), "warn", "no file system of its own")
+    root = "none / ext4 rw 0 0\n"
+    check(checks.shared_memory(folder, root, plenty, 8), "warn", "no file system of its own")
     disk = mounts.replace("tmpfs", "ext4")
     check(checks.shared_memory(folder, disk, plenty, 8), "warn", "ext4", "written to a disk")
     folder.chmod(0o777)
     check(checks.shared_memory(folder, mounts, plenty, 8), "warn", "0777", "delete a board")
     refusing = Path("/proc")  # no file can be made there, by root neither
     check(checks.shared_memory(refusing, mounts, plenty, 8), "warn", "cannot be made", "writable")
+    check(checks.shared_memory(folder, "", plenty, 8), "warn", "/proc is not there", "mount /proc")
+    check(checks.shared_memory(folder, "", plenty, 8, "board"), "fail", "/proc is not there")
     assert doctor._free(tmp_path / "absent") is None and doctor._free(tmp_path) > 0
+
+
+def test_a_file_system_without_room_for_a_name_is_not_one_to_be_made_writable(
+    tmp_path, monkeypatch
+):
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checks.tempfile, "TemporaryFile", full)
+    mounts = f"none {tmp_path} tmpfs rw,nr_inodes=2 0 0\n"
+    check(checks.shared_memory(tmp_path, mounts, 2**30, 8), "warn", "No space", "make room")
 
 
 @pytest.mark.parametrize(
@@ -370,6 +391,10 @@ def test_boards(tmp_path):
     check(checks.boards(tmp_path, seen, lambda path: False), "ok", "1 in use now")
     seen[0]["by_rank"].append({"process": 33, "alive": False})
     check(checks.boards(tmp_path, seen, lambda path: False), "warn", "rank 2 of", "restart")
+    seen[0]["by_rank"] += [{"process": 34, "alive": False}] * 61
+    found = checks.boards(tmp_path, seen, lambda path: False)
+    check(found, "warn", "gone: 62 of 64 ranks of waterfill-rs-33-cc")
+    assert len(found.text) < 100
 
 
 def test_a_board_is_left_behind_once_its_creator_is_gone():
@@ -407,12 +432,17 @@ def test_a_process_that_ends_is_told(monkeypatch):
     monkeypatch.setattr(
         self_test, "EXPERTS", 254
     )  # in this process only: the others refuse its board
+    check(doctor.exchange(BoardSettings(), self_test.run), "fail", "ended: ", "experts is 0xfe")
+    monkeypatch.setattr(self_test, "_rank", os.abort)
     check(doctor.exchange(BoardSettings(), self_test.run), "fail", "self-test ended (see above)")
 
 
-def test_a_core_that_is_not_there_is_told():
+def test_a_core_that_is_not_there_is_told_in_words(capfd):
     settings = BoardSettings(pace="spin", core=1023)
-    check(doctor.exchange(settings, self_test.run), "fail", "self-test ended (see above)")
+    found = doctor.exchange(settings, self_test.run)
+    check(found, "fail", "planner's thread to core 1023", "WATERFILL_RS_PLANNER=auto, or spin:CORE")
+    assert "Traceback" not in capfd.readouterr().err
+    check(doctor.exchange(settings, self_test.run, checks.without_board("solo", 0)), "warn", "core")
 
 
 def test_a_check_that_fails_itself_does_not_end_the_others(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import select
 import sys
@@ -24,9 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_command(commands)
     calibrate.add_command(commands)
     parsed = parser.parse_args(arguments)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            # Paths may hold what a terminal's encoding does not.
+            output.reconfigure(errors="backslashreplace")
     try:
         parsed.run(parsed)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # As where it was closed: `>&-`.
+            sys.stdout.flush()
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             # No error; and the interpreter flushes once more, which must not fail after us.

@@ -20,7 +20,7 @@ import waterfill_rs
 from waterfill_rs import _native, nvrtc, self_test
 from waterfill_rs import boards as board_finder
 from waterfill_rs import doctor_checks as checks
-from waterfill_rs.config import Config
+from waterfill_rs.config import PLANNER_VARIABLE, Config
 from waterfill_rs.doctor_checks import Entry, Finding, Level
 from waterfill_rs.rendezvous import BoardSettings
 from waterfill_rs.sglang import compat
@@ -104,7 +104,10 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
         "package": lambda: checks.package(_native.__version__, _installed(), folder),
         "sglang": lambda: _sglang(_version("sglang")),
         "plugin": lambda: checks.plugin(
-            _entries("sglang.srt.plugins"), _entries("sglang.srt.platforms"), environment
+            _entries("sglang.srt.plugins"),
+            _entries("sglang.srt.platforms"),
+            environment,
+            _folder("sglang"),
         ),
         "one_batch": lambda: checks.one_batch(_folder("sglang")),
         "variables": lambda: checks.variables(environment),
@@ -149,7 +152,13 @@ def exchange(
         advice = "" if without == "ok" else "see shm above"
         return Finding("exchange", without, f"no board for the self-test: {error}", advice)
     except RuntimeError as error:
-        return Finding("exchange", "fail", f"the self-test ended: {error}", "see shm above")
+        advice = "see shm above"
+        if settings.core is not None:
+            advice = f"{PLANNER_VARIABLE}=auto, or spin:CORE with a core of this machine"
+        level: Level = (
+            "warn" if without == "ok" else "fail"
+        )  # Ranks without a board have no planner.
+        return Finding("exchange", level, f"the self-test ended: {error}", advice)
     text = (
         f"2 processes, planner {settings.pace}: {rounds.live} of {rounds.calls} rounds live, "
         f"median wait {rounds.median_us:.1f} us, longest {rounds.longest_us:.0f} (at most {settings.cap_us})"

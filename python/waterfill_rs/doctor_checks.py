@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import errno
 import itertools
 import os
 import re
@@ -63,6 +64,8 @@ LEAST_CAP_US = 100_000
 LARGEST = (1024, 1024)
 """Ranks and experts of the largest board."""
 USUAL_EXPERTS = 256
+MOST_NAMED = 8
+"""Ranks that are named one by one."""
 _BOARD_NAME = re.compile(r"waterfill-rs-\d+-[0-9a-f]+")
 
 
@@ -128,9 +131,15 @@ def sglang(found: str | None, named: bool, known: str) -> Finding:
 
 
 def plugin(
-    plugins: Sequence[Entry], platforms: Sequence[Entry], environment: Mapping[str, str]
+    plugins: Sequence[Entry],
+    platforms: Sequence[Entry],
+    environment: Mapping[str, str],
+    sglang: Path | None = None,
 ) -> Finding:
-    """Does sglang see the entry point once, and do its two variables let it through?"""
+    """Does sglang, installed in this folder, see the entry point once, and do its two variables let it through?"""
+    if sglang is not None and not (sglang / "srt/plugins").is_dir():
+        text = f"the sglang in {sglang} loads no plugins (it has no sglang.srt.plugins)"
+        return Finding("plugin", "fail", text, "use one of the table of versions")
     ours = [entry for entry in plugins if entry.name == PLUGIN]
     if not ours:
         return Finding(
@@ -270,6 +279,9 @@ def shared_memory(
     kind = kinds[-1] if kinds else "no file system of its own"
     needed = 2 * _native.board_bytes(ranks, USUAL_EXPERTS)
     largest = _native.board_bytes(*LARGEST)
+    if not mounts:
+        text = f"/proc is not there, and a board gets its name by it; {folder} itself may be well"
+        return Finding("shm", level, text, f"mount /proc{others}")
     text = (
         f"{folder}: {kind}, mode {mode:04o}, {_mib(free)} MiB free; two boards of {ranks} ranks x "
         f"{USUAL_EXPERTS} experts take {_mib(needed)}, one of {LARGEST[0]} x {LARGEST[1]} {_mib(largest)}"
@@ -278,8 +290,10 @@ def shared_memory(
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        advice = f"make it writable for user {os.getuid()}{others}"
-        return Finding("shm", level, f"{text}; a file cannot be made: {error}", advice)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room in it" if full else f"make it writable for user {os.getuid()}"
+        text = f"{text}; a file cannot be made: {error.strerror}"
+        return Finding("shm", level, text, advice + others)
     if free < needed:
         advice = "give it more: docker --shm-size, in Kubernetes an emptyDir with medium: Memory"
         return Finding("shm", level, text, advice + others)
@@ -452,15 +466,19 @@ def boards(
         names = " ".join(map(str, stale))
         advice = f"rm {names}; or start a server, which removes them"
         return Finding("boards", "warn", f"left by processes that are gone: {names}", advice)
-    gone = [
-        f"rank {rank} of {snapshot['name']}"
-        for snapshot in seen
-        for rank, tally in enumerate(snapshot["by_rank"])
-        if tally["alive"] is False
-    ]
+    gone = [told for snapshot in seen if (told := _gone(snapshot))]
     if gone:
         text = f"{len(seen)} in use; gone: {', '.join(gone)}"
         return Finding(
             "boards", "warn", text, "restart that server; waterfill-rs status tells more"
         )
     return Finding("boards", "ok", f"{len(seen)} in use now, none left behind")
+
+
+def _gone(snapshot: Mapping[str, Any]) -> str:
+    """The ranks of a board whose processes ended, in words."""
+    ranks = [rank for rank, tally in enumerate(snapshot["by_rank"]) if tally["alive"] is False]
+    if len(ranks) > MOST_NAMED:
+        return f"{len(ranks)} of {len(snapshot['by_rank'])} ranks of {snapshot['name']}"
+    told = ", ".join(map(str, ranks))
+    return f"rank{'s' * (len(ranks) > 1)} {told} of {snapshot['name']}" if ranks else ""

@@ -8,6 +8,7 @@ import time
 from array import array
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 from waterfill_rs import _native
 from waterfill_rs.rank_processes import end_of
@@ -36,7 +37,7 @@ def run(settings: BoardSettings, seconds: float = 1.0) -> Rounds:
     """
     Raises:
         OSError: no shared memory for the board.
-        RuntimeError: a process that did not start or ended.
+        RuntimeError: a process that did not start or ended, or what it could not have.
     """
     context = multiprocessing.get_context("spawn")
     token = secrets.randbits(128)
@@ -51,11 +52,11 @@ def run(settings: BoardSettings, seconds: float = 1.0) -> Rounds:
             theirs.close()
             ends.append(ours)
         for end in ends:
-            _hear(end)
+            _heard(end)
         begin = time.monotonic() + 0.02
         for end in ends:
             end.send(begin)
-        return min((_hear(end) for end in ends), key=lambda rounds: rounds.live)
+        return min((Rounds(*_heard(end)) for end in ends), key=lambda rounds: rounds.live)
     finally:
         board.unlink()
         for process in processes:
@@ -63,13 +64,16 @@ def run(settings: BoardSettings, seconds: float = 1.0) -> Rounds:
             process.join()
 
 
-def _hear(end: Connection) -> Rounds:
+def _heard(end: Connection) -> tuple[Any, ...]:
+    """What a process tells, which is nothing once it is attached."""
     if not end.poll(START_S):
         raise RuntimeError(f"a process of the self-test was silent for {START_S:.0f} s")
     try:
-        heard: Rounds = end.recv()
+        heard: tuple[Any, ...] | str = end.recv()
     except EOFError as error:
         raise RuntimeError("a process of the self-test ended (see above)") from error
+    if isinstance(heard, str):
+        raise RuntimeError(heard)
     return heard
 
 
@@ -81,18 +85,20 @@ def _rank(
     seconds: float,
     parent: Connection,
 ) -> None:
-    board = _native.Board.attach(name, RANKS, EXPERTS, token)
-    exchange = end_of(board, rank, settings, "the self-test's")
+    try:
+        board = _native.Board.attach(name, RANKS, EXPERTS, token)
+        exchange = end_of(board, rank, settings, "the self-test's")
+    except (OSError, RuntimeError, ValueError) as error:
+        parent.send(str(error))
+        return
     ids = array("i", [(7 * i + rank) % EXPERTS for i in range(TOKENS * TOP_K)])
     view = (ids.buffer_info()[0], TOKENS, TOP_K, 32)
-    parent.send("attached")
+    parent.send(())
     begin = parent.recv()
     for burst in range(BURSTS):
         time.sleep(max(0.0, begin + burst * seconds / BURSTS - time.monotonic()))
         for _ in range(ROUNDS):
             exchange.quotas(view)
     tally = exchange.tally()
-    parent.send(
-        Rounds(tally["calls"], tally["live"], *(tally["wait_us"][n] for n in ("p50", "max")))
-    )
+    parent.send((tally["calls"], tally["live"], *(tally["wait_us"][n] for n in ("p50", "max"))))
     parent.recv()  # The planner stays until it is ended with the others.
