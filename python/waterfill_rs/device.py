@@ -82,11 +82,12 @@ class DeviceExchange:
             self._planner.wake()
         return expander(ids, weights, shared_weight, cap_us=self._cap_us)
 
-    def move_up(self, ids: Tensor, weights: Tensor) -> Tensor:
+    def move_up(self, ids: Tensor, weights: Tensor | None = None) -> Tensor:
         """Routed ids ``[N, K]`` past the shared experts, int64, for a batch whose shared rows are not routed; N may be 0.
 
         It is no call of the board's: this rank posts nothing, waits for nothing and counts nothing, so ranks need not
-        make as many. ``weights`` ``[N, K]`` are not looked at; the first call of all takes their dtype for the kernel.
+        make as many. ``weights`` ``[N, K]`` are not looked at; the first call of all takes their dtype for the kernel, and
+        float32 without them.
         See ``waterfill_rs.torch.move_up``.
 
         Raises:
@@ -96,7 +97,7 @@ class DeviceExchange:
         expander = self._expander or self._prepare(ids, weights)
         return expander.move_up(ids)
 
-    def _prepare(self, ids: Tensor, weights: Tensor) -> Expander:
+    def _prepare(self, ids: Tensor, weights: Tensor | None) -> Expander:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "the first Waterfill call is within the capture of a CUDA graph: run the model once before"
@@ -106,7 +107,7 @@ class DeviceExchange:
             **self._shape,
             top_k=ids.shape[1],
             ids=ids.dtype,
-            weights=weights.dtype,
+            weights=torch.float32 if weights is None else weights.dtype,
             board=self.board,
         )
         return self._expander

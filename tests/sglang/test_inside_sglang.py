@@ -10,6 +10,9 @@ import forked
 import torch
 from inside import EXPERTS, RANK, RANKS, TOKENS, TOP_K, hash_layer, level_of, prepare, routed_only
 
+from waterfill_rs.device import DeviceExchange
+from waterfill_rs.torch import expand_topk, move_up
+
 
 def check_expansion(sglang, routed, expanded, shared_weight):
     from sglang.srt.layers.moe.waterfill import expand_topk_with_shared_expert
@@ -95,7 +98,7 @@ def test_v3_layer_goes_through_the_same_balancer(sglang):
     check_expansion(sglang, routed, expanded, balancer.shared_weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_router_weights_in_other_precisions_are_served(sglang, dtype):
     """As sglang's own serves them: weights come back in the precision that they have."""
     from sglang.srt.layers.moe.topk import StandardTopKOutput
@@ -116,16 +119,54 @@ def test_router_weights_in_other_precisions_are_served(sglang, dtype):
     assert layer(torch.zeros(9, 8), logits, torch.arange(9)).topk_ids.shape == (9, TOP_K + 1)
 
 
-def test_an_overlapped_batch_keeps_its_weights(sglang):
+class OneKernel(DeviceExchange):
+    """As on a GPU, where a kernel takes the type of the first call alone; what it would expand, on the CPU."""
+
+    def __init__(self):
+        self.seen = []
+
+    def expand(self, ids, weights, shared_weight):
+        self.seen.append(weights.dtype)
+        where = dict(physical_experts=EXPERTS, ranks=RANKS, rank=RANK, shared_weight=shared_weight)
+        return expand_topk(ids, weights, **where)
+
+    def move_up(self, ids, weights=None):
+        self.seen.append(None if weights is None else weights.dtype)
+        return move_up(ids, physical_experts=EXPERTS, ranks=RANKS)
+
+
+def test_a_kernel_of_one_type_serves_routers_of_any(sglang):
+    """A layer gives bfloat16, another one float32, and sglang's idle ranks float32 for both."""
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    layer = hash_layer(sglang)
+    prepare(sglang, layer)
+    balancer = layer.waterfill_balancer
+    balancer.exchange = OneKernel()
+    ids = torch.arange(6, dtype=torch.int32)[None]
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        weights = torch.rand(1, 6).to(dtype)
+        expanded = balancer.expand_topk(StandardTopKOutput(weights, ids, None), 1)
+        assert torch.equal(expanded.topk_weights[:, :6], weights)
+    layer.empty_topk_output(torch.device("cpu"))
+    assert balancer.exchange.seen == [torch.float32] * 4
+
+
+@pytest.mark.parametrize("exchange", [None, OneKernel])
+def test_an_overlapped_batch_keeps_its_weights(sglang, exchange):
+    """They are not converted, and settle no kernel's type."""
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
     layer = hash_layer(sglang)
     prepare(sglang, layer)
     balancer = layer.waterfill_balancer
     balancer.overlap = types.SimpleNamespace(runs=True)
+    if exchange:
+        balancer.exchange = exchange()
     ids, weights = torch.arange(6, dtype=torch.int32)[None], torch.rand(1, 6).half()
     moved = balancer.expand_topk(StandardTopKOutput(weights, ids, None), 1)
     assert moved.topk_ids.shape == (1, 6) and moved.topk_weights is weights
+    assert exchange is None or balancer.exchange.seen == [None]
 
 
 def test_experts_that_do_not_divide_are_refused_with_the_numbers(sglang):

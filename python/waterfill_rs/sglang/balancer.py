@@ -22,9 +22,6 @@ __all__ = ["ScalingFactorBalancer", "WaterfillBalancer", "balancer_of"]
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = (torch.float32, torch.bfloat16)
-"""Types that the expansion takes."""
-
 
 @functools.cache
 def _tell_not_joined() -> None:
@@ -99,16 +96,15 @@ class WaterfillBalancer:
             )
         if self.exchange is None:
             _tell_not_joined()
-        given: Any = topk_output.topk_weights
-        # Elsewhere weights of half or double precision are errors; a router that gives them is served here.
-        known = given if given.dtype in _WEIGHTS else given.float()
-        routed = topk_ids.contiguous(), known.contiguous()
+        ids, given = topk_ids.contiguous(), topk_output.topk_weights.contiguous()
         if self.overlap is not None and self.overlap.runs:
-            return self._expanded(topk_output, self._moved_up(*routed), given.contiguous())
+            return self._expanded(topk_output, self._moved_up(ids), given)
+        # A kernel is of one type, and layers are not: sglang's idle ranks give float32 beside a router of another type.
+        routed = ids, given if given.dtype is torch.float32 else given.float()
         if isinstance(self.exchange, DeviceExchange):
-            ids, weights = self.exchange.expand(*routed, self.shared_weight)
+            wide, weights = self.exchange.expand(*routed, self.shared_weight)
         else:
-            ids, weights = expand_topk(
+            wide, weights = expand_topk(
                 *routed,
                 physical_experts=self.num_routed_experts,
                 ranks=self.world_size,
@@ -116,11 +112,11 @@ class WaterfillBalancer:
                 shared_weight=self.shared_weight,
                 exchange=self.exchange,
             )
-        return self._expanded(topk_output, ids, weights.to(given.dtype))
+        return self._expanded(topk_output, wide, weights.to(given.dtype))
 
-    def _moved_up(self, ids: Any, weights: Any) -> Any:
+    def _moved_up(self, ids: Any) -> Any:
         if isinstance(self.exchange, DeviceExchange):
-            return self.exchange.move_up(ids, weights)
+            return self.exchange.move_up(ids)
         return move_up(ids, physical_experts=self.num_routed_experts, ranks=self.world_size)
 
     @staticmethod
