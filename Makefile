@@ -5,9 +5,16 @@ SHELL := /bin/bash
 PYTHON ?= python3
 SOAK_SECONDS ?= 120
 FUZZ_SECONDS ?= 60
+ARCHITECTURES ?= x86_64 aarch64
 TARGET := x86_64-unknown-linux-gnu
 BIN := .venv/bin
 SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name Cargo.toml)
+
+# The tools of .venv-packages, in front of others.
+PACKAGES := VIRTUAL_ENV=$(CURDIR)/.venv-packages PATH=$(CURDIR)/.venv-packages/bin:$$PATH
+EMULATOR := $(CURDIR)/target/emulator/qemu-aarch64
+# What qemu-user has not: ptrace, limits of address space, and /proc's view of a thread.
+NOT_EMULATED := killed_at_any_system_call limits_of_the_process the_planners_thread_takes_no_signal dropping_it_ends_the_thread
 
 help: ## print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,10 +41,16 @@ help: ## print this table
 	@VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --require-hashes -r requirements/lint.txt
 	@touch $@
 
+.venv-packages/ready: requirements/packages.txt
+	@echo "== virtual environment in .venv-packages: zig as the linker, twine"
+	@$(PYTHON) -m venv .venv-packages
+	@.venv-packages/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/packages.txt
+	@touch $@
+
 build: .venv/native ## build the package into .venv
 run: .venv/native ## 8 live rank processes, one killed; placements compared: no GPU, no sglang
 	@$(BIN)/waterfill-rs demo --kill 5@30 --plot out/demo.png --json out/demo.json
-test: test-rust test-kernels test-python ## all tests, with the real sglang 0.5.23
+test: test-rust test-kernels test-python test-packages ## all tests, with the real sglang 0.5.23
 test-rust: test-models ## the core against its oracle, the board with processes killed, its models
 	cargo test --release --package waterfill-core --all-features -- --nocapture
 	cargo test --release --package waterfill-board
@@ -48,8 +61,20 @@ test-models: ## the board under loom (all interleavings) and shuttle (random sch
 test-kernels: .venv/test ## the kernel's source run on the CPU; every variant compiled by the NVRTC of torch's wheels; no GPU
 	NVRTC=$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/nvidia/*/lib/libnvrtc.so.1[0-9] | head -n 1) \
 	  cargo test --release --package waterfill-cuda
-test-python: .venv/test .venv/native ## the package, its wheel alone, and sglang
-	$(BIN)/python -m pytest -W ignore
+test-python: .venv/test .venv/native ## the package, and sglang
+	$(BIN)/python -m pytest -W ignore --ignore tests/packages
+test-packages: .venv-packages/ready ## what would be published: each wheel, aarch64 under qemu-user, the sdist, metadata
+	@able=; for each in $(ARCHITECTURES); do if tests/packages/rust_target.sh $$each; then able="$$able $$each"; fi; done; \
+	  $(MAKE) --no-print-directory wheels ARCHITECTURES="$$able"
+	@tests/packages/emulator.sh target/emulator || true
+	$(PACKAGES) python -m pytest -W ignore tests/packages
+	@if [ -e target/emulator/ready ] && tests/packages/rust_target.sh aarch64; then $(MAKE) --no-print-directory test-emulated; fi
+test-emulated: .venv-packages/ready ## the core's and the board's tests on aarch64 under qemu-user
+	@tests/packages/rust_target.sh aarch64
+	@tests/packages/emulator.sh target/emulator
+	$(PACKAGES) CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=$(EMULATOR) WATERFILL_TEST_EMULATOR=$(EMULATOR) \
+	  cargo-zigbuild test --profile emulated --package waterfill-core --package waterfill-board --lib --tests --features waterfill-core/oracle \
+	  --target aarch64-unknown-linux-gnu.2.28 --target-dir target/emulated -- $(addprefix --skip ,$(NOT_EMULATED))
 test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.post1 on; renews the tables of versions
 	@rm -f out/versions.json
 	WATERFILL_SGLANGS="$$($(BIN)/python tests/sglang/unpack_versions.py requirements/versions.txt .venv-versions)" \
@@ -91,8 +116,17 @@ server-bench: wheel ## the wheel for a machine with 1 to 8 GPUs and sglang, and 
 bench: .venv/test .venv/native ## cargo bench, and the same work in numpy
 	cargo bench
 	$(BIN)/python benches/host.py
-wheel: .venv/base ## build the wheel into dist
+wheel: .venv/base ## build the wheel for this machine into dist
 	$(BIN)/maturin build --release --quiet --out dist
+sdist: .venv-packages/ready ## the source distribution into dist/release
+	@rm -rf dist/release
+	$(PACKAGES) maturin sdist --out dist/release
+wheels: sdist ## the same, and built from it: wheels for x86_64 and aarch64, glibc 2.28 and newer
+	@rm -rf target/sdist && mkdir -p target/sdist
+	@tar --extract --touch --strip-components 1 --directory target/sdist --file dist/release/waterfill_rs-*.tar.gz
+	@for each in $(ARCHITECTURES); do echo "== wheel for $$each"; tests/packages/rust_target.sh $$each; \
+	  (cd target/sdist && $(PACKAGES) maturin build --release --locked --quiet --zig --compatibility manylinux_2_28 \
+	  --target $$each-unknown-linux-gnu --target-dir $(CURDIR)/target --out $(CURDIR)/dist/release); done
 clean: ## remove what was built
-	rm -rf .venv .venv-versions target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-kernels test-models test-python test-versions lint soak tsan fuzz gpu server-bench bench wheel clean
+	rm -rf .venv .venv-packages .venv-versions target dist out python/waterfill_rs/_native*.so
+.PHONY: help build run test test-rust test-kernels test-models test-python test-packages test-emulated test-versions lint soak tsan fuzz gpu server-bench bench wheel wheels sdist clean

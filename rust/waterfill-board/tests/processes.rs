@@ -76,9 +76,21 @@ fn rank_process() {
     }
 }
 
+/// This program once more. One for another machine is started by what `make test-emulated` names.
+fn this_program() -> Command {
+    let program = std::env::current_exe().unwrap();
+    let Ok(emulator) = std::env::var("WATERFILL_TEST_EMULATOR") else {
+        return Command::new(program);
+    };
+    let mut words = emulator.split(' ');
+    let mut command = Command::new(words.next().unwrap());
+    command.args(words).arg(program);
+    command
+}
+
 /// Start a rank process and wait until it is attached; its calls begin at `begun`.
 fn start_rank(name: &str, begun: u64) -> Child {
-    let mut child = Command::new(std::env::current_exe().unwrap())
+    let mut child = this_program()
         .args(["--exact", "rank_process", "--ignored", "--nocapture"])
         .env("WATERFILL_TEST_BOARD", name)
         .env("WATERFILL_TEST_BEGUN", begun.to_string())
