@@ -188,14 +188,14 @@ def prefill_lines(prefill):
 
 
 def test_the_table_says_from_how_many_tokens_on_prefill_overlaps():
-    slower, faster = (1200.0, 1000.0), (900.0, 1000.0)
+    slower, faster = (1200.0, 1000.0), (800.0, 1000.0)
     lines = prefill_lines({8192: faster, 1024: slower, 4096: slower})
     assert lines[-1] == (
         "by these figures prefill is fused, from 8192 tokens a rank on it overlaps"
     )
     rows = [line.split() for line in lines[-4:-1]]
     assert rows[0] == ["1024", "1200.0", "1000.0", "1.200"]
-    assert rows[2] == ["8192", "900.0", "1000.0", "0.900"]
+    assert rows[2] == ["8192", "800.0", "1000.0", "0.800"]
     never, always = prefill_lines({512: slower})[-1], prefill_lines({512: faster})[-1]
     assert never == "by these figures prefill is fused at any number of tokens"
     assert always == "by these figures prefill overlaps at any number of tokens"

@@ -21,7 +21,7 @@ GIVEN = {
     "dispatch_ranks": 4,
     "dispatch_top_k": 8,
     "launch_us": 5.5,
-    "prefill_us": [[1024, 1200, 1000.5], [4096, 3000, 3000], [8192, 5900, 6000]],
+    "prefill_us": [[1024, 1200, 1000.5], [4096, 3000, 3000], [8192, 5300, 6000]],
 }
 
 
@@ -74,11 +74,14 @@ def test_prefill_overlaps_where_that_was_measured_to_be_faster():
     assert machine(prefill_us=[]).prefill_overlaps(8192, 4) is None
 
 
-def test_prefill_overlaps_by_more_than_the_measurement_s_error():
-    def answer(overlapped):
-        return machine(prefill_us=[[512, overlapped, 1000.0]]).prefill_overlaps(1, 2)
+def test_prefill_overlaps_only_where_it_is_faster_by_far():
+    def answer(overlapped, fused=1000.0):
+        return machine(prefill_us=[[512, overlapped, fused]]).prefill_overlaps(1, 2)
 
-    assert [answer(us) for us in (980.0, 989.0, 991.0, 1000.0)] == [True, True, False, False]
+    assert [answer(us) for us in (800.0, 899.0, 901.0, 1000.0)] == [True, True, False, False]
+    # Two H100, 1,024 to 8,192 tokens a rank: their server was slower overlapped, or as fast.
+    measured = [(2252.6, 1515.7), (2587.6, 2707.3), (4374.6, 4431.5)]
+    assert not any(answer(*times) for times in measured)
     for arguments in ((-1, 4), (1, 0)):
         with pytest.raises(ValueError, match="give at least 0 and 1"):
             machine().prefill_overlaps(*arguments)
