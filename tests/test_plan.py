@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import waterfill_rs
+from waterfill_rs import _native
 
 
 def smallest_level(loads, rows, eligible):
@@ -45,6 +46,21 @@ def test_joint_levels_what_shared_rows_alone_cannot():
     assert joint.optimum == -(-(100 + 30) // 3)
     assert joint.replica_rows[0] + joint.replica_rows[5] == 60
     assert joint.replica_rows[1:5] == routed[1:5]
+
+
+def test_loads_are_those_of_a_count_by_hand():
+    routed, placements = [3, 0, 70, 1], [[5, 0], [0, 5]]
+    rows = waterfill_rs.CostModel.rows()
+    found = _native.loads(routed, placements, ranks=2, cost_model=rows)
+    assert found == [[8, 71], [3, 76]]
+    for shared, loads in zip(placements, found, strict=True):
+        assert waterfill_rs.level(routed, shared, ranks=2) == (max(loads), sum(loads) / 2)
+    # Weights take a microsecond, and so does each started tile of 64 rows.
+    model = waterfill_rs.CostModel.roofline(1.0, 1 / 64, 64)
+    found = _native.loads(routed, placements, ranks=2, cost_model=model)
+    assert found == [[2_000_000, 3_000_000], [1_000_000, 4_000_000]]
+    with pytest.raises(ValueError, match="shared has 1 entries: give 2"):
+        _native.loads(routed, [[1, 2], [5]], ranks=2, cost_model=rows)
 
 
 REFUSED = [

@@ -63,8 +63,11 @@ def test_numbers_are_those_of_a_plain_computation(folder, tmp_path, capsys):
         while int((level - routed).sum()) < tokens:
             level += 1
         assert row["optimum"] == level
+        assert len(row["loads"]) == RANKS and sum(row["loads"]) == tokens * (TOP_K + 1)
+        assert max(row["loads"]) == row["max"]
         if policy == "home":
-            assert row["max"] == int(routed.max()) + TOKENS - 2 and row["extra_copies"] == 0
+            assert row["loads"] == [int(rows) + TOKENS - 2 for rows in routed]
+            assert row["extra_copies"] == 0
         if policy == "live":
             assert row["max"] == level and 0 <= row["extra_copies"] < 0.2
         assert row["max"] >= level

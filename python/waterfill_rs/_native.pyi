@@ -22,6 +22,7 @@ __all__ = [
     "board_bytes",
     "leave_boards_in_child",
     "level",
+    "loads",
     "own_quotas",
     "plan",
     "unsafe_assign_ptr",
@@ -94,6 +95,22 @@ def level(
     routed: Sequence[int], shared: Sequence[int], *, ranks: int, cost_model: CostModel
 ) -> tuple[int, float]:
     """See ``waterfill_rs.level``."""
+
+def loads(
+    routed: Sequence[int],
+    placements: Sequence[Sequence[int]],
+    *,
+    ranks: int,
+    cost_model: CostModel,
+) -> list[list[int]]:
+    """Each rank's cost ``[ranks]`` of ``routed`` ``[physical_experts]`` and its shared rows.
+
+    ``placements``: shared rows ``[ranks]``, several. The answer has as many, in the cost model's unit. The most and the mean
+    of each are what ``level`` gives.
+
+    Raises:
+        ValueError: with the offending numbers, for lengths that do not fit.
+    """
 
 def unsafe_count_ptr(
     ids: tuple[int, int, int, int], physical_experts: int, ranks: int

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import waterfill_rs
@@ -84,6 +84,7 @@ class Result:
 
     ``routed_max``, ``max``, ``mean`` and ``optimum`` are in the cost model's unit. For ``joint`` the routed
     rows are split anew, and the optimum is its own. ``extra_copies`` a token: None where no tokens are known.
+    ``loads`` ``[R]``: each rank's cost in the same unit, of routed and shared rows; ``max`` is its most, ``mean`` its mean.
     """
 
     layer: int
@@ -95,11 +96,12 @@ class Result:
     mean: float
     optimum: int
     extra_copies: float | None
+    loads: Sequence[int]
     phase: str | None = None
 
     def as_json(self) -> dict[str, object]:
         """With the key ``pass``, which Python reserves."""
-        fields = {**asdict(self), "pass": self.pass_id}
+        fields = {**vars(self), "pass": self.pass_id, "loads": list(self.loads)}
         del fields["pass_id"]
         return fields
 
@@ -129,27 +131,43 @@ def compare(
     live = waterfill_rs.plan(
         layer.routed, layer.tokens, ranks=ranks, visits=visits or None, cost_model=model
     )
-    routed_max, _ = waterfill_rs.level(layer.routed, [0] * ranks, ranks=ranks, cost_model=model)
-    for policy in (policy for policy in POLICIES if policy in policies):
-        choice = _choose(layer, policy, live, model)
-        if choice is None:
-            continue
-        slowest, mean = waterfill_rs.level(
-            choice.routed, choice.received, ranks=ranks, cost_model=model
-        )
-        total = max(1, sum(layer.tokens))
+    found = [
+        (policy, _choose(layer, policy, live, model)) for policy in POLICIES if policy in policies
+    ]
+    choices = [(policy, choice) for policy, choice in found if choice is not None]
+    loads = _loads(layer, [choice for _, choice in choices], model)
+    routed_max, total = max(next(loads)), sum(layer.tokens)
+    for (policy, choice), own in zip(choices, loads, strict=True):
         yield Result(
             layer=layer.layer,
             pass_id=layer.pass_id,
             policy=policy,
-            tokens=sum(layer.tokens),
+            tokens=total,
             routed_max=routed_max,
-            max=slowest,
-            mean=mean,
+            max=max(own),
+            mean=sum(own) / ranks,
             optimum=choice.optimum,
-            extra_copies=None if choice.copies is None else choice.copies / total,
+            extra_copies=None if choice.copies is None else choice.copies / max(1, total),
+            # A fifth of a list's memory: a recording has hundreds of thousands of results.
+            loads=array("q", own),
             phase=layer.phase,
         )
+
+
+def _loads(layer: Layer, choices: list[_Choice], model: CostModel) -> Iterator[list[int]]:
+    """Each rank's cost ``[R]``: of its routed rows alone, then under each choice."""
+    ranks = len(layer.tokens)
+    alike = [choice.received for choice in choices if choice.routed is layer.routed]
+    placements = [[0] * ranks, *alike]
+    of_alike = iter(_native.loads(layer.routed, placements, ranks=ranks, cost_model=model))
+    yield next(of_alike)
+    for choice in choices:
+        if choice.routed is layer.routed:
+            yield next(of_alike)
+        else:
+            yield from _native.loads(
+                choice.routed, [choice.received], ranks=ranks, cost_model=model
+            )
 
 
 def _choose(layer: Layer, policy: str, live: waterfill_rs.Plan, model: CostModel) -> _Choice | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from array import array
@@ -96,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError("replay needs torch, which reads sglang's dumps: install torch") from error
     unit = "rows" if arguments.cost_model == "rows" else "time"
     _check_inputs_stay(arguments)
-    with _one_thread():
+    with _one_thread(), _no_collector():
         replayed = list(_replay(arguments))
     if len(replayed) == 1:
         _print_one(replayed[0], unit)
@@ -155,6 +156,18 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Python's collector of cycles paused: results are many and have none, and it walks through all of them again and again."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _replay(arguments: argparse.Namespace) -> Iterator[Compared]:

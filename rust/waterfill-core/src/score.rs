@@ -25,23 +25,39 @@ pub struct Traffic {
     pub extra_messages: u64,
 }
 
-/// Each rank's cost: its routed rows (`[P]`, per physical expert) and `shared` rows (`[R]`).
+/// Each rank's cost, ranks in order: that of its routed rows (`[P]`, per physical expert) and its
+/// `shared` rows (`[R]`).
 ///
 /// # Errors
 /// Arrays of other lengths, costs of an hour or more.
+pub fn loads<'a>(
+    placement: &Placement,
+    cost: &'a CostModel,
+    routed: &'a [u32],
+    shared: &'a [u32],
+) -> Result<impl Iterator<Item = u64> + 'a> {
+    check_length("routed", routed.len(), placement.physical_experts())?;
+    check_length("shared", shared.len(), placement.ranks())?;
+    let all_shared = shared.iter().map(|&rows| u64::from(rows)).sum();
+    check_costs(cost, placement.experts_per_rank(), routed, all_shared, 1)?;
+    let ranks = routed.chunks_exact(placement.experts_per_rank()).zip(shared);
+    Ok(ranks.map(|(experts, shared)| {
+        experts.iter().chain([shared]).map(|&rows| cost.cost(rows.into())).sum()
+    }))
+}
+
+/// The slowest and the mean rank's cost, of [`loads`].
+///
+/// # Errors
+/// As [`loads`].
 pub fn level(
     placement: &Placement,
     cost: &CostModel,
     routed: &[u32],
     shared: &[u32],
 ) -> Result<Level> {
-    check_length("routed", routed.len(), placement.physical_experts())?;
-    check_length("shared", shared.len(), placement.ranks())?;
-    let all_shared = shared.iter().map(|&rows| u64::from(rows)).sum();
-    check_costs(cost, placement.experts_per_rank(), routed, all_shared, 1)?;
     let (mut max, mut sum) = (0, 0);
-    for (experts, &shared) in routed.chunks_exact(placement.experts_per_rank()).zip(shared) {
-        let rank: u64 = experts.iter().chain([&shared]).map(|&rows| cost.cost(rows.into())).sum();
+    for rank in loads(placement, cost, routed, shared)? {
         max = max.max(rank);
         sum += rank;
     }

@@ -12,7 +12,8 @@ pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyPlan>()?;
     module.add_function(wrap_pyfunction!(plan, module)?)?;
     module.add_function(wrap_pyfunction!(own_quotas, module)?)?;
-    module.add_function(wrap_pyfunction!(level, module)?)
+    module.add_function(wrap_pyfunction!(level, module)?)?;
+    module.add_function(wrap_pyfunction!(loads, module)?)
 }
 
 #[pyclass(name = "CostModel", frozen)]
@@ -180,5 +181,23 @@ fn level(
         let placement = Placement::contiguous(ranks, routed.len())?;
         let level = score::level(&placement, &cost_model.inner, &routed, &shared)?;
         Ok((level.max, level.mean))
+    })
+}
+
+/// The ranks' costs `[R]` for each of several placements of the shared rows, `[R]` each.
+#[pyfunction]
+#[pyo3(signature = (routed, placements, *, ranks, cost_model))]
+fn loads(
+    routed: Vec<u32>,
+    placements: Vec<Vec<u32>>,
+    ranks: usize,
+    cost_model: &PyCostModel,
+) -> PyResult<Vec<Vec<u64>>> {
+    guarded(|| {
+        let placement = Placement::contiguous(ranks, routed.len())?;
+        let loads = |shared: &Vec<u32>| {
+            Ok(score::loads(&placement, &cost_model.inner, &routed, shared)?.collect())
+        };
+        placements.iter().map(loads).collect()
     })
 }
