@@ -82,8 +82,9 @@ class Layer:
 class Result:
     """One layer, pass and policy. ``optimum`` is the least that any placement's slowest rank can have.
 
-    ``routed_max``, ``max``, ``mean`` and ``optimum`` are in the cost model's unit. For ``joint`` the routed
-    rows are split anew, and the optimum is its own. ``extra_copies`` a token: None where no tokens are known.
+    ``routed_max``, ``max``, ``mean``, ``home_mean`` and ``optimum`` are in the cost model's unit. ``home_mean`` is the mean of
+    shared experts at home, the same for all policies: under a cost model each has a ``mean`` of its own, so what is divided
+    by it cannot be compared. For ``joint`` the routed rows are split anew, and the optimum is its own. ``extra_copies`` a token: None where no tokens are known.
     ``loads`` ``[R]``: each rank's cost in the same unit, of routed and shared rows; ``max`` is its most, ``mean`` its mean.
     """
 
@@ -94,6 +95,7 @@ class Result:
     routed_max: int
     max: int
     mean: float
+    home_mean: float
     optimum: int
     extra_copies: float | None
     loads: Sequence[int]
@@ -131,43 +133,46 @@ def compare(
     live = waterfill_rs.plan(
         layer.routed, layer.tokens, ranks=ranks, visits=visits or None, cost_model=model
     )
-    found = [
-        (policy, _choose(layer, policy, live, model)) for policy in POLICIES if policy in policies
-    ]
-    choices = [(policy, choice) for policy, choice in found if choice is not None]
-    loads = _loads(layer, [choice for _, choice in choices], model)
-    routed_max, total = max(next(loads)), sum(layer.tokens)
-    for (policy, choice), own in zip(choices, loads, strict=True):
+    found = {
+        policy: _choose(layer, policy, live, model) for policy in POLICIES if policy in policies
+    }
+    choices = {policy: choice for policy, choice in found.items() if choice is not None}
+    alone, at_home, by_policy = _loads(layer, choices, model)
+    total = sum(layer.tokens)
+    for policy, choice in choices.items():
+        loads = by_policy[policy]
         yield Result(
             layer=layer.layer,
             pass_id=layer.pass_id,
             policy=policy,
             tokens=total,
-            routed_max=routed_max,
-            max=max(own),
-            mean=sum(own) / ranks,
+            routed_max=max(alone),
+            max=max(loads),
+            mean=sum(loads) / ranks,
+            home_mean=sum(at_home) / ranks,
             optimum=choice.optimum,
             extra_copies=None if choice.copies is None else choice.copies / max(1, total),
             # A fifth of a list's memory: a recording has hundreds of thousands of results.
-            loads=array("q", own),
+            loads=array("q", loads),
             phase=layer.phase,
         )
 
 
-def _loads(layer: Layer, choices: list[_Choice], model: CostModel) -> Iterator[list[int]]:
-    """Each rank's cost ``[R]``: of its routed rows alone, then under each choice."""
+def _loads(
+    layer: Layer, choices: dict[str, _Choice], model: CostModel
+) -> tuple[list[int], list[int], dict[str, list[int]]]:
+    """Each rank's cost ``[R]``: of its routed rows alone, with shared rows at home, and under each policy."""
     ranks = len(layer.tokens)
-    alike = [choice.received for choice in choices if choice.routed is layer.routed]
-    placements = [[0] * ranks, *alike]
-    of_alike = iter(_native.loads(layer.routed, placements, ranks=ranks, cost_model=model))
-    yield next(of_alike)
-    for choice in choices:
-        if choice.routed is layer.routed:
-            yield next(of_alike)
-        else:
-            yield from _native.loads(
-                choice.routed, [choice.received], ranks=ranks, cost_model=model
-            )
+    alike = [policy for policy in choices if policy not in ("home", "joint")]
+    placements = [[0] * ranks, layer.tokens, *(choices[policy].received for policy in alike)]
+    alone, at_home, *others = _native.loads(layer.routed, placements, ranks=ranks, cost_model=model)
+    by_policy = {"home": at_home, **dict(zip(alike, others, strict=True))}
+    joint = choices.get("joint")
+    if joint is not None:
+        (by_policy["joint"],) = _native.loads(
+            joint.routed, [joint.received], ranks=ranks, cost_model=model
+        )
+    return alone, at_home, by_policy
 
 
 def _choose(layer: Layer, policy: str, live: waterfill_rs.Plan, model: CostModel) -> _Choice | None:

@@ -304,7 +304,8 @@ def _print_one(replayed: Compared, unit: str) -> None:
     for phase, results in sorted(by_phase.items(), key=lambda item: item[0] != "prefill"):
         passes = len({result.pass_id for result in results})
         print()
-        report.print_table(results, f"{phase or 'all'}: {passes} pass{'es' * (passes != 1)}")
+        title = f"{phase or 'all'}: {passes} pass{'es' * (passes != 1)}"
+        report.print_table(results, title, unit)
         verdict.print_verdict(results, replayed.top_k, unit)
     verdict.print_total(replayed.results, unit)
     print()

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from waterfill_rs.comparison import POLICIES, Result
-from waterfill_rs.summary import copies, level_share, of, present, ratio
+from waterfill_rs.summary import bound, copies, level_share, mean, microseconds, of, present, ratio
 
 __all__ = ["Compared", "check_outputs", "plot", "print_sizes", "print_table", "write_json"]
+
+MEANING = (
+    "us a pass: the slowest rank's time, summed over layers, mean over passes. max/mean: to the mean rank's time with\n"
+    "shared experts at home."
+)
 
 
 @dataclass(frozen=True)
@@ -29,40 +34,69 @@ class Compared:
     results: list[Result]
 
 
-def print_table(results: list[Result], title: str) -> None:
-    """The policies and the bound: what the slowest rank can have at least, shared rows alone placed."""
+def print_table(results: list[Result], title: str, unit: str = "rows") -> None:
+    """The policies and the bound: what the slowest rank can have at least, shared rows alone placed.
+
+    ``unit``: ``rows``, or ``time`` where a cost model is given, which has a column of microseconds more.
+    """
+    timed = unit == "time"
     print(title)
-    print(f"{'policy':<14}{'max/mean':>10}{'worst':>9}{'extra copies a token':>23}")
+    if timed:
+        print(MEANING)
+    head = f"{'policy':<14}{'max/mean':>10}{'worst':>9}"
+    print(head + f"{'us a pass':>13}" * timed + f"{'extra copies a token':>23}")
     for policy in present(results):
         mine = of(results, policy)
-        worst = max(result.max / result.mean for result in mine)
-        print(f"{policy:<14}{ratio(mine):>10.4f}{worst:>9.4f}{copies(mine):>23}")
-    some = of(
-        results, next(p for p in present(results) if p != "joint" or len(present(results)) == 1)
-    )
-    bound = sum(result.optimum for result in some) / sum(result.mean for result in some)
-    print(f"{'bound':<14}{bound:>10.4f}")
+        worst = max(result.max / result.home_mean for result in mine)
+        row = f"{policy:<14}{ratio(mine):>10.4f}{worst:>9.4f}"
+        print(row + f"{microseconds(mine):>13.1f}" * timed + f"{copies(mine):>23}")
+    least, least_us = bound(results)
+    print(f"{'bound':<14}{least:>10.4f}" + f"{'':>9}{least_us:>13.1f}" * timed)
 
 
 def print_sizes(compared: list[Compared], unit: str) -> None:
-    """Recordings, EP sizes and placements, a line for each phase."""
+    """Recordings, EP sizes and placements, a line for each phase; with a cost model microseconds too."""
     policies = [p for p in POLICIES if any(p in present(one.results) for one in compared)]
     width = max(9, *(len(one.recording) for one in compared)) + 2
     print(f"\nmax/mean, weighted by {unit}; level: the part of them that shared rows can level.")
     if unit == "rows":
         print("routed: of routed rows alone. Above 1 + 1/K place experts first.")
     routed = f"{'routed':>10}" if unit == "rows" else ""
-    names = "".join(f"{policy:>{max(10, len(policy) + 2)}}" for policy in policies)
-    print(
-        f"{'recording':<{width}}{'EP':>4}{'redundant':>11}  {'passes':<9}{routed}{names}{'level':>9}"
+    _print_lines(
+        compared,
+        width,
+        routed + _names(policies) + f"{'level':>9}",
+        lambda one, mine: _cells(mine, policies, one.top_k, unit),
     )
+    if unit == "time":
+        print(f"\n{MEANING}")
+        _print_lines(
+            compared, width, _names([*policies, "bound"]), lambda _, mine: _times(mine, policies)
+        )
+
+
+def _print_lines(
+    compared: list[Compared],
+    width: int,
+    head: str,
+    cells: Callable[[Compared, list[Result]], str],
+) -> None:
+    print(f"{'recording':<{width}}{'EP':>4}{'redundant':>11}  {'passes':<9}{head}")
     for one in compared:
         for phase in sorted({r.phase for r in one.results}, key=lambda phase: phase != "prefill"):
             mine = [result for result in one.results if result.phase == phase]
             start = (
                 f"{one.recording:<{width}}{one.ranks:>4}{one.redundant:>11}  {phase or 'all':<9}"
             )
-            print(start + _cells(mine, policies, one.top_k, unit))
+            print(start + cells(one, mine))
+
+
+def _names(columns: list[str]) -> str:
+    return "".join(f"{name:>{_width(name)}}" for name in columns)
+
+
+def _width(column: str) -> int:
+    return max(10, len(column) + 2)
 
 
 def _cells(results: list[Result], policies: list[str], top_k: int, unit: str) -> str:
@@ -70,12 +104,20 @@ def _cells(results: list[Result], policies: list[str], top_k: int, unit: str) ->
     cells = ""
     if unit == "rows":
         # Of a token's K + 1 rows K are routed.
-        mean = sum(result.mean for result in first) * top_k / (top_k + 1)
-        cells = f"{sum(result.routed_max for result in first) / mean:>10.4f}"
+        routed = mean(first) * top_k / (top_k + 1)
+        cells = f"{sum(result.routed_max for result in first) / routed:>10.4f}"
     for policy in policies:
         mine = of(results, policy)
-        cells += f"{f'{ratio(mine):.4f}' if mine else '-':>{max(10, len(policy) + 2)}}"
+        cells += f"{f'{ratio(mine):.4f}' if mine else '-':>{_width(policy)}}"
     return f"{cells}{level_share(first):>9.1%}"
+
+
+def _times(results: list[Result], policies: list[str]) -> str:
+    cells = ""
+    for policy in policies:
+        mine = of(results, policy)
+        cells += f"{f'{microseconds(mine):.1f}' if mine else '-':>{_width(policy)}}"
+    return cells + f"{bound(results)[1]:>{_width('bound')}.1f}"
 
 
 def check_outputs(json_path: Path | None, plot_path: Path | None) -> None:

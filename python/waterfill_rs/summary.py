@@ -1,14 +1,26 @@
 """Results of many layers and passes as one number.
 
 What a result counts for is its mean rank's rows, or its time where a cost model is given: a pass of three tokens is not
-worth one of thousands.
+worth one of thousands. That mean is the one with shared experts at home, whatever the policy, so ratios can be compared.
 """
 
 from __future__ import annotations
 
 from waterfill_rs.comparison import POLICIES, Result
 
-__all__ = ["can_be_level", "copies", "gain", "level_share", "of", "present", "ratio"]
+__all__ = [
+    "bound",
+    "can_be_level",
+    "copies",
+    "gain",
+    "level_share",
+    "mean",
+    "microseconds",
+    "of",
+    "passes",
+    "present",
+    "ratio",
+]
 
 
 def present(results: list[Result]) -> list[str]:
@@ -22,9 +34,36 @@ def of(results: list[Result], policy: str) -> list[Result]:
     return [result for result in results if result.policy == policy]
 
 
+def passes(results: list[Result]) -> int:
+    """How many passes they are of."""
+    return len({result.pass_id for result in results})
+
+
+def mean(results: list[Result]) -> float:
+    """The mean rank's cost with shared experts at home, over all of them."""
+    return sum(result.home_mean for result in results)
+
+
 def ratio(results: list[Result]) -> float:
     """max/mean over all of them."""
-    return sum(result.max for result in results) / sum(result.mean for result in results)
+    return sum(result.max for result in results) / mean(results)
+
+
+def microseconds(results: list[Result]) -> float:
+    """The slowest rank's time, summed over layers, mean over passes. Only where the unit is picoseconds."""
+    return sum(result.max for result in results) / passes(results) / 1e6
+
+
+def bound(results: list[Result]) -> tuple[float, float]:
+    """``ratio`` and ``microseconds`` if each slowest rank had the least that it can have.
+
+    That is with the routed rows where they are, and shared rows anywhere: no policy is below it but ``joint``, which
+    splits the rows of replicas anew. Alone ``joint`` has a bound of its own.
+    """
+    policy = next((policy for policy in present(results) if policy != "joint"), "joint")
+    own = of(results, policy)
+    least = sum(result.optimum for result in own)
+    return least / mean(own), least / passes(own) / 1e6
 
 
 def copies(results: list[Result]) -> str:
@@ -42,8 +81,7 @@ def gain(before: list[Result], after: list[Result]) -> float:
 
 def level_share(results: list[Result]) -> float:
     """The part of the rows, or of the time, in layers and passes that shared rows can level."""
-    levelled = sum(result.mean for result in results if can_be_level(result))
-    return levelled / sum(result.mean for result in results)
+    return sum(result.home_mean for result in results if can_be_level(result)) / mean(results)
 
 
 def can_be_level(result: Result) -> bool:
@@ -51,4 +89,4 @@ def can_be_level(result: Result) -> bool:
 
     A mean that is no whole number is level at the next one.
     """
-    return result.routed_max < result.mean + 1
+    return result.routed_max < result.home_mean + 1

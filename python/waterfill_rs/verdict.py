@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from waterfill_rs.comparison import Result
-from waterfill_rs.summary import can_be_level, gain, level_share, of, ratio
+from waterfill_rs.summary import can_be_level, gain, level_share, mean, of, ratio
 
 __all__ = ["WORTH", "print_total", "print_verdict"]
 
@@ -59,7 +59,7 @@ def print_total(results: list[Result], unit: str = "rows") -> None:
     phases = [[r for r in one if r.phase == "prefill"] for one in (home, live)]
     if not phases[0] or not phases[1] or len(phases[0]) == len(home):
         return
-    share = sum(r.mean for r in phases[0]) / sum(r.mean for r in home)
+    share = mean(phases[0]) / mean(home)
     saved = sum(r.max for r in phases[0]) - sum(r.max for r in phases[1])
     whole = saved / sum(r.max for r in home)
     print(
