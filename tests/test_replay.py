@@ -50,7 +50,7 @@ def test_numbers_are_those_of_a_plain_computation(folder, tmp_path, capsys):
     found = json.loads(out.read_text())
     assert (found["ranks"], found["experts"], found["top_k"]) == (RANKS, EXPERTS, TOP_K)
     rows = {(row["layer"], row["pass"], row["policy"]): row for row in found["rows"]}
-    assert len(rows) == (LAYERS - 1) * 2 * 4
+    assert len(rows) == (LAYERS - 1) * 2 * 5
     for (layer, pass_id, policy), row in rows.items():
         routed = torch.zeros(RANKS, dtype=torch.int64)
         for rank in range(RANKS):

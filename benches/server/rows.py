@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from waterfill_rs import sglang_static
+from waterfill_rs import sglang_waterfill
 from waterfill_rs.comparison import Batch, Layer, compare
 
 POLICIES = {"home": "home", "sglang": "sglang-static", "own": "own-counts", "live": "live"}
@@ -39,15 +39,15 @@ def _layer(ids: list[np.ndarray], experts: int) -> dict[str, float]:
     batches = [
         Batch.of(own, own.ctypes.data, *own.shape, experts=experts, ranks=ranks) for own in ids
     ]
-    static = None
-    if sglang_static.serves(ranks):
+    sglangs = {}
+    if sglang_waterfill.serves(ranks):
         shape = {"physical_experts": experts, "ranks": ranks}
         chosen = [
-            sglang_static.shared_ranks(torch.from_numpy(own), rank=rank, **shape)
+            sglang_waterfill.static_ranks(torch.from_numpy(own), rank=rank, **shape)
             for rank, own in enumerate(ids)
         ]
-        static = [_words(own) for own in chosen]
-    layer = Layer.of_batches(0, 0, batches, static=static)
+        sglangs["sglang-static"] = [_words(own) for own in chosen]
+    layer = Layer.of_batches(0, 0, batches, sglangs=sglangs)
     results = {result.policy: result for result in compare(layer, list(POLICIES.values()))}
     values = {
         mode: results[policy].max / results[policy].mean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from waterfill_rs import CostModel, _native
 
 __all__ = ["POLICIES", "Batch", "Layer", "Result", "compare"]
 
-POLICIES = ("home", "sglang-static", "own-counts", "live", "joint")
+POLICIES = ("home", "sglang-static", "sglang-dynamic", "own-counts", "live", "joint")
 """In the order of tables. Each is there only where what it needs is known: see ``compare``."""
 
 
@@ -53,7 +53,7 @@ class Layer:
 
     ``routed`` ``[P]`` and ``tokens`` ``[R]`` always are. ``sources``, each rank's own counts ``[P]``, and
     ``batches``, each rank's tokens, may not be; ``mapping`` ``[P]``, the logical expert of each physical
-    one, is there where some have replicas; ``static``: what sglang's static mode chose, ``[rows]`` a rank;
+    one, is there where some have replicas; ``sglangs``: what modes of sglang's Waterfill chose, by policy, ``[rows]`` a rank;
     ``live`` ``[R][R]``: the quotas that ranks really had, where they ran (else the planner's); ``phase``:
     prefill or decode, where that is known.
     """
@@ -65,7 +65,7 @@ class Layer:
     sources: list[list[int]] | None = None
     batches: list[Batch] | None = None
     mapping: list[int] | None = None
-    static: list[array[int]] | None = None
+    sglangs: Mapping[str, list[array[int]]] | None = None
     live: list[list[int]] | None = None
     phase: str | None = None
 
@@ -84,8 +84,9 @@ class Result:
 
     ``routed_max``, ``max``, ``mean``, ``home_mean`` and ``optimum`` are in the cost model's unit. ``home_mean`` is the mean of
     shared experts at home, the same for all policies: under a cost model each has a ``mean`` of its own, so what is divided
-    by it cannot be compared. For ``joint`` the routed rows are split anew, and the optimum is its own. ``extra_copies`` a token: None where no tokens are known.
-    ``loads`` ``[R]``: each rank's cost in the same unit, of routed and shared rows; ``max`` is its most, ``mean`` its mean.
+    by it cannot be compared. For ``joint`` the routed rows are split anew, and the optimum is its own. ``extra_copies`` a
+    token: None where no tokens are known. ``loads`` ``[R]``: each rank's cost in the same unit, of routed and
+    shared rows; ``max`` is its most, ``mean`` its mean.
     """
 
     layer: int
@@ -125,7 +126,7 @@ def compare(
 ) -> Iterator[Result]:
     """The policies asked for, as far as they can be known.
 
-    ``own-counts`` needs each rank's counts, ``sglang-static`` its tokens, ``joint`` replicas.
+    ``own-counts`` needs each rank's counts, sglang's modes its tokens and what they chose, ``joint`` replicas.
     """
     model = CostModel.rows() if cost_model is None else cost_model
     ranks = len(layer.tokens)
@@ -190,13 +191,14 @@ def _choose(layer: Layer, policy: str, live: waterfill_rs.Plan, model: CostModel
         )
         # Tokens then visit other ranks than they did, so their copies are not known.
         return _Choice(plan.shared_rows, plan.replica_rows, plan.optimum, None)
-    if policy == "sglang-static":
-        if layer.batches is None or layer.static is None:
+    if policy in ("sglang-static", "sglang-dynamic"):
+        chosen = (layer.sglangs or {}).get(policy)
+        if layer.batches is None or chosen is None:
             return None
         received = [0] * ranks
-        for counter in map(Counter, layer.static):
+        for counter in map(Counter, chosen):
             received = [rows + counter[rank] for rank, rows in enumerate(received)]
-        return _Choice(received, layer.routed, live.optimum, _copies(layer.batches, layer.static))
+        return _Choice(received, layer.routed, live.optimum, _copies(layer.batches, chosen))
     if layer.batches is None and layer.live is None and policy in ("home", "live"):
         # Without tokens there are no copies to count, and the sums of quotas are known.
         received = layer.tokens if policy == "home" else live.shared_rows

@@ -6,14 +6,13 @@ import argparse
 import gc
 import sys
 import time
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs import cost_models, report, verdict
-from waterfill_rs.comparison import POLICIES, Batch, Layer, Result, compare
+from waterfill_rs.comparison import POLICIES, Layer, Result, compare
 from waterfill_rs.report import Compared
 
 if TYPE_CHECKING:
@@ -172,20 +171,21 @@ def _no_collector() -> Iterator[None]:
 
 def _replay(arguments: argparse.Namespace) -> Iterator[Compared]:
     """Every recording under every EP size, as far as it was asked for."""
-    from waterfill_rs import phases
+    from waterfill_rs import phases, recorded_layers
 
     cost_model = cost_models.parse(arguments.cost_model)
     policies: Sequence[str] = arguments.policy or POLICIES
     for name, recorded, dump in _dumps(arguments):
         found, note = phases.phases_of(recorded)
         chosen = _chosen(recorded, found, arguments)
-        layers = _with_progress(_layers(dump, "sglang-static" in policies, chosen), len(chosen))
+        layers = _with_progress(recorded_layers.layers(dump, policies, chosen), len(chosen))
         results = [result for layer in layers for result in compare(layer, policies, cost_model)]
         if not results:
             raise ValueError(f"{', '.join(policies)}: this dump does not hold what that needs")
         redundant = 0 if dump.mappings is None else dump.experts - max(dump.mappings[0]) - 1
         shape = (dump.ranks, dump.experts, redundant, dump.top_k)
-        notes = [*_left_out(results, policies, dump), *dump.notes, note]
+        left_out = recorded_layers.left_out({r.policy for r in results}, policies, dump)
+        notes = [*left_out, *dump.notes, note]
         yield Compared(name, *shape, notes, results)
 
 
@@ -336,92 +336,6 @@ def _as_json(one: Compared) -> dict[str, object]:
     fields = {name: getattr(one, name) for name in ("recording", "ranks", "experts", "redundant")}
     rows = [result.as_json() for result in one.results]
     return {**fields, "top_k": one.top_k, "notes": one.notes, "rows": rows}
-
-
-def _left_out(
-    results: list[Result], policies: Sequence[str], dump: Tokens | Counts
-) -> Iterator[str]:
-    """Which policies are not there, and why."""
-    from waterfill_rs.dumps import Tokens
-
-    reasons = {
-        "sglang-static": "this dump holds counts, not tokens"
-        if not isinstance(dump, Tokens)
-        else f"its kernel does not take {dump.ranks} ranks",
-        "own-counts": "this dump does not tell whose tokens the counts are",
-        "joint": "no expert of this dump has replicas",
-    }
-    found = {result.policy for result in results}
-    for policy in (policy for policy in policies if policy not in found):
-        yield f"{policy} is left out: {reasons[policy]}."
-
-
-def _layers(
-    dump: Tokens | Counts, with_static: bool, chosen: dict[int, str | None]
-) -> Iterator[Layer]:
-    """Every layer of the chosen passes, with their phases, in which anything was routed; the others are dense."""
-    from waterfill_rs.dumps import Tokens
-
-    if isinstance(dump, Tokens):
-        yield from _layers_of_tokens(dump, with_static, chosen)
-    else:
-        yield from _layers_of_counts(dump, chosen)
-
-
-def _layers_of_tokens(
-    dump: Tokens, with_static: bool, chosen: dict[int, str | None]
-) -> Iterator[Layer]:
-    for pass_id, phase in chosen.items():
-        tensors = dump.passes[pass_id]
-        for layer in range(tensors[0].shape[0]):
-            batches = []
-            for ids in tensors:
-                own = ids[layer, :, : dump.top_k].contiguous()
-                rows, top_k = own.shape
-                batches.append(
-                    Batch.of(
-                        own, own.data_ptr(), rows, top_k, experts=dump.experts, ranks=dump.ranks
-                    )
-                )
-            if any(batch.tokens for batch in batches):
-                static = _static(batches, dump) if with_static else None
-                mapping = dump.mappings[layer] if dump.mappings else None
-                known = {"mapping": mapping, "static": static, "phase": phase}
-                yield Layer.of_batches(layer, pass_id, batches, **known)
-
-
-def _layers_of_counts(dump: Counts, chosen: dict[int, str | None]) -> Iterator[Layer]:
-    import torch
-
-    for pass_id, phase in chosen.items():
-        counts = dump.passes[pass_id]
-        by_layer: list[list[list[int]]] = counts.transpose(0, 1).tolist()
-        sums: list[list[int]] = counts.sum(0, dtype=torch.int64).tolist()
-        for layer, (known, routed) in enumerate(zip(by_layer, sums, strict=True)):
-            if not any(routed):
-                continue
-            sources = known if len(known) == dump.ranks else None
-            if sources:
-                tokens = [-(-sum(own) // dump.top_k) for own in sources]
-            else:
-                total = -(-sum(routed) // dump.top_k)
-                tokens = [(total + rank) // dump.ranks for rank in range(dump.ranks)]
-            mapping = dump.mappings[layer] if dump.mappings else None
-            yield Layer(layer, pass_id, routed, tokens, sources, mapping=mapping, phase=phase)
-
-
-def _static(batches: list[Batch], dump: Tokens) -> list[array[int]] | None:
-    """What sglang's static mode would choose; None for an EP size that it does not take."""
-    from waterfill_rs import sglang_static
-
-    if not sglang_static.serves(dump.ranks):
-        return None
-    shape = {"physical_experts": dump.experts, "ranks": dump.ranks}
-    chosen = (
-        sglang_static.shared_ranks(batch.owner, rank=rank, **shape)
-        for rank, batch in enumerate(batches)
-    )
-    return [array("i", shared.tolist()) for shared in chosen]
 
 
 def _with_progress(layers: Iterator[Layer], passes: int) -> Iterator[Layer]:

@@ -178,7 +178,7 @@ def plot(results: list[Result], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    colours = ("#888888", "#D55E00", "#E69F00", "#0072B2", "#009E73")
+    colours = ("#888888", "#D55E00", "#CC79A7", "#E69F00", "#0072B2", "#009E73")
     layers = sorted({result.layer for result in results})
     for policy, colour in zip(POLICIES, colours, strict=True):
         mine = of(results, policy)
