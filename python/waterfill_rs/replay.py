@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from waterfill_rs import cost_models, report, verdict
-from waterfill_rs.comparison import POLICIES, Layer, Result, compare
+from waterfill_rs import cost_models, report, summary, verdict
+from waterfill_rs.comparison import POLICIES, Layer, compare
 from waterfill_rs.report import Compared
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _no_collector() -> Iterator[None]:
 
 def _replay(arguments: argparse.Namespace) -> Iterator[Compared]:
     """Every recording under every EP size, as far as it was asked for."""
-    from waterfill_rs import phases, recorded_layers
+    from waterfill_rs import hottest, phases, recorded_layers
 
     cost_model = cost_models.parse(arguments.cost_model)
     policies: Sequence[str] = arguments.policy or POLICIES
@@ -186,7 +186,10 @@ def _replay(arguments: argparse.Namespace) -> Iterator[Compared]:
         shape = (dump.ranks, dump.experts, redundant, dump.top_k)
         left_out = recorded_layers.left_out({r.policy for r in results}, policies, dump)
         notes = [*left_out, *dump.notes, note]
-        yield Compared(name, *shape, notes, results)
+        hot = {
+            phase: hottest.hottest(dump, own) for phase, own in summary.by_phase(results).items()
+        }
+        yield Compared(name, *shape, notes, results, hot)
 
 
 def _dumps(
@@ -297,15 +300,15 @@ def _title(replayed: Compared) -> str:
 
 def _print_one(replayed: Compared, unit: str) -> None:
     """A table and a verdict for each phase, and one over both."""
+    from waterfill_rs import hottest
+
     print(_title(replayed))
-    by_phase: dict[str | None, list[Result]] = {}
-    for result in replayed.results:
-        by_phase.setdefault(result.phase, []).append(result)
-    for phase, results in sorted(by_phase.items(), key=lambda item: item[0] != "prefill"):
-        passes = len({result.pass_id for result in results})
+    for phase, results in summary.by_phase(replayed.results).items():
+        passes = summary.passes(results)
         print()
         title = f"{phase or 'all'}: {passes} pass{'es' * (passes != 1)}"
         report.print_table(results, title, unit)
+        hottest.print_hottest(results, replayed.hottest.get(phase, []))
         verdict.print_verdict(results, replayed.top_k, unit)
     verdict.print_total(replayed.results, unit)
     print()

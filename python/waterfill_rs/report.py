@@ -6,11 +6,15 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from waterfill_rs.comparison import POLICIES, Result
 from waterfill_rs.summary import bound, copies, level_share, mean, microseconds, of, present, ratio
+
+if TYPE_CHECKING:
+    from waterfill_rs.hottest import Expert
 
 __all__ = ["Compared", "check_outputs", "plot", "print_sizes", "print_table", "write_json"]
 
@@ -23,7 +27,7 @@ MEANING = (
 @dataclass(frozen=True)
 class Compared:
     """A recording under one EP size and placement. ``redundant``: experts beyond one of each; ``notes``: what had to be
-    assumed, and what is left out."""
+    assumed, and what is left out; ``hottest``: the hottest experts of each phase."""
 
     recording: str
     ranks: int
@@ -32,6 +36,7 @@ class Compared:
     top_k: int
     notes: list[str]
     results: list[Result]
+    hottest: dict[str | None, list[Expert]] = field(default_factory=dict)
 
 
 def print_table(results: list[Result], title: str, unit: str = "rows") -> None:

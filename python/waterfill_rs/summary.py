@@ -10,6 +10,7 @@ from waterfill_rs.comparison import POLICIES, Result
 
 __all__ = [
     "bound",
+    "by_phase",
     "can_be_level",
     "copies",
     "gain",
@@ -32,6 +33,14 @@ def present(results: list[Result]) -> list[str]:
 def of(results: list[Result], policy: str) -> list[Result]:
     """One policy's results."""
     return [result for result in results if result.policy == policy]
+
+
+def by_phase(results: list[Result]) -> dict[str | None, list[Result]]:
+    """Prefill first."""
+    found: dict[str | None, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.phase, []).append(result)
+    return dict(sorted(found.items(), key=lambda item: item[0] != "prefill"))
 
 
 def passes(results: list[Result]) -> int:
