@@ -1,5 +1,7 @@
 """A comparison in words: what was seen, what can be levelled, and whether this package is worth turning on.
 
+The verdict is one of ``VERDICTS``.
+
 What a result counts for is its mean rank's rows, or its time where a cost model is given. In decode this package runs
 the shared expert beside dispatch, so no shared row is placed there (docs/operators.md).
 """
@@ -11,10 +13,20 @@ from collections.abc import Iterable
 from waterfill_rs.comparison import Result
 from waterfill_rs.summary import can_be_level, gain, level_share, mean, of, ratio
 
-__all__ = ["WORTH", "print_total", "print_verdict"]
+__all__ = ["VERDICTS", "WORTH", "print_total", "print_verdict", "total_gain", "verdict_of"]
 
 WORTH = 0.02
 """The part of the slowest rank's cost, over the whole recording, from which on a gain is worth turning on."""
+
+VERDICTS = ("worth turning on", "little to gain here", "place experts first")
+"""The last where shared rows can level nothing, or next to nothing: layers with less than ``WORTH`` of the cost."""
+
+
+def verdict_of(home: list[Result], part: float) -> str:
+    """Of the gain ``part``, on the recording that ``home`` is of."""
+    if level_share(home) < WORTH:
+        return VERDICTS[2]
+    return VERDICTS[part < WORTH]
 
 
 def print_verdict(results: list[Result], top_k: int, unit: str = "rows") -> None:
@@ -26,7 +38,7 @@ def print_verdict(results: list[Result], top_k: int, unit: str = "rows") -> None
         print(
             "In decode the shared expert runs beside dispatch: no shared row is placed, so there is nothing to gain\n"
             "and nothing to lose. The table is what fused shared experts would do: live counts would\n"
-            f"take {gain(home, live):.1%} off the slowest rank's {unit} there"
+            f"{_takes(gain(home, live))} the slowest rank's {unit} there"
             + (", and rows are not time: --cost-model tells." if unit == "rows" else ".")
         )
         return
@@ -38,14 +50,14 @@ def print_verdict(results: list[Result], top_k: int, unit: str = "rows") -> None
     )
     print(f"Live counts reach the optimum {_in_how_many(live)}.")
     _print_levels(home, top_k, unit)
-    own_gain = f", own counts {gain(home, own):.1%}" if own else ""
+    own_gain = f", own counts {_change(gain(home, own))}" if own else ""
     print(
-        f"Live counts take {gain(home, live):.1%} off the slowest rank's {unit}{own_gain}: "
-        f"{_worth(gain(home, live))}."
+        f"Live counts {_takes(gain(home, live))} the slowest rank's {unit}{own_gain}: "
+        f"{verdict_of(home, gain(home, live))}."
     )
     joint = of(results, "joint")
     if joint:
-        print(f"With the rows of replicas split anew too (joint) it is {gain(home, joint):.1%}.")
+        _print_joint(gain(home, joint), gain(live, joint), unit)
     if results[0].phase == "prefill":
         print(
             "This compares fused shared experts. Without Waterfill they run beside dispatch: what fusing gains or\n"
@@ -59,17 +71,35 @@ def print_total(results: list[Result], unit: str = "rows") -> None:
     phases = [[r for r in one if r.phase == "prefill"] for one in (home, live)]
     if not phases[0] or not phases[1] or len(phases[0]) == len(home):
         return
-    share = mean(phases[0]) / mean(home)
-    saved = sum(r.max for r in phases[0]) - sum(r.max for r in phases[1])
-    whole = saved / sum(r.max for r in home)
+    share, whole = mean(phases[0]) / mean(home), total_gain(home, live)
     print(
-        f"\nPrefill has {share:.1%} of the {unit} of this recording. Live counts take {whole:.1%} off the slowest rank's\n"
-        f"{unit} of prefill and decode together: {_worth(whole)}."
+        f"\nPrefill has {share:.1%} of the {unit} of this recording. Live counts {_takes(whole)} the slowest rank's\n"
+        f"{unit} of prefill and decode together: {verdict_of(phases[0], whole)}."
     )
 
 
-def _worth(part: float) -> str:
-    return "worth turning on" if part >= WORTH else "little to gain here"
+def total_gain(home: list[Result], live: list[Result]) -> float:
+    """The part of the slowest rank's cost that is gone where decode gains nothing."""
+    before, after = (sum(r.max for r in one if r.phase != "decode") for one in (home, live))
+    return (before - after) / sum(r.max for r in home)
+
+
+def _takes(part: float) -> str:
+    return f"take {part:.1%} off" if part > -0.0005 else f"add {-part:.1%} to"
+
+
+def _change(part: float) -> str:
+    return f"{abs(part):.1%}" if part > -0.0005 else f"add {-part:.1%}"
+
+
+def _print_joint(over_home: float, over_live: float, unit: str) -> None:
+    if over_live < WORTH:
+        print(f"With the rows of replicas split anew too (joint) it is {over_home:.1%}.")
+        return
+    print(
+        f"Splitting the rows of replicas anew too (joint) is far better: {over_home:.1%}, and {over_live:.1%} less {unit} than\n"
+        "live counts alone. waterfill_rs.plan(policy='joint') makes such plans; a server with this package does not."
+    )
 
 
 def _in_how_many(live: list[Result]) -> str:
