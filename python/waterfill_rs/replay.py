@@ -94,6 +94,8 @@ def _run(arguments: argparse.Namespace) -> None:
         import torch  # noqa: F401
     except ImportError as error:
         raise ValueError("replay needs torch, which reads sglang's dumps: install torch") from error
+    from waterfill_rs import replay_json
+
     unit = "rows" if arguments.cost_model == "rows" else "time"
     _check_inputs_stay(arguments)
     with _one_thread(), _no_collector():
@@ -104,7 +106,9 @@ def _run(arguments: argparse.Namespace) -> None:
         _print_notes(replayed)
         report.print_sizes(replayed, unit)
     if arguments.json:
-        _write_json(replayed, arguments.json)
+        beside = [arguments.beside] if arguments.beside else []
+        paths = [*arguments.paths, *beside]
+        replay_json.write(arguments.json, replayed, paths, arguments.cost_model)
     if arguments.plot:
         report.plot(replayed[0].results, _title(replayed[0]), arguments.plot)
 
@@ -325,20 +329,6 @@ def _print_notes(replayed: list[Compared]) -> None:
         own = [note for note in one.notes if note not in common]
         if own:
             print(f"{one.recording}, EP{one.ranks}: {' '.join(own)}")
-
-
-def _write_json(replayed: list[Compared], path: Path) -> None:
-    """One recording as an object with ``rows``; several as a list of such objects, ``compared``."""
-    if len(replayed) == 1:
-        report.write_json(path, **_as_json(replayed[0]))
-    else:
-        report.write_json(path, compared=[_as_json(one) for one in replayed])
-
-
-def _as_json(one: Compared) -> dict[str, object]:
-    fields = {name: getattr(one, name) for name in ("recording", "ranks", "experts", "redundant")}
-    rows = [result.as_json() for result in one.results]
-    return {**fields, "top_k": one.top_k, "notes": one.notes, "rows": rows}
 
 
 def _with_progress(layers: Iterator[Layer], passes: int) -> Iterator[Layer]:

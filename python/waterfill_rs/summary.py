@@ -13,6 +13,7 @@ __all__ = [
     "by_phase",
     "can_be_level",
     "copies",
+    "copies_a_token",
     "gain",
     "level_share",
     "mean",
@@ -75,12 +76,18 @@ def bound(results: list[Result]) -> tuple[float, float]:
     return least / mean(own), least / passes(own) / 1e6
 
 
-def copies(results: list[Result]) -> str:
-    """Extra copies a token, over all tokens."""
+def copies_a_token(results: list[Result]) -> float | None:
+    """Extra copies a token, over all tokens; None where they are not known."""
     known = [result for result in results if result.extra_copies is not None]
     tokens = sum(result.tokens for result in known)
     total = sum((result.extra_copies or 0) * result.tokens for result in known)
-    return f"{total / tokens:.4f}" if tokens else "not known"
+    return total / tokens if tokens else None
+
+
+def copies(results: list[Result]) -> str:
+    """``copies_a_token`` for a table."""
+    found = copies_a_token(results)
+    return "not known" if found is None else f"{found:.4f}"
 
 
 def gain(before: list[Result], after: list[Result]) -> float:
