@@ -118,7 +118,7 @@ def add_command(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     _check_shape(arguments)
-    report.check_outputs(arguments.json, None)
+    report.check_outputs(arguments.json)
     name = _gpu()
     import torch
 

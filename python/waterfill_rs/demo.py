@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import waterfill_rs
-from waterfill_rs import rank_processes, report, verdict
+from waterfill_rs import picture, rank_processes, report, verdict
 from waterfill_rs.comparison import Batch, Layer, Result, compare
 from waterfill_rs.config import PACES
 from waterfill_rs.rank_processes import Outcome, Setup
@@ -67,6 +67,7 @@ def add_command(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     report.check_outputs(arguments.json, arguments.plot)
+    picture.check(arguments.plot)
     setup = _setup(arguments)
     streams = _streams(documents(arguments.paths), setup.ranks, setup.tokens * setup.steps)
     progress = _Progress(setup.steps)
@@ -91,10 +92,7 @@ def _run(arguments: argparse.Namespace) -> None:
         rows = [result.as_json() for result in results]
         report.write_json(arguments.json, **shape, by_rank=ranks, rows=rows)
     if arguments.plot and results:
-        title = (
-            f"{setup.ranks} rank processes, {setup.tokens} tokens a rank, whole documents a rank"
-        )
-        report.plot(results, title, arguments.plot)
+        picture.plot_ranks(results, setup.tokens, arguments.plot)
     _check(ranks, setup)
 
 

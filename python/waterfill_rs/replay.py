@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from waterfill_rs import cost_models, report, summary, verdict
+from waterfill_rs import cost_models, picture, report, summary, verdict
 from waterfill_rs.comparison import POLICIES, Layer, compare
 from waterfill_rs.report import Compared
 
@@ -110,7 +110,7 @@ def _run(arguments: argparse.Namespace) -> None:
         paths = [*arguments.paths, *beside]
         replay_json.write(arguments.json, replayed, paths, arguments.cost_model)
     if arguments.plot:
-        report.plot(replayed[0].results, _title(replayed[0]), arguments.plot)
+        picture.plot_layers(replayed[0], _title(replayed[0]), unit, arguments.plot)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -129,6 +129,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.plot and several:
         raise ValueError("--plot draws one recording at one EP size: give one --ep, no --beside")
     report.check_outputs(arguments.json, arguments.plot)
+    picture.check(arguments.plot)
 
 
 def _check_inputs_stay(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""A comparison as a table, a picture and JSON."""
+"""A comparison as a table and JSON, and files that are whole or not there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from waterfill_rs.summary import bound, copies, level_share, mean, microseconds,
 if TYPE_CHECKING:
     from waterfill_rs.hottest import Expert
 
-__all__ = ["Compared", "check_outputs", "plot", "print_sizes", "print_table", "write_json"]
+__all__ = [
+    "Compared",
+    "check_outputs",
+    "most_of_usual",
+    "print_sizes",
+    "print_table",
+    "printable",
+    "whole",
+    "write_json",
+]
 
 MEANING = (
     "us a pass: the slowest rank's time, summed over layers, mean over passes. max/mean: to the mean rank's time with\n"
@@ -125,40 +134,39 @@ def _times(results: list[Result], policies: list[str]) -> str:
     return cells + f"{bound(results)[1]:>{_width('bound')}.1f}"
 
 
-def check_outputs(json_path: Path | None, plot_path: Path | None) -> None:
-    """Before hours of work: could both files be written?
+def check_outputs(*paths: Path | None) -> None:
+    """Before hours of work: could these files be written? None: it was not asked for.
 
     Raises:
-        ValueError: naming the file and what is in the way, or matplotlib that is missing.
+        ValueError: naming the file and what is in the way.
     """
-    for path in (path for path in (json_path, plot_path) if path is not None):
+    given = [path for path in paths if path is not None]
+    for path in given:
+        if sum(path.absolute() == other.absolute() for other in given) > 1:
+            raise ValueError(f"{path}: is given for two outputs: give each its own file")
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not path.name or path.is_dir():
             raise ValueError(f"{path}: cannot be written: give a file, not a folder")
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ValueError(f"{path}: cannot be written: {folder} is no folder to write in")
-    if plot_path is not None:
-        _format(plot_path)
 
 
-def _format(path: Path) -> str:
-    """The kind of picture that the file's name asks for; matplotlib made ready to draw it."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install 'waterfill-rs[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib.backend_bases import FigureCanvasBase
+def most_of_usual(parts: list[float]) -> float:
+    """Of parts of the mean: the largest that is no outlier, over four times the upper quartile. Scales end there."""
+    quartile = sorted(parts)[-(-3 * len(parts) // 4) - 1]
+    return max(part for part in parts if part <= 4 * max(quartile, 0.01))
 
-    kind = path.suffix.removeprefix(".").lower() or "png"
-    known: list[str] = sorted(FigureCanvasBase.get_supported_filetypes())
-    if kind not in known:
-        raise ValueError(f"{path}: no picture of the kind {kind!r}: give one of {', '.join(known)}")
-    return kind
+
+def printable(name: str, most: int | None = None) -> str:
+    """A name of anyone's making without control characters and lone surrogates, its middle left out where it is long."""
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    if most is None or len(safe) <= most:
+        return safe
+    return f"{safe[: most // 2 - 1]}\N{HORIZONTAL ELLIPSIS}{safe[-(most // 2) :]}"
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A file beside ``path`` that takes its place once it is written, and goes if it cannot be."""
     partial = path.with_name(path.name + ".partial")
     try:
@@ -172,48 +180,13 @@ def _whole(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def plot(results: list[Result], title: str, path: Path) -> None:
-    """A picture of max/mean by layer, mean over passes; the file is whole or not there.
-
-    Raises:
-        ValueError: without matplotlib, or naming a file that cannot be written.
-    """
-    check_outputs(None, path)
-    kind = _format(path)
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    colours = ("#888888", "#D55E00", "#CC79A7", "#E69F00", "#0072B2", "#009E73")
-    layers = sorted({result.layer for result in results})
-    for policy, colour in zip(POLICIES, colours, strict=True):
-        mine = of(results, policy)
-        if not mine:
-            continue
-        passes = [[r.max / r.mean for r in mine if r.layer == layer] for layer in layers]
-        means = [sum(one) / len(one) for one in passes]
-        axes.plot(
-            layers, means, ".-", color=colour, linewidth=1, label=f"{policy} {ratio(mine):.3f}"
-        )
-        low, high = [min(one) for one in passes], [max(one) for one in passes]
-        axes.fill_between(layers, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("slowest rank / mean rank")
-    axes.set_title(f"{title}\nline: mean over passes; band: least to most", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
-    with _whole(path) as partial:
-        figure.savefig(partial, dpi=150, format=kind)
-    pyplot.close(figure)
-    print(f"picture: {path}")
-
-
 def write_json(path: Path, **fields: object) -> None:
     """An object with these fields; the file is whole or not there.
 
     Raises:
         ValueError: naming a file that cannot be written.
     """
-    check_outputs(path, None)
+    check_outputs(path)
     text = json.dumps(fields, indent=1)
-    with _whole(path) as partial:
+    with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
