@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from waterfill_rs import cost_models, picture, report, summary, verdict
+from waterfill_rs import cost_models, page, picture, report, summary, verdict
 from waterfill_rs.comparison import POLICIES, Layer, compare
 from waterfill_rs.report import Compared
 
@@ -70,6 +70,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--cost-model", default="rows", help=cost_models.HELP)
     parser.add_argument("--json", type=Path, help="write every layer, pass and policy")
     parser.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
+    parser.add_argument(
+        "--html", type=Path, help="write a page with tables and a map of ranks by layers"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -111,6 +114,8 @@ def _run(arguments: argparse.Namespace) -> None:
         replay_json.write(arguments.json, replayed, paths, arguments.cost_model)
     if arguments.plot:
         picture.plot_layers(replayed[0], _title(replayed[0]), unit, arguments.plot)
+    if arguments.html:
+        page.write(arguments.html, [(one, _title(one)) for one in replayed], unit)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -128,7 +133,7 @@ def _check(arguments: argparse.Namespace) -> None:
     several = arguments.beside is not None or len(arguments.ep or ()) > 1
     if arguments.plot and several:
         raise ValueError("--plot draws one recording at one EP size: give one --ep, no --beside")
-    report.check_outputs(arguments.json, arguments.plot)
+    report.check_outputs(arguments.json, arguments.plot, arguments.html)
     picture.check(arguments.plot)
 
 
@@ -141,7 +146,7 @@ def _check_inputs_stay(arguments: argparse.Namespace) -> None:
     from waterfill_rs import dump_files
 
     read = [*arguments.paths, arguments.beside, arguments.placement, Path(arguments.cost_model)]
-    for name in ("json", "plot"):
+    for name in ("json", "plot", "html"):
         path = getattr(arguments, name)
         if path is not None and dump_files.is_read(path, [one for one in read if one is not None]):
             raise ValueError(
