@@ -79,3 +79,14 @@ def test_counts_have_them_too(tmp_path, capsys):
     hot = next(i for i, line in enumerate(said) if line.startswith("Hottest"))
     assert said[hot + 1].startswith("  layer 1: expert 0 on rank 0, 3.6 times")
     assert said[hot + 2].startswith("  layer 0: expert 5 on rank 1, 2.4 times")
+
+
+def test_experts_that_were_placed_anew_keep_their_logical_numbers(tmp_path, capsys):
+    path, map_file = tmp_path / "counts.json", tmp_path / "map.json"
+    path.write_text(str({"logical_count": [ROWS[1]]}).replace("'", '"'))
+    turned = list(reversed(range(len(ROWS[1]))))
+    map_file.write_text(str({"physical_to_logical_map": [turned]}).replace("'", '"'))
+    said = replay(capsys, path, "--ep", RANKS, "--top-k", TOP_K, "--placement", map_file)
+    hottest = ROWS[1].index(max(ROWS[1]))
+    place = turned.index(hottest)
+    assert any(f": expert {place} (logical {hottest}) on rank" in line for line in said), said

@@ -15,7 +15,7 @@ class Dump:
     """What all kinds have. ``mappings``: for each layer, the logical expert of each physical one, or None
     where none has replicas. ``notes``: what had to be assumed, a sentence each. ``modes``: forward pass id to
     the ``forward_mode`` of the ranks that routed anything, where they are recorded. ``summed``: each pass is a sum
-    over passes. ``places``: the recorded map ``[L, P]``, replicas or not."""
+    over passes. ``places``: where experts stand, the map ``[L, P]``, replicas or not."""
 
     ranks: int
     experts: int

@@ -303,7 +303,7 @@ def _title(replayed: Compared) -> str:
     passes = len({result.pass_id for result in replayed.results})
     redundant = f" ({replayed.redundant} redundant)" if replayed.redundant else ""
     return (
-        f"{replayed.ranks} ranks, {replayed.experts} physical experts{redundant}, top {replayed.top_k}, "
+        f"{replayed.ranks} rank{'s' * (replayed.ranks != 1)}, {replayed.experts} physical experts{redundant}, top {replayed.top_k}, "
         f"{passes} pass{'es' * (passes != 1)}"
     )
 

@@ -114,13 +114,13 @@ class Places:
                 notes.append(
                     f"The tokens of {dump.ranks} ranks are cut evenly over {ranks}, in their order."
                 )
-            return Tokens(*common, passes, modes=dump.modes)
+            return Tokens(*common, passes, modes=dump.modes, places=mapping)
         sources = {i: _logical_counts(dump, i, logical) for i in dump.passes}
         if any(len(counts) != ranks for counts in sources.values()):
             notes.append("Tokens are taken to be spread evenly over the ranks.")
             sources = {i: counts.sum(0, keepdim=True) for i, counts in sources.items()}
         counted = {i: _rows_of(counts, mapping, logical) for i, counts in sources.items()}
-        return Counts(*common, counted, modes=dump.modes, summed=dump.summed)
+        return Counts(*common, counted, modes=dump.modes, summed=dump.summed, places=mapping)
 
     def _mapping(self, ranks: int) -> Tensor:
         """``[L, P]``"""
