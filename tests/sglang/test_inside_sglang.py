@@ -126,30 +126,31 @@ class OneKernel(DeviceExchange):
         self.seen = []
 
     def expand(self, ids, weights, shared_weight):
-        self.seen.append(weights.dtype)
+        self.seen.append((ids.dtype, weights.dtype))
         where = dict(physical_experts=EXPERTS, ranks=RANKS, rank=RANK, shared_weight=shared_weight)
         return expand_topk(ids, weights, **where)
 
     def move_up(self, ids, weights=None):
-        self.seen.append(None if weights is None else weights.dtype)
+        self.seen.append((ids.dtype, None if weights is None else weights.dtype))
         return move_up(ids, physical_experts=EXPERTS, ranks=RANKS)
 
 
 def test_a_kernel_of_one_type_serves_routers_of_any(sglang):
-    """A layer gives bfloat16, another one float32, and sglang's idle ranks float32 for both."""
+    """Layers give weights of several types, sglang before 0.5.14 int64 where experts are placed; idle ranks int32 and float32."""
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
     layer = hash_layer(sglang)
     prepare(sglang, layer)
     balancer = layer.waterfill_balancer
     balancer.exchange = OneKernel()
-    ids = torch.arange(6, dtype=torch.int32)[None]
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        weights = torch.rand(1, 6).to(dtype)
-        expanded = balancer.expand_topk(StandardTopKOutput(weights, ids, None), 1)
-        assert torch.equal(expanded.topk_weights[:, :6], weights)
+        for width in (torch.int32, torch.int64):
+            ids, weights = torch.arange(6, dtype=width)[None], torch.rand(1, 6).to(dtype)
+            expanded = balancer.expand_topk(StandardTopKOutput(weights, ids, None), 1)
+            assert torch.equal(expanded.topk_weights[:, :6], weights)
+            assert expanded.topk_ids.dtype == width and expanded.topk_weights.dtype == dtype
     layer.empty_topk_output(torch.device("cpu"))
-    assert balancer.exchange.seen == [torch.float32] * 4
+    assert set(balancer.exchange.seen) == {(torch.int32, torch.float32)}
 
 
 @pytest.mark.parametrize("exchange", [None, OneKernel])
@@ -163,10 +164,12 @@ def test_an_overlapped_batch_keeps_its_weights(sglang, exchange):
     balancer.overlap = types.SimpleNamespace(runs=True)
     if exchange:
         balancer.exchange = exchange()
-    ids, weights = torch.arange(6, dtype=torch.int32)[None], torch.rand(1, 6).half()
-    moved = balancer.expand_topk(StandardTopKOutput(weights, ids, None), 1)
-    assert moved.topk_ids.shape == (1, 6) and moved.topk_weights is weights
-    assert exchange is None or balancer.exchange.seen == [None]
+    weights = torch.rand(1, 6).half()
+    for width in (torch.int32, torch.int64):
+        ids = torch.arange(6, dtype=width)[None]
+        moved = balancer.expand_topk(StandardTopKOutput(weights, ids, None), 1)
+        assert moved.topk_ids.shape == (1, 6) and moved.topk_weights is weights
+    assert exchange is None or balancer.exchange.seen == [(torch.int32, None)] * 2
 
 
 def test_experts_that_do_not_divide_are_refused_with_the_numbers(sglang):

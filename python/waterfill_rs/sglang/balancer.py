@@ -85,7 +85,8 @@ class WaterfillBalancer:
     ) -> StandardTopKOutput:
         """``[N, K]`` to ``[N, K + 1]``; ``num_tokens`` is N, 0 on an idle rank. ``is_decode`` changes nothing.
 
-        Weights may be of any float type, and come back in it. Those of double precision are rounded to float32.
+        Ids may be int32 or int64 and weights of any float type. They come back in it, by way of int32 and float32: weights of
+        double precision are rounded.
 
         Where the layer runs its shared expert unfused: ids int64 ``[N, K]`` in the same places, and the weights as given.
         """
@@ -96,11 +97,13 @@ class WaterfillBalancer:
             )
         if self.exchange is None:
             _tell_not_joined()
-        ids, given = topk_ids.contiguous(), topk_output.topk_weights.contiguous()
+        # A kernel is of one type of ids and of weights, and batches are not: idle ranks give int32 and float32 always.
+        # Beside them sglang before 0.5.14 gives int64 where it places experts, and a router may give weights of any type.
+        ids = topk_ids.to(torch.int32).contiguous()
+        given = topk_output.topk_weights.contiguous()
         if self.overlap is not None and self.overlap.runs:
             return self._expanded(topk_output, self._moved_up(ids), given)
-        # A kernel is of one type, and layers are not: sglang's idle ranks give float32 beside a router of another type.
-        routed = ids, given if given.dtype is torch.float32 else given.float()
+        routed = ids, given.float()
         if isinstance(self.exchange, DeviceExchange):
             wide, weights = self.exchange.expand(*routed, self.shared_weight)
         else:
@@ -112,7 +115,7 @@ class WaterfillBalancer:
                 shared_weight=self.shared_weight,
                 exchange=self.exchange,
             )
-        return self._expanded(topk_output, wide, weights.to(given.dtype))
+        return self._expanded(topk_output, wide.to(topk_ids.dtype), weights.to(given.dtype))
 
     def _moved_up(self, ids: Any) -> Any:
         if isinstance(self.exchange, DeviceExchange):
