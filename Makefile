@@ -12,6 +12,8 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -
 
 # The tools of .venv-packages, in front of others.
 PACKAGES := VIRTUAL_ENV=$(CURDIR)/.venv-packages PATH=$(CURDIR)/.venv-packages/bin:$$PATH
+# Messages of a panic name source files. What is published names none of the machine that built it.
+REMAPPED := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=cargo --remap-path-prefix=$(CURDIR)=waterfill-rs
 EMULATOR := $(CURDIR)/target/emulator/qemu-aarch64
 # What qemu-user has not: ptrace, limits of address space, and /proc's view of a thread.
 NOT_EMULATED := killed_at_any_system_call limits_of_the_process the_planners_thread_takes_no_signal dropping_it_ends_the_thread
@@ -125,7 +127,7 @@ wheels: sdist ## the same, and built from it: wheels for x86_64 and aarch64, gli
 	@rm -rf target/sdist && mkdir -p target/sdist
 	@tar --extract --touch --strip-components 1 --directory target/sdist --file dist/release/waterfill_rs-*.tar.gz
 	@for each in $(ARCHITECTURES); do echo "== wheel for $$each"; tests/packages/rust_target.sh $$each; \
-	  (cd target/sdist && $(PACKAGES) maturin build --release --locked --quiet --zig --compatibility manylinux_2_28 \
+	  (cd target/sdist && $(PACKAGES) RUSTFLAGS="$(REMAPPED)" maturin build --release --locked --quiet --zig --compatibility manylinux_2_28 \
 	  --target $$each-unknown-linux-gnu --target-dir $(CURDIR)/target --out $(CURDIR)/dist/release); done
 clean: ## remove what was built
 	rm -rf .venv .venv-packages .venv-versions target dist out python/waterfill_rs/_native*.so

@@ -1,11 +1,13 @@
 """Each wheel runs where its name says: machine, glibc, shared libraries, instructions."""
 
 import email
+import os
 import re
 import zipfile
+from pathlib import Path
 
 import pytest
-from release import ARCHITECTURES, VERSION, output, wheel
+from release import ARCHITECTURES, ROOT, VERSION, output, wheel
 
 LIBRARIES = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "libgcc_s.so.1"}
 LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
@@ -41,6 +43,13 @@ def test_library_needs_nothing_but_glibc(architecture, library):
     needed = re.findall(r"NEEDED.*\[(.+)\]", output("readelf", "-dW", library))
     assert needed and set(needed) <= LIBRARIES | {LOADERS[architecture]}, needed
     assert "RUNPATH" not in output("readelf", "-dW", library)
+
+
+def test_library_names_no_folder_of_the_machine_that_built_it(library):
+    code = Path(library).read_bytes()
+    cargo = Path(os.environ.get("CARGO_HOME", Path.home() / ".cargo"))
+    assert b"cargo/registry/src/" in code
+    assert [folder for folder in (cargo, ROOT) if bytes(folder) in code] == []
 
 
 def test_pages_are_as_large_as_the_kernels_of_the_machine_have_them(architecture, library):
