@@ -144,9 +144,11 @@ def test_variables():
     off = {"WATERFILL_RS": "off"}
     check(checks.variables(off), "warn", "sglang is left as it is")
     required = off | {"WATERFILL_RS_REQUIRE": "1"}
-    check(checks.variables(required), "warn", "as it is, and nothing is required")
+    check(checks.variables(required), "warn", "as it is, and the requirement changes nothing")
     before = {"WATERFILL_RS_TIMEOUT_US": "500"}
     check(checks.variables(before), "warn", "at most 500 us", "unset WATERFILL_RS_TIMEOUT_US")
+    check(checks.variables(before | off), "warn", "sglang is left as it is", "unset WATERFILL_RS")
+    check(checks.variables({"WATERFILL_RS_PLANNER": "spin:9"}), "ok", "planner spin:9")
     check(checks.variables({"WATERFILL_RS_REQUIRE": "1"}), "ok", "required")
 
 

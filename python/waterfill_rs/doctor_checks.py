@@ -226,19 +226,22 @@ def variables(environment: Mapping[str, str]) -> Finding:
             advice = f"did you mean {meant[0]}?" if meant else f"there are {', '.join(VARIABLES)}"
             return Finding("variables", "warn", f"{name} is none of ours and does nothing", advice)
     board = config.board
+    planner = board.pace if board.core is None else f"{board.pace}:{board.core}"
     text = (
         f"{config.backend}{', required' if config.required else ''}, exchange {config.exchange}, "
-        f"a layer waits at most {board.cap_us} us, planner {board.pace}, shared experts {config.shared}"
+        f"a layer waits at most {board.cap_us} us, planner {planner}, shared experts {config.shared}"
     )
+    if not config.enabled:
+        left = "sglang is left as it is" + (
+            ", and the requirement changes nothing" if config.required else ""
+        )
+        return Finding("variables", "warn", f"{text}: {left}", f"unset {BACKEND_VARIABLE}")
     if (refusal := _against_machine(config)) is not None:
         advice = f"give a file of waterfill-rs calibrate --json, or unset {MACHINE_VARIABLE}: the server stops"
         return Finding("variables", "fail", f"{text}; {refusal}", advice)
     if board.cap_us < LEAST_CAP_US:
         advice = f"unset {TIMEOUT_VARIABLE}: ranks of a prefill are a millisecond apart, and then no rank has a live plan"
         return Finding("variables", "warn", text, advice)
-    if not config.enabled:
-        left = "sglang is left as it is" + (", and nothing is required" if config.required else "")
-        return Finding("variables", "warn", f"{text}: {left}", f"unset {BACKEND_VARIABLE}")
     return Finding("variables", "ok", text)
 
 
