@@ -131,6 +131,8 @@ def test_above_one_and_one_kth_experts_must_be_placed_first(tmp_path, capsys):
         "For 50.0% of the rows routed max/mean is above 1 + 1/4 = 1.250: place experts first"
         in said
     )
+    # The demo says it too, and has no such options.
+    assert "waterfill-rs replay --redundant" in said
     _, said = replay(tmp_path / "served", capsys, "--least-tokens", "800")
     assert "2 passes" in said
     record(tmp_path / "served", {7: passes[7]})

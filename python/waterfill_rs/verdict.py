@@ -130,7 +130,7 @@ def _print_levels(home: list[Result], top_k: int, unit: str) -> None:
         )
         print(
             f"For {1 - level_share(home):.1%} of the {unit} {above}: place experts first\n"
-            "(redundant experts, EPLB: --redundant and --placement tell what they would do)."
+            "(redundant experts, EPLB: waterfill-rs replay --redundant and --placement tell what they would do)."
         )
 
 
