@@ -98,3 +98,25 @@ def test_several_ep_sizes_have_a_table_of_microseconds(folder, capsys):
             f"{total(live, 'max') / 2e6:.1f}",
             f"{total(live, 'optimum') / 2e6:.1f}",
         ]
+
+
+@pytest.mark.parametrize("mapping", [None, [0, 1, 2, 0]])
+def test_each_rank_may_have_one_expert(tmp_path, capsys, mapping):
+    path = tmp_path / "counts.json"
+    counts = [400, 16, 24, 8] if mapping is None else [400, 16, 24]
+    content = {"logical_count": [counts]}
+    if mapping:
+        content["physical_to_logical_map"] = [mapping]
+    path.write_text(json.dumps(content))
+    options = ("--ep", "4", "--top-k", "2", "--cost-model", ROOFLINE)
+    rows, _ = replay(path, capsys, *options)
+    routed = [200, 16, 24, 200] if mapping else counts
+    tokens = sum(counts) // 2 // 4
+
+    def us(rows):
+        return max(2, 0.8 * -(-rows // 8)) if rows else 0
+
+    home = [round(1e6 * (us(own) + us(tokens))) for own in routed]
+    assert rows["home"][0]["loads"] == home
+    assert rows["live"][0]["max"] == rows["live"][0]["optimum"] < max(home)
+    assert ("joint" in rows) == (mapping is not None)

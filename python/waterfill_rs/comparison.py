@@ -132,7 +132,12 @@ def compare(
     ranks = len(layer.tokens)
     visits = [visit for batch in layer.batches or () for visit in batch.visits]
     live = waterfill_rs.plan(
-        layer.routed, layer.tokens, ranks=ranks, visits=visits or None, cost_model=model
+        layer.routed,
+        layer.tokens,
+        ranks=ranks,
+        physical_experts=len(layer.routed),
+        visits=visits or None,
+        cost_model=model,
     )
     found = {
         policy: _choose(layer, policy, live, model) for policy in POLICIES if policy in policies
@@ -185,6 +190,7 @@ def _choose(layer: Layer, policy: str, live: waterfill_rs.Plan, model: CostModel
             layer.routed,
             layer.tokens,
             ranks=ranks,
+            physical_experts=len(layer.routed),
             physical_to_logical=layer.mapping,
             cost_model=model,
             policy="joint",
