@@ -124,6 +124,40 @@ fn costs_that_sums_could_not_hold_are_refused_with_the_number() {
     assert!(matches!(level, Err(Error::TooLarge { .. })));
 }
 
+#[test]
+fn costs_are_those_of_a_layer_in_which_every_rank_has_as_much() {
+    let placement = Placement::contiguous(2, 2).unwrap();
+    let refused = |row_us| {
+        let cost = CostModel::Roofline(Roofline::new(0.0, row_us, 1).unwrap());
+        let (routed, visits) = (&[1, 0], &[0; 2]);
+        let own =
+            OwnCounts { placement: &placement, cost: &cost, source: 0, routed, visits, tokens: 1 };
+        OwnPlanner::new().plan(&own, &mut [0; 2]).is_err()
+    };
+    // One routed and one shared row a rank: an expert may have 2 rows, and a rank 4.
+    assert!(refused(4.6e9 / 6.0) && !refused(4.5e9 / 6.0));
+}
+
+#[test]
+fn tokens_that_visit_nowhere_and_find_no_room_of_their_rank_are_placed() {
+    let models = [COST, CostModel::Roofline(Roofline::new(0.0, 1.0, 1).unwrap())];
+    let mut draws = Draws(3);
+    for cost in &models {
+        for _ in 0..2000 {
+            let ranks = 2 + draws.below(7) as usize;
+            let placement = Placement::contiguous(ranks, ranks).unwrap();
+            let routed: Vec<u32> = (0..ranks).map(|_| draws.below(9) as u32).collect();
+            let (source, tokens) = (draws.below(ranks as u64) as usize, draws.below(4) as u32);
+            let visits = &vec![0; ranks];
+            let own =
+                OwnCounts { placement: &placement, cost, source, routed: &routed, visits, tokens };
+            let mut quotas = vec![0; ranks];
+            OwnPlanner::new().plan(&own, &mut quotas).unwrap();
+            assert_eq!(quotas.iter().sum::<u32>(), tokens, "{routed:?} from {source}, {cost:?}");
+        }
+    }
+}
+
 /// Draws in order, the same every time.
 struct Draws(u64);
 
@@ -208,6 +242,48 @@ fn whatever_rows_cost_own_counts_are_no_worse_than_home_over_many_layers() {
                 own as f64 / home as f64
             );
             assert!(own <= home, "EP{ranks}, {tokens} tokens, {cost:?}: {own} > {home}");
+        }
+    }
+}
+
+#[test]
+fn whatever_rows_cost_every_token_is_placed_at_the_most_that_counts_and_costs_hold() {
+    let roofline = |w, row, tile| CostModel::Roofline(Roofline::new(w, row, tile).unwrap());
+    let table = |points: &[(u64, f64)]| CostModel::Table(Table::new(points).unwrap());
+    let models = [
+        roofline(0.0, 0.0004, 1),
+        roofline(1000.0, 0.0004, 65536),
+        table(&[(1, 0.0001), (u64::from(u32::MAX), 1e6)]),
+        table(&[(u64::from(u32::MAX), 1.0)]),
+    ];
+    let mut draws = Draws(11);
+    let mut planner = OwnPlanner::new();
+    for ranks in [1, 3, 8, 1024] {
+        let placement = Placement::contiguous(ranks, ranks).unwrap();
+        for cost in &models {
+            for skew in [1, 2, 1 << 31] {
+                let most = u64::from(u32::MAX) / ranks as u64;
+                let mut routed: Vec<u32> =
+                    (0..ranks).map(|_| (draws.below(most + 1) / skew) as u32).collect();
+                routed[draws.below(ranks as u64) as usize] = most as u32;
+                let visits: Vec<u32> = (0..ranks).map(|_| draws.below(1 << 32) as u32).collect();
+                let source = draws.below(ranks as u64) as usize;
+                let tokens = u32::MAX;
+                let own = OwnCounts {
+                    placement: &placement,
+                    cost,
+                    source,
+                    routed: &routed,
+                    visits: &visits,
+                    tokens,
+                };
+                let (mut quotas, mut again) = (vec![7; ranks], vec![7; ranks]);
+                planner.plan(&own, &mut quotas).unwrap();
+                OwnPlanner::new().plan(&own, &mut again).unwrap();
+                assert_eq!(quotas, again, "a planner that was used before plans the same");
+                let sum: u64 = quotas.iter().map(|&quota| u64::from(quota)).sum();
+                assert_eq!(sum, u64::from(tokens), "{ranks} ranks, {cost:?}, skew {skew}");
+            }
         }
     }
 }
