@@ -76,3 +76,22 @@ def test_sizes_and_counts_that_they_do_not_take_are_told(tmp_path, capsys):
     path.write_text(json.dumps({"logical_count": [[9] * EXPERTS]}))
     _, said = replay(path, capsys, "--ep", "4", "--top-k", "3")
     assert "sglang-dynamic is left out: this dump holds counts, not tokens." in said
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["joint"], "EP4: joint is left out: no expert of this dump has replicas."),
+        (
+            ["sglang-dynamic", "--ep", "2,3"],
+            "EP3: sglang-dynamic is left out: its kernel does not take 3 ranks.",
+        ),
+    ],
+)
+def test_where_no_policy_is_left_the_error_says_which_recording_and_why(
+    options, words, tmp_path, capsys
+):
+    record(tmp_path / "recorded", (100, 100, 100, 100))
+    assert main(["replay", str(tmp_path / "recorded"), "--policy", *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"waterfill-rs: recorded, {words} No --policy is left."

@@ -190,11 +190,11 @@ def _replay(arguments: argparse.Namespace) -> Iterator[Compared]:
         chosen = _chosen(recorded, found, arguments)
         layers = _with_progress(recorded_layers.layers(dump, policies, chosen), len(chosen))
         results = [result for layer in layers for result in compare(layer, policies, cost_model)]
+        left_out = list(recorded_layers.left_out({r.policy for r in results}, policies, dump))
         if not results:
-            raise ValueError(f"{', '.join(policies)}: this dump does not hold what that needs")
+            raise ValueError(f"{name}, EP{dump.ranks}: {' '.join(left_out)} No --policy is left.")
         redundant = 0 if dump.mappings is None else dump.experts - max(dump.mappings[0]) - 1
         shape = (dump.ranks, dump.experts, redundant, dump.top_k)
-        left_out = recorded_layers.left_out({r.policy for r in results}, policies, dump)
         notes = [*left_out, *dump.notes, note]
         hot = {
             phase: hottest.hottest(dump, own) for phase, own in summary.by_phase(results).items()
