@@ -107,3 +107,13 @@ def test_replicas_have_their_logical_ids(tmp_path, capsys):
     hot = {one["physical"]: one for one in found["summary"]["phases"][0]["hottest"]}
     assert hot[EXPERTS - 1]["logical"] == 0 and hot[EXPERTS - 1]["rank"] == RANKS - 1
     assert all(one["logical"] == number for number, one in hot.items() if number < EXPERTS - 1)
+
+
+def test_each_row_is_one_line(served, tmp_path):  # noqa: F811
+    out = tmp_path / "out.json"
+    for options in ([], ["--ep", "2,4"]):
+        assert main(["replay", str(served), "--json", str(out), *options]) == 0
+        found = json.loads(out.read_text())
+        rows = [row for one in found.get("compared", [found]) for row in one["rows"]]
+        lines = [line.rstrip(",") for line in out.read_text().splitlines()]
+        assert [json.loads(line) for line in lines if line.startswith('{"layer"')] == rows

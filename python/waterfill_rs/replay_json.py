@@ -46,7 +46,7 @@ def _object(one: Compared, timed: bool) -> dict[str, object]:
         "top_k": one.top_k,
         "notes": one.notes,
         "summary": {"phases": phases, **_gained(one.results)},
-        "rows": [result.as_json() for result in one.results],
+        "rows": (result.as_json() for result in one.results),
     }
 
 
