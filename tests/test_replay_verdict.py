@@ -70,3 +70,18 @@ def test_what_is_worse_than_home_adds_and_takes_nothing_off(capsys):
     assert "Live counts add 1.0% to the slowest rank's rows: little" in capsys.readouterr().out
     print_verdict([result("home", 200), result("live", 200)], TOP_K)
     assert "Live counts take 0.0% off" in capsys.readouterr().out
+
+
+def test_a_slowest_rank_below_the_mean_of_home_is_said_to_be_below(tmp_path, capsys):
+    # Any expert with rows takes 2 us. Three ranks have four such and the last has three. At home a shared one is beside them:
+    # 10, 10, 10 and 8, of which the mean is 9.5. All shared rows on the last rank: 8 each.
+    tokens = [[first, 4 + first, 8 + first, 12 + first] for first in range(3)] + [[3, 7, 11, 0]]
+    folder = record(tmp_path / "served", {7: [(PREFILL, tokens)] * RANKS})
+    page = tmp_path / "page.html"
+    _, said = replay(folder, capsys, "--cost-model", "roofline:2,0.1,8", "--html", str(page))
+    above, below = f"{10 / 9.5 - 1:.1%}", f"{1 - 8 / 9.5:.1%}"
+    assert f"The slowest rank is {above} above the mean with shared experts at home,\n" in said
+    assert f" {below} below it from live counts, weighted by time." in said
+    text = page.read_text()
+    assert f"at home: the slowest rank is {above} above the mean<" in text
+    assert f"live plan: the slowest rank is {below} below the mean<" in text

@@ -106,7 +106,8 @@ def _maps(results: list[Result], unit: str) -> Iterator[str]:
     maps = []
     for policy in policies:
         mine = summary.of(results, policy)
-        above = f"the slowest rank is {summary.ratio(mine) - 1:.1%} above the mean"
-        maps.append(HeatMap.of(f"{_MAPS.get(policy, policy)}: {above}", mine))
+        part = summary.ratio(mine) - 1
+        off = f"{abs(part):.1%} {'above' if part > -0.0005 else 'below'} the mean"
+        maps.append(HeatMap.of(f"{_MAPS.get(policy, policy)}: the slowest rank is {off}", mine))
     yield "<p>Each rank's load over the mean rank's, by layer, over all passes. Point at a cell for its numbers.</p>"
     yield from heat_map.draw(maps, unit)

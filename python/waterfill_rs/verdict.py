@@ -43,10 +43,10 @@ def print_verdict(results: list[Result], top_k: int, unit: str = "rows") -> None
         )
         return
     own = of(results, "own-counts")
-    from_own = f"{ratio(own) - 1:.1%} from own counts, " if own else ""
+    from_own = f"{_off_mean(own)} from own counts, " if own else ""
     print(
         f"The slowest rank is {ratio(home) - 1:.1%} above the mean with shared experts at home,\n"
-        f"{from_own}{ratio(live) - 1:.1%} from live counts, weighted by {unit}."
+        f"{from_own}{_off_mean(live)} from live counts, weighted by {unit}."
     )
     print(f"Live counts reach the optimum {_in_how_many(live)}.")
     _print_levels(home, top_k, unit)
@@ -82,6 +82,12 @@ def total_gain(home: list[Result], live: list[Result]) -> float:
     """The part of the slowest rank's cost that is gone where decode gains nothing."""
     before, after = (sum(r.max for r in one if r.phase != "decode") for one in (home, live))
     return (before - after) / sum(r.max for r in home)
+
+
+def _off_mean(results: list[Result]) -> str:
+    """How far the slowest rank is above the mean of home, or, where shared rows that are together take less time, below."""
+    part = ratio(results) - 1
+    return f"{abs(part):.1%}" if part > -0.0005 else f"{-part:.1%} below it"
 
 
 def _takes(part: float) -> str:
