@@ -185,6 +185,21 @@ def test_without_modes_the_size_tells(field, tmp_path, capsys):
     assert "by size in 2 of 2 passes" in said and "more than 128 tokens" in said
 
 
+def test_tokens_are_counted_wherever_their_ids_are(tmp_path, capsys):
+    tokens = [[-1, 4, 8, 12] for _ in range(129)]
+    passes = {3: [(None, tokens), *[(None, LEVEL[:9])] * (RANKS - 1)]}
+    rows, _ = replay(record(tmp_path / "served", passes), capsys, "--least-tokens", "156")
+    assert {(row["phase"], row["tokens"]) for row in rows} == {("prefill", 156)}
+
+
+def test_what_if_tokens_of_one_rank_were_on_several_they_keep_their_phase(tmp_path, capsys):
+    folder = record(tmp_path / "served", {3: [(None, LEVEL[:200])] * RANKS})
+    for rank in range(1, RANKS):
+        (folder / f"{rank}.pt").unlink()
+    rows, _ = replay(folder, capsys, "--ep", "4", "--placement", "trivial")
+    assert {row["phase"] for row in rows} == {"prefill"}
+
+
 @pytest.mark.parametrize(
     "modes, tokens, phase",
     [

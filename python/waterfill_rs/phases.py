@@ -66,4 +66,4 @@ def _recorded(modes: Sequence[int]) -> str | None:
 
 def _with_ids(ids: Tensor) -> int:
     """Of ``[L, tokens, K]``: rows with an id, in the layer that has most."""
-    return int((ids[:, :, :1] >= 0).sum(dim=(1, 2)).max()) if ids.numel() else 0
+    return int((ids >= 0).any(dim=2).sum(dim=1).max()) if ids.numel() else 0

@@ -247,7 +247,8 @@ def _placed(
     for ranks in sizes:
         placed = places.over(ranks)
         # Counts over all ranks do not tell their server's EP size, so it is taken to be the one asked for.
-        yield placed if dump.ranks == 1 else dump, placed
+        sized = isinstance(dump, dumps.Counts) and dump.ranks == 1
+        yield placed if sized else dump, placed
 
 
 def _dividing(places: Places, sizes: list[int]) -> tuple[list[int], list[str]]:
