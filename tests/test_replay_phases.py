@@ -156,6 +156,8 @@ def test_weights_are_times_where_a_cost_model_is_given(served, capsys):
 @pytest.mark.parametrize("mode, kept", [("prefill", 2), ("decode", 40), ("all", 42)])
 def test_one_phase_alone(served, capsys, mode, kept):
     rows, said = replay(served, capsys, "--forward-mode", mode)
+    note = f"\n{42 - kept} of 42 passes are left out: --forward-mode {mode}, --least-tokens 0.\n"
+    assert (note in said) == (mode != "all")
     assert len({row["pass"] for row in rows}) == kept and f", {kept} passes\n" in said
     assert ("\nprefill: " in said, "\ndecode: " in said) == (mode != "decode", mode != "prefill")
     assert ("Prefill has" in said) == (mode == "all")

@@ -195,6 +195,11 @@ def _replay(arguments: argparse.Namespace) -> Iterator[Compared]:
             raise ValueError(f"{name}, EP{dump.ranks}: {' '.join(left_out)} No --policy is left.")
         redundant = 0 if dump.mappings is None else dump.experts - max(dump.mappings[0]) - 1
         shape = (dump.ranks, dump.experts, redundant, dump.top_k)
+        if len(chosen) < len(found):
+            left_out.append(
+                f"{len(found) - len(chosen)} of {len(found)} passes are left out: --forward-mode {arguments.forward_mode}, "
+                f"--least-tokens {arguments.least_tokens}."
+            )
         notes = [*left_out, *dump.notes, note]
         hot = {
             phase: hottest.hottest(dump, own) for phase, own in summary.by_phase(results).items()
