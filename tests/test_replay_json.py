@@ -1,6 +1,8 @@
 """The replay's JSON: what was read and assumed, and a summary that a plain computation over its rows gives too."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from test_replay_phases import PREFILL, record, served  # noqa: F401
 
 import waterfill_rs
 from waterfill_rs.cli import main
+from waterfill_rs.comparison import POLICIES
 
 ROOFLINE = "roofline:2,0.1,8"
 
@@ -117,3 +120,19 @@ def test_each_row_is_one_line(served, tmp_path):  # noqa: F811
         rows = [row for one in found.get("compared", [found]) for row in one["rows"]]
         lines = [line.rstrip(",") for line in out.read_text().splitlines()]
         assert [json.loads(line) for line in lines if line.startswith('{"layer"')] == rows
+
+
+def keys(value):
+    """All keys in it, but policies."""
+    if isinstance(value, dict):
+        return {key for key in value if key not in POLICIES}.union(*map(keys, value.values()))
+    return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+
+def test_the_docs_name_each_key(served, capsys):  # noqa: F811
+    text = (Path(__file__).parents[1] / "docs" / "replay.md").read_text()
+    named = set(re.findall("`([a-z_]+)`", text.rsplit("## Files", 1)[1]))
+    found = keys(replay(served, capsys, "--cost-model", ROOFLINE)[0])
+    found |= keys(replay(served, capsys, "--ep", "2,4")[0])
+    values = {"rows", "picoseconds", "prefill", "decode", "null"} | set(POLICIES)
+    assert named - values == found - values
