@@ -100,7 +100,8 @@ def _expert(dump: Tokens | Counts, layer: int, expert: int, rows: Tensor, times:
 def _routed(dump: Tokens | Counts, passes: list[int]) -> Tensor:
     """``[L, P]`` int64: each physical expert's rows over these passes and all ranks."""
     if isinstance(dump, Counts):
-        return torch.stack([dump.passes[i].sum(0, dtype=torch.int64) for i in passes]).sum(0)
+        first, *others = (dump.passes[i].sum(0, dtype=torch.int64) for i in passes)
+        return sum(others, first)
     layers = dump.passes[passes[0]][0].shape[0]
     rows = torch.zeros(layers, dump.experts + 1, dtype=torch.int64)
     one = torch.ones(1, dtype=torch.int64)
