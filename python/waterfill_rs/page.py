@@ -68,8 +68,7 @@ def _recording(one: Compared, unit: str) -> Iterator[str]:
     from waterfill_rs import hottest
 
     for phase, results in summary.by_phase(one.results).items():
-        passes = summary.passes(results)
-        yield f"<h3>{phase or 'all'}: {passes} pass{'es' * (passes != 1)}</h3>"
+        yield f"<h3>{summary.heading(phase, results)}</h3>"
         yield _table(report.print_table, results, f"weighted by {unit}", unit)
         yield _table(hottest.print_hottest, results, one.hottest.get(phase, []))
         yield _words(verdict.print_verdict, results, one.top_k, unit)

@@ -71,9 +71,8 @@ def draw_layers(figure: Figure, one: Compared, title: str, unit: str) -> None:
     grid = figure.subplots(2, len(phases), sharex="col", squeeze=False, height_ratios=(3, 1))
     figure.suptitle(f"{printable(one.recording, 80)}\n{title}", fontsize=11, parse_math=False)
     for column, (phase, results) in enumerate(phases.items()):
-        passes = summary.passes(results)
-        bands = "es; line: all of them, band: least to most" if passes > 1 else ""
-        _draw_policies(grid[0][column], results, f"{phase or 'all'}: {passes} pass{bands}")
+        bands = "; line: all of them, band: least to most" * (summary.passes(results) > 1)
+        _draw_policies(grid[0][column], results, summary.heading(phase, results) + bands)
         _draw_routed(grid[1][column], results, one.top_k, unit)
 
 

@@ -306,11 +306,10 @@ def _chosen(
 
 
 def _title(replayed: Compared) -> str:
-    passes = len({result.pass_id for result in replayed.results})
     redundant = f" ({replayed.redundant} redundant)" if replayed.redundant else ""
     return (
         f"{replayed.ranks} rank{'s' * (replayed.ranks != 1)}, {replayed.experts} physical experts{redundant}, top {replayed.top_k}, "
-        f"{passes} pass{'es' * (passes != 1)}"
+        f"{summary.passes_in_words(replayed.results)}"
     )
 
 
@@ -320,10 +319,8 @@ def _print_one(replayed: Compared, unit: str) -> None:
 
     print(_title(replayed))
     for phase, results in summary.by_phase(replayed.results).items():
-        passes = summary.passes(results)
         print()
-        title = f"{phase or 'all'}: {passes} pass{'es' * (passes != 1)}"
-        report.print_table(results, title, unit)
+        report.print_table(results, summary.heading(phase, results), unit)
         hottest.print_hottest(results, replayed.hottest.get(phase, []))
         verdict.print_verdict(results, replayed.top_k, unit)
     verdict.print_total(replayed.results, unit)

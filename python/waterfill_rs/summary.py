@@ -15,11 +15,13 @@ __all__ = [
     "copies",
     "copies_a_token",
     "gain",
+    "heading",
     "level_share",
     "mean",
     "microseconds",
     "of",
     "passes",
+    "passes_in_words",
     "present",
     "ratio",
 ]
@@ -47,6 +49,17 @@ def by_phase(results: list[Result]) -> dict[str | None, list[Result]]:
 def passes(results: list[Result]) -> int:
     """How many passes they are of."""
     return len({result.pass_id for result in results})
+
+
+def passes_in_words(results: list[Result]) -> str:
+    """``3 passes``."""
+    number = passes(results)
+    return f"{number} pass{'es' * (number != 1)}"
+
+
+def heading(phase: str | None, results: list[Result]) -> str:
+    """``prefill: 3 passes``."""
+    return f"{phase or 'all'}: {passes_in_words(results)}"
 
 
 def mean(results: list[Result]) -> float:

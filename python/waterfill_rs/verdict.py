@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from waterfill_rs.comparison import Result
-from waterfill_rs.summary import can_be_level, gain, level_share, mean, of, ratio
+from waterfill_rs.summary import (
+    can_be_level,
+    gain,
+    level_share,
+    mean,
+    of,
+    passes_in_words,
+    ratio,
+)
 
 __all__ = ["VERDICTS", "WORTH", "print_total", "print_verdict", "total_gain", "verdict_of"]
 
@@ -110,8 +118,8 @@ def _print_joint(over_home: float, over_live: float, unit: str) -> None:
 
 def _in_how_many(live: list[Result]) -> str:
     met = sum(result.max == result.optimum for result in live)
-    layers, passes = len({r.layer for r in live}), len({r.pass_id for r in live})
-    shape = f"{layers} layer{'s' * (layers != 1)}, {passes} pass{'es' * (passes != 1)}"
+    layers = len({r.layer for r in live})
+    shape = f"{layers} layer{'s' * (layers != 1)}, {passes_in_words(live)}"
     if met == len(live):
         return f"in every layer of every pass ({shape})"
     return f"in {met} of {len(live)} runs of a layer ({shape})"
