@@ -290,6 +290,15 @@ def test_another_ep_size_does_not_make_a_decode_pass_a_prefill(tmp_path):
     assert {row["phase"] for one in found for row in one["rows"].values()} == {"decode"}
 
 
+def test_json_text_beside_json_text_is_not_its_own_name(capsys):
+    texts = [json.dumps({"logical_count": [[9, 8, 7, more]]}) for more in (6, 5)]
+    options = ["--ep", "2", "--top-k", "2"]
+    assert main(["replay", texts[0], "--beside", texts[1], *options]) == 0
+    said = capsys.readouterr().out
+    assert "\nthe JSON text  " in said and "\nthe JSON text (--beside)  " in said
+    assert "logical_count" not in said
+
+
 def test_two_recordings_beside_each_other(tokens, tmp_path, capsys):
     def one_pass(rank):
         content = dump(rank)

@@ -60,7 +60,7 @@ def _page(replayed: list[tuple[Compared, str]], unit: str) -> Iterator[str]:
 
 
 def _name(one: Compared) -> str:
-    """JSON text that was given as a recording is its own name, and long."""
+    """The names of folders may be long."""
     return printable(one.recording, 120)
 
 

@@ -212,15 +212,25 @@ def _dumps(
 ) -> Iterator[tuple[str, Tokens | Counts, Tokens | Counts]]:
     """Names, recordings as their servers ran, and with their experts placed as was asked for."""
     both = [arguments.paths, *([[arguments.beside]] if arguments.beside else [])]
-    names = [_name(paths[0]) for paths in both]
-    if len(set(names)) < len(names):
-        names = [str(paths[0]) for paths in both]
+    names = _names([paths[0] for paths in both])
     for number, (name, paths) in enumerate(zip(names, both, strict=True)):
         try:
             for recorded, placed in _placed(paths, arguments):
                 yield name, recorded, placed
         except ValueError as error:
             raise ValueError(f"--beside: {error}" if number else str(error)) from error
+
+
+def _names(recordings: list[Path]) -> list[str]:
+    """Short ones; longer ones where these are the same."""
+    from waterfill_rs import dump_files
+
+    names = [_name(path) for path in recordings]
+    if len(set(names)) < len(names):
+        names = [dump_files.name_of(path) for path in recordings]
+    if len(set(names)) < len(names):
+        names[-1] += " (--beside)"
+    return names
 
 
 def _name(path: Path) -> str:
