@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use waterfill_board::{BoardPlanner, Heap, Port, Posted, Shape, Source};
+use waterfill_board::{BoardPlanner, Heap, Outcome, Port, Posted, Shape};
 use waterfill_core::CostModel;
 
 const LONG: Duration = Duration::from_secs(60);
@@ -32,8 +32,8 @@ fn rounds(criterion: &mut Criterion) {
                 }
                 assert!(planner.poll());
                 for (rank, port) in ports.iter_mut().enumerate() {
-                    let source = port.finish(posted(rank), LONG, &mut quotas).unwrap();
-                    assert_eq!(source, Source::Live);
+                    let outcome = port.finish(posted(rank), LONG, &mut quotas).unwrap();
+                    assert_eq!(outcome, Outcome::Live);
                 }
             });
         });

@@ -7,7 +7,7 @@
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use waterfill_board::{BoardPlanner, Pace, PlannerThread, Port, Posted, Shape, Shared, Source};
+use waterfill_board::{BoardPlanner, Outcome, Pace, PlannerThread, Port, Posted, Shape, Shared};
 use waterfill_core::CostModel;
 
 const RUN: u128 = 7;
@@ -87,12 +87,12 @@ fn run(
         let meanwhile = || {
             planner.as_mut().map(BoardPlanner::poll);
         };
-        let source = port.finish_with(posted, CAP, &mut quotas, meanwhile).expect("quotas");
+        let outcome = port.finish_with(posted, CAP, &mut quotas, meanwhile).expect("quotas");
         let taken = begun.elapsed();
         assert_eq!(quotas.iter().sum::<u32>(), tokens);
         if round >= WARM_UP {
             waits.push(taken);
-            live += u32::from(source == Source::Live);
+            live += u32::from(outcome == Outcome::Live);
         }
     }
     assert!(live >= rounds - rounds / 1000, "{live} of {rounds} rounds were live");

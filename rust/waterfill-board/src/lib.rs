@@ -5,7 +5,7 @@
 //!
 //! ```
 //! use std::{sync::Arc, time::Duration};
-//! use waterfill_board::{BoardPlanner, Heap, Pace, PlannerThread, Port, Posted, Shape, Source};
+//! use waterfill_board::{BoardPlanner, Heap, Pace, PlannerThread, Port, Posted, Shape, Outcome};
 //! use waterfill_core::CostModel;
 //!
 //! let shape = Shape::new(1, 4)?;
@@ -16,8 +16,8 @@
 //! let mut port = Port::new(board, shape, CostModel::Rows, 0)?;
 //! let posted = Posted { tokens: 3, visits: &[3], counts: &[3, 1, 1, 1] };
 //! let mut quotas = [0];
-//! let source = port.exchange(posted, Duration::from_secs(10), &mut quotas)?;
-//! assert_eq!((source, quotas), (Source::Live, [3]));
+//! let outcome = port.exchange(posted, Duration::from_secs(10), &mut quotas)?;
+//! assert_eq!((outcome, quotas), (Outcome::Live, [3]));
 //! # Ok::<(), waterfill_board::Error>(())
 //! ```
 #![deny(unsafe_code)]
@@ -41,7 +41,7 @@ mod word;
 pub use error::{Error, Result};
 pub use layout::{PLANNER_TALLY, RANK_TALLY, RING, Shape};
 pub use planner::BoardPlanner;
-pub use port::{Port, Posted, Source};
+pub use port::{Outcome, Port, Posted};
 pub use presence::{End, Held, Presence, leave_in_child};
 pub use region::{Heap, Region};
 pub use shared::Shared;

@@ -23,9 +23,9 @@ pub struct Posted<'a> {
     pub counts: &'a [u32],
 }
 
-/// From which plan a rank's quotas are.
+/// How a call ended, and so whose counts its quotas are from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub enum Outcome {
     /// The planner's, from the counts of all ranks that live.
     Live,
     /// This rank's own counts, as on every other rank: the planner said that this call has no plan.
@@ -127,7 +127,7 @@ impl<R: Region> Port<R> {
         posted: Posted,
         cap: Duration,
         quotas: &mut [u32],
-    ) -> Result<Source> {
+    ) -> Result<Outcome> {
         check_length("quotas", quotas.len(), self.shape.ranks)?;
         self.post(posted)?;
         self.finish(posted, cap, quotas)
@@ -162,7 +162,7 @@ impl<R: Region> Port<R> {
     ///
     /// # Errors
     /// As there, but a call that was posted does count.
-    pub fn finish(&mut self, posted: Posted, cap: Duration, quotas: &mut [u32]) -> Result<Source> {
+    pub fn finish(&mut self, posted: Posted, cap: Duration, quotas: &mut [u32]) -> Result<Outcome> {
         self.finish_with(posted, cap, quotas, || ())
     }
 
@@ -177,31 +177,31 @@ impl<R: Region> Port<R> {
         cap: Duration,
         quotas: &mut [u32],
         meanwhile: impl FnMut(),
-    ) -> Result<Source> {
+    ) -> Result<Outcome> {
         check_length("quotas", quotas.len(), self.shape.ranks)?;
         let begun = Instant::now();
-        let source = self.wait(begun, cap, posted.tokens, quotas, meanwhile);
-        self.count(source, posted.tokens, begun.elapsed());
-        if source != Source::Live {
+        let outcome = self.wait(begun, cap, posted.tokens, quotas, meanwhile);
+        self.count(outcome, posted.tokens, begun.elapsed());
+        if outcome != Outcome::Live {
             let mut own = std::mem::take(&mut self.own);
             let planned = own.plan(&self.own_counts(posted), quotas);
             self.own = own;
             planned?;
         }
-        Ok(source)
+        Ok(outcome)
     }
 
-    fn count(&mut self, source: Source, tokens: u32, waited: Duration) {
+    fn count(&mut self, outcome: Outcome, tokens: u32, waited: Duration) {
         let tally = &mut self.tally;
-        match source {
-            Source::Live => tally.live += 1,
-            Source::NoPlan => tally.none += 1,
-            Source::TimedOut => tally.timed_out += 1,
-            Source::Broken => tally.broken += 1,
-            Source::Torn => tally.torn += 1,
+        match outcome {
+            Outcome::Live => tally.live += 1,
+            Outcome::NoPlan => tally.none += 1,
+            Outcome::TimedOut => tally.timed_out += 1,
+            Outcome::Broken => tally.broken += 1,
+            Outcome::Torn => tally.torn += 1,
         }
         tally.tokens += u64::from(tokens);
-        let wait = (source != Source::Broken).then(|| tally.waits.add(waited.as_nanos() as u64));
+        let wait = (outcome != Outcome::Broken).then(|| tally.waits.add(waited.as_nanos() as u64));
         tally.show(self.region.words(), self.shape, self.rank, wait);
     }
 
@@ -242,11 +242,11 @@ impl<R: Region> Port<R> {
         tokens: u32,
         quotas: &mut [u32],
         mut meanwhile: impl FnMut(),
-    ) -> Source {
+    ) -> Outcome {
         let sequence = self.last;
         if !self.waits {
             meanwhile();
-            return Source::Broken;
+            return Outcome::Broken;
         }
         let (mut polls, mut look_at) = (0u32, LOOK);
         loop {
@@ -261,18 +261,18 @@ impl<R: Region> Port<R> {
                     break;
                 }
                 self.failures = 0;
-                return Source::NoPlan;
+                return Outcome::NoPlan;
             }
             if waited.is_some_and(|waited| waited >= cap) {
                 self.give_up();
                 self.failures = self.failures.saturating_add(1);
-                return Source::TimedOut;
+                return Outcome::TimedOut;
             }
             if let Some(waited) = waited.filter(|&waited| waited >= look_at) {
                 look_at = waited + LOOK;
                 if self.region.presence(End::Planner) == Presence::Gone && !self.take(sequence) {
                     self.failures = self.failures.max(BREAK_AFTER);
-                    return Source::Broken;
+                    return Outcome::Broken;
                 }
             }
             meanwhile();
@@ -282,10 +282,10 @@ impl<R: Region> Port<R> {
         self.failures = 0;
         // A foreign byte on the board must not become a wrong assignment.
         if self.taken.iter().map(|&quota| u64::from(quota)).sum::<u64>() != u64::from(tokens) {
-            return Source::Torn;
+            return Outcome::Torn;
         }
         quotas.copy_from_slice(&self.taken);
-        Source::Live
+        Outcome::Live
     }
 
     /// Read this rank's quotas of a call into `taken`; false as long as any is missing.

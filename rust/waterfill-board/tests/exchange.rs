@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use waterfill_board::{
-    BoardPlanner, End, Heap, Pace, PlannerThread, Port, Posted, Presence, Region, Sequence, Shape,
-    Source,
+    BoardPlanner, End, Heap, Outcome, Pace, PlannerThread, Port, Posted, Presence, Region,
+    Sequence, Shape,
 };
 
 use support::{Batch, COST, Watched, expected, expected_with};
@@ -40,8 +40,8 @@ fn every_plan_is_the_cores() {
                     let mut quotas = vec![0; ranks];
                     for call in 0..calls {
                         let batch = Batch::new(shape, rank, call);
-                        let source = port.exchange(batch.posted(), LONG, &mut quotas).unwrap();
-                        assert_eq!(source, Source::Live);
+                        let outcome = port.exchange(batch.posted(), LONG, &mut quotas).unwrap();
+                        assert_eq!(outcome, Outcome::Live);
                         assert_eq!(quotas, expected(shape, call, rank), "call {call}");
                     }
                     assert_eq!(port.tally().live, calls);
@@ -67,8 +67,8 @@ fn a_gone_peer_is_left_out_at_once_and_gets_no_token() {
                 let mut quotas = [0; 3];
                 for call in 0..50 {
                     let batch = Batch::new(shape, rank, call);
-                    let source = port.exchange(batch.posted(), LONG, &mut quotas).unwrap();
-                    assert_eq!((source, quotas[1]), (Source::Live, 0), "{quotas:?}");
+                    let outcome = port.exchange(batch.posted(), LONG, &mut quotas).unwrap();
+                    assert_eq!((outcome, quotas[1]), (Outcome::Live, 0), "{quotas:?}");
                     assert_eq!(quotas[..], expected_with(shape, call, rank, &[true, false, true]));
                 }
             });
@@ -118,8 +118,8 @@ fn without_a_peer_that_may_live_there_is_no_plan_and_after_two_calls_no_wait() {
     let begun = Instant::now();
     for call in 0..1000 {
         let batch = Batch::new(shape, 0, call);
-        let source = port.exchange(batch.posted(), LONG, &mut [0; 2]).unwrap();
-        assert_eq!(source, Source::NoPlan, "call {call}");
+        let outcome = port.exchange(batch.posted(), LONG, &mut [0; 2]).unwrap();
+        assert_eq!(outcome, Outcome::NoPlan, "call {call}");
     }
     assert!(begun.elapsed() >= PATIENCE * 2 && begun.elapsed() < PATIENCE * 100);
     // It comes, far behind: nothing is waited for that has no plan, and then all are together again.
@@ -130,9 +130,9 @@ fn without_a_peer_that_may_live_there_is_no_plan_and_after_two_calls_no_wait() {
                 let batch = Batch::new(shape, 1, call);
                 late.exchange(batch.posted(), LONG, &mut [0; 2]).unwrap()
             };
-            let sources: Vec<Source> = (0..1100).map(exchange).collect();
-            assert!(sources[..900].iter().all(|&source| source == Source::NoPlan));
-            assert!(sources[1050..].iter().all(|&source| source == Source::Live));
+            let outcomes: Vec<Outcome> = (0..1100).map(exchange).collect();
+            assert!(outcomes[..900].iter().all(|&outcome| outcome == Outcome::NoPlan));
+            assert!(outcomes[1050..].iter().all(|&outcome| outcome == Outcome::Live));
         })
     };
     thread::sleep(PATIENCE / 2);
@@ -176,8 +176,8 @@ fn a_planner_that_is_gone_is_not_waited_for() {
     let begun = Instant::now();
     for call in 0..1000 {
         let batch = Batch::new(shape, 1, call);
-        let source = port.exchange(batch.posted(), LONG, &mut [0; 2]).unwrap();
-        assert_eq!(source, Source::Broken, "call {call}");
+        let outcome = port.exchange(batch.posted(), LONG, &mut [0; 2]).unwrap();
+        assert_eq!(outcome, Outcome::Broken, "call {call}");
     }
     assert!(begun.elapsed() < LONG / 10, "{:?}", begun.elapsed());
 }
@@ -226,7 +226,7 @@ fn what_a_process_wrote_just_before_it_ended_is_found() {
     };
     let mut port = Port::new(Ending { heap, last: plans }, shape, COST, 0).unwrap();
     let posted = Posted { tokens: 1, visits: &[1], counts: &[1] };
-    assert_eq!(port.exchange(posted, LONG, &mut [0]).unwrap(), Source::Live);
+    assert_eq!(port.exchange(posted, LONG, &mut [0]).unwrap(), Outcome::Live);
 }
 
 #[test]
@@ -245,9 +245,9 @@ fn once_a_rank_went_on_alone_no_other_gets_a_plan_nor_waits_for_one() {
                 second.post(batch.posted()).unwrap();
             }
             for _ in 0..calls {
-                assert_ne!(exchange(&mut first, Duration::ZERO), Source::Live);
+                assert_ne!(exchange(&mut first, Duration::ZERO), Outcome::Live);
             }
-            let source = if posts_first {
+            let outcome = if posts_first {
                 assert!(planner.poll());
                 second.finish(batch.posted(), LONG, &mut [0; 2]).unwrap()
             } else {
@@ -255,7 +255,7 @@ fn once_a_rank_went_on_alone_no_other_gets_a_plan_nor_waits_for_one() {
                 while !planner.poll() {}
                 exchange(&mut second, LONG)
             };
-            assert_eq!(source, Source::NoPlan, "after {calls} calls, {posts_first}");
+            assert_eq!(outcome, Outcome::NoPlan, "after {calls} calls, {posts_first}");
             assert_eq!(planner.published().plans(), 0);
         }
     }
@@ -272,7 +272,7 @@ fn a_rank_behind_a_planner_that_went_ahead_waits_for_none_of_the_calls_left_out(
     for _ in 0..1000 {
         assert!(!planner.poll(), "rank 1 is waited for");
     }
-    let sources = [0, 1, 2, 3, 4, 5].map(|call| {
+    let outcomes = [0, 1, 2, 3, 4, 5].map(|call| {
         let batch = Batch::new(shape, 1, call);
         behind.post(batch.posted()).unwrap();
         let meanwhile = || {
@@ -280,8 +280,8 @@ fn a_rank_behind_a_planner_that_went_ahead_waits_for_none_of_the_calls_left_out(
         };
         behind.finish_with(batch.posted(), LONG, &mut [0; 2], meanwhile).unwrap()
     });
-    assert_eq!(sources[..5], [Source::NoPlan; 5]);
-    assert_eq!(sources[5], Source::Live);
+    assert_eq!(outcomes[..5], [Outcome::NoPlan; 5]);
+    assert_eq!(outcomes[5], Outcome::Live);
 }
 
 #[test]
@@ -291,18 +291,18 @@ fn without_a_planner_two_caps_are_spent_and_own_counts_go_on() {
     let mut port = port(&board, shape, 1);
     let batch = Batch { tokens: 100, visits: vec![60, 80], counts: vec![90, 80, 20, 10] };
     let begun = Instant::now();
-    let sources: Vec<Source> = (0..1000)
+    let outcomes: Vec<Outcome> = (0..1000)
         .map(|_| {
             let mut quotas = [0; 2];
-            let source = port.exchange(batch.posted(), SHORT, &mut quotas).unwrap();
+            let outcome = port.exchange(batch.posted(), SHORT, &mut quotas).unwrap();
             assert_eq!(quotas.iter().sum::<u32>(), 100);
             assert!(quotas[1] > quotas[0], "own counts say that rank 1 is the emptier: {quotas:?}");
-            source
+            outcome
         })
         .collect();
     assert!(begun.elapsed() < SHORT * 250, "{:?}", begun.elapsed());
-    assert_eq!(sources[..2], [Source::TimedOut; 2]);
-    assert!(sources[2..].iter().all(|&source| source == Source::Broken));
+    assert_eq!(outcomes[..2], [Outcome::TimedOut; 2]);
+    assert!(outcomes[2..].iter().all(|&outcome| outcome == Outcome::Broken));
     assert_eq!((port.tally().timed_out, port.tally().broken), (2, 998));
 
     // A planner comes, far behind: it catches up, and the breaker closes by itself.
@@ -310,7 +310,7 @@ fn without_a_planner_two_caps_are_spent_and_own_counts_go_on() {
     let planner = PlannerThread::spawn(planner, Pace::Spin(None)).unwrap();
     let begun = Instant::now();
     let mut quotas = [0; 2];
-    while port.exchange(batch.posted(), LONG, &mut quotas).unwrap() != Source::NoPlan {
+    while port.exchange(batch.posted(), LONG, &mut quotas).unwrap() != Outcome::NoPlan {
         assert!(begun.elapsed() < LONG, "it never waits again");
         thread::sleep(Duration::from_millis(1));
     }
@@ -333,8 +333,8 @@ fn a_wait_whose_looks_take_long_ends_at_the_first_past_the_cap() {
             thread::sleep(cap);
         }
     };
-    let source = port.finish_with(posted, cap, &mut quotas, meanwhile).unwrap();
-    assert_eq!(source, Source::TimedOut);
+    let outcome = port.finish_with(posted, cap, &mut quotas, meanwhile).unwrap();
+    assert_eq!(outcome, Outcome::TimedOut);
     assert!(looks <= 257, "{looks} looks");
 }
 
@@ -356,8 +356,8 @@ fn a_plan_that_came_while_a_rank_did_not_run_is_taken_past_the_cap_too() {
                 assert!(planner.poll());
             }
         };
-        let source = port.finish_with(posted, SHORT, &mut quotas, meanwhile).unwrap();
-        assert_eq!(source, Source::Live, "stopped at look {stopped_at}");
+        let outcome = port.finish_with(posted, SHORT, &mut quotas, meanwhile).unwrap();
+        assert_eq!(outcome, Outcome::Live, "stopped at look {stopped_at}");
     }
 }
 
@@ -378,8 +378,8 @@ fn a_foreign_word_far_ahead_does_not_lead_an_idle_planner_away() {
     let meanwhile = || {
         planner.poll();
     };
-    let source = ports[0].finish_with(batch.posted(), LONG, &mut [0; 2], meanwhile).unwrap();
-    assert_eq!(source, Source::Live);
+    let outcome = ports[0].finish_with(batch.posted(), LONG, &mut [0; 2], meanwhile).unwrap();
+    assert_eq!(outcome, Outcome::Live);
 }
 
 #[test]
@@ -398,8 +398,8 @@ fn calls_go_on_over_the_wrap_of_the_sequence() {
                 let mut quotas = [0; 2];
                 for call in 0..1000 {
                     let batch = Batch::new(shape, rank, call);
-                    let source = port.exchange(batch.posted(), LONG, &mut quotas).unwrap();
-                    assert_eq!(source, Source::Live);
+                    let outcome = port.exchange(batch.posted(), LONG, &mut quotas).unwrap();
+                    assert_eq!(outcome, Outcome::Live);
                     assert_eq!(quotas[..], expected(shape, call, rank)[..]);
                 }
             });
@@ -415,7 +415,7 @@ fn that_a_call_had_no_plan_is_not_taken_for_one_of_half_the_numbers_later() {
     let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
     let mut port = port(&board, shape, 0);
     let (posted, mut quotas) = (Posted { tokens: 1, visits: &[1], counts: &[1] }, [0]);
-    assert_eq!(port.exchange(posted, Duration::ZERO, &mut quotas).unwrap(), Source::TimedOut);
+    assert_eq!(port.exchange(posted, Duration::ZERO, &mut quotas).unwrap(), Outcome::TimedOut);
     assert!(planner.poll() && planner.published().given_up == 1, "call 1 has no plan");
     // As if all calls between had plans: over a quarter of the numbers each time, and over the wrap.
     for call in [1 << 30, 2 << 30, 3 << 30, 1 << 20, 1 << 30, (2 << 30) + 1] {
@@ -425,8 +425,8 @@ fn that_a_call_had_no_plan_is_not_taken_for_one_of_half_the_numbers_later() {
         let meanwhile = || {
             planner.poll();
         };
-        let source = port.finish_with(posted, LONG, &mut quotas, meanwhile).unwrap();
-        assert_eq!(source, Source::Live, "call {call}");
+        let outcome = port.finish_with(posted, LONG, &mut quotas, meanwhile).unwrap();
+        assert_eq!(outcome, Outcome::Live, "call {call}");
     }
 }
 
@@ -453,7 +453,7 @@ fn a_planner_that_gets_its_core_seldom_still_makes_plans() {
         let meanwhile = || {
             planner.poll();
         };
-        port.finish_with(posted, LONG, &mut quotas, meanwhile).unwrap() == Source::Live
+        port.finish_with(posted, LONG, &mut quotas, meanwhile).unwrap() == Outcome::Live
     };
     assert!((0..200).any(is_live), "no plan in 200 calls");
 }
@@ -468,14 +468,14 @@ fn a_late_plan_closes_the_breaker_over_the_wrap_too() {
     let mut port = port(&board, shape, 0);
     port.resume_after(Sequence::from_tag(u32::MAX - 3).unwrap());
     let (posted, mut quotas) = (Posted { tokens: 1, visits: &[1], counts: &[1] }, [0]);
-    let sources = [0; 3].map(|_| port.exchange(posted, Duration::ZERO, &mut quotas).unwrap());
-    assert_eq!(sources, [Source::TimedOut, Source::TimedOut, Source::Broken]);
+    let outcomes = [0; 3].map(|_| port.exchange(posted, Duration::ZERO, &mut quotas).unwrap());
+    assert_eq!(outcomes, [Outcome::TimedOut, Outcome::TimedOut, Outcome::Broken]);
     assert!(planner.poll(), "the last call before the wrap");
     port.post(posted).unwrap();
     let meanwhile = || {
         planner.poll();
     };
-    assert_eq!(port.finish_with(posted, LONG, &mut quotas, meanwhile).unwrap(), Source::Live);
+    assert_eq!(port.finish_with(posted, LONG, &mut quotas, meanwhile).unwrap(), Outcome::Live);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use loom::sync::atomic::AtomicBool;
 
 use loom::sync::Arc;
 use loom::thread;
-use waterfill_board::{BoardPlanner, End, Heap, Port, Posted, Presence, Region, Shape, Source};
+use waterfill_board::{BoardPlanner, End, Heap, Outcome, Port, Posted, Presence, Region, Shape};
 use waterfill_core::CostModel;
 
 const COST: CostModel = CostModel::Rows;
@@ -46,13 +46,13 @@ impl Region for Watched {
     }
 }
 
-fn exchange<R: Region>(ranks: usize, port: &mut Port<R>, tokens: u32, cap: Duration) -> Source {
+fn exchange<R: Region>(ranks: usize, port: &mut Port<R>, tokens: u32, cap: Duration) -> Outcome {
     let (visits, counts) = ([tokens; 2], [tokens; 2]);
     let mut quotas = [0; 2];
     let posted = Posted { tokens, visits: &visits[..ranks], counts: &counts[..ranks] };
-    let source = port.exchange(posted, cap, &mut quotas[..ranks]).unwrap();
+    let outcome = port.exchange(posted, cap, &mut quotas[..ranks]).unwrap();
     assert_eq!(quotas.iter().sum::<u32>(), tokens);
-    source
+    outcome
 }
 
 fn start(ranks: usize, patience: Duration) -> (Port<Arc<Heap>>, BoardPlanner<Arc<Heap>>) {
@@ -69,7 +69,7 @@ fn one_rank_and_the_planner_over_three_calls() {
         let (mut port, mut planner) = start(1, LONG);
         let rank = thread::spawn(move || {
             for tokens in 1..=CALLS {
-                assert_eq!(exchange(1, &mut port, tokens, LONG), Source::Live);
+                assert_eq!(exchange(1, &mut port, tokens, LONG), Outcome::Live);
             }
         });
         for _ in 0..CALLS {
@@ -87,7 +87,7 @@ fn without_a_living_ranks_counts_there_is_no_plan() {
     check("a rank that is late", || {
         let (mut port, mut planner) = start(2, Duration::ZERO);
         let rank = thread::spawn(move || {
-            assert_eq!(exchange(2, &mut port, 3, LONG), Source::NoPlan);
+            assert_eq!(exchange(2, &mut port, 3, LONG), Outcome::NoPlan);
         });
         while !planner.poll() {
             thread::yield_now();
@@ -105,7 +105,7 @@ fn a_rank_that_is_gone_is_left_out_in_the_same_call() {
         let mut port = Port::new(Arc::clone(&board), shape, COST, 0).unwrap();
         let mut planner = BoardPlanner::new(Arc::clone(&board), shape, COST, LONG).unwrap();
         let rank = thread::spawn(move || {
-            assert_eq!(exchange(2, &mut port, 3, LONG), Source::Live);
+            assert_eq!(exchange(2, &mut port, 3, LONG), Outcome::Live);
         });
         planner.poll();
         board.gone.store(true, Ordering::SeqCst);
@@ -130,7 +130,7 @@ fn a_plan_is_taken_though_a_later_call_has_none() {
         late.post(posted).unwrap();
         other.post(posted).unwrap();
         let rank = thread::spawn(move || {
-            assert_eq!(late.finish(posted, LONG, &mut [0; 2]).unwrap(), Source::Live);
+            assert_eq!(late.finish(posted, LONG, &mut [0; 2]).unwrap(), Outcome::Live);
         });
         assert!(planner.poll(), "both have posted");
         other.post(posted).unwrap();

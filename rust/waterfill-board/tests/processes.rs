@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::process::{Pid, Signal, kill_process};
 
 use waterfill_board::{
-    BoardPlanner, Pace, PlannerThread, Port, Posted, RING, Shape, Shared, Source,
+    BoardPlanner, Outcome, Pace, PlannerThread, Port, Posted, RING, Shape, Shared,
 };
 
 use support::process::{fork, wait};
@@ -35,14 +35,14 @@ fn path(name: &str) -> PathBuf {
     PathBuf::from("/dev/shm").join(name)
 }
 
-fn exchange(port: &mut Port<Shared>, call: u32, cap: Duration) -> Source {
+fn exchange(port: &mut Port<Shared>, call: u32, cap: Duration) -> Outcome {
     let tokens = call % 50;
     let (visits, counts) = ([tokens / 2; 2], [tokens; 8]);
     let mut quotas = [0; 2];
     let posted = Posted { tokens, visits: &visits, counts: &counts };
-    let source = port.exchange(posted, cap, &mut quotas).unwrap();
+    let outcome = port.exchange(posted, cap, &mut quotas).unwrap();
     assert_eq!(quotas[0] + quotas[1], tokens);
-    source
+    outcome
 }
 
 /// Nanoseconds since 1970.
@@ -136,7 +136,7 @@ fn a_peer_killed_at_any_moment_costs_its_share_and_nothing_else() {
         let (mut call, mut killed, mut live_after) = (0, false, 0);
         while live_after < 200 {
             wait_for_call(origin, call);
-            let source = exchange(&mut port, call, CAP);
+            let outcome = exchange(&mut port, call, CAP);
             call += 1;
             if !killed
                 && begun.elapsed() > Duration::from_micros(u64::from(1000 + round * 777 % 5000))
@@ -144,7 +144,7 @@ fn a_peer_killed_at_any_moment_costs_its_share_and_nothing_else() {
                 child.kill().unwrap();
                 killed = true;
             }
-            live_after += u32::from(killed && source == Source::Live);
+            live_after += u32::from(killed && outcome == Outcome::Live);
             assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", port.tally());
         }
         child.wait().unwrap();
@@ -277,8 +277,8 @@ fn check_plans(mut port: Port<Shared>, rank: usize, calls: u64, mut meanwhile: i
         let at = (call % CYCLE) as usize;
         let (posted, long) = (batches[at].posted(), Duration::from_secs(60));
         port.post(posted).unwrap();
-        let source = port.finish_with(posted, long, &mut quotas, &mut meanwhile).unwrap();
-        assert_eq!((source, &quotas[..]), (Source::Live, &plans[at][..]), "call {call}");
+        let outcome = port.finish_with(posted, long, &mut quotas, &mut meanwhile).unwrap();
+        assert_eq!((outcome, &quotas[..]), (Outcome::Live, &plans[at][..]), "call {call}");
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use shuttle::sync::atomic::{AtomicBool, Ordering};
 use shuttle::thread;
 use waterfill_board::{
-    BoardPlanner, End, Heap, Port, Presence, Published, Region, Shape, Source, Tally,
+    BoardPlanner, End, Heap, Outcome, Port, Presence, Published, Region, Shape, Tally,
 };
 
 use support::{Batch, COST, count, expected_with};
@@ -59,7 +59,7 @@ struct Seen {
     /// The sets of ranks that all live plans seen so far may be of, by bits; none as long as there is no such plan.
     sets: Option<Vec<usize>>,
     /// How the call ended, on each rank that made it.
-    ended: Vec<Source>,
+    ended: Vec<Outcome>,
 }
 
 /// `[call][set of ranks, by bits][rank]` the plan that must come if just those posted in time.
@@ -129,7 +129,7 @@ impl Scene {
         let living = left.map_or(everybody, |(leaver, _)| everybody & !(1 << leaver));
         assert!(sets.contains(&everybody) || sets.contains(&living), "call {call}: {sets:?}");
         assert!(!whole || sets.contains(&everybody), "somebody is missing in {sets:?}");
-        let apart = |ended: &&Source| matches!(ended, Source::NoPlan | Source::Broken);
+        let apart = |ended: &&Outcome| matches!(ended, Outcome::NoPlan | Outcome::Broken);
         assert_eq!(seen.ended.iter().find(apart), None, "call {call}: {:?}", seen.ended);
     }
 
@@ -154,11 +154,11 @@ impl Scene {
         let mut quotas = vec![0; self.ranks];
         for call in 0..self.calls_of(rank) {
             let batch = Batch::new(self.shape(), rank, call as u64);
-            let source = port.exchange(batch.posted(), self.cap, &mut quotas).unwrap();
+            let outcome = port.exchange(batch.posted(), self.cap, &mut quotas).unwrap();
             assert_eq!(quotas.iter().sum::<u32>(), batch.tokens);
             let seen = &mut seen.lock().unwrap()[call];
-            seen.ended.push(source);
-            if source == Source::Live {
+            seen.ended.push(outcome);
+            if outcome == Outcome::Live {
                 let fits = |&set: &usize| plans[call][set][rank] == quotas;
                 let known = seen.sets.take().unwrap_or_else(|| (0..1 << self.ranks).collect());
                 seen.sets = Some(known.into_iter().filter(fits).collect());

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use waterfill_board::{BoardPlanner, Observer, Port, Posted, Region, Shape, Shared, Source};
+use waterfill_board::{BoardPlanner, Observer, Outcome, Port, Posted, Region, Shape, Shared};
 
 use support::process::{become_nobody, fork, in_child, is_root, wait};
 use support::{COST, count};
@@ -219,8 +219,8 @@ fn serve(board: &Shared, name: &str, run: u128, calls: u64) {
         let meanwhile = || {
             planner.poll();
         };
-        let source = port.finish_with(posted, Duration::from_secs(9), &mut quotas, meanwhile);
-        assert_eq!((source.unwrap(), quotas), (Source::Live, [9, 0]));
+        let outcome = port.finish_with(posted, Duration::from_secs(9), &mut quotas, meanwhile);
+        assert_eq!((outcome.unwrap(), quotas), (Outcome::Live, [9, 0]));
     }
     assert_eq!(Observer::attach(board.path()).unwrap().snapshot().ranks[0].live, calls);
 }

@@ -13,8 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use waterfill_board::{
-    BoardPlanner, End, Observer, Pace, PlannerThread, Port, Posted, Presence, Region, Shape,
-    Shared, Snapshot, Source,
+    BoardPlanner, End, Observer, Outcome, Pace, PlannerThread, Port, Posted, Presence, Region,
+    Shape, Shared, Snapshot,
 };
 use waterfill_core::{OwnCounts, OwnPlanner, Placement};
 
@@ -104,9 +104,9 @@ fn make_calls(
     for call in 0..calls {
         disturb(rank, call);
         let batch = Batch::new(shape(), rank, call);
-        let source = port.exchange(batch.posted(), CAP, &mut quotas).unwrap();
+        let outcome = port.exchange(batch.posted(), CAP, &mut quotas).unwrap();
         let line: Vec<String> = quotas.iter().map(u32::to_string).collect();
-        writeln!(notes, "{call} {source:?} {}", line.join(" ")).unwrap();
+        writeln!(notes, "{call} {outcome:?} {}", line.join(" ")).unwrap();
         dispatch(&board, progress, rank, call);
     }
     true
@@ -236,7 +236,7 @@ fn attach(name: &str) -> Shared {
 }
 
 /// One call of a rank without tokens.
-fn idle_call(port: &mut Port<Shared>) -> Source {
+fn idle_call(port: &mut Port<Shared>) -> Outcome {
     let posted = Posted { tokens: 0, visits: &[0; 2], counts: &[0; 2] };
     port.exchange(posted, CAP, &mut [0; 2]).unwrap()
 }
@@ -260,12 +260,12 @@ fn from_a_peers_death_to_the_first_call_that_does_not_wait_it_takes_milliseconds
         let planner = BoardPlanner::new(attach(&name), pair(), COST, PATIENCE).unwrap();
         let planner = PlannerThread::spawn(planner, Pace::Park).unwrap();
         let mut port = Port::new(attach(&name), pair(), COST, 0).unwrap();
-        while idle_call(&mut port) != Source::Live {}
+        while idle_call(&mut port) != Outcome::Live {}
         signal(child, libc::SIGKILL);
         let killed = Instant::now();
         // A process ends in its own time; the first call that ends without it is the last that waits for it.
         while Snapshot::of(&board, pair()).unwrap().planner.partial == 0 {
-            assert_eq!(idle_call(&mut port), Source::Live, "{:?}", port.tally());
+            assert_eq!(idle_call(&mut port), Outcome::Live, "{:?}", port.tally());
         }
         taken.push(killed.elapsed());
         wait(child);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use waterfill_board::{BoardPlanner, Port, Posted, Shared, Source};
+use waterfill_board::{BoardPlanner, Outcome, Port, Posted, Shared};
 use waterfill_core::{
     CostModel, Error, Id, OwnCounts, OwnPlanner, Placement, Plan, Planner, Problem, Routed, count,
 };
@@ -162,8 +162,8 @@ impl PyPort {
             // SAFETY: `waterfill_rs.exchange` gives live contiguous ids of this shape and width.
             unsafe { self.counted.count(ids, bits) }?;
             let cap = Duration::from_micros(cap_us);
-            let source = board_guarded(|| self.exchange(cap))?;
-            Ok((name_of(source), self.quotas.clone()))
+            let outcome = board_guarded(|| self.exchange(cap))?;
+            Ok((name_of(outcome), self.quotas.clone()))
         })
     }
 
@@ -180,7 +180,7 @@ impl PyPort {
 }
 
 impl PyPort {
-    fn exchange(&mut self, cap: Duration) -> waterfill_board::Result<Source> {
+    fn exchange(&mut self, cap: Duration) -> waterfill_board::Result<Outcome> {
         let Counted { tokens, visits, counts, .. } = &self.counted;
         let posted = Posted { tokens: *tokens, visits, counts };
         self.inner.post(posted)?;
@@ -205,13 +205,13 @@ impl PyPort {
     }
 }
 
-fn name_of(source: Source) -> &'static str {
-    match source {
-        Source::Live => "live",
-        Source::NoPlan => "none",
-        Source::TimedOut => "timed_out",
-        Source::Broken => "broken",
-        Source::Torn => "torn",
+fn name_of(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Live => "live",
+        Outcome::NoPlan => "none",
+        Outcome::TimedOut => "timed_out",
+        Outcome::Broken => "broken",
+        Outcome::Torn => "torn",
     }
 }
 

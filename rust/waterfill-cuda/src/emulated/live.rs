@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use waterfill_board::{End, Heap, Port, Posted, Presence, Region, Sequence, Source};
+use waterfill_board::{End, Heap, Outcome, Port, Posted, Presence, Region, Sequence};
 use waterfill_core::{CostModel, Weight};
 
 use super::batch::{AnyId, Batch, Counted};
@@ -160,14 +160,14 @@ impl<'a, 'b> Live<'a, 'b> {
         let counts = if by_expert { &counted.counts } else { &counted.loads };
         let posted = Posted { tokens: counted.tokens, visits: &counted.visits, counts };
         let mut quotas = vec![0; self.shape.ranks];
-        let source = self.port.exchange(posted, cap, &mut quotas).unwrap();
-        match source {
-            Source::TimedOut => self.failures += 1,
-            Source::Live | Source::Torn | Source::NoPlan => self.failures = 0,
+        let outcome = self.port.exchange(posted, cap, &mut quotas).unwrap();
+        match outcome {
+            Outcome::TimedOut => self.failures += 1,
+            Outcome::Live | Outcome::Torn | Outcome::NoPlan => self.failures = 0,
             // After two calls that were not answered, or at once where the planner is gone.
-            Source::Broken => self.failures = self.failures.max(2),
+            Outcome::Broken => self.failures = self.failures.max(2),
         }
-        self.waited += u64::from(source != Source::Broken);
+        self.waited += u64::from(outcome != Outcome::Broken);
         quotas
     }
 
