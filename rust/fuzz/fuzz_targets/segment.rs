@@ -6,14 +6,14 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 
 use libfuzzer_sys::fuzz_target;
-use waterfill_board::{Observer, Region, Shape, Shared};
+use waterfill_board::{Observer, Region, Shape, Segment};
 
 const RUN: u128 = 0x1234_5678_9abc_def0_0fed_cba9_8765_4321;
 
 /// The bytes of a whole board's header, for the fuzzer to start from.
 fn header(shape: Shape) -> Vec<u8> {
     let name = format!("waterfill-fuzz-{}-whole", std::process::id());
-    let board = Shared::create(&name, shape, RUN).unwrap();
+    let board = Segment::create(&name, shape, RUN).unwrap();
     board.unlink().unwrap();
     let words = board.words()[..6].iter();
     words.flat_map(|word| word.load(std::sync::atomic::Ordering::Relaxed).to_ne_bytes()).collect()
@@ -45,7 +45,7 @@ fuzz_target!(|data: &[u8]| {
     file.lock().unwrap();
     file.write_all(&bytes).unwrap();
     let fits = bytes.len() == shape.words() * 8 && bytes[..48] == whole[..];
-    assert_eq!(Shared::attach(&name, shape, RUN).is_ok(), fits);
+    assert_eq!(Segment::attach(&name, shape, RUN).is_ok(), fits);
     if let Ok(seen) = Observer::attach(path.as_ref()) {
         let snapshot = seen.snapshot();
         assert_eq!(snapshot.shape.words() * 8, bytes.len());

@@ -7,7 +7,7 @@
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use waterfill_board::{BoardPlanner, Outcome, Pace, PlannerThread, Port, Posted, Shape, Shared};
+use waterfill_board::{BoardPlanner, Outcome, Pace, PlannerThread, Port, Posted, Segment, Shape};
 use waterfill_core::CostModel;
 
 const RUN: u128 = 7;
@@ -25,13 +25,13 @@ fn main() {
     let shape = Shape::new(ranks, number(4, ranks)).expect("experts that divide over the ranks");
     if let Ok(child) = std::env::var(CHILD) {
         let (rank, name) = child.split_once(' ').expect("rank and name");
-        let board = Shared::attach(name, shape, RUN).expect("a board");
+        let board = Segment::attach(name, shape, RUN).expect("a board");
         run(board, shape, rank.parse().expect("a rank"), rounds, None);
         return;
     }
     let name = format!("waterfill-rounds-{}", std::process::id());
-    let board = Shared::create(&name, shape, RUN).expect("a board");
-    let planners = Shared::attach(&name, shape, RUN).expect("the planner's board");
+    let board = Segment::create(&name, shape, RUN).expect("a board");
+    let planners = Segment::attach(&name, shape, RUN).expect("the planner's board");
     let planner = BoardPlanner::new(planners, shape, CostModel::Rows, CAP / 2).expect("a planner");
     let children: Vec<Child> = (1..ranks).map(|rank| start(&name, rank)).collect();
     let (planner, thread) = if inline {
@@ -65,11 +65,11 @@ fn start(name: &str, rank: usize) -> Child {
 
 /// Make the rounds as one rank; gives how long each took.
 fn run(
-    board: Shared,
+    board: Segment,
     shape: Shape,
     rank: usize,
     rounds: u32,
-    mut planner: Option<BoardPlanner<Shared>>,
+    mut planner: Option<BoardPlanner<Segment>>,
 ) -> Vec<Duration> {
     pin(rank, shape.ranks);
     let mut port = Port::new(board, shape, CostModel::Rows, rank).expect("a port");

@@ -3,7 +3,7 @@
 
 use crate::layout::{RING, Shape};
 use crate::region::{Heap, Region};
-use crate::shared::Shared;
+use crate::segment::Segment;
 use crate::sync::{AtomicU64, Ordering};
 use crate::word::{self, Sequence};
 
@@ -101,8 +101,8 @@ fn between_threads_no_word_is_torn_or_stale() {
 #[test]
 fn between_processes_no_word_is_torn_or_stale() {
     let name = format!("waterfill-test-{}-hammer", std::process::id());
-    let board = Shared::create(&name, shape(), 1).unwrap();
-    let attached = Shared::attach(&name, shape(), 1).unwrap();
+    let board = Segment::create(&name, shape(), 1).unwrap();
+    let attached = Segment::attach(&name, shape(), 1).unwrap();
     board.unlink().unwrap();
     // The sequence wraps on the way.
     let near = Sequence::from_tag(u32::MAX - 1000).unwrap();

@@ -121,7 +121,7 @@ impl Shape {
     }
 }
 
-/// Words of the header, whose fields `shared.rs` names.
+/// Words of the header, whose fields `segment.rs` names.
 pub(crate) const HEADER: usize = 2 * LINE;
 /// Words of a rank's tally, which `tally.rs` names.
 pub const RANK_TALLY: usize = LINE + crate::waits::BUCKETS + LINE;

@@ -10,7 +10,7 @@ use crate::error::{Error, Result, check_length, system};
 use crate::layout::Shape;
 use crate::presence::{End, Presence};
 use crate::region::Region;
-use crate::shared::{as_words, check_owner, check_shape, presence_at};
+use crate::segment::{as_words, check_owner, check_shape, presence_at};
 use crate::sync::AtomicU64;
 use crate::tally::{Published, Tally};
 

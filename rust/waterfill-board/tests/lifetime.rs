@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use waterfill_board::{
-    BoardPlanner, Heap, Observer, Pace, PlannerThread, Port, Posted, Shape, Shared,
+    BoardPlanner, Heap, Observer, Pace, PlannerThread, Port, Posted, Segment, Shape,
 };
 
 use support::process::{fork, in_child, wait};
@@ -189,7 +189,7 @@ fn size(process: libc::pid_t) -> (u64, usize) {
 const BETWEEN_CALLS: Duration = Duration::from_micros(500);
 
 /// Calls with mixed tokens, kept together by the clock, now and then a pause; until it is killed.
-fn exchange_for_ever(board: Shared, shape: Shape, rank: usize, begun: Instant) -> bool {
+fn exchange_for_ever(board: Segment, shape: Shape, rank: usize, begun: Instant) -> bool {
     let mut port = Port::new(board, shape, COST, rank).unwrap();
     let mut quotas = vec![0; shape.ranks];
     for call in 0.. {
@@ -211,8 +211,8 @@ fn eight_processes_with_stalls_do_not_grow() {
     let seconds = std::env::var("SOAK_SECONDS").map_or(3, |text| text.parse().unwrap());
     let (shape, name) =
         (Shape::new(8, 32).unwrap(), format!("waterfill-test-{}-soak", std::process::id()));
-    let board = Shared::create(&name, shape, 1).unwrap();
-    let attach = || Shared::attach(&name, shape, 1).unwrap();
+    let board = Segment::create(&name, shape, 1).unwrap();
+    let attach = || Segment::attach(&name, shape, 1).unwrap();
     let boards: Vec<_> = (0..8).map(|_| attach()).collect();
     let begun = Instant::now();
     let children: Vec<_> = boards

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::process::{Pid, Signal, kill_process};
 
 use waterfill_board::{
-    BoardPlanner, Outcome, Pace, PlannerThread, Port, Posted, RING, Shape, Shared,
+    BoardPlanner, Outcome, Pace, PlannerThread, Port, Posted, RING, Segment, Shape,
 };
 
 use support::process::{fork, wait};
@@ -35,7 +35,7 @@ fn path(name: &str) -> PathBuf {
     PathBuf::from("/dev/shm").join(name)
 }
 
-fn exchange(port: &mut Port<Shared>, call: u32, cap: Duration) -> Outcome {
+fn exchange(port: &mut Port<Segment>, call: u32, cap: Duration) -> Outcome {
     let tokens = call % 50;
     let (visits, counts) = ([tokens / 2; 2], [tokens; 8]);
     let mut quotas = [0; 2];
@@ -66,7 +66,7 @@ fn wait_for_call(begun: u64, call: u32) {
 #[ignore = "the other tests start it in a process of its own"]
 fn rank_process() {
     let Ok(name) = std::env::var("WATERFILL_TEST_BOARD") else { return };
-    let board = Shared::attach(&name, shape(), RUN).unwrap();
+    let board = Segment::attach(&name, shape(), RUN).unwrap();
     let begun: u64 = std::env::var("WATERFILL_TEST_BEGUN").unwrap().parse().unwrap();
     let mut port = Port::new(board, shape(), COST, 1).unwrap();
     println!("\nattached");
@@ -109,9 +109,9 @@ fn alone() -> MutexGuard<'static, ()> {
 }
 
 /// A board, its planner, a rank process that is attached, and this process's end; the name is gone.
-fn start(name: &str, begun: u64) -> (PlannerThread, Child, Port<Shared>) {
-    let board = Shared::create(name, shape(), RUN).unwrap();
-    let planners = Shared::attach(name, shape(), RUN).unwrap();
+fn start(name: &str, begun: u64) -> (PlannerThread, Child, Port<Segment>) {
+    let board = Segment::create(name, shape(), RUN).unwrap();
+    let planners = Segment::attach(name, shape(), RUN).unwrap();
     let planner = BoardPlanner::new(planners, shape(), COST, CAP / 5).unwrap();
     let planner = PlannerThread::spawn(planner, Pace::Park).unwrap();
     let child = start_rank(name, begun);
@@ -195,11 +195,11 @@ fn a_stopped_peer_is_waited_for_no_longer_than_the_cap_and_comes_back() {
 #[test]
 fn a_segment_is_refused_by_the_field_that_does_not_fit() {
     let name = name("refused");
-    let board = Shared::create(&name, shape(), RUN).unwrap();
+    let board = Segment::create(&name, shape(), RUN).unwrap();
     let file = OpenOptions::new().read(true).write(true).open(path(&name)).unwrap();
     let mut whole = vec![0; shape().words() * 8];
     file.read_exact_at(&mut whole, 0).unwrap();
-    let refusal = |shape, run| match Shared::attach(&name, shape, run) {
+    let refusal = |shape, run| match Segment::attach(&name, shape, run) {
         Err(error) => error.to_string(),
         Ok(_) => panic!("accepted"),
     };
@@ -229,22 +229,22 @@ fn a_segment_is_refused_by_the_field_that_does_not_fit() {
     expect("size in bytes");
     file.set_len(whole.len() as u64).unwrap();
     file.write_all_at(&whole, 0).unwrap();
-    assert!(Shared::attach(&name, shape(), RUN).is_ok(), "whole again");
+    assert!(Segment::attach(&name, shape(), RUN).is_ok(), "whole again");
 
-    let again = Shared::create(&name, shape(), RUN).unwrap_err().to_string();
+    let again = Segment::create(&name, shape(), RUN).unwrap_err().to_string();
     assert!(again.contains("creating the segment failed: File exists"), "{again}");
     board.unlink().unwrap();
     board.unlink().unwrap();
     expect("opening the segment failed: No such file");
     symlink("/dev/null", path(&name)).unwrap();
     expect("opening the segment failed");
-    assert!(Shared::create(&name, shape(), RUN).is_err());
+    assert!(Segment::create(&name, shape(), RUN).is_err());
     fs::remove_file(path(&name)).unwrap();
     fs::create_dir(path(&name)).unwrap();
-    assert!(Shared::attach(&name, shape(), RUN).is_err());
+    assert!(Segment::attach(&name, shape(), RUN).is_err());
     fs::remove_dir(path(&name)).unwrap();
     for bad in ["", "a/b", "..", "/tmp/a"] {
-        assert!(Shared::create(bad, shape(), RUN).unwrap_err().to_string().contains("naming"));
+        assert!(Segment::create(bad, shape(), RUN).unwrap_err().to_string().contains("naming"));
     }
 }
 
@@ -260,7 +260,7 @@ fn more_than_there_is_memory_for_is_an_error_not_a_dead_process() {
         println!("skipped: {free} bytes are free in /dev/shm");
         return;
     }
-    let error = Shared::create(&name, shape, RUN).unwrap_err().to_string();
+    let error = Segment::create(&name, shape, RUN).unwrap_err().to_string();
     assert!(error.contains("reserving the board's memory failed"), "{error}");
     assert!(!path(&name).exists());
 }
@@ -269,7 +269,7 @@ fn more_than_there_is_memory_for_is_an_error_not_a_dead_process() {
 const CYCLE: u64 = 64;
 
 /// `rank` makes `calls` calls; each plan must be the core's for just those counts.
-fn check_plans(mut port: Port<Shared>, rank: usize, calls: u64, mut meanwhile: impl FnMut()) {
+fn check_plans(mut port: Port<Segment>, rank: usize, calls: u64, mut meanwhile: impl FnMut()) {
     let batches: Vec<_> = (0..CYCLE).map(|call| Batch::new(shape(), rank, call)).collect();
     let plans: Vec<_> = (0..CYCLE).map(|call| expected(shape(), call, rank)).collect();
     let mut quotas = [0; 2];
@@ -287,8 +287,8 @@ fn between_processes_every_plan_is_the_cores_for_that_call() {
     let _alone = alone();
     let name = name("litmus");
     let calls = u64::from(count(50_000, 5_000_000));
-    let board = Shared::create(&name, shape(), RUN).unwrap();
-    let [planners, others] = [0; 2].map(|_| Shared::attach(&name, shape(), RUN).unwrap());
+    let board = Segment::create(&name, shape(), RUN).unwrap();
+    let [planners, others] = [0; 2].map(|_| Segment::attach(&name, shape(), RUN).unwrap());
     board.unlink().unwrap();
     let child = fork(|| {
         check_plans(Port::new(others, shape(), COST, 1).unwrap(), 1, calls, || ());

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use waterfill_board::{BoardPlanner, Observer, Outcome, Port, Posted, Region, Shape, Shared};
+use waterfill_board::{BoardPlanner, Observer, Outcome, Port, Posted, Region, Segment, Shape};
 
 use support::process::{become_nobody, fork, in_child, is_root, wait};
 use support::{COST, count};
@@ -45,8 +45,8 @@ fn names(name: &str) -> Vec<String> {
 
 /// All of a start, a wait without a planner, and the end.
 fn start_and_wait(name: &str) -> bool {
-    let board = Shared::create(name, shape(), RUN).unwrap();
-    let attached = Shared::attach(name, shape(), RUN).unwrap();
+    let board = Segment::create(name, shape(), RUN).unwrap();
+    let attached = Segment::attach(name, shape(), RUN).unwrap();
     board.unlink().unwrap();
     let mut port = Port::new(attached, shape(), COST, 1).unwrap();
     let posted = Posted { tokens: 0, visits: &[0; 2], counts: &[0; 8] };
@@ -94,13 +94,13 @@ fn killed_at_any_system_call_of_its_start_it_leaves_nothing_after_the_next_start
         let mut stops = 1;
         while killed_at(&killed, stops) {
             for found in names(&killed) {
-                if let Err(error) = Shared::attach(&found, shape(), RUN) {
+                if let Err(error) = Segment::attach(&found, shape(), RUN) {
                     // Another test's start may have taken the name away; a half-made segment had none.
                     assert!(error.to_string().contains("No such file"), "{error}");
                 }
                 left += 1;
             }
-            Shared::create(&other, shape(), RUN).unwrap().unlink().unwrap();
+            Segment::create(&other, shape(), RUN).unwrap().unlink().unwrap();
             assert_eq!(names(&killed), [""; 0], "stop {stops} of round {round}");
             stops += 1;
         }
@@ -153,7 +153,7 @@ fn refused<T>(result: waterfill_board::Result<T>) -> String {
 fn every_mutated_header_is_refused_by_every_opener_without_a_write() {
     let _alone = alone();
     let name = name("mutated");
-    let board = Shared::create(&name, shape(), RUN).unwrap();
+    let board = Segment::create(&name, shape(), RUN).unwrap();
     let whole = fs::read(path(&name)).unwrap();
     let mutations = mutations(&as_words(&whole));
     assert_eq!(mutations.len(), 24);
@@ -161,8 +161,8 @@ fn every_mutated_header_is_refused_by_every_opener_without_a_write() {
         let mut bytes = whole.clone();
         bytes[word * 8..][..8].copy_from_slice(&value.to_ne_bytes());
         fs::write(path(&name), &bytes).unwrap();
-        refused(Shared::attach(&name, shape(), RUN));
-        assert!(refused(Shared::create(&name, shape(), RUN)).contains("File exists"));
+        refused(Segment::attach(&name, shape(), RUN));
+        assert!(refused(Segment::create(&name, shape(), RUN)).contains("File exists"));
         // Who looks from outside does not know the run; a run more or less is a board all the same.
         let seen = Observer::attach(&path(&name));
         assert_eq!(seen.is_ok(), word >= 4, "word {word}: {value:#x}");
@@ -176,19 +176,19 @@ fn another_runs_segment_is_refused_however_it_got_there() {
     let _alone = alone();
     let (name, copy) = (name("runs"), name("replayed"));
     for restart in 0..u128::from(count(50, 500)) {
-        let board = Shared::create(&name, shape(), RUN + restart).unwrap();
+        let board = Segment::create(&name, shape(), RUN + restart).unwrap();
         let bytes = fs::read(path(&name)).unwrap();
         let mut file =
             File::options().write(true).create_new(true).mode(0o600).open(path(&copy)).unwrap();
         // Other tests start boards too, and would take away what nobody holds a lock on.
         file.lock().unwrap();
         file.write_all(&bytes).unwrap();
-        assert!(Shared::attach(&copy, shape(), RUN + restart).is_ok(), "the same run");
-        let error = refused(Shared::attach(&copy, shape(), RUN + restart + 1));
+        assert!(Segment::attach(&copy, shape(), RUN + restart).is_ok(), "the same run");
+        let error = refused(Segment::attach(&copy, shape(), RUN + restart + 1));
         assert!(error.contains("run token, low"), "{error}");
         // Without the lock the next start takes the copy away; the board stays.
         drop(file);
-        Shared::create(&format!("{name}-next"), shape(), RUN).unwrap().unlink().unwrap();
+        Segment::create(&format!("{name}-next"), shape(), RUN).unwrap().unlink().unwrap();
         assert!(!path(&copy).exists() && path(&name).exists());
         board.unlink().unwrap();
     }
@@ -198,17 +198,17 @@ fn another_runs_segment_is_refused_however_it_got_there() {
 fn the_name_of_a_dead_creator_is_free_again_whatever_its_process_was() {
     let _alone = alone();
     let name = name("dead");
-    assert!(in_child(|| Shared::create(&name, shape(), RUN).is_ok()));
-    refused(Shared::attach(&name, shape(), RUN ^ 1));
-    Shared::create(&name, shape(), RUN ^ 1).unwrap().unlink().unwrap();
+    assert!(in_child(|| Segment::create(&name, shape(), RUN).is_ok()));
+    refused(Segment::attach(&name, shape(), RUN ^ 1));
+    Segment::create(&name, shape(), RUN ^ 1).unwrap().unlink().unwrap();
 }
 
 /// A board with a planner and two ranks, which make `calls` live calls.
-fn serve(board: &Shared, name: &str, run: u128, calls: u64) {
-    let attached = Shared::attach(name, shape(), run).unwrap();
+fn serve(board: &Segment, name: &str, run: u128, calls: u64) {
+    let attached = Segment::attach(name, shape(), run).unwrap();
     let mut planner = BoardPlanner::new(attached, shape(), COST, Duration::ZERO).unwrap();
     let [mut port, mut peer] = [0, 1].map(|rank| {
-        let attached = Shared::attach(name, shape(), run).unwrap();
+        let attached = Segment::attach(name, shape(), run).unwrap();
         Port::new(attached, shape(), COST, rank).unwrap()
     });
     for _ in 0..calls {
@@ -230,9 +230,9 @@ fn two_servers_of_one_user_do_not_meet() {
     let _alone = alone();
     let names = [name("server-a"), name("server-b")];
     let runs = [RUN, RUN ^ 1];
-    let boards = [0, 1].map(|i| Shared::create(&names[i], shape(), runs[i]).unwrap());
+    let boards = [0, 1].map(|i| Segment::create(&names[i], shape(), runs[i]).unwrap());
     for (i, calls) in [(0, 7), (1, 3)] {
-        assert!(refused(Shared::attach(&names[i], shape(), runs[1 - i])).contains("run token"));
+        assert!(refused(Segment::attach(&names[i], shape(), runs[1 - i])).contains("run token"));
         serve(&boards[i], &names[i], runs[i], calls);
     }
     for board in boards {
@@ -248,7 +248,7 @@ fn the_mode_is_owner_only_under_any_umask() {
         assert!(in_child(|| {
             // SAFETY: changes only this process's mask.
             unsafe { libc::umask(mask) };
-            let board = Shared::create(&name, shape(), RUN).unwrap();
+            let board = Segment::create(&name, shape(), RUN).unwrap();
             let mode = fs::metadata(path(&name)).unwrap().mode();
             board.unlink().unwrap();
             mode & 0o7777 == 0o600
@@ -264,12 +264,12 @@ fn other_users_segments_are_refused_and_left_alone() {
         return;
     }
     let (ours, theirs) = (name("ours"), name("theirs"));
-    let board = Shared::create(&ours, shape(), RUN).unwrap();
+    let board = Segment::create(&ours, shape(), RUN).unwrap();
     let as_nobody = |text: &str| {
         in_child(|| {
             assert!(become_nobody());
             let seen = refused(Observer::attach(&path(&ours)));
-            refused(Shared::attach(&ours, shape(), RUN)).contains(text) && seen.contains(text)
+            refused(Segment::attach(&ours, shape(), RUN)).contains(text) && seen.contains(text)
         })
     };
     let before = fs::read(path(&ours)).unwrap();
@@ -279,11 +279,11 @@ fn other_users_segments_are_refused_and_left_alone() {
     assert_eq!(fs::read(path(&ours)).unwrap(), before);
     board.unlink().unwrap();
     // The reverse: root could open anything, and must not. A dead creator's name is its user's to remove.
-    assert!(in_child(|| become_nobody() && Shared::create(&theirs, shape(), RUN).is_ok()));
+    assert!(in_child(|| become_nobody() && Segment::create(&theirs, shape(), RUN).is_ok()));
     let before = fs::read(path(&theirs)).unwrap();
-    assert!(refused(Shared::attach(&theirs, shape(), RUN)).contains("owner is 0xfffe, not 0x0"));
+    assert!(refused(Segment::attach(&theirs, shape(), RUN)).contains("owner is 0xfffe, not 0x0"));
     assert!(refused(Observer::attach(&path(&theirs))).contains("owner is 0xfffe, not 0x0"));
-    assert!(refused(Shared::create(&theirs, shape(), RUN)).contains("File exists"));
+    assert!(refused(Segment::create(&theirs, shape(), RUN)).contains("File exists"));
     assert_eq!(fs::read(path(&theirs)).unwrap(), before);
     fs::remove_file(path(&theirs)).unwrap();
 }
@@ -321,7 +321,7 @@ fn large() -> Shape {
 }
 
 fn creating(shape: Shape) -> String {
-    refused(Shared::create("board", shape, RUN))
+    refused(Segment::create("board", shape, RUN))
 }
 
 #[test]
@@ -335,14 +335,14 @@ fn full_tiny_and_strange_memory_is_an_error_or_works_never_a_dead_process() {
     };
     // Just enough, and every word of it can be written to.
     let tiny = || {
-        let board = Shared::create("board", shape(), RUN).unwrap();
+        let board = Segment::create("board", shape(), RUN).unwrap();
         board.words().iter().for_each(|word| word.store(!0, Ordering::Relaxed));
         true
     };
     let no_files =
         || creating(shape()).contains("making the segment's file failed: No space left on device");
     let read_only = || creating(shape()).contains("Read-only file system");
-    let works = || Shared::create("board", shape(), RUN).is_ok();
+    let works = || Segment::create("board", shape(), RUN).is_ok();
     let private = || {
         become_nobody()
             && creating(shape()).contains("making the segment's file failed: Permission denied")
@@ -377,7 +377,7 @@ fn limits_of_the_process_are_errors() {
                 libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
                 assert_eq!(libc::setrlimit(resource, &raw const limit), 0);
             }
-            refused(Shared::create(&name, large(), RUN)).contains(text)
+            refused(Segment::create(&name, large(), RUN)).contains(text)
         })
     };
     assert!(limited(libc::RLIMIT_NOFILE, 3, "making the segment's file failed: Too many"));

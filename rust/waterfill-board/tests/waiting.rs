@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use waterfill_board::{
     BoardPlanner, End, Observer, Outcome, Pace, PlannerThread, Port, Posted, Presence, Region,
-    Shape, Shared, Snapshot,
+    Segment, Shape, Snapshot,
 };
 use waterfill_core::{OwnCounts, OwnPlanner, Placement};
 
@@ -91,8 +91,8 @@ fn dispatch(board: &impl Region, progress: &impl Region, rank: usize, call: u64)
 
 /// Make the calls as one rank, and write down how each ended.
 fn make_calls(
-    board: &Arc<Shared>,
-    progress: &Shared,
+    board: &Arc<Segment>,
+    progress: &Segment,
     rank: usize,
     calls: u64,
     mut notes: File,
@@ -187,19 +187,19 @@ fn a_plan_is_of_all_that_live_or_every_rank_goes_on_alone() {
     let name = name("waiting");
     let folder = format!("{}/{name}", std::env::temp_dir().display());
     fs::create_dir_all(&folder).unwrap();
-    let board = Shared::create(&name, shape(), RUN).unwrap();
-    let progress = Shared::create(&format!("{name}-progress"), shape(), RUN).unwrap();
+    let board = Segment::create(&name, shape(), RUN).unwrap();
+    let progress = Segment::create(&format!("{name}-progress"), shape(), RUN).unwrap();
     progress.unlink().unwrap();
     let children: Vec<_> = (0..RANKS)
         .map(|rank| {
             fork(|| {
                 let notes = File::create(format!("{folder}/{rank}")).unwrap();
-                let board = Arc::new(Shared::attach(&name, shape(), RUN).unwrap());
+                let board = Arc::new(Segment::attach(&name, shape(), RUN).unwrap());
                 make_calls(&board, &progress, rank, calls, notes)
             })
         })
         .collect();
-    let planners = Shared::attach(&name, shape(), RUN).unwrap();
+    let planners = Segment::attach(&name, shape(), RUN).unwrap();
     let planner = BoardPlanner::new(planners, shape(), COST, PATIENCE).unwrap();
     let planner = PlannerThread::spawn(planner, Pace::Park).unwrap();
     for (rank, child) in children.into_iter().enumerate() {
@@ -231,12 +231,12 @@ fn pair() -> Shape {
     Shape::new(2, 2).unwrap()
 }
 
-fn attach(name: &str) -> Shared {
-    Shared::attach(name, pair(), RUN).unwrap()
+fn attach(name: &str) -> Segment {
+    Segment::attach(name, pair(), RUN).unwrap()
 }
 
 /// One call of a rank without tokens.
-fn idle_call(port: &mut Port<Shared>) -> Outcome {
+fn idle_call(port: &mut Port<Segment>) -> Outcome {
     let posted = Posted { tokens: 0, visits: &[0; 2], counts: &[0; 2] };
     port.exchange(posted, CAP, &mut [0; 2]).unwrap()
 }
@@ -255,7 +255,7 @@ fn from_a_peers_death_to_the_first_call_that_does_not_wait_it_takes_milliseconds
     let name = name("death");
     let mut taken = Vec::new();
     for _ in 0..count(20, 500) {
-        let board = Shared::create(&name, pair(), RUN).unwrap();
+        let board = Segment::create(&name, pair(), RUN).unwrap();
         let child = fork(|| go_on(&name));
         let planner = BoardPlanner::new(attach(&name), pair(), COST, PATIENCE).unwrap();
         let planner = PlannerThread::spawn(planner, Pace::Park).unwrap();
@@ -282,7 +282,7 @@ fn from_a_peers_death_to_the_first_call_that_does_not_wait_it_takes_milliseconds
 #[test]
 fn who_is_gone_is_seen_from_everywhere_and_a_stopped_one_lives() {
     let name = name("presence");
-    let board = Shared::create(&name, pair(), RUN).unwrap();
+    let board = Segment::create(&name, pair(), RUN).unwrap();
     let observer = Observer::attach(board.path()).unwrap();
     let looks = || {
         let seen = observer.snapshot();
@@ -321,7 +321,7 @@ fn who_is_gone_is_seen_from_everywhere_and_a_stopped_one_lives() {
 #[test]
 fn who_cannot_be_watched_is_not_taken_for_gone() {
     let name = name("unwatched");
-    let board = Shared::create(&name, pair(), RUN).unwrap();
+    let board = Segment::create(&name, pair(), RUN).unwrap();
     let child = fork(|| {
         let boards = [attach(&name), attach(&name)];
         let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -345,7 +345,7 @@ fn the_child_of_a_fork_does_not_keep_its_dead_parent_alive() {
     let _alone = alone();
     for leaves in [false, true] {
         let name = name(if leaves { "fork-leaves" } else { "fork-stays" });
-        let board = Shared::create(&name, pair(), RUN).unwrap();
+        let board = Segment::create(&name, pair(), RUN).unwrap();
         // The grandchild's parent ends; the grandchild, which has copies of its open files, goes on.
         let child = fork(|| {
             let port = Port::new(attach(&name), pair(), COST, 1).unwrap();

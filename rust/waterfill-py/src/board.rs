@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use waterfill_board::{
     BoardPlanner, End, Held, Observer, Pace, PlannerThread, PlannerWatch, Presence, Published,
-    Region, SNAPSHOT_VERSION, Shape, Shared, Snapshot, Tally, Waits, leave_in_child,
+    Region, SNAPSHOT_VERSION, Segment, Shape, Snapshot, Tally, Waits, leave_in_child,
 };
 
 use crate::error::{board_guarded, refused};
@@ -26,7 +26,7 @@ pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
 
 #[pyclass(name = "Board", frozen)]
 pub struct PyBoard {
-    pub inner: Arc<Shared>,
+    pub inner: Arc<Segment>,
     pub shape: Shape,
 }
 
@@ -36,7 +36,7 @@ impl PyBoard {
     fn create(name: &str, ranks: usize, experts: usize, run: u128) -> PyResult<Self> {
         board_guarded(|| {
             let shape = Shape::new(ranks, experts)?;
-            Ok(Self { inner: Arc::new(Shared::create(name, shape, run)?), shape })
+            Ok(Self { inner: Arc::new(Segment::create(name, shape, run)?), shape })
         })
     }
 
@@ -44,7 +44,7 @@ impl PyBoard {
     fn attach(name: &str, ranks: usize, experts: usize, run: u128) -> PyResult<Self> {
         board_guarded(|| {
             let shape = Shape::new(ranks, experts)?;
-            Ok(Self { inner: Arc::new(Shared::attach(name, shape, run)?), shape })
+            Ok(Self { inner: Arc::new(Segment::attach(name, shape, run)?), shape })
         })
     }
 
@@ -163,7 +163,7 @@ pub fn planner(
     board: &PyBoard,
     cost_model: &PyCostModel,
     patience_us: u64,
-) -> waterfill_board::Result<BoardPlanner<Arc<Shared>>> {
+) -> waterfill_board::Result<BoardPlanner<Arc<Segment>>> {
     let patience = Duration::from_micros(patience_us);
     BoardPlanner::new(Arc::clone(&board.inner), board.shape, cost_model.inner.clone(), patience)
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use waterfill_board::{BoardPlanner, Outcome, Port, Posted, Shared};
+use waterfill_board::{BoardPlanner, Outcome, Port, Posted, Segment};
 use waterfill_core::{
     CostModel, Error, Id, OwnCounts, OwnPlanner, Placement, Plan, Planner, Problem, Routed, count,
 };
@@ -119,8 +119,8 @@ impl PySolo {
 /// A rank at a board; with the planner in its waits where no thread has it.
 #[pyclass(name = "Port")]
 struct PyPort {
-    inner: Port<Arc<Shared>>,
-    planner: Option<BoardPlanner<Arc<Shared>>>,
+    inner: Port<Arc<Segment>>,
+    planner: Option<BoardPlanner<Arc<Segment>>>,
     counted: Counted,
     quotas: Vec<u32>,
     process: u32,

@@ -29,7 +29,7 @@ const OWNER_ONLY: Mode = Mode::RUSR.union(Mode::WUSR);
 
 /// A mapped segment.
 #[derive(Debug)]
-pub struct Shared {
+pub struct Segment {
     map: MmapRaw,
     path: PathBuf,
     shape: Shape,
@@ -41,7 +41,7 @@ pub struct Shared {
     named: Option<OwnedFd>,
 }
 
-impl Shared {
+impl Segment {
     /// Create the segment `name`, for everybody who knows `run`, a number of this run alone. Names of
     /// boards whose creators were killed before they took them away are removed.
     ///
@@ -125,7 +125,7 @@ impl Shared {
     }
 }
 
-impl Region for Shared {
+impl Region for Segment {
     fn words(&self) -> &[AtomicU64] {
         as_words(&self.map)
     }
