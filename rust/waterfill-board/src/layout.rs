@@ -124,9 +124,9 @@ impl Shape {
 /// Words of the header, whose fields `segment.rs` names.
 pub(crate) const HEADER: usize = 2 * LINE;
 /// Words of a rank's tally, which `tally.rs` names.
-pub const RANK_TALLY: usize = LINE + crate::waits::BUCKETS + LINE;
+pub const RANK_TALLY: usize = LINE + crate::histogram::BUCKETS + LINE;
 /// Words in which the planner counts a rank's waits.
-const SEEN: usize = LINE + crate::waits::BUCKETS;
+const SEEN: usize = LINE + crate::histogram::BUCKETS;
 /// Words of the planner's tally before those by rank, which `tally.rs` names.
 pub const PLANNER_TALLY: usize = 2 * LINE;
 

@@ -25,6 +25,7 @@
 mod error;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod hammer;
+mod histogram;
 mod layout;
 mod planner;
 mod port;
@@ -35,10 +36,10 @@ mod snapshot;
 mod sync;
 mod tally;
 mod thread;
-mod waits;
 mod word;
 
 pub use error::{Error, Result};
+pub use histogram::Waits;
 pub use layout::{PLANNER_TALLY, RANK_TALLY, RING, Shape};
 pub use planner::BoardPlanner;
 pub use port::{Outcome, Port, Posted};
@@ -48,5 +49,4 @@ pub use segment::Segment;
 pub use snapshot::{Observer, SNAPSHOT_VERSION, Snapshot};
 pub use tally::{Published, Tally};
 pub use thread::{Pace, PlannerThread, PlannerWatch};
-pub use waits::Waits;
 pub use word::Sequence;

@@ -1,10 +1,10 @@
 //! What ranks and planner count of themselves, and where on the board each count stands: written for those
 //! who look from outside, never read by the exchange itself.
 
+use crate::histogram::{BUCKETS, Waits};
 use crate::layout::{PLANNER_TALLY, Shape};
 use crate::region::Region;
 use crate::sync::{AtomicU64, Ordering};
-use crate::waits::{BUCKETS, Waits};
 
 /// How one rank's calls ended, since the start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
