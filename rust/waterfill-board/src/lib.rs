@@ -36,6 +36,7 @@ mod snapshot;
 mod sync;
 mod tally;
 mod thread;
+mod wait;
 mod word;
 
 pub use error::{Error, Result};

@@ -7,11 +7,11 @@ use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed, score
 use crate::error::{Result, check_length};
 use crate::histogram::Waits;
 use crate::layout::{RING, Shape};
-use crate::port::{EAGER_POLLS, LOOK};
 use crate::presence::{End, Held, Presence};
 use crate::region::Region;
 use crate::sync::Instant;
 use crate::tally::{Published, show_seen};
+use crate::wait::{EAGER_POLLS, LOOK};
 use crate::word::{self, Sequence};
 
 /// A rank that missed so many calls in a row is not waited for until it is seen again.

@@ -10,6 +10,7 @@ use crate::presence::{End, Held, Presence};
 use crate::region::Region;
 use crate::sync::Instant;
 use crate::tally::Tally;
+use crate::wait::{LOOK, pause, reads_clock};
 use crate::word::{self, Sequence};
 
 /// What one rank knows of one layer and step.
@@ -43,8 +44,6 @@ const BREAK_AFTER: u32 = 2;
 /// A broken rank that waits in vain again and again tries one call in 2 to the power of this at least: about
 /// one a forward pass of a large model.
 const MOST_SELDOM: u32 = 6;
-/// Whoever waits asks the kernel so often whether those that it waits for live.
-pub(crate) const LOOK: Duration = Duration::from_millis(1);
 
 /// A rank's end of the board. One a rank: it alone writes the rank's counts.
 ///
@@ -293,39 +292,5 @@ impl<R: Region> Port<R> {
         let start = self.shape.quotas(sequence.tag(), self.rank);
         let words = &self.region.words()[start..start + self.shape.ranks];
         word::load_all(words, sequence, &mut self.taken)
-    }
-}
-
-/// Looks at the board before a waiter lets others have its core: a few microseconds.
-pub(crate) const EAGER_POLLS: u32 = 256;
-
-/// Whether a waiter reads the clock after so many looks: it takes as long as a look, so not at each, until
-/// between two looks others have the core, for milliseconds each on a crowded one.
-pub(crate) fn reads_clock(polls: u32) -> bool {
-    #[cfg(not(any(loom, shuttle)))]
-    if polls > EAGER_POLLS {
-        return true;
-    }
-    // Schedules in which a cap is spent are rare enough without a long row of looks.
-    polls.is_multiple_of(if cfg!(shuttle) { 2 } else { 16 })
-}
-
-/// Between two looks at the board. Ranks and planner may share a core, so no waiter keeps it for long.
-pub(crate) fn pause(polls: u32) {
-    #[cfg(loom)]
-    {
-        let _ = polls;
-        loom::thread::yield_now();
-    }
-    #[cfg(shuttle)]
-    {
-        let _ = polls;
-        shuttle::thread::yield_now();
-    }
-    #[cfg(not(any(loom, shuttle)))]
-    if polls > EAGER_POLLS {
-        std::thread::yield_now();
-    } else {
-        std::hint::spin_loop();
     }
 }

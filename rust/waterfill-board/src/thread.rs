@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use crate::layout::Shape;
 use crate::planner::BoardPlanner;
-use crate::port::pause;
 use crate::presence::{End, Presence};
 use crate::region::Region;
 use crate::tally::Published;
+use crate::wait::pause;
 
 /// How the thread passes the time between calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
