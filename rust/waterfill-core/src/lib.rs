@@ -46,5 +46,6 @@ pub use error::{Error, Result};
 pub use expand::{Bf16, Id, Rows, RowsMut, Weight, expand, move_up};
 pub use own::{OwnCounts, OwnPlanner};
 pub use placement::{MAX_EXPERTS, MAX_RANKS, Placement};
-pub use plan::{Plan, Planner, Transfer};
+pub use plan::{Plan, Planner};
 pub use problem::{Problem, Routed};
+pub use transport::Transfer;

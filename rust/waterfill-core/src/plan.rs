@@ -4,24 +4,7 @@ use crate::error::{Error, Result};
 use crate::joint::Sweeps;
 use crate::level::{level, room};
 use crate::problem::{Problem, Routed};
-use crate::transport::Transport;
-
-/// Shared rows that go from one source rank to one destination rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Transfer {
-    /// The rank whose tokens they are.
-    pub source: u16,
-    /// The rank that runs the shared expert for them.
-    pub destination: u16,
-    /// How many.
-    pub rows: u32,
-}
-
-impl Transfer {
-    pub(crate) fn new(source: usize, destination: usize, rows: u32) -> Self {
-        Self { source: source as u16, destination: destination as u16, rows }
-    }
-}
+use crate::transport::{Transfer, Transport};
 
 /// What [`Planner`] decided for one layer and step.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -4,7 +4,22 @@
 //! more copy. Own rank first, then visited ranks in proportion, then shortest augmenting paths while a
 //! token is left that could still be free, then anywhere with room.
 
-use crate::plan::Transfer;
+/// Shared rows that go from one source rank to one destination rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transfer {
+    /// The rank whose tokens they are.
+    pub source: u16,
+    /// The rank that runs the shared expert for them.
+    pub destination: u16,
+    /// How many.
+    pub rows: u32,
+}
+
+impl Transfer {
+    fn new(source: usize, destination: usize, rows: u32) -> Self {
+        Self { source: source as u16, destination: destination as u16, rows }
+    }
+}
 
 /// Workspace of [`Transport::solve`]; reused, it allocates nothing.
 #[derive(Clone, Debug, Default)]
