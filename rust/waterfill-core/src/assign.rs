@@ -6,13 +6,13 @@
 //! others. A round's bids depend on its start alone, so a GPU makes them all at once, and its kernel
 //! (`waterfill-cuda`) gives the same ranks, however many threads it has.
 
+use crate::bids::{BID_LEVELS, ROUND_STEPS, ROUNDS, STEPS};
 use crate::error::{Error, Result};
 use crate::expand::{
     Divisor, Id, Rows, RowsMut, Weight, check_expansion, check_ids, check_rows, expand_checked,
 };
 use crate::placement::Placement;
 use crate::problem::check_length;
-use crate::rounds::{LEVELS, ROUND_STEPS, ROUNDS, STEPS};
 
 /// The shared rank of a row that has no valid id.
 pub const NO_RANK: i32 = -1;
@@ -25,7 +25,7 @@ pub struct Assigner {
     words: usize,
     /// `[R]` rows of each quota still to be met.
     left: Vec<u32>,
-    /// `[LEVELS, words]` destinations other than the source by rows left as of the round's start.
+    /// `[BID_LEVELS, words]` destinations other than the source by rows left as of the round's start.
     levels: Vec<u64>,
     /// Rows that have no rank yet, ascending.
     pending: Vec<u32>,
@@ -130,10 +130,10 @@ impl Assigner {
         let others = || self.left.iter().enumerate().filter(|&(rank, _)| rank != source);
         let most = others().map(|(_, &left)| u64::from(left)).max().unwrap_or(0);
         self.levels.clear();
-        self.levels.resize(LEVELS as usize * self.words, 0);
+        self.levels.resize(BID_LEVELS as usize * self.words, 0);
         for (rank, &left) in others().filter(|&(_, &left)| left > 0) {
-            // The highest level at which `left > level * most / LEVELS`.
-            let level = (u64::from(left) * u64::from(LEVELS) - 1) / most;
+            // The highest level at which `left > level * most / BID_LEVELS`.
+            let level = (u64::from(left) * u64::from(BID_LEVELS) - 1) / most;
             self.levels[level as usize * self.words + rank / 64] |= 1 << (rank % 64);
         }
         for word in (0..self.levels.len() - self.words).rev() {
@@ -153,7 +153,7 @@ impl Assigner {
             let [height, turn] = [0, 1].map(|i| {
                 row.wrapping_mul(STEPS[i]).wrapping_add(round.wrapping_mul(ROUND_STEPS[i]))
             });
-            let level = (height >> (32 - LEVELS.ilog2())) as usize;
+            let level = (height >> (32 - BID_LEVELS.ilog2())) as usize;
             let first = ((u64::from(turn) * ranks) >> 32) as usize;
             let open = &self.levels[..words];
             let high = &self.levels[level * words..][..words];

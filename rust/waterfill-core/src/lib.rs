@@ -25,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 mod assign;
+pub mod bids;
 mod cost;
 mod error;
 mod expand;
@@ -36,7 +37,6 @@ mod own;
 mod placement;
 mod plan;
 mod problem;
-pub mod rounds;
 pub mod score;
 mod transport;
 

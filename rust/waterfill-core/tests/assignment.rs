@@ -1,6 +1,6 @@
 //! Assignment, expansion and score against plain definitions, on thousands of random batches.
 
-use waterfill_core::rounds::{LEVELS, ROUND_STEPS, ROUNDS, STEPS};
+use waterfill_core::bids::{BID_LEVELS, ROUND_STEPS, ROUNDS, STEPS};
 use waterfill_core::{
     Assigner, Bf16, Error, Id, MAX_RANKS, NO_RANK, Placement, Rows, RowsMut, Weight, count, expand,
     move_up, score,
@@ -86,7 +86,7 @@ fn by_rounds(visited: &[Vec<usize>], source: usize, quotas: &[u32]) -> Vec<i32> 
                 let step = (row as u32).wrapping_mul(STEPS[i]);
                 u64::from(step.wrapping_add(round.wrapping_mul(ROUND_STEPS[i])))
             };
-            let above = ((spread(0) * u64::from(LEVELS)) >> 32) * most / u64::from(LEVELS);
+            let above = ((spread(0) * u64::from(BID_LEVELS)) >> 32) * most / u64::from(BID_LEVELS);
             let first = ((spread(1) * ranks as u64) >> 32) as usize;
             let nearest = |above: u64| {
                 let open = visited.iter().filter(|&&rank| u64::from(start[rank]) > above);

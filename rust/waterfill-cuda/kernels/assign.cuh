@@ -53,7 +53,7 @@ __device__ __forceinline__ u32 settled(const Args &args, const Shared &s, u32 st
 __device__ __forceinline__ void bid(const Args &args, const Shared &s, const Quotas &quotas, const Rows &rows, u32 base, u32 round,
                                     u32 most) {
     u32 column = base / WARP, row = base + lane(), in_all = rows.first + row;
-    u32 level = __umulhi(in_all * STEP_LEVEL + round * ROUND_LEVEL, LEVELS);
+    u32 level = __umulhi(in_all * STEP_LEVEL + round * ROUND_LEVEL, BID_LEVELS);
     u32 first = __umulhi(in_all * STEP_TURN + round * ROUND_TURN, RANKS);
     Visits visits;
     visits.load(s.visited + row * Visits::WORDS);

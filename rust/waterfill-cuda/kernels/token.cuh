@@ -31,26 +31,26 @@ struct Visits {
 // Levels of rows left, for the bids of a round: lane l brings rank l's. In parts, by a warp each, or all by one.
 static constexpr u32 LEVEL_PARTS = LEAST_WARPS;
 __device__ __forceinline__ void open_levels(Quotas &quotas, u32 left, u32 most, u32 part) {
-    static constexpr u32 LEVELS_A_PART = LEVELS / LEVEL_PARTS;
-    static_assert(LEVELS % LEVEL_PARTS == 0, "every level is in a part");
+    static constexpr u32 LEVELS_A_PART = BID_LEVELS / LEVEL_PARTS;
+    static_assert(BID_LEVELS % LEVEL_PARTS == 0, "every level is in a part");
     u32 first = part * LEVELS_A_PART, mine = 0;
 #pragma unroll
     for (u32 i = 0; i < LEVELS_A_PART; ++i) {
-        u32 ranks = __ballot_sync(ALL, left > (first + i) * most / LEVELS);
+        u32 ranks = __ballot_sync(ALL, left > (first + i) * most / BID_LEVELS);
         if (lane() == i) mine = ranks;
     }
     if (lane() < LEVELS_A_PART) quotas.levels[first + lane()] = mine;
 }
 
 __device__ __forceinline__ void open_levels(Quotas &quotas, u32 left, u32 most) {
-    if (RANKS > LEVELS / 2) {
+    if (RANKS > BID_LEVELS / 2) {
 #pragma unroll
         for (u32 part = 0; part < LEVEL_PARTS; ++part) open_levels(quotas, left, most, part);
         return;
     }
     // Of fewer ranks each level is made by a lane, from all ranks' rows.
-    static_assert(LEVELS == WARP, "a lane a level");
-    u32 above = lane() * most / LEVELS, ranks = 0;
+    static_assert(BID_LEVELS == WARP, "a lane a level");
+    u32 above = lane() * most / BID_LEVELS, ranks = 0;
     // Whether one is more than the other by the difference's sign: comparisons are more predicates than there are.
 #pragma unroll
     for (u32 rank = 0; rank < RANKS; ++rank) ranks |= (above - __shfl_sync(ALL, left, rank)) >> 31 << rank;
@@ -92,7 +92,7 @@ struct Visits {
     }
 
     __device__ __forceinline__ u32 wanted(const Quotas &quotas, u32 most, u32 level, u32 first) const {
-        u32 above = level * most / LEVELS, rows[TOP_K], best = ALL;
+        u32 above = level * most / BID_LEVELS, rows[TOP_K], best = ALL;
         // Loads first: none waits for another.
 #pragma unroll
         for (u32 k = 0; k < TOP_K; ++k) rows[k] = quotas.left[rank[k]];

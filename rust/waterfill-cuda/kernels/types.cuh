@@ -1,6 +1,6 @@
 // Compile-time: CLUSTERED (0: one block), OWN_ONLY (1: for calls of mode OWN alone), RANKS, TOP_K, ID and UNSIGNED_ID (int or
 // long long), WEIGHT (unsigned or unsigned short: bits are copied, never computed with), MOVE_THREADS (of a block of move_up),
-// BLOCK_BYTES, LEAST_WARPS (of a block), ROUNDS, LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::rounds).
+// BLOCK_BYTES, LEAST_WARPS (of a block), ROUNDS, BID_LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::bids).
 static constexpr u32 WARP = 32;
 static constexpr u32 ALL = 0xffffffffu;
 // Ranks are below 1024. A slot without an expert, or a token without a destination, has rank NO_RANK, at which no quota
@@ -58,10 +58,10 @@ enum Source : u32 { PLANNED = 0, TAKEN = 1 };
 
 // Rows of quotas, open for bids.
 struct Quotas {
-    u32 left[ENTRIES];   // Rows still to be met; 0 at home.
-    u32 home;            // Those of the home quota.
-    u32 most;            // Most rows anywhere but at home.
-    u32 levels[LEVELS];  // A bit a rank, if a word has room for them: those with more left than level / LEVELS of the most.
+    u32 left[ENTRIES];       // Rows still to be met; 0 at home.
+    u32 home;                // Those of the home quota.
+    u32 most;                // Most rows anywhere but at home.
+    u32 levels[BID_LEVELS];  // A bit a rank, if a word has room for them: those with more left than level / BID_LEVELS of the most.
 };
 
 // What the threads of a block tell each other.

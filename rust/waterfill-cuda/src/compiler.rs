@@ -8,7 +8,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use cudarc::nvrtc::sys;
-use waterfill_core::rounds;
+use waterfill_core::bids;
 
 use crate::error::{Error, Result};
 use crate::library::open_nvrtc;
@@ -44,7 +44,7 @@ pub fn source(shape: &Shape, variant: Variant) -> String {
         WeightType::F32 => "unsigned",
         WeightType::Bf16 => "unsigned short",
     };
-    let (steps, more) = (rounds::STEPS, rounds::ROUND_STEPS);
+    let (steps, more) = (bids::STEPS, bids::ROUND_STEPS);
     let values = [
         ("CLUSTERED", u32::from(variant.clustered).to_string()),
         ("OWN_ONLY", u32::from(variant.own_only).to_string()),
@@ -56,8 +56,8 @@ pub fn source(shape: &Shape, variant: Variant) -> String {
         ("MOVE_THREADS", format!("{MOVE_THREADS}u")),
         ("BLOCK_BYTES", format!("{BLOCK_BYTES}u")),
         ("LEAST_WARPS", format!("{LEAST_WARPS}u")),
-        ("ROUNDS", format!("{}u", rounds::ROUNDS)),
-        ("LEVELS", format!("{}u", rounds::LEVELS)),
+        ("ROUNDS", format!("{}u", bids::ROUNDS)),
+        ("BID_LEVELS", format!("{}u", bids::BID_LEVELS)),
         ("STEP_LEVEL", format!("{}u", steps[0])),
         ("STEP_TURN", format!("{}u", steps[1])),
         ("ROUND_LEVEL", format!("{}u", more[0])),

@@ -1,6 +1,6 @@
 //! What a runner is made for, and how a call of so many rows is cut into blocks.
 
-use waterfill_core::rounds;
+use waterfill_core::bids;
 
 use crate::error::{Error, Result};
 
@@ -77,8 +77,8 @@ const CLUSTER_ARRAYS: usize = 3 + 2 * ROUNDS;
 const RANK_ARRAYS: usize = 2;
 /// Two `Quotas` of kernels/types.cuh: an array like those and some words each.
 const QUOTAS: usize = 2;
-const QUOTA_WORDS: usize = 2 + rounds::LEVELS as usize;
-const ROUNDS: usize = rounds::ROUNDS as usize;
+const QUOTA_WORDS: usize = 2 + bids::BID_LEVELS as usize;
+const ROUNDS: usize = bids::ROUNDS as usize;
 
 /// One call's blocks and their shared memory, in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,11 +1,11 @@
-//! The constants of the rounds in which tokens bid for ranks ([`Assigner`](crate::Assigner)).
+//! The constants by which tokens bid for ranks, in rounds ([`Assigner`](crate::Assigner)).
 //!
 //! Whoever gives the same ranks in another place, as the kernel does, takes them from here.
 
 /// Rounds of bids.
 pub const ROUNDS: u32 = 2;
-/// Levels of rows left in a round: level `l` is `l / LEVELS` of the most rows that any destination has left.
-pub const LEVELS: u32 = 32;
+/// Levels of rows left in a round: level `l` is `l / BID_LEVELS` of the most rows that any destination has left.
+pub const BID_LEVELS: u32 = 32;
 /// Steps of the two sequences that spread the rows of a batch over levels and over ranks: 2^32 over the
 /// plastic number and over its square, so that any few rows in a row are spread evenly over both.
 pub const STEPS: [u32; 2] = [0xc13f_a9a9, 0x91e1_0da5];
