@@ -30,7 +30,7 @@ __device__ __forceinline__ void take_quotas(const Args &args, const Shared &s, B
     }
     if (outcome == TALLY_LIVE) open_quotas(args, quotas);
     if (lane() > 0) return;
-    b.source = outcome == TALLY_LIVE ? TAKEN : PLANNED;
+    b.quota_set = outcome == TALLY_LIVE ? TAKEN : PLANNED;
     if (block() > 0) return;
     u64 calls = args.state->tally[outcome] + 1;
     args.state->tally[outcome] = calls;
@@ -48,7 +48,7 @@ __device__ __forceinline__ void share_quotas(const Shared &s, Block &b) {
         u32 *words = (u32 *)(s.quotas + TAKEN);
 #pragma unroll 1
         for (u32 i = threadIdx.x; i < sizeof(Quotas) / sizeof(u32); i += blockDim.x) words[i] = read_block(words + i, 0);
-        if (threadIdx.x == 0) b.source = read_block(&b.source, 0);
+        if (threadIdx.x == 0) b.quota_set = read_block(&b.quota_set, 0);
     }
     __syncthreads();
 }
@@ -107,7 +107,7 @@ __device__ __forceinline__ void expand(const Args &args) {
     if (CLUSTERED && mode_of(args) == LIVE) share_quotas(s, b);
     else __syncthreads();
 
-    Quotas &quotas = s.quotas[b.source];
+    Quotas &quotas = s.quotas[b.quota_set];
     u32 most, last = run_rounds(args, s, b, quotas, rows, most);
     leave_blocks();
     place_rest(args, s, b, quotas, rows, last, most > 0);

@@ -53,8 +53,8 @@ struct Args {
     u32 writers;             // Blocks after the first cluster's, which write the routed columns in its stead.
 };
 
-// Where quotas are from: own counts; the board, or given.
-enum Source : u32 { PLANNED = 0, TAKEN = 1 };
+// Which of two sets of quotas: planned from own counts; taken from the board, or as given.
+enum QuotaSet : u32 { PLANNED = 0, TAKEN = 1 };
 
 // Rows of quotas, open for bids.
 struct Quotas {
@@ -69,7 +69,7 @@ struct Block {
     u32 sequence;        // Of this call.
     u32 failures;        // As of its start, see State.
     u32 waits;           // Whether it waits for its plan.
-    u32 source;          // Which quotas hold.
+    u32 quota_set;       // The QuotaSet that holds.
     u32 tokens;          // Rows with a valid id.
     u32 all_tokens;      // Those of all blocks.
     u32 tokens_before;   // Those of the blocks before this one.
@@ -97,7 +97,7 @@ struct Shared {
     // These do not.
     u32 *allowed;     // [ENTRIES] how many of this block's bids of the last round are granted
     u32 *until;       // [ENTRIES] sums of the rows left in the end
-    Quotas *quotas;   // [2] by Source
+    Quotas *quotas;   // [2] by QuotaSet
     u32 *visited;     // [rows_per_block, Visits::WORDS] the ranks that each token visits, see token.cuh
     u16 *given;       // [rows_per_block] the state of each token, see assign.cuh
 };

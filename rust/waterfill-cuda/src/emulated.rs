@@ -160,7 +160,7 @@ fn notices_in(shape: Shape, rows: &[usize], defects: &[Defect<'_>]) {
 
 #[test]
 fn notices_a_barrier_that_is_missing() {
-    let after_sharing = "read_block(&b.source, 0);\n    }\n    __syncthreads();\n}\n";
+    let after_sharing = "read_block(&b.quota_set, 0);\n    }\n    __syncthreads();\n}\n";
     notices(
         FEW_RANKS,
         &[
@@ -188,7 +188,7 @@ fn notices_a_barrier_that_is_missing() {
             ("most, warp());\n    __syncthreads();\n#else", "most, warp());\n#else", "a race"),
             ("quotas.left);\n    __syncthreads();", "quotas.left);", "a race"),
             ("{\n    sync_blocks();\n    if (block() > 0)", "{\n    if (block() > 0)", "a race"),
-            (after_sharing, "read_block(&b.source, 0);\n    }\n}\n", "a race"),
+            (after_sharing, "read_block(&b.quota_set, 0);\n    }\n}\n", "a race"),
         ],
     );
     notices(
