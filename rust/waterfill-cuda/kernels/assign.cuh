@@ -57,12 +57,12 @@ __device__ __forceinline__ void bid(const Args &args, const Shared &s, const Quo
     u32 first = __umulhi(in_all * STEP_TURN + round * ROUND_TURN, RANKS);
     Visits visits;
     visits.load(s.visited + row * Visits::WORDS);
-    u32 state = s.given[row];
+    u32 state = s.states[row];
     u32 rank = visits.wanted(quotas, most, level, first);
     if (round > 0) state = settled(args, s, state, column, round - 1);
     rank = state == PENDING ? rank : NO_RANK;
     u32 same = same_rank(rank), order = __popc(same & lanes_before());
-    s.given[row] = (u16)(rank == NO_RANK ? state : BID | order << RANK_BITS | rank);
+    s.states[row] = (u16)(rank == NO_RANK ? state : BID | order << RANK_BITS | rank);
     if (rank == NO_RANK || order > 0) return;
     columns_of(args, s, round, rank)[column] = (u8)__popc(same);
     atomicAdd(&s.bids[round * ENTRIES + rank], (u32)__popc(same));
@@ -146,9 +146,9 @@ __device__ __forceinline__ void count_pending(const Args &args, const Shared &s,
 #pragma unroll 1
     for (u32 base = warp() * WARP; base < rows.count; base += blockDim.x) {
         u32 row = base + lane();
-        u32 state = settled(args, s, s.given[row], base / WARP, last);
+        u32 state = settled(args, s, s.states[row], base / WARP, last);
         u32 pending = __popc(__ballot_sync(ALL, state == PENDING));
-        s.given[row] = (u16)state;
+        s.states[row] = (u16)state;
         if (lane() == 0) columns_of(args, s, 0, NO_RANK)[base / WARP] = (u8)pending;
     }
     if (warp() == warps() - 1) sum_left(s, b, quotas.left);
@@ -174,7 +174,7 @@ __device__ __forceinline__ void place_rest(const Args &args, const Shared &s, Bl
 #pragma unroll 1
     for (u32 base = warp() * WARP; base < rows.count; base += blockDim.x) {
         u32 column = base / WARP, row = base + lane(), out = row * (TOP_K + 1) + TOP_K;
-        u32 state = s.given[row];
+        u32 state = s.states[row];
         if (!anywhere) state = settled(args, s, state, column, last);
         u32 rank = state == PENDING ? args.rank : state;
         if (anywhere) {

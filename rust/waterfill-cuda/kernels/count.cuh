@@ -59,7 +59,7 @@ __device__ __forceinline__ void count_tokens(const Args &args, const Shared &s, 
     }
     bool token = visits.any();
     visits.store(s.visited + row * Visits::WORDS);
-    s.given[row] = (u16)(token ? PENDING : NOBODY);
+    s.states[row] = (u16)(token ? PENDING : NOBODY);
     u32 tokens = __popc(__ballot_sync(ALL, token));
     if (lane() == 0) atomicAdd(&b.tokens, tokens);
 }

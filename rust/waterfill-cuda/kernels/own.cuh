@@ -113,14 +113,14 @@ __device__ __forceinline__ u32 spread(u32 rows, Entries &capacities, Entries &ow
         capacities[chunk] = before + warp_prefix(i < RANKS ? capacities[chunk] : 0, at_most(RANKS, WARP));
         before = __shfl_sync(ALL, capacities[chunk], at_most(RANKS, WARP) - 1);
     }
-    u32 total = before, fits = at_most(rows, total), given = 0;
+    u32 total = before, fits = at_most(rows, total), shares_before = 0;
     if (fits == 0) return 0;
     float ratio = __fdividef((float)fits, (float)total);
 #pragma unroll UNROLLED
     for (u32 chunk = 0; chunk < CHUNKS; ++chunk) {
-        u32 shared = share(fits, capacities[chunk], total, ratio), previous = __shfl_up_sync(ALL, shared, 1);
-        own[chunk] += shared - (lane() == 0 ? given : previous);
-        if (CHUNKS > 1) given = __shfl_sync(ALL, shared, WARP - 1);
+        u32 shares = share(fits, capacities[chunk], total, ratio), previous = __shfl_up_sync(ALL, shares, 1);
+        own[chunk] += shares - (lane() == 0 ? shares_before : previous);
+        if (CHUNKS > 1) shares_before = __shfl_sync(ALL, shares, WARP - 1);
     }
     return fits;
 }

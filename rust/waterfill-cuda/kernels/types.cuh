@@ -49,7 +49,7 @@ struct Args {
     u32 without_plan_at;     // To the planner's word on the last call that has no plan.
     u32 deserted_at;         // To the word that is not 0 once the planner's process is gone.
     // Bytes from the start of dynamic shared memory that begin as zeros, and to each array of `Shared`.
-    u32 cleared_bytes, table_bytes, table_stride, counts_bytes, ranks_bytes, visited_bytes, given_bytes;
+    u32 cleared_bytes, table_bytes, table_stride, counts_bytes, ranks_bytes, visited_bytes, states_bytes;
     u32 writers;             // Blocks after the first cluster's, which write the routed columns in its stead.
 };
 
@@ -99,7 +99,7 @@ struct Shared {
     u32 *until;       // [ENTRIES] sums of the rows left in the end
     Quotas *quotas;   // [2] by QuotaSet
     u32 *visited;     // [rows_per_block, Visits::WORDS] the ranks that each token visits, see token.cuh
-    u16 *given;       // [rows_per_block] the state of each token, see assign.cuh
+    u16 *states;      // [rows_per_block] the state of each token, see assign.cuh
 };
 
 // Pointers by offsets from the one base, each by itself: so that the compiler knows them to be shared memory.
@@ -122,7 +122,7 @@ __device__ __forceinline__ Shared shared_arrays(const Args &args) {
     s.until = ranks + ENTRIES;
     s.quotas = (Quotas *)(ranks + 2 * ENTRIES);
     s.visited = (u32 *)(memory + args.visited_bytes);
-    s.given = (u16 *)(memory + args.given_bytes);
+    s.states = (u16 *)(memory + args.states_bytes);
     return s;
 }
 

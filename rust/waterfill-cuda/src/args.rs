@@ -37,7 +37,7 @@ pub(crate) struct Args {
     pub counts_bytes: u32,
     pub ranks_bytes: u32,
     pub visited_bytes: u32,
-    pub given_bytes: u32,
+    pub states_bytes: u32,
     pub writers: u32,
 }
 

@@ -240,7 +240,7 @@ fn notices_threads_that_do_not_come() {
 #[test]
 fn notices_wrong_counts_and_ranks() {
     let padded = "row < rows.unpadded ? ids.id[k] : (ID)-1";
-    let given = "s.given[row] = (u16)(token";
+    let states = "s.states[row] = (u16)(token";
     notices(
         FEW_RANKS,
         &[
@@ -262,7 +262,7 @@ fn notices_wrong_counts_and_ranks() {
             ("s.granted_before[rank] += granted", "s.granted_before[rank] = granted", "ids"),
             ("b.tokens_before - b.granted_before", "b.tokens_before", "ids"),
             ("memory + args.table_bytes;", "memory + args.table_bytes + 2;", "misaligned"),
-            (given, "s.given[row + 256] = (u16)(token", "of its shared memory"),
+            (states, "s.states[row + 256] = (u16)(token", "of its shared memory"),
         ],
     );
 }

@@ -370,7 +370,7 @@ pub(crate) fn with_cut(args: Args, cut: &Geometry) -> Args {
         counts_bytes: cut.counts_at as u32,
         ranks_bytes: cut.ranks_at as u32,
         visited_bytes: cut.visited_at as u32,
-        given_bytes: cut.given_at as u32,
+        states_bytes: cut.states_at as u32,
         writers: cut.writers as u32,
         ..args
     }

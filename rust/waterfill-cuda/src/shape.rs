@@ -94,7 +94,7 @@ pub(crate) struct Geometry {
     pub counts_at: usize,
     pub ranks_at: usize,
     pub visited_at: usize,
-    pub given_at: usize,
+    pub states_at: usize,
     pub shared: usize,
 }
 
@@ -154,7 +154,7 @@ impl Shape {
             (ranks_at + 4 * (RANK_ARRAYS * entries + QUOTAS * quota_words)).next_multiple_of(16);
         // A bit a rank or 16 bits a slot, in whole words: `Visits` in kernels/token.cuh.
         let visit_words = if self.ranks <= WARP { 1 } else { self.top_k.div_ceil(2) };
-        let given_at = visited_at + 4 * rows * visit_words;
+        let states_at = visited_at + 4 * rows * visit_words;
         Geometry {
             blocks,
             writers: if blocks > 1 && rows_per_block > WRITTEN_BY_BLOCK { blocks } else { 0 },
@@ -165,8 +165,8 @@ impl Shape {
             counts_at,
             ranks_at,
             visited_at,
-            given_at,
-            shared: given_at + 2 * rows,
+            states_at,
+            shared: states_at + 2 * rows,
         }
     }
 }
