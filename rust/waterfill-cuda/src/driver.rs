@@ -50,7 +50,7 @@ unsafe impl Send for Device {}
 unsafe impl Sync for Device {}
 
 /// The device's context is the thread's own as long as this lives; `pushed` if another was before.
-pub(crate) struct Current<'a> {
+pub(crate) struct CurrentContext<'a> {
     pushed: bool,
     of: std::marker::PhantomData<&'a Device>,
 }
@@ -64,13 +64,13 @@ impl Device {
         Ok(Self { device, context })
     }
 
-    pub fn current(&self) -> Result<Current<'_>> {
+    pub fn current(&self) -> Result<CurrentContext<'_>> {
         // Nearly always it is torch's, and the same.
         let pushed = ask!(cuCtxGetCurrent,)? != self.context;
         if pushed {
             call!(cuCtxPushCurrent_v2, self.context)?;
         }
-        Ok(Current { pushed, of: std::marker::PhantomData })
+        Ok(CurrentContext { pushed, of: std::marker::PhantomData })
     }
 
     fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<usize> {
@@ -100,7 +100,7 @@ impl Drop for Device {
     }
 }
 
-impl Drop for Current<'_> {
+impl Drop for CurrentContext<'_> {
     fn drop(&mut self) {
         if self.pushed {
             let _ = ask!(cuCtxPopCurrent_v2,);
@@ -109,9 +109,9 @@ impl Drop for Current<'_> {
 }
 
 /// While this lives, this thread's calls do not end other threads' captures, nor are they refused for them.
-pub(crate) struct Relaxed(sys::CUstreamCaptureMode);
+pub(crate) struct RelaxedCapture(sys::CUstreamCaptureMode);
 
-impl Relaxed {
+impl RelaxedCapture {
     pub fn new() -> Result<Self> {
         let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // The driver swaps the thread's mode with this one.
@@ -120,7 +120,7 @@ impl Relaxed {
     }
 }
 
-impl Drop for Relaxed {
+impl Drop for RelaxedCapture {
     fn drop(&mut self) {
         let _ = call!(cuThreadExchangeStreamCaptureMode, &mut self.0);
     }
@@ -262,19 +262,19 @@ fn with_config<T>(
 
 /// One `T` on the device, zero at first. Never freed, for the reason that a [`Kernel`] is not unloaded.
 #[derive(Debug)]
-pub(crate) struct Slot<T> {
+pub(crate) struct DeviceCell<T> {
     address: sys::CUdeviceptr,
     of: std::marker::PhantomData<T>,
 }
 
-impl<T: Copy + Default> Slot<T> {
+impl<T: Copy + Default> DeviceCell<T> {
     pub fn new() -> Result<Self> {
-        let slot =
+        let cell =
             Self { address: ask!(cuMemAlloc_v2, size_of::<T>())?, of: std::marker::PhantomData };
         let stream = OwnStream::new()?;
-        call!(cuMemsetD8Async, slot.address, 0, size_of::<T>(), stream.0.0)?;
+        call!(cuMemsetD8Async, cell.address, 0, size_of::<T>(), stream.0.0)?;
         stream.0.synchronize()?;
-        Ok(slot)
+        Ok(cell)
     }
 
     pub fn address(&self) -> u64 {

@@ -6,7 +6,9 @@ use waterfill_board::RING;
 
 use crate::args::{Args, COUNT, GIVEN, LIVE, MoveArgs, OWN, State};
 use crate::compiler::{Compiler, EXPAND, MOVE_UP};
-use crate::driver::{Current, Device, Kernel, Launch, OwnStream, Relaxed, Slot, Stream, register};
+use crate::driver::{
+    CurrentContext, Device, DeviceCell, Kernel, Launch, OwnStream, RelaxedCapture, Stream, register,
+};
 use crate::error::{Error, Result};
 use crate::shape::{Geometry, IdType, MOVE_THREADS, Shape, Variant, WeightType};
 
@@ -18,7 +20,7 @@ const WITH_CLUSTERS: u32 = 90;
 /// One rank's kernels and their state on one device. Its launches are for one stream at a time.
 #[derive(Debug)]
 pub struct Runner {
-    state: Slot<State>,
+    state: DeviceCell<State>,
     block: Kernels,
     move_up: Kernel,
     /// For calls of more rows than one block takes, where the device has clusters.
@@ -137,13 +139,13 @@ impl Runner {
         }
         let device = Device::new(ordinal)?;
         let current = device.current()?;
-        let relaxed = Relaxed::new()?;
+        let relaxed = RelaxedCapture::new()?;
         let architecture = device.architecture()?;
         let shared = device.shared_memory()?;
         let block = load(compiler, &shape, false, architecture, shared)?;
         let move_up = block.own_only.beside(MOVE_UP)?;
         let cluster = cluster(compiler, &shape, architecture, shared)?;
-        let state = Slot::new()?;
+        let state = DeviceCell::new()?;
         let args = common_args(&shape, rank, state.address());
         drop((relaxed, current));
         let has_board = false;
@@ -171,7 +173,7 @@ impl Runner {
             )));
         }
         let _current = self.device.current()?;
-        let _relaxed = Relaxed::new()?;
+        let _relaxed = RelaxedCapture::new()?;
         // SAFETY: the caller's promise.
         let address = unsafe { register(board.address, shape.words() * size_of::<u64>())? };
         self.args = with_board(self.args, &shape, address);
@@ -255,7 +257,12 @@ impl Runner {
 
     /// # Safety
     /// As [`launch`](Self::launch).
-    unsafe fn launch_on(&self, current: &Current, call: &Call, stream: Stream) -> Result<()> {
+    unsafe fn launch_on(
+        &self,
+        current: &CurrentContext,
+        call: &Call,
+        stream: Stream,
+    ) -> Result<()> {
         let cut = self.shape.cut(call.rows, self.most_blocks(), self.shared)?;
         let mut args = self.args_of(call, &cut);
         match call.quotas {
@@ -277,7 +284,13 @@ impl Runner {
 
     /// # Safety
     /// The addresses of `args` are as [`launch`](Self::launch) and [`count`](Self::count) ask for.
-    unsafe fn run(&self, _: &Current, cut: &Geometry, args: Args, stream: Stream) -> Result<()> {
+    unsafe fn run(
+        &self,
+        _: &CurrentContext,
+        cut: &Geometry,
+        args: Args,
+        stream: Stream,
+    ) -> Result<()> {
         let launch = launch_of(cut);
         // SAFETY: the kernel's parameter is `Args`; its addresses are the caller's promise, or live with
         // this runner, and the board's layout is that of the board's own crate.
@@ -324,7 +337,7 @@ impl Runner {
     /// One empty launch of each kernel: whatever the driver does lazily, it does now.
     fn warm(&self) -> Result<()> {
         let _current = self.device.current()?;
-        let _relaxed = Relaxed::new()?;
+        let _relaxed = RelaxedCapture::new()?;
         let stream = OwnStream::new()?;
         let cluster = self.cluster.as_ref().map(|cluster| cluster.most_blocks);
         for blocks in std::iter::once(1).chain(cluster) {
