@@ -179,18 +179,18 @@ pub(crate) struct Launch {
     /// Blocks of a cluster, of which `blocks` is a multiple; 1 for none.
     pub cluster: usize,
     pub threads: usize,
-    pub shared: usize,
+    pub shared_bytes: usize,
 }
 
 impl Kernel {
-    /// Load machine code of the current context's device, for its kernel of this name; blocks may take `shared` bytes.
-    pub fn load(code: &[u8], name: &CStr, shared: usize) -> Result<Self> {
+    /// Load machine code of the current context's device, for its kernel of this name; blocks may take `shared_bytes`.
+    pub fn load(code: &[u8], name: &CStr, shared_bytes: usize) -> Result<Self> {
         // An image of an ELF tells its own size.
         let module = ask!(cuModuleLoadData, code.as_ptr().cast())?;
         let kernel = Self { module, function: ask!(cuModuleGetFunction, module, name.as_ptr())? };
         use sys::CUfunction_attribute as A;
         let most = A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        call!(cuFuncSetAttribute, kernel.function, most, shared as i32)?;
+        call!(cuFuncSetAttribute, kernel.function, most, shared_bytes as i32)?;
         Ok(kernel)
     }
 
@@ -252,7 +252,7 @@ fn with_config<T>(
         blockDimX: launch.threads as u32,
         blockDimY: 1,
         blockDimZ: 1,
-        sharedMemBytes: launch.shared as u32,
+        sharedMemBytes: launch.shared_bytes as u32,
         hStream: stream.0,
         attrs: &mut attribute,
         // Devices without clusters know no such attribute.

@@ -28,7 +28,7 @@ pub struct Runner {
     device: Device,
     has_board: bool,
     shape: Shape,
-    shared: usize,
+    shared_bytes: usize,
     /// What every call has in common.
     args: Args,
 }
@@ -141,16 +141,16 @@ impl Runner {
         let current = device.current()?;
         let relaxed = RelaxedCapture::new()?;
         let architecture = device.architecture()?;
-        let shared = device.shared_memory()?;
-        let block = load(compiler, &shape, false, architecture, shared)?;
+        let shared_bytes = device.shared_memory()?;
+        let block = load(compiler, &shape, false, architecture, shared_bytes)?;
         let move_up = block.own_only.beside(MOVE_UP)?;
-        let cluster = cluster(compiler, &shape, architecture, shared)?;
+        let cluster = cluster(compiler, &shape, architecture, shared_bytes)?;
         let state = DeviceCell::new()?;
         let args = common_args(&shape, rank, state.address());
         drop((relaxed, current));
         let has_board = false;
         let runner =
-            Self { state, block, move_up, cluster, device, has_board, shape, shared, args };
+            Self { state, block, move_up, cluster, device, has_board, shape, shared_bytes, args };
         runner.warm()?;
         Ok(runner)
     }
@@ -192,7 +192,8 @@ impl Runner {
     /// The most rows that a call may have.
     #[must_use]
     pub fn max_rows(&self) -> usize {
-        let fits = |rows: &usize| self.shape.cut(*rows, self.most_blocks(), self.shared).is_ok();
+        let fits =
+            |rows: &usize| self.shape.cut(*rows, self.most_blocks(), self.shared_bytes).is_ok();
         // Fewer rows always fit too: `Shape::cut`.
         let (mut least, mut most) = (0, 1 << 20);
         while least < most {
@@ -229,7 +230,8 @@ impl Runner {
     /// As there, for the call's inputs and `out`; its outputs and quotas are not looked at.
     pub unsafe fn count(&self, call: &Call, out: u64, stream: usize) -> Result<()> {
         let current = self.device.current()?;
-        let cut = self.shape.cut(call.rows, self.most_blocks(), self.shared)?.without_writers();
+        let cut =
+            self.shape.cut(call.rows, self.most_blocks(), self.shared_bytes)?.without_writers();
         let args = Args { mode: COUNT, words: out, out_ids: 0, ..self.args_of(call, &cut) };
         // SAFETY: the caller's promise.
         unsafe { self.run(&current, &cut, args, Stream::borrow(stream)) }
@@ -263,7 +265,7 @@ impl Runner {
         call: &Call,
         stream: Stream,
     ) -> Result<()> {
-        let cut = self.shape.cut(call.rows, self.most_blocks(), self.shared)?;
+        let cut = self.shape.cut(call.rows, self.most_blocks(), self.shared_bytes)?;
         let mut args = self.args_of(call, &cut);
         match call.quotas {
             Quotas::Own => args.mode = OWN,
@@ -356,12 +358,17 @@ impl Runner {
 
 pub(crate) fn launch_of(cut: &Geometry) -> Launch {
     let (blocks, cluster) = (cut.blocks + cut.writers, cut.blocks);
-    Launch { blocks, cluster, threads: cut.threads, shared: cut.shared }
+    Launch { blocks, cluster, threads: cut.threads, shared_bytes: cut.shared_bytes }
 }
 
 /// A thread an id. So many ids that a grid has too few blocks would take terabytes.
 pub(crate) fn launch_of_ids(count: usize) -> Launch {
-    Launch { blocks: count.div_ceil(MOVE_THREADS), cluster: 1, threads: MOVE_THREADS, shared: 0 }
+    Launch {
+        blocks: count.div_ceil(MOVE_THREADS),
+        cluster: 1,
+        threads: MOVE_THREADS,
+        shared_bytes: 0,
+    }
 }
 
 /// To move no ids.
@@ -413,7 +420,7 @@ fn load(
     shape: &Shape,
     clustered: bool,
     architecture: u32,
-    shared: usize,
+    shared_bytes: usize,
 ) -> Result<Kernels> {
     let compile = |own_only| compiler.compile(shape, Variant { clustered, own_only }, architecture);
     let (own_only, any) = std::thread::scope(|scope| {
@@ -422,9 +429,9 @@ fn load(
         (own_only.join().expect("a compiler that fails says so"), any)
     });
     let load = |own_only, code: Vec<u8>| {
-        Kernel::load(&code, EXPAND, shared).or_else(|_| {
+        Kernel::load(&code, EXPAND, shared_bytes).or_else(|_| {
             compiler.forget(shape, Variant { clustered, own_only }, architecture);
-            Kernel::load(&compile(own_only)?, EXPAND, shared)
+            Kernel::load(&compile(own_only)?, EXPAND, shared_bytes)
         })
     };
     Ok(Kernels { own_only: load(true, own_only?)?, any: load(false, any?)? })
@@ -435,22 +442,22 @@ fn cluster(
     compiler: &Compiler,
     shape: &Shape,
     architecture: u32,
-    shared: usize,
+    shared_bytes: usize,
 ) -> Result<Option<Cluster>> {
     if architecture < WITH_CLUSTERS {
         return Ok(None);
     }
-    let kernels = load(compiler, shape, true, architecture, shared)?;
+    let kernels = load(compiler, shape, true, architecture, shared_bytes)?;
     for kernel in kernels.all() {
         // Refused where not supported; then the smaller size is found below.
         let _ = kernel.allow_large_clusters();
     }
     let runs = |blocks: usize| {
-        let launch = Launch { blocks, cluster: blocks, threads: 1024, shared };
+        let launch = Launch { blocks, cluster: blocks, threads: 1024, shared_bytes };
         kernels.all().iter().all(|kernel| kernel.clusters(launch).is_ok_and(|count| count > 0))
     };
     // Where not even a cluster without rows has room, one block may.
-    let has_room = |blocks: usize| shape.geometry(blocks, 0).shared <= shared;
+    let has_room = |blocks: usize| shape.geometry(blocks, 0).shared_bytes <= shared_bytes;
     let most_blocks = CLUSTERS.into_iter().find(|&blocks| has_room(blocks) && runs(blocks));
     Ok(most_blocks.map(|most_blocks| Cluster { kernels, most_blocks }))
 }

@@ -95,7 +95,7 @@ pub(crate) struct Geometry {
     pub ranks_at: usize,
     pub visited_at: usize,
     pub states_at: usize,
-    pub shared: usize,
+    pub shared_bytes: usize,
 }
 
 impl Geometry {
@@ -124,19 +124,24 @@ impl Shape {
         Ok(())
     }
 
-    /// How `rows` rows are cut, with up to `most_blocks` blocks of `shared` bytes each: into as few as are fast, or into
+    /// How `rows` rows are cut, with up to `most_blocks` blocks of `shared_bytes` each: into as few as are fast, or into
     /// more where so few have no room.
-    pub(crate) fn cut(&self, rows: usize, most_blocks: usize, shared: usize) -> Result<Geometry> {
+    pub(crate) fn cut(
+        &self,
+        rows: usize,
+        most_blocks: usize,
+        shared_bytes: usize,
+    ) -> Result<Geometry> {
         let each = if rows <= BLOCK { BLOCK } else { CLUSTERED_BLOCK };
         let fewest = rows.div_ceil(each).clamp(1, most_blocks);
         let cut_into =
             |blocks: usize| self.geometry(blocks, rows.div_ceil(blocks).next_multiple_of(WARP));
-        let fits = |cut: &Geometry| rows <= MAX_ROWS && cut.shared <= shared;
+        let fits = |cut: &Geometry| rows <= MAX_ROWS && cut.shared_bytes <= shared_bytes;
         (fewest..=most_blocks).map(cut_into).find(fits).ok_or_else(|| {
             Error::Argument(format!(
                 "{rows} rows of top {} over {} ranks and {} experts: they take {} bytes of shared memory in each of \
-                 {most_blocks} blocks, the device has {shared}; give fewer rows a call (never more than {MAX_ROWS})",
-                self.top_k, self.ranks, self.experts, cut_into(most_blocks).shared
+                 {most_blocks} blocks, the device has {shared_bytes}; give fewer rows a call (never more than {MAX_ROWS})",
+                self.top_k, self.ranks, self.experts, cut_into(most_blocks).shared_bytes
             ))
         })
     }
@@ -166,7 +171,7 @@ impl Shape {
             ranks_at,
             visited_at,
             states_at,
-            shared: states_at + 2 * rows,
+            shared_bytes: states_at + 2 * rows,
         }
     }
 }
@@ -175,7 +180,7 @@ impl Shape {
 mod tests {
     use super::*;
 
-    const SHARED: usize = 227 << 10;
+    const SHARED_BYTES: usize = 227 << 10;
 
     fn shape(ranks: usize, experts: usize, top_k: usize) -> Shape {
         Shape { ranks, experts, top_k, id: IdType::I32, weight: WeightType::F32 }
@@ -188,7 +193,7 @@ mod tests {
         {
             for rows in [0, 1, 31, 128, 1000, 1024, 1025, 4096, 16384] {
                 for blocks in [8, 16] {
-                    let cut = shape(ranks, experts, 8).cut(rows, blocks, SHARED);
+                    let cut = shape(ranks, experts, 8).cut(rows, blocks, SHARED_BYTES);
                     if ranks == 1024 && rows == 16384 && blocks == 8 {
                         continue;
                     }
@@ -209,8 +214,8 @@ mod tests {
     #[test]
     fn a_call_with_no_room_in_one_block_is_cut_into_more() {
         let large = shape(256, 1 << 15, 32);
-        let shared = large.geometry(1, 256).shared - 1;
-        let cut = |rows| large.cut(rows, 16, shared);
+        let shared_bytes = large.geometry(1, 256).shared_bytes - 1;
+        let cut = |rows| large.cut(rows, 16, shared_bytes);
         assert_eq!(cut(224).unwrap().blocks, 1);
         assert!(cut(256).unwrap().blocks > 1);
         // So a call that fits has room however many of its rows are left away.
@@ -236,7 +241,7 @@ mod tests {
         assert!(text.contains("top_k 33"), "{text}");
         let text = shape(8, 250, 8).check().unwrap_err().to_string();
         assert!(text.contains("250"), "{text}");
-        let text = shape(8, 256, 8).cut(1 << 21, 8, SHARED).unwrap_err().to_string();
+        let text = shape(8, 256, 8).cut(1 << 21, 8, SHARED_BYTES).unwrap_err().to_string();
         assert!(text.contains("2097152 rows"), "{text}");
     }
 }

@@ -126,13 +126,13 @@ impl Emulated {
         seed: u32,
         mut meanwhile: &mut dyn FnMut(),
     ) -> Result<(), String> {
-        let numbers = [launch.blocks, launch.cluster, launch.threads, launch.shared];
-        let [blocks, cluster, threads, shared] = numbers.map(|n| n as u32);
+        let numbers = [launch.blocks, launch.cluster, launch.threads, launch.shared_bytes];
+        let [blocks, cluster, threads, shared_bytes] = numbers.map(|n| n as u32);
         let for_meanwhile = (&raw mut meanwhile).cast();
         // SAFETY: the caller's promise; `&mut self` because the library has one launch at a time; it calls
         // `call` with what it has to be called with, and not after it returned.
         let failure = unsafe {
-            (self.run)(args, blocks, cluster, threads, shared, seed, call, for_meanwhile)
+            (self.run)(args, blocks, cluster, threads, shared_bytes, seed, call, for_meanwhile)
         };
         if failure.is_null() {
             return Ok(());

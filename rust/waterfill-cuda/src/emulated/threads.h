@@ -166,11 +166,11 @@ static void watch(const void *address, unsigned bytes, Kind kind);
 static void start_watching();
 static void end_watching();
 
-static void start(unsigned blocks_wanted, unsigned cluster, unsigned threads_wanted, unsigned shared, Word seed) {
+static void start(unsigned blocks_wanted, unsigned cluster, unsigned threads_wanted, unsigned shared_wanted, Word seed) {
     static char *stacks;
     static size_t stack_bytes;
     thread_count = blocks_wanted * threads_wanted;
-    gridDim.x = blocks_wanted, blockDim.x = threads_wanted, shared_bytes = shared;
+    gridDim.x = blocks_wanted, blockDim.x = threads_wanted, shared_bytes = shared_wanted;
     ended = switches = 0, cluster_blocks = cluster;
     memset(arrived_at_cluster, 0, sizeof arrived_at_cluster), memset(phase, 0, sizeof phase);
     random_state = (seed + 1) * 0x9e3779b97f4a7c15ull, clock_ns = 1000000;
@@ -184,11 +184,11 @@ static void start(unsigned blocks_wanted, unsigned cluster, unsigned threads_wan
     threads = (Thread *)calloc(thread_count, sizeof(Thread));
     warps = (Warp *)calloc(thread_count / LANES, sizeof(Warp));
     blocks = (Block *)calloc(blocks_wanted, sizeof(Block));
-    memory_stride = (shared + 2 * GUARD - 1) / GUARD * GUARD + MARGIN;
+    memory_stride = (shared_wanted + 2 * GUARD - 1) / GUARD * GUARD + MARGIN;
     all_memory = (unsigned char *)aligned_alloc(GUARD, blocks_wanted * memory_stride);
     for (unsigned i = 0; i < blocks_wanted; ++i) {
         blocks[i].memory = all_memory + i * memory_stride;
-        memset(blocks[i].memory, POISON, shared + GUARD);
+        memset(blocks[i].memory, POISON, shared_wanted + GUARD);
     }
     start_watching();
     for (unsigned i = 0; i < thread_count; ++i) {
@@ -273,9 +273,9 @@ static void emulated::run_kernel() {
 }
 
 // One launch of whole warps; null, or what went wrong. `meanwhile` is called whenever the clock is read.
-extern "C" const char *launch(const void *args, unsigned blocks, unsigned cluster, unsigned threads, unsigned shared, unsigned seed,
+extern "C" const char *launch(const void *args, unsigned blocks, unsigned cluster, unsigned threads, unsigned shared_bytes, unsigned seed,
                               void (*meanwhile)(void *), void *for_meanwhile) {
-    emulated::start(blocks, cluster, threads, shared, seed);
+    emulated::start(blocks, cluster, threads, shared_bytes, seed);
     emulated::arguments = args;
     emulated::meanwhile = meanwhile, emulated::for_meanwhile = for_meanwhile;
     emulated::run_all();
