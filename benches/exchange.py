@@ -1,8 +1,8 @@
-"""The board's round beside a gloo all-reduce of the same counts: turn by turn in one run, medians and their ratio.
+"""The board's call beside a gloo all-reduce of the same counts: turn by turn in one run, medians and their ratio.
 
-``exchange.py [RANKS ...]``: for each, three turns of each side, ranks as processes. The round is post, merge,
+``exchange.py [RANKS ...]``: for each, three turns of each side, ranks as processes. A call is post, merge,
 plan and read; the all-reduce alone is less work, it only adds the counts up. ``inline``: the leader plans while
-it waits; ``spin``: a thread does, where there are cores for it. ``--program F`` takes a built example ``rounds``
+it waits; ``spin``: a thread does, where there are cores for it. ``--program F`` takes a built example ``calls``
 instead of building it.
 """
 
@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parents[1]
 TURNS = 3
-ROUNDS = 100_000
+CALLS = 100_000
 ALL_REDUCES = 3000
 PARTS = {"p50_us": 0.5, "p99_us": 0.99, "p999_us": 0.999}
 
@@ -42,7 +42,7 @@ def main() -> None:
     for ranks in arguments.ranks:
         paces = ["inline"] + (["spin"] if cores > ranks else [])
         turns = [
-            {pace: rounds(program, ranks, pace) for pace in paces} | {"gloo": gloo(ranks)}
+            {pace: calls(program, ranks, pace) for pace in paces} | {"gloo": gloo(ranks)}
             for _ in range(TURNS)
         ]
         medians = {
@@ -63,13 +63,13 @@ def main() -> None:
 
 
 def build() -> Path:
-    command = ["cargo", "build", "--release", "--package", "waterfill-board", "--example", "rounds"]
+    command = ["cargo", "build", "--release", "--package", "waterfill-board", "--example", "calls"]
     subprocess.run(command, cwd=ROOT, check=True)
-    return ROOT / "target/release/examples/rounds"
+    return ROOT / "target/release/examples/calls"
 
 
-def rounds(program: Path, ranks: int, pace: str) -> dict[str, float]:
-    command = [program, str(ranks), str(ROUNDS), pace]
+def calls(program: Path, ranks: int, pace: str) -> dict[str, float]:
+    command = [program, str(ranks), str(CALLS), pace]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 

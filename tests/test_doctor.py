@@ -416,18 +416,18 @@ def test_a_board_is_left_behind_once_its_creator_is_gone():
 
 def test_exchange_is_judged_by_what_was_live():
     def judged(calls, live):
-        return doctor.exchange(BoardSettings(), lambda _: self_test.Rounds(calls, live, 5.25, 99))
+        return doctor.exchange(BoardSettings(), lambda _: self_test.Calls(calls, live, 5.25, 99))
 
-    check(judged(1000, 950), "ok", "950 of 1000 rounds live", "at most 1000000", "wait 5.2 us")
+    check(judged(1000, 950), "ok", "950 of 1000 calls live", "at most 1000000", "wait 5.2 us")
     check(judged(1000, 899), "warn", "own counts")
     check(judged(1000, 0), "warn", "WATERFILL_RS_EXCHANGE=solo")
 
 
 @pytest.mark.parametrize("pace", ["auto", "inline", "park", "spin"])
 def test_two_processes_really_exchange(pace):
-    rounds = self_test.run(BoardSettings(cap_us=1_000_000, pace=pace), seconds=0.2)
-    assert rounds.live == rounds.calls == self_test.BURSTS * self_test.ROUNDS
-    assert 0 < rounds.median_us <= rounds.longest_us
+    found = self_test.run(BoardSettings(cap_us=1_000_000, pace=pace), seconds=0.2)
+    assert found.live == found.calls == self_test.BURSTS * self_test.CALLS
+    assert 0 < found.median_us <= found.longest_us
 
 
 def test_a_process_that_ends_is_told(monkeypatch):

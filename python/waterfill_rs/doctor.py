@@ -139,7 +139,7 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
 
 def exchange(
     settings: BoardSettings,
-    run: Callable[[BoardSettings], self_test.Rounds],
+    run: Callable[[BoardSettings], self_test.Calls],
     without: Level = "warn",
 ) -> Finding:
     """The self-test, with the wait and the planner that the variables ask for.
@@ -147,7 +147,7 @@ def exchange(
     ``without``: how bad it is that no board can be had.
     """
     try:
-        rounds = run(settings)
+        found = run(settings)
     except OSError as error:
         advice = "" if without == "ok" else "see shm above"
         return Finding("exchange", without, f"no board for the self-test: {error}", advice)
@@ -160,13 +160,13 @@ def exchange(
         )  # Ranks without a board have no planner.
         return Finding("exchange", level, f"the self-test ended: {error}", advice)
     text = (
-        f"2 processes, planner {settings.pace}: {rounds.live} of {rounds.calls} rounds live, "
-        f"median wait {rounds.median_us:.1f} us, longest {rounds.longest_us:.0f} (at most {settings.cap_us})"
+        f"2 processes, planner {settings.pace}: {found.live} of {found.calls} calls live, "
+        f"median wait {found.median_us:.1f} us, longest {found.longest_us:.0f} (at most {settings.cap_us})"
     )
-    if not rounds.live:
+    if not found.live:
         advice = "see cpu above; WATERFILL_RS_EXCHANGE=solo: all layers take own counts anyway"
         return Finding("exchange", "warn", text, advice)
-    if rounds.live < LEAST_LIVE * rounds.calls:
+    if found.live < LEAST_LIVE * found.calls:
         advice = "see cpu above: layers without a live plan take own counts"
         return Finding("exchange", "warn", text, advice)
     return Finding("exchange", "ok", text)

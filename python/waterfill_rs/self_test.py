@@ -14,17 +14,17 @@ from waterfill_rs import _native
 from waterfill_rs.rank_processes import end_of
 from waterfill_rs.rendezvous import BoardSettings, board_name
 
-__all__ = ["Rounds", "run"]
+__all__ = ["Calls", "run"]
 
 RANKS, EXPERTS, TOP_K, TOKENS = 2, 256, 8, 32
-BURSTS, ROUNDS = 250, 16
+BURSTS, CALLS = 250, 16
 """A rank that loses its core falls behind, and the other goes on without it. As the layers of a pass do, each burst
-has as many rounds on both, and the next one finds them together again."""
+has as many calls on both, and the next one finds them together again."""
 START_S = 30.0
 
 
 @dataclass(frozen=True)
-class Rounds:
+class Calls:
     """Of the rank with fewer live ones; waits in microseconds."""
 
     calls: int
@@ -33,7 +33,7 @@ class Rounds:
     longest_us: float
 
 
-def run(settings: BoardSettings, seconds: float = 1.0) -> Rounds:
+def run(settings: BoardSettings, seconds: float = 1.0) -> Calls:
     """
     Raises:
         OSError: no shared memory for the board.
@@ -56,7 +56,7 @@ def run(settings: BoardSettings, seconds: float = 1.0) -> Rounds:
         begin = time.monotonic() + 0.02
         for end in ends:
             end.send(begin)
-        return min((Rounds(*_heard(end)) for end in ends), key=lambda rounds: rounds.live)
+        return min((Calls(*_heard(end)) for end in ends), key=lambda calls: calls.live)
     finally:
         board.unlink()
         for process in processes:
@@ -97,7 +97,7 @@ def _rank(
     begin = parent.recv()
     for burst in range(BURSTS):
         time.sleep(max(0.0, begin + burst * seconds / BURSTS - time.monotonic()))
-        for _ in range(ROUNDS):
+        for _ in range(CALLS):
             exchange.quotas(view)
     tally = exchange.tally()
     parent.send((tally["calls"], tally["live"], *(tally["wait_us"][n] for n in ("p50", "max"))))

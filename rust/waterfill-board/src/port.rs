@@ -49,7 +49,7 @@ const MOST_SELDOM: u32 = 6;
 ///
 /// The child of a fork must not go on with it, because two processes would then write as one rank: the
 /// others' quotas would still add up, but to counts that nobody has. It is not checked here, where asking
-/// the system for the process would cost a good part of a round; whoever may be forked checks it.
+/// the system for the process would cost a good part of a call; whoever may be forked checks it.
 #[derive(Debug)]
 pub struct Port<R> {
     region: R,

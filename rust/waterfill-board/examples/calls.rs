@@ -1,6 +1,6 @@
-//! Rounds between real processes: `rounds RANKS ROUNDS [inline|spin] [EXPERTS]` prints one JSON line.
+//! Calls between real processes: `calls RANKS CALLS [inline|spin] [EXPERTS]` prints one JSON line.
 //!
-//! Each rank is a process, pinned to a core of its own where there are enough; a round is one call of
+//! Each rank is a process, pinned to a core of its own where there are enough; a call is one of
 //! [`Port::exchange`]: post the counts, merge, plan, read the quotas. `inline`: the leader plans while it
 //! waits; `spin`: a thread of its process does. `benches/exchange.py` runs this beside gloo.
 
@@ -20,16 +20,16 @@ fn main() {
     let number = |index: usize, default: usize| {
         arguments.get(index).map_or(default, |text| text.parse().expect("a number"))
     };
-    let (ranks, rounds) = (number(1, 2), number(2, 100_000) as u32);
+    let (ranks, calls) = (number(1, 2), number(2, 100_000) as u32);
     let inline = arguments.get(3).is_none_or(|pace| pace == "inline");
     let shape = Shape::new(ranks, number(4, ranks)).expect("experts that divide over the ranks");
     if let Ok(child) = std::env::var(CHILD) {
         let (rank, name) = child.split_once(' ').expect("rank and name");
         let board = Segment::attach(name, shape, RUN).expect("a board");
-        run(board, shape, rank.parse().expect("a rank"), rounds, None);
+        run(board, shape, rank.parse().expect("a rank"), calls, None);
         return;
     }
-    let name = format!("waterfill-rounds-{}", std::process::id());
+    let name = format!("waterfill-calls-{}", std::process::id());
     let board = Segment::create(&name, shape, RUN).expect("a board");
     let planners = Segment::attach(&name, shape, RUN).expect("the planner's board");
     let planner = BoardPlanner::new(planners, shape, CostModel::Rows, CAP / 2).expect("a planner");
@@ -39,7 +39,7 @@ fn main() {
     } else {
         (None, Some(PlannerThread::spawn(planner, Pace::Spin(None)).expect("a thread")))
     };
-    let mut waits = run(board, shape, 0, rounds, planner);
+    let mut waits = run(board, shape, 0, calls, planner);
     for mut child in children {
         assert!(child.wait().expect("a child").success());
     }
@@ -48,7 +48,7 @@ fn main() {
     waits.sort_unstable();
     let at = |part: f64| waits[((waits.len() - 1) as f64 * part) as usize].as_secs_f64() * 1e6;
     println!(
-        "{{\"ranks\": {ranks}, \"rounds\": {rounds}, \"p50_us\": {:.3}, \"p99_us\": {:.3}, \"p999_us\": {:.3}}}",
+        "{{\"ranks\": {ranks}, \"calls\": {calls}, \"p50_us\": {:.3}, \"p99_us\": {:.3}, \"p999_us\": {:.3}}}",
         at(0.5),
         at(0.99),
         at(0.999)
@@ -63,24 +63,24 @@ fn start(name: &str, rank: usize) -> Child {
         .expect("a process")
 }
 
-/// Make the rounds as one rank; gives how long each took.
+/// Make the calls as one rank; gives how long each took.
 fn run(
     board: Segment,
     shape: Shape,
     rank: usize,
-    rounds: u32,
+    calls: u32,
     mut planner: Option<BoardPlanner<Segment>>,
 ) -> Vec<Duration> {
     pin(rank, shape.ranks);
     let mut port = Port::new(board, shape, CostModel::Rows, rank).expect("a port");
     let mut quotas = vec![0; shape.ranks];
     let visits = vec![90; shape.ranks];
-    let mut waits = Vec::with_capacity(rounds as usize);
+    let mut waits = Vec::with_capacity(calls as usize);
     let mut live = 0;
-    for round in 0..WARM_UP + rounds {
-        let tokens = 100 + (round + rank as u32 * 7) % 50;
+    for call in 0..WARM_UP + calls {
+        let tokens = 100 + (call + rank as u32 * 7) % 50;
         let counts: Vec<u32> =
-            (0..shape.experts as u32).map(|e| (e * 37 + round + rank as u32) % 97).collect();
+            (0..shape.experts as u32).map(|e| (e * 37 + call + rank as u32) % 97).collect();
         let posted = Posted { tokens, visits: &visits, counts: &counts };
         let begun = Instant::now();
         port.post(posted).expect("counts that fit");
@@ -90,12 +90,12 @@ fn run(
         let outcome = port.finish_with(posted, CAP, &mut quotas, meanwhile).expect("quotas");
         let taken = begun.elapsed();
         assert_eq!(quotas.iter().sum::<u32>(), tokens);
-        if round >= WARM_UP {
+        if call >= WARM_UP {
             waits.push(taken);
             live += u32::from(outcome == Outcome::Live);
         }
     }
-    assert!(live >= rounds - rounds / 1000, "{live} of {rounds} rounds were live");
+    assert!(live >= calls - calls / 1000, "{live} of {calls} calls were live");
     waits
 }
 

@@ -1,4 +1,4 @@
-//! One call of all ranks, one after the other in one thread: the work of a round without its waits.
+//! One call of all ranks, one after the other in one thread: the work without its waits.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use waterfill_core::CostModel;
 
 const LONG: Duration = Duration::from_secs(60);
 
-fn rounds(criterion: &mut Criterion) {
+fn calls(criterion: &mut Criterion) {
     for (ranks, experts) in
         [(2, 2), (2, 256), (8, 8), (8, 256), (16, 16), (32, 32), (64, 64), (64, 256)]
     {
@@ -25,7 +25,7 @@ fn rounds(criterion: &mut Criterion) {
             .collect();
         let (visits, mut quotas) = (vec![90; ranks], vec![0; ranks]);
         let posted = |rank: usize| Posted { tokens: 256, visits: &visits, counts: &counts[rank] };
-        criterion.bench_function(&format!("round/{ranks}x{experts}"), |b| {
+        criterion.bench_function(&format!("call/{ranks}x{experts}"), |b| {
             b.iter(|| {
                 for (rank, port) in ports.iter_mut().enumerate() {
                     port.post(black_box(posted(rank))).unwrap();
@@ -40,5 +40,5 @@ fn rounds(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, rounds);
+criterion_group!(benches, calls);
 criterion_main!(benches);
