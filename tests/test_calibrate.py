@@ -12,13 +12,7 @@ torch = pytest.importorskip("torch")
 import dispatch_ranks
 from fake_deep_gemm import SHAPE, FakeDeepGemm, fp8_experts
 
-from waterfill_rs import (
-    calibrate,
-    calibrate_dispatch,
-    calibrate_kernels,
-    calibrate_timing,
-    cost_models,
-)
+from waterfill_rs import calibrate, calibrate_dispatch, calibrate_kernels, calibrate_timing
 from waterfill_rs.calibrate import GROUP, Dispatched, Job, Plan, Times, machine_from, measure, table
 from waterfill_rs.calibrate_kernels import (
     Bf16Experts,
@@ -28,6 +22,7 @@ from waterfill_rs.calibrate_kernels import (
 )
 from waterfill_rs.cli import main
 from waterfill_rs.machine import Machine
+from waterfill_rs.replay import cost_models
 
 PLAN = Plan(
     dense_tokens=(64, 512), tiles=(1, 2, 4), dispatch_tokens=(64,), prefill_tokens=(512,), batches=1

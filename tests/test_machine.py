@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from waterfill_rs import CostModel, cost_models
+from waterfill_rs import CostModel
 from waterfill_rs.machine import Machine, machine_of, parse
 from waterfill_rs.machines import MACHINES
+from waterfill_rs.replay import cost_models
 
 GIVEN = {
     "name": "NVIDIA H200",

@@ -6,11 +6,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from waterfill_rs import heat_map, page, verdict
 from waterfill_rs.cli import main
-from waterfill_rs.comparison import Layer, Result, compare
-from waterfill_rs.heat_map import HeatMap
-from waterfill_rs.report import Compared
+from waterfill_rs.policies import verdict
+from waterfill_rs.policies.comparison import Layer, Result, compare
+from waterfill_rs.policies.report import Compared
+from waterfill_rs.replay import heat_map, page
+from waterfill_rs.replay.heat_map import HeatMap
 
 VOID = {"meta", "br"}
 CELL = re.compile(r"layer (\d+), rank (\d+): ([\d.]+), ([\d.]+) (rows|us)$")

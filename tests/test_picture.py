@@ -9,9 +9,9 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: make test
 
 from matplotlib.figure import Figure
 
-from waterfill_rs import picture
-from waterfill_rs.comparison import Layer, Result, compare
-from waterfill_rs.report import Compared
+from waterfill_rs.policies import picture
+from waterfill_rs.policies.comparison import Layer, Result, compare
+from waterfill_rs.policies.report import Compared
 
 POLICIES = ("home", "sglang-static", "sglang-dynamic", "own-counts", "live", "joint")
 
@@ -86,7 +86,7 @@ def test_equal_curves_are_all_seen():
 
 
 def test_every_policy_has_its_own_line():
-    from waterfill_rs.comparison import POLICIES as all_policies
+    from waterfill_rs.policies.comparison import POLICIES as all_policies
 
     above, _ = drawn([result(policy=policy) for policy in all_policies]).axes
     assert list(lines(above)) == [*all_policies, "bound"]

@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
 
-from waterfill_rs import replay
 from waterfill_rs.cli import main
+from waterfill_rs.replay import command as replay
 
 RANKS, EXPERTS, TOP_K, LAYERS, TOKENS = 4, 16, 3, 3, 40
 DATA = Path(__file__).parents[2] / "shared" / "data"

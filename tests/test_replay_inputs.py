@@ -17,8 +17,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: make test i
 from test_replay import DATA, LAYERS, RANKS, TOP_K, dump
 from test_replay_counts import counts_of
 
-from waterfill_rs import dumps
 from waterfill_rs.cli import main
+from waterfill_rs.replay import dumps
 
 SUM = sum(counts_of(rank, 100) for rank in range(RANKS))
 """``[L, E]``, of which layer 0 is dense."""

@@ -13,7 +13,7 @@ from test_replay_phases import PREFILL, record, served  # noqa: F401
 
 import waterfill_rs
 from waterfill_rs.cli import main
-from waterfill_rs.comparison import POLICIES
+from waterfill_rs.policies.comparison import POLICIES
 
 ROOFLINE = "roofline:2,0.1,8"
 

@@ -10,8 +10,8 @@ from test_replay import DATA, EXPERTS, LAYERS, RANKS, TOP_K, dump, ids_of
 from test_replay_counts import PASSES, counts_of, per_pass, received_of
 from test_replay_inputs import level, refused, replay
 
-from waterfill_rs import dumps
 from waterfill_rs.cli import main
+from waterfill_rs.replay import dumps
 
 TOP = ["--top-k", str(TOP_K)]
 MODES = {

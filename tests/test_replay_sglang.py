@@ -6,8 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
 
-from waterfill_rs import sglang_waterfill
 from waterfill_rs.cli import main
+from waterfill_rs.replay import sglang_waterfill
 
 EXPERTS, TOP_K = 12, 3
 OF_SGLANG = ("sglang-static", "sglang-dynamic")

@@ -8,8 +8,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: make test i
 
 from test_replay_phases import EXPERTS, LEVEL, PREFILL, RANKS, TOP_K, record, replay
 
-from waterfill_rs.comparison import Result
-from waterfill_rs.verdict import print_verdict
+from waterfill_rs.policies.comparison import Result
+from waterfill_rs.policies.verdict import print_verdict
 
 HOT = [[0, 1, 2, 4 + token % 12] for token in range(200)]
 """Three of four rows are on rank 0: shared rows level nothing."""

@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: make test i
 from test_replay import EXPERTS, LAYERS, RANKS, TOKENS, TOP_K, dump, ids_of
 from test_replay_counts import per_pass
 
-from waterfill_rs import dump_files
 from waterfill_rs.cli import main
+from waterfill_rs.replay import dump_files
 
 PASSES = (100, 101)
 COUNTS = [91, 131, 41, 60, 105, 164, 40, 5, 72, 57, 182, 87]

@@ -96,7 +96,7 @@ def _array(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _dumps(path: Path) -> tuple[np.ndarray, int]:
     """All tokens of all passes, one recorded rank after the other, and the number of logical experts."""
-    from waterfill_rs import dumps
+    from waterfill_rs.replay import dumps
 
     dump = dumps.read([path], None, None)
     if not isinstance(dump, dumps.Tokens):

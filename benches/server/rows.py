@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from waterfill_rs import sglang_waterfill
-from waterfill_rs.comparison import Batch, Layer, compare
+from waterfill_rs.policies.comparison import Batch, Layer, compare
+from waterfill_rs.replay import sglang_waterfill
 
 POLICIES = {"home": "home", "sglang": "sglang-static", "own": "own-counts", "live": "live"}
 """Modes, and the models' names for them."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import waterfill_rs
-from waterfill_rs import report
 from waterfill_rs.machine import Curve, Machine
+from waterfill_rs.policies import report
 
 if TYPE_CHECKING:
     from waterfill_rs.calibrate_kernels import Experts

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 
 import waterfill_rs
-from waterfill_rs import calibrate, demo, doctor, replay, status
+from waterfill_rs import calibrate, demo, doctor, status
+from waterfill_rs.replay import command as replay
 
 __all__ = ["main"]
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import waterfill_rs
-from waterfill_rs import picture, rank_processes, report, verdict
-from waterfill_rs.comparison import Batch, Layer, Result, compare
+from waterfill_rs import rank_processes
 from waterfill_rs.config import PACES
+from waterfill_rs.policies import picture, report, verdict
+from waterfill_rs.policies.comparison import Batch, Layer, Result, compare
 from waterfill_rs.rank_processes import Outcome, Setup
 from waterfill_rs.rendezvous import BoardSettings
 from waterfill_rs.status import ENDS

@@ -10,10 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from waterfill_rs import calibrate_dispatch, calibrate_kernels, calibrate_timing, cost_models
+from waterfill_rs import calibrate_dispatch, calibrate_kernels, calibrate_timing
 from waterfill_rs.calibrate import Plan
 from waterfill_rs.cli import main
 from waterfill_rs.machine import Machine
+from waterfill_rs.replay import cost_models
 
 HIDDEN, INTERMEDIATE = 2048, 1024
 

@@ -10,7 +10,7 @@ pytest.importorskip("sglang", reason="sglang is not installed: make test install
 import torch
 from inside import EXPERTS, RANKS
 
-from waterfill_rs import dumps
+from waterfill_rs.replay import dumps
 
 LAYERS, TOKENS, TOP_K = 3, 12, 4
 TARGET, DRAFT = (41, 42), (38, 39, 40, 41, 42)

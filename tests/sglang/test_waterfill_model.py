@@ -12,7 +12,7 @@ COMMON = """
 import types
 import torch
 from sglang.srt.layers.moe import waterfill
-from waterfill_rs.sglang_waterfill import dynamic_ranks, static_ranks
+from waterfill_rs.replay.sglang_waterfill import dynamic_ranks, static_ranks
 
 def ids_of(rows, top_k, skew, ranks, rank):
     generator = torch.Generator().manual_seed(ranks * 1000 + rows + rank)
@@ -118,7 +118,7 @@ def test_every_draw_of_dynamic_mode_is_sglangs():
 
 def test_small_batches_stay_at_home_and_sizes_are_those_of_the_kernel():
     torch = pytest.importorskip("torch")
-    from waterfill_rs.sglang_waterfill import MIN_TOKENS, dynamic_ranks, serves, static_ranks
+    from waterfill_rs.replay.sglang_waterfill import MIN_TOKENS, dynamic_ranks, serves, static_ranks
 
     ids = torch.zeros(MIN_TOKENS - 1, 3, dtype=torch.int32)
     assert static_ranks(ids, physical_experts=8, ranks=4, rank=2).tolist() == [2] * 63

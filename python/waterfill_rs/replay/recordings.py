@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from waterfill_rs import rank_files, whole_numbers
-from waterfill_rs.rank_files import RankFile, routed
-from waterfill_rs.recorded import Counts, Tokens, given_top_k, replicated, top_k_doubts
+from waterfill_rs.replay import rank_files, whole_numbers
+from waterfill_rs.replay.rank_files import RankFile, routed
+from waterfill_rs.replay.recorded import Counts, Tokens, given_top_k, replicated, top_k_doubts
 
 __all__ = ["read"]
 

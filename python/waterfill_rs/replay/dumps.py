@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from waterfill_rs import dump_files, logical_counts, recordings
-from waterfill_rs.recorded import Counts, Dump, Tokens
+from waterfill_rs.replay import dump_files, logical_counts, recordings
+from waterfill_rs.replay.recorded import Counts, Dump, Tokens
 
 __all__ = ["Counts", "Dump", "Tokens", "read", "read_map"]
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import waterfill_rs
-from waterfill_rs import heat_map, report, summary, verdict
-from waterfill_rs.comparison import Result
-from waterfill_rs.heat_map import HeatMap
-from waterfill_rs.report import Compared, printable, whole
+from waterfill_rs.policies import report, summary, verdict
+from waterfill_rs.policies.comparison import Result
+from waterfill_rs.policies.report import Compared, printable, whole
+from waterfill_rs.replay import heat_map
+from waterfill_rs.replay.heat_map import HeatMap
 
 __all__ = ["write"]
 
@@ -65,7 +66,7 @@ def _name(one: Compared) -> str:
 
 
 def _recording(one: Compared, unit: str) -> Iterator[str]:
-    from waterfill_rs import hottest
+    from waterfill_rs.replay import hottest
 
     for phase, results in summary.by_phase(one.results).items():
         yield f"<h3>{summary.heading(phase, results)}</h3>"

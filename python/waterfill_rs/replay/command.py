@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from waterfill_rs import cost_models, page, picture, report, summary, verdict
-from waterfill_rs.comparison import POLICIES, Layer, compare
-from waterfill_rs.report import Compared
+from waterfill_rs.policies import picture, report, summary, verdict
+from waterfill_rs.policies.comparison import POLICIES, Layer, compare
+from waterfill_rs.policies.report import Compared
+from waterfill_rs.replay import cost_models, page
 
 if TYPE_CHECKING:
-    from waterfill_rs.dumps import Counts, Tokens
-    from waterfill_rs.what_if import Places
+    from waterfill_rs.replay.dumps import Counts, Tokens
+    from waterfill_rs.replay.what_if import Places
 
 __all__ = ["add_command"]
 
@@ -97,7 +98,7 @@ def _run(arguments: argparse.Namespace) -> None:
         import torch  # noqa: F401
     except ImportError as error:
         raise ValueError("replay needs torch, which reads sglang's dumps: install torch") from error
-    from waterfill_rs import replay_json
+    from waterfill_rs.replay import json_file
 
     unit = "rows" if arguments.cost_model == "rows" else "time"
     _check_inputs_stay(arguments)
@@ -111,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         beside = [arguments.beside] if arguments.beside else []
         paths = [*arguments.paths, *beside]
-        replay_json.write(arguments.json, replayed, paths, arguments.cost_model)
+        json_file.write(arguments.json, replayed, paths, arguments.cost_model)
     if arguments.plot:
         picture.plot_layers(replayed[0], _title(replayed[0]), unit, arguments.plot)
     if arguments.html:
@@ -143,7 +144,7 @@ def _check_inputs_stay(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the option and the file.
     """
-    from waterfill_rs import dump_files
+    from waterfill_rs.replay import dump_files
 
     read = [*arguments.paths, arguments.beside, arguments.placement, Path(arguments.cost_model)]
     for name in ("json", "plot", "html"):
@@ -181,7 +182,7 @@ def _no_collector() -> Iterator[None]:
 
 def _replay(arguments: argparse.Namespace) -> Iterator[Compared]:
     """Every recording under every EP size, as far as it was asked for."""
-    from waterfill_rs import hottest, phases, recorded_layers
+    from waterfill_rs.replay import hottest, phases, recorded_layers
 
     cost_model = cost_models.parse(arguments.cost_model)
     policies: Sequence[str] = arguments.policy or POLICIES
@@ -223,7 +224,7 @@ def _dumps(
 
 def _names(recordings: list[Path]) -> list[str]:
     """Short ones; longer ones where these are the same."""
-    from waterfill_rs import dump_files
+    from waterfill_rs.replay import dump_files
 
     names = [_name(path) for path in recordings]
     if len(set(names)) < len(names):
@@ -235,7 +236,7 @@ def _names(recordings: list[Path]) -> list[str]:
 
 def _name(path: Path) -> str:
     """Of a recording: its file's or folder's."""
-    from waterfill_rs import dump_files
+    from waterfill_rs.replay import dump_files
 
     name = dump_files.name_of(path)
     return path.resolve().name if name == str(path) else name
@@ -245,7 +246,7 @@ def _placed(
     paths: list[Path], arguments: argparse.Namespace
 ) -> Iterator[tuple[Tokens | Counts, Tokens | Counts]]:
     """A recording as its server ran, and with its experts placed as was asked for, for each EP size."""
-    from waterfill_rs import dumps, what_if
+    from waterfill_rs.replay import dumps, what_if
 
     sizes: list[int] = arguments.ep or []
     placement = arguments.placement
@@ -272,7 +273,7 @@ def _dividing(places: Places, sizes: list[int]) -> tuple[list[int], list[str]]:
     Raises:
         ValueError: if they divide over none.
     """
-    from waterfill_rs.placements import DoesNotDivideError
+    from waterfill_rs.replay.placements import DoesNotDivideError
 
     left_out = {}
     for ranks in sizes:
@@ -290,7 +291,7 @@ def _chosen(
     dump: Tokens | Counts, found: dict[int, str | None], arguments: argparse.Namespace
 ) -> dict[int, str | None]:
     """The passes that were asked for, with their phases."""
-    from waterfill_rs import phases
+    from waterfill_rs.replay import phases
 
     least, mode = arguments.least_tokens, arguments.forward_mode
     tokens = {pass_id: sum(phases.tokens_of(dump, pass_id)) for pass_id in found}
@@ -325,7 +326,7 @@ def _title(replayed: Compared) -> str:
 
 def _print_one(replayed: Compared, unit: str) -> None:
     """A table and a verdict for each phase, and one over both."""
-    from waterfill_rs import hottest
+    from waterfill_rs.replay import hottest
 
     print(_title(replayed))
     for phase, results in summary.by_phase(replayed.results).items():

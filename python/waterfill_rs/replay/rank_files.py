@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from waterfill_rs import whole_numbers
+from waterfill_rs.replay import whole_numbers
 
 __all__ = ["RankFile", "read", "routed"]
 

@@ -6,7 +6,7 @@ worth one of thousands. That mean is the one with shared experts at home, whatev
 
 from __future__ import annotations
 
-from waterfill_rs.comparison import POLICIES, Result
+from waterfill_rs.policies.comparison import POLICIES, Result
 
 __all__ = [
     "bound",

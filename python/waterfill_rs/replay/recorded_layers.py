@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from waterfill_rs import sglang_waterfill
-from waterfill_rs.comparison import Batch, Layer
-from waterfill_rs.recorded import Counts, Tokens
+from waterfill_rs.policies.comparison import Batch, Layer
+from waterfill_rs.replay import sglang_waterfill
+from waterfill_rs.replay.recorded import Counts, Tokens
 
 __all__ = ["layers", "left_out"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from waterfill_rs import dump_files, dumps, placements
-from waterfill_rs.dumps import Counts, Tokens
+from waterfill_rs.replay import dump_files, dumps, placements
+from waterfill_rs.replay.dumps import Counts, Tokens
 
 __all__ = ["Places"]
 
@@ -127,7 +127,9 @@ class Places:
         if self._map is not None:
             return self._map
         if self._counts is not None:
-            return placements.by_eplb(self._counts, self._redundant, ranks)
+            from waterfill_rs.sglang import eplb
+
+            return eplb.by_eplb(self._counts, self._redundant, ranks)
         return placements.trivial(self._layers, self._logical, self._redundant)
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from waterfill_rs import summary
-from waterfill_rs.comparison import Result
-from waterfill_rs.report import Compared, most_of_usual, printable, whole
+from waterfill_rs.policies import summary
+from waterfill_rs.policies.comparison import Result
+from waterfill_rs.policies.report import Compared, most_of_usual, printable, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

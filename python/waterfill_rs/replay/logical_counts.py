@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from waterfill_rs import whole_numbers
-from waterfill_rs.placements import check_divides
-from waterfill_rs.recorded import Counts, given_top_k, replicated, top_k_doubts
+from waterfill_rs.replay import whole_numbers
+from waterfill_rs.replay.placements import check_divides
+from waterfill_rs.replay.recorded import Counts, given_top_k, replicated, top_k_doubts
 
 __all__ = ["MAP", "read"]
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from waterfill_rs import whole_numbers
+from waterfill_rs.replay import whole_numbers
 
-__all__ = ["DoesNotDivideError", "by_eplb", "check_divides", "checked", "trivial"]
+__all__ = ["DoesNotDivideError", "check_divides", "checked", "trivial"]
 
 
 class DoesNotDivideError(ValueError):
@@ -47,33 +46,6 @@ def _some(numbers: list[int]) -> str:
 def trivial(layers: int, logical: int, redundant: int) -> Tensor:
     """sglang's default: physical expert p is logical expert p mod E, so the first experts have the replicas."""
     return (torch.arange(logical + redundant) % logical).repeat(layers, 1)
-
-
-def by_eplb(counts: Tensor, redundant: int, ranks: int) -> Tensor:
-    """The installed sglang's own EPLB, on one node: logical counts ``[L, E]`` to a map.
-
-    Raises:
-        ValueError: where sglang, or this algorithm in it, cannot be imported.
-    """
-    try:
-        if "sglang.srt.eplb.eplb_algorithms" not in sys.modules:
-            print("importing sglang for its EPLB", file=sys.stderr)
-        from sglang.srt.eplb import eplb_algorithms
-    except ImportError as error:
-        raise ValueError(
-            f"the placement is computed by sglang's own EPLB, which cannot be imported ({error}): install sglang, "
-            "or give --placement a file with a physical_to_logical_map"
-        ) from error
-    physical = counts.shape[1] + redundant
-    found: Tensor = eplb_algorithms.rebalance_experts(
-        tokens_per_expert=counts[None],
-        num_physical_experts=physical,
-        num_local_physical_experts=physical // ranks,
-        num_groups=None,
-        num_nodes=1,
-        algorithm=eplb_algorithms.EplbAlgorithm.deepseek,
-    )[0]
-    return found
 
 
 def checked(name: str, content: Any, layers: int, logical: int) -> Tensor:

@@ -6,8 +6,8 @@ import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from waterfill_rs.comparison import Result
-from waterfill_rs.report import most_of_usual
+from waterfill_rs.policies.comparison import Result
+from waterfill_rs.policies.report import most_of_usual
 
 __all__ = ["STYLE", "HeatMap", "draw"]
 

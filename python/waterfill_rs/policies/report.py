@@ -8,16 +8,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from waterfill_rs.comparison import POLICIES, Result
-from waterfill_rs.summary import bound, copies, level_share, mean, microseconds, of, present, ratio
-
-if TYPE_CHECKING:
-    from waterfill_rs.hottest import Expert
+from waterfill_rs.policies.comparison import POLICIES, Result
+from waterfill_rs.policies.summary import (
+    bound,
+    copies,
+    level_share,
+    mean,
+    microseconds,
+    of,
+    present,
+    ratio,
+)
 
 __all__ = [
     "Compared",
+    "Expert",
     "check_outputs",
     "most_of_usual",
     "print_sizes",
@@ -31,6 +38,19 @@ MEANING = (
     "us a pass: the slowest rank's time, summed over layers, mean over passes. max/mean: to the mean rank's time with\n"
     "shared experts at home."
 )
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A hot one. ``physical`` and ``logical`` are ids in its layer, ``rows`` its routed rows over all passes, and ``times``
+    how many times those of the layer's mean expert."""
+
+    layer: int
+    physical: int
+    logical: int
+    rank: int
+    rows: int
+    times: float
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from waterfill_rs.comparison import Result
-from waterfill_rs.summary import (
+from waterfill_rs.policies.comparison import Result
+from waterfill_rs.policies.summary import (
     can_be_level,
     gain,
     level_share,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from waterfill_rs.dumps import Counts, Tokens
+    from waterfill_rs.replay.dumps import Counts, Tokens
 
 __all__ = ["MOST_DECODE_TOKENS", "PHASES", "phases_of", "tokens_of"]
 
@@ -46,7 +46,7 @@ def phases_of(dump: Tokens | Counts) -> tuple[dict[int, str | None], str]:
 
 def tokens_of(dump: Tokens | Counts, pass_id: int) -> list[int]:
     """Each rank's tokens in a pass, in the layer that has most; evenly spread where the sources are not known."""
-    from waterfill_rs.dumps import Tokens
+    from waterfill_rs.replay.dumps import Tokens
 
     if isinstance(dump, Tokens):
         return [_with_ids(ids) for ids in dump.passes[pass_id]]

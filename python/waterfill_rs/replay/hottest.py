@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from waterfill_rs.comparison import Result
-from waterfill_rs.recorded import Counts, Tokens
-from waterfill_rs.summary import mean, of
+from waterfill_rs.policies.comparison import Result
+from waterfill_rs.policies.report import Expert
+from waterfill_rs.policies.summary import mean, of
+from waterfill_rs.replay.recorded import Counts, Tokens
 
-__all__ = ["Expert", "hottest", "print_hottest", "rank_loads"]
+__all__ = ["hottest", "print_hottest", "rank_loads"]
 
 RANKS, LAYERS, EXPERTS = 3, 3, 2
 """The most that are printed: ranks, layers, and experts of a layer."""
-
-
-@dataclass(frozen=True)
-class Expert:
-    """A hot one. ``physical`` and ``logical`` are ids in its layer, ``rows`` its routed rows over all passes, and ``times``
-    how many times those of the layer's mean expert."""
-
-    layer: int
-    physical: int
-    logical: int
-    rank: int
-    rows: int
-    times: float
 
 
 def rank_loads(results: list[Result]) -> list[float]:

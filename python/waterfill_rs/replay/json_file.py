@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from waterfill_rs import __version__, hottest, summary, verdict
-from waterfill_rs.comparison import Result
-from waterfill_rs.report import Compared, write_json
-from waterfill_rs.summary import of
+from waterfill_rs import __version__
+from waterfill_rs.policies import summary, verdict
+from waterfill_rs.policies.comparison import Result
+from waterfill_rs.policies.report import Compared, write_json
+from waterfill_rs.policies.summary import of
+from waterfill_rs.replay import hottest
 
 __all__ = ["write"]
 

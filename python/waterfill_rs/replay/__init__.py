@@ -1,0 +1,1 @@
+"""``waterfill-rs replay``: reads what sglang recorded, places experts anew, and shows what each policy makes of it."""
