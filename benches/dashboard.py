@@ -21,22 +21,17 @@ CAP_US = 20_000  # Ranks and reader share cores here.
 
 
 def rank_process(rank: int, name: str, begin: float) -> None:
-    from waterfill_rs import CostModel, _native
-    from waterfill_rs.exchange import BoardExchange
+    from waterfill_rs import _native
+    from waterfill_rs.exchange.host import BoardExchange
+    from waterfill_rs.exchange.settings import BoardSettings
     from waterfill_rs.sglang import metrics
     from waterfill_rs.workload import Router, documents
 
     metrics.INTERVAL_S = 0.5
     board = _native.Board.attach(name, RANKS, EXPERTS, 7)
-    exchange = BoardExchange(
-        board,
-        rank,
-        CostModel.rows(),
-        cap_us=CAP_US,
-        patience_us=CAP_US - CAP_US // 8,
-        pace="inline",
-        reason="all ranks are on one host and share its /dev/shm",
-    )
+    settings = BoardSettings(CAP_US, "inline")
+    reason = "all ranks are on one host and share its /dev/shm"
+    exchange = BoardExchange.open(board, rank, settings, reason)
     page = metrics.Page()
     page.watch(exchange, leads=rank == 0)
     shared = {"overlapped": 0, "fused": 0}

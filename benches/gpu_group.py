@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from waterfill_rs.cuda import Expander
-from waterfill_rs.rendezvous import BoardSettings, open_exchange
+from waterfill_rs.exchange.rendezvous import open_exchange
+from waterfill_rs.exchange.settings import BoardSettings
 
 EXPERTS, TOP_K = 256, 6
 ROWS = (8, 128, 1024, 4096)

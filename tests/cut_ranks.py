@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from waterfill_rs import rendezvous
-from waterfill_rs.link import Limits
-from waterfill_rs.rendezvous import open_exchange
+from waterfill_rs.exchange import rendezvous
+from waterfill_rs.exchange.link import Limits
+from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.torch import count
 
 EXPERTS, TOP_K, PACE_S, WAIT_S = 24, 3, 0.02, 0.2

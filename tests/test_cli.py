@@ -6,7 +6,7 @@ import sys
 
 MAIN = "import sys; from waterfill_rs.cli import main; sys.exit(main(sys.argv[1:]))"
 RANK_GONE = """
-from waterfill_rs import boards
+from waterfill_rs.exchange import boards
 def find(*_): raise BrokenPipeError("a rank's pipe")
 boards.find = find
 """

@@ -13,7 +13,7 @@ import pytest
 
 from waterfill_rs import rank_processes
 from waterfill_rs.cli import main
-from waterfill_rs.rendezvous import BoardSettings
+from waterfill_rs.exchange.settings import BoardSettings
 from waterfill_rs.workload import Router, documents, tokenize
 
 

@@ -13,10 +13,10 @@ import pytest
 
 from waterfill_rs import _native, doctor, nvrtc, self_test
 from waterfill_rs import doctor_checks as checks
-from waterfill_rs.boards import is_left_behind
 from waterfill_rs.cli import main
 from waterfill_rs.doctor_checks import Entry
-from waterfill_rs.rendezvous import BoardSettings
+from waterfill_rs.exchange.boards import is_left_behind
+from waterfill_rs.exchange.settings import BoardSettings
 
 OURS = Entry("waterfill_rs", "waterfill_rs.sglang:register", "waterfill-rs")
 OTHER = Entry("other", "other:register", "other-plugin")

@@ -3,7 +3,8 @@
 import pytest
 
 from waterfill_rs import doctor_checks as checks
-from waterfill_rs.rendezvous import BoardSettings, open_exchange
+from waterfill_rs.exchange.rendezvous import open_exchange
+from waterfill_rs.exchange.settings import BoardSettings
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 

@@ -17,11 +17,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import waterfill_rs
-from waterfill_rs import CostModel, _native, boards, rendezvous
+from waterfill_rs import CostModel, _native
 from waterfill_rs.cli import main
-from waterfill_rs.exchange import BoardExchange, GroupExchange, SoloExchange
-from waterfill_rs.link import Limits, Link
-from waterfill_rs.rendezvous import BoardSettings, open_exchange
+from waterfill_rs.exchange import boards, rendezvous
+from waterfill_rs.exchange.host import BoardExchange, GroupExchange, SoloExchange
+from waterfill_rs.exchange.link import Limits, Link
+from waterfill_rs.exchange.rendezvous import open_exchange
+from waterfill_rs.exchange.settings import BoardSettings
 from waterfill_rs.torch import count, expand_topk
 
 EXPERTS, TOP_K = 24, 3
@@ -418,7 +420,8 @@ def test_an_observer_refuses_what_is_no_board(tmp_path):
 
 MEET = """
 import sys, datetime, torch.distributed as dist
-from waterfill_rs.rendezvous import BoardSettings, open_exchange
+from waterfill_rs.exchange.rendezvous import open_exchange
+from waterfill_rs.exchange.settings import BoardSettings
 rank, folder = int(sys.argv[1]), sys.argv[2]
 store = dist.FileStore(folder + "/store", 2)
 store.set_timeout(datetime.timedelta(seconds=60))
@@ -456,7 +459,7 @@ WAIT = """
 import sys, time
 from array import array
 from waterfill_rs import CostModel, _native
-from waterfill_rs.exchange import BoardExchange
+from waterfill_rs.exchange.host import BoardExchange
 rank, name = int(sys.argv[1]), sys.argv[2]
 board = _native.Board.attach(name, 2, 4, 7)
 exchange = BoardExchange(

@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
 import torch.distributed as dist
 
-from waterfill_rs.link import Limits, Link
+from waterfill_rs.exchange.link import Limits, Link
 
 
 def words(rank, call):
@@ -128,7 +128,7 @@ def test_a_rank_that_is_calls_ahead_lets_the_others_catch_up():
 
 LOSES = """
 import os, sys, torch, torch.distributed as dist
-from waterfill_rs.link import Link
+from waterfill_rs.exchange.link import Link
 rank, folder, closes = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 link = Link(dist.FileStore(folder + "/store", 2), rank, 2)
 def gather():

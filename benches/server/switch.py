@@ -87,7 +87,7 @@ def own_exchange(made: dict[str, Any]) -> Callable[[Any], Any]:
 
     def of(balancer: Any) -> Any:
         if "own" not in made:
-            from waterfill_rs.device import DeviceExchange
+            from waterfill_rs.exchange.device import DeviceExchange
 
             made["own"] = DeviceExchange(
                 balancer.exchange.device,

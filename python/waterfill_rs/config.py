@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from waterfill_rs.exchange import Pace
-from waterfill_rs.rendezvous import CHOICES, BoardSettings, Choice
+from waterfill_rs.exchange.settings import CHOICES, BoardSettings, Choice, Pace
 
 __all__ = [
     "BACKENDS",

@@ -15,11 +15,11 @@ from typing import Any
 import waterfill_rs
 from waterfill_rs import rank_processes
 from waterfill_rs.config import PACES
+from waterfill_rs.exchange.boards import ENDS
+from waterfill_rs.exchange.settings import BoardSettings
 from waterfill_rs.policies import picture, report, verdict
 from waterfill_rs.policies.comparison import Batch, Layer, Result, compare
 from waterfill_rs.rank_processes import Outcome, Setup
-from waterfill_rs.rendezvous import BoardSettings
-from waterfill_rs.status import ENDS
 from waterfill_rs.workload import Router, documents
 
 __all__ = ["add_command"]

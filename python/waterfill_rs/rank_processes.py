@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from waterfill_rs import CostModel, _native
-from waterfill_rs.exchange import BoardExchange
-from waterfill_rs.rendezvous import BoardSettings, board_name
+from waterfill_rs import _native
+from waterfill_rs.exchange.host import BoardExchange
+from waterfill_rs.exchange.rendezvous import board_name
+from waterfill_rs.exchange.settings import BoardSettings
 from waterfill_rs.workload import Router
 
-__all__ = ["Outcome", "Setup", "end_of", "run"]
+__all__ = ["Outcome", "Setup", "run"]
 
 Call = tuple[int, int]
 """A step and a layer."""
@@ -154,24 +155,6 @@ class _Watch:
             self._progress(step + 1)
 
 
-def end_of(board: _native.Board, rank: int, settings: BoardSettings, reason: str) -> BoardExchange:
-    """A rank's end of a board, where a row costs 1.
-
-    Raises:
-        OSError, ValueError: the planner's core is not to be had.
-    """
-    return BoardExchange(
-        board,
-        rank,
-        CostModel.rows(),
-        cap_us=settings.cap_us,
-        patience_us=settings.patience_us,
-        pace=settings.pace,
-        core=settings.core,
-        reason=reason,
-    )
-
-
 def _rank(
     setup: Setup, rank: int, name: str, run_token: int, stream: list[int], parent: Connection
 ) -> None:
@@ -180,7 +163,7 @@ def _rank(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the parent too, which ends all ranks.
     board = _native.Board.attach(name, setup.ranks, setup.experts, run_token)
-    exchange = end_of(board, rank, setup.board, "the demo's")
+    exchange = BoardExchange.open(board, rank, setup.board, "the demo's")
     routers = [Router(setup.experts, setup.top_k, layer) for layer in range(setup.layers)]
     for router in routers:
         router.route(stream)  # A model is loaded before it serves: the tables are filled.

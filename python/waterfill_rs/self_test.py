@@ -11,8 +11,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from waterfill_rs import _native
-from waterfill_rs.rank_processes import end_of
-from waterfill_rs.rendezvous import BoardSettings, board_name
+from waterfill_rs.exchange.host import BoardExchange
+from waterfill_rs.exchange.rendezvous import board_name
+from waterfill_rs.exchange.settings import BoardSettings
 
 __all__ = ["Calls", "run"]
 
@@ -87,7 +88,7 @@ def _rank(
 ) -> None:
     try:
         board = _native.Board.attach(name, RANKS, EXPERTS, token)
-        exchange = end_of(board, rank, settings, "the self-test's")
+        exchange = BoardExchange.open(board, rank, settings, "the self-test's")
     except (OSError, RuntimeError, ValueError) as error:
         parent.send(str(error))
         return

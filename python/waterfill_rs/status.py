@@ -9,7 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from waterfill_rs import boards
+from waterfill_rs.exchange import boards
+from waterfill_rs.exchange.boards import ENDS
 
 __all__ = ["add_commands"]
 
@@ -17,8 +18,6 @@ NO_BOARD = (
     "no board found: no rank of this user exchanges counts over shared memory on this host "
     "(ranks that are alone or exchange by collectives have none)"
 )
-ENDS = ("live", "none", "timed_out", "broken", "torn")
-"""How a rank's calls end, as a snapshot counts them."""
 _LONGEST_INTERVAL = 86_400
 _CLEAR = "\x1b[H\x1b[2J"
 

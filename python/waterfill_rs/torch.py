@@ -13,7 +13,7 @@ from torch import Tensor
 
 import waterfill_rs
 from waterfill_rs import _native
-from waterfill_rs.exchange import Exchange
+from waterfill_rs.exchange.host import Exchange
 from waterfill_rs.integers import misfit
 
 __all__ = ["assign", "count", "expand_topk", "move_up", "traffic"]

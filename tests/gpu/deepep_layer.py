@@ -19,7 +19,7 @@ from torch import Tensor
 
 import waterfill_rs
 from waterfill_rs import _native
-from waterfill_rs.device import DeviceExchange
+from waterfill_rs.exchange.device import DeviceExchange
 from waterfill_rs.torch import count
 
 EXPERTS, TOP_K, HIDDEN, INNER = 64, 6, 1024, 128

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from batches import SHARED_WEIGHT, batch, on_cpu, planned, same
 
 from waterfill_rs import CostModel, _native
-from waterfill_rs.rendezvous import BoardSettings, open_exchange
+from waterfill_rs.exchange.rendezvous import open_exchange
+from waterfill_rs.exchange.settings import BoardSettings
 from waterfill_rs.torch import expand_topk
 
 EXPERTS, TOP_K = 48, 6

@@ -11,7 +11,7 @@ from batches import SHARED_WEIGHT, batch, on_cpu, same
 
 from waterfill_rs import _native
 from waterfill_rs.cuda import Expander
-from waterfill_rs.device import DeviceExchange
+from waterfill_rs.exchange.device import DeviceExchange
 from waterfill_rs.torch import move_up
 
 # Both sides of a block of 256 ids at top 8, a decode, prefills.

@@ -10,7 +10,7 @@ import forked
 import torch
 from inside import EXPERTS, RANK, RANKS, TOKENS, TOP_K, hash_layer, level_of, prepare, routed_only
 
-from waterfill_rs.device import DeviceExchange
+from waterfill_rs.exchange.device import DeviceExchange
 from waterfill_rs.torch import expand_topk, move_up
 
 

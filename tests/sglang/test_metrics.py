@@ -13,14 +13,14 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 import waterfill_rs
 from waterfill_rs import CostModel, _native
-from waterfill_rs.exchange import SoloExchange
+from waterfill_rs.exchange.host import SoloExchange
 from waterfill_rs.sglang import metrics
 
 RANK = """
 import sys
 from array import array
 from waterfill_rs import CostModel, _native
-from waterfill_rs.exchange import BoardExchange
+from waterfill_rs.exchange.host import BoardExchange
 from waterfill_rs.sglang.metrics import INTERVAL_S, Page
 
 rank, name = int(sys.argv[1]), sys.argv[2]
@@ -188,7 +188,7 @@ from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
 from sglang.srt.runtime_context import get_context
 get_context().override_server_args(model_path="dummy").install()
 from waterfill_rs import CostModel
-from waterfill_rs.exchange import SoloExchange
+from waterfill_rs.exchange.host import SoloExchange
 import types
 labels = {"model_name": "m", "engine_type": "unified", "tp_rank": 0, "pp_rank": 0, "moe_ep_rank": 0}
 collector = SchedulerMetricsCollector(labels=labels, server_args=types.SimpleNamespace())

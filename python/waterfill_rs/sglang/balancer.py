@@ -11,8 +11,8 @@ import torch
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
 from waterfill_rs.config import Config
-from waterfill_rs.device import DeviceExchange
-from waterfill_rs.exchange import Exchange
+from waterfill_rs.exchange.device import DeviceExchange
+from waterfill_rs.exchange.host import Exchange
 from waterfill_rs.sglang.compat import SCALING_FACTOR, Seams
 from waterfill_rs.sglang.overlap import OverlappedLayer
 from waterfill_rs.sglang.panics import panics_are_errors

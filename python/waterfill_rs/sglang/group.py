@@ -8,9 +8,9 @@ import torch
 
 from waterfill_rs import CostModel
 from waterfill_rs.config import Config
-from waterfill_rs.device import DeviceExchange
-from waterfill_rs.exchange import Exchange, SoloExchange
-from waterfill_rs.rendezvous import open_exchange
+from waterfill_rs.exchange.device import DeviceExchange
+from waterfill_rs.exchange.host import Exchange, SoloExchange
+from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.sglang import live_share, metrics
 from waterfill_rs.sglang.balancer import WaterfillBalancer
 from waterfill_rs.sglang.panics import panics_are_errors

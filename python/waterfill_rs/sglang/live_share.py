@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from waterfill_rs.status import ENDS
+from waterfill_rs.exchange.boards import ENDS
 
 __all__ = ["LiveShare", "watch"]
 

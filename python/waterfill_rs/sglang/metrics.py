@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import waterfill_rs
+from waterfill_rs.exchange.boards import ENDS
 from waterfill_rs.sglang.panics import panics_are_errors
-from waterfill_rs.status import ENDS
 
 __all__ = ["SEAM", "Page", "after_log_stats", "install", "stand_aside", "watch", "watch_shared"]
 

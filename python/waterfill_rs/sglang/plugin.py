@@ -27,7 +27,7 @@ from waterfill_rs.config import (
     backend_named,
     named,
 )
-from waterfill_rs.rendezvous import CHOICES
+from waterfill_rs.exchange.settings import CHOICES
 from waterfill_rs.sglang import actors, compat, metrics, verdict
 from waterfill_rs.sglang.compat import ROWS, Seams
 from waterfill_rs.sglang.panics import panics_are_errors

@@ -16,21 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from waterfill_rs import CostModel, __version__, _native
-from waterfill_rs.exchange import BoardExchange, Exchange, GroupExchange, Pace, SoloExchange
+from waterfill_rs.exchange.host import BoardExchange, Exchange, GroupExchange, SoloExchange
+from waterfill_rs.exchange.settings import CHOICES, BoardSettings, Choice
 
 if TYPE_CHECKING:
     import torch
 
-    from waterfill_rs.device import DeviceExchange
-    from waterfill_rs.link import Limits
+    from waterfill_rs.exchange.device import DeviceExchange
+    from waterfill_rs.exchange.link import Limits
 
-__all__ = ["CHOICES", "BoardSettings", "Choice", "Store", "board_name", "open_exchange"]
+__all__ = ["Store", "board_name", "open_exchange"]
 
 logger = logging.getLogger(__name__)
 
-Choice = Literal["auto", "solo", "board", "group"]
 Name = Literal["solo", "board", "group"]
-CHOICES: tuple[Choice, ...] = ("auto", "solo", "board", "group")
 
 _SHARED_MEMORY = "/dev/shm"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -41,24 +40,6 @@ class Store(Protocol):
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
-
-
-@dataclass(frozen=True)
-class BoardSettings:
-    """``cap_us``: the longest wait of a call. ``pace``, ``core``: see ``waterfill_rs.exchange``.
-
-    A wait for a rank that lives is one that the all-to-all of a prefill would make anyway, so the cap guards against a
-    process that neither ends nor goes on. See docs/operators.md, "What waiting costs".
-    """
-
-    cap_us: int = 1_000_000
-    pace: Pace = "auto"
-    core: int | None = None
-
-    @property
-    def patience_us(self) -> int:
-        """The planner answers for late ranks before the others give the planner up."""
-        return max(1, self.cap_us - self.cap_us // 8)
 
 
 @dataclass(frozen=True)
@@ -200,18 +181,9 @@ def _open(
             group if name == "group" else None,
         )
     if board is not None:
-        return BoardExchange(
-            board,
-            rank,
-            model,
-            cap_us=settings.cap_us,
-            patience_us=settings.patience_us,
-            pace=settings.pace,
-            core=settings.core,
-            reason=reason,
-        )
+        return BoardExchange.open(board, rank, settings, reason, model)
     if name == "group":
-        from waterfill_rs.link import Limits, Link
+        from waterfill_rs.exchange.link import Limits, Link
 
         limits = limits or Limits(wait=max(Limits.wait, settings.cap_us / 1e6))
         link = Link(store, rank, ranks, limits)
@@ -236,7 +208,7 @@ def _on_device(
     settings: BoardSettings,
     group: Any,
 ) -> DeviceExchange:
-    from waterfill_rs.device import DeviceExchange, DeviceGroupExchange
+    from waterfill_rs.exchange.device import DeviceExchange, DeviceGroupExchange
 
     pace = "spin" if settings.pace == "spin" else "park"
     if group is not None and board is not None:

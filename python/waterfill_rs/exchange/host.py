@@ -6,22 +6,18 @@ tokens. Every rank of the group makes the same calls in the same order, a rank w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from waterfill_rs import CostModel, _native
+from waterfill_rs.exchange.settings import BoardSettings, Pace
 
 if TYPE_CHECKING:
-    from waterfill_rs.link import Link
+    from waterfill_rs.exchange.link import Link
 
-__all__ = ["BoardExchange", "Exchange", "GroupExchange", "Ids", "Pace", "SoloExchange"]
+__all__ = ["BoardExchange", "Exchange", "GroupExchange", "Ids", "SoloExchange"]
 
 Ids = tuple[int, int, int, int]
 """Ids ``[rows, top_k]`` in this process's memory: address, rows, top_k, and bits an id (32 or 64)."""
-
-Pace = Literal["auto", "inline", "park", "spin"]
-"""Who plans at a board. ``inline``: the leader's own call while it waits, which ranks on a CUDA device cannot;
-``park``, ``spin``: a thread of the leader, which sleeps when nothing comes for 0.1 s, or never sleeps. ``auto``:
-inline on the CPU, park for a device. ``park`` spins while calls keep coming, so a busy server costs a core either way."""
 
 
 class Exchange(Protocol):
@@ -112,6 +108,31 @@ class BoardExchange:
             )
             self.unwatched = self.unwatched or self._planner.unwatched
 
+    @classmethod
+    def open(
+        cls,
+        board: _native.Board,
+        rank: int,
+        settings: BoardSettings,
+        reason: str,
+        cost_model: CostModel | None = None,
+    ) -> BoardExchange:
+        """A rank's end of a board, as the settings have it. Without a cost model a row costs 1.
+
+        Raises:
+            OSError, ValueError: the planner's core is not to be had.
+        """
+        return cls(
+            board,
+            rank,
+            CostModel.rows() if cost_model is None else cost_model,
+            cap_us=settings.cap_us,
+            patience_us=settings.patience_us,
+            pace=settings.pace,
+            core=settings.core,
+            reason=reason,
+        )
+
     def quotas(self, ids: Ids) -> list[int]:
         if self._planner is not None:
             self._planner.wake()
@@ -126,7 +147,7 @@ class BoardExchange:
 
 
 class GroupExchange:
-    """Live counts by one all-gather a call over gloo, any number of nodes; see ``waterfill_rs.link`` for one that is late.
+    """Live counts by one all-gather a call over gloo, any number of nodes; see ``waterfill_rs.exchange.link`` for one that is late.
 
     A rank that refuses its ids tells the others so first: they plan without it, so this call is not to be made again.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from waterfill_rs import CostModel, _native
 from waterfill_rs.cuda import Expander
-from waterfill_rs.rendezvous import BoardSettings
+from waterfill_rs.exchange.settings import BoardSettings
 
 __all__ = ["DeviceExchange", "DeviceGroupExchange"]
 

@@ -16,8 +16,10 @@ from typing import Any
 
 from waterfill_rs import _native
 
-__all__ = ["Board", "find", "is_left_behind"]
+__all__ = ["ENDS", "Board", "find", "is_left_behind"]
 
+ENDS = ("live", "none", "timed_out", "broken", "torn")
+"""How a rank's calls end, as a snapshot counts them."""
 _NAME = re.compile(r"/dev/shm/(waterfill-rs-\S+)")
 
 
