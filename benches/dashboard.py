@@ -22,10 +22,10 @@ CAP_US = 20_000  # Ranks and reader share cores here.
 
 def rank_process(rank: int, name: str, begin: float) -> None:
     from waterfill_rs import _native
+    from waterfill_rs.demo.workload import Router, documents
     from waterfill_rs.exchange.host import BoardExchange
     from waterfill_rs.exchange.settings import BoardSettings
     from waterfill_rs.sglang import metrics
-    from waterfill_rs.workload import Router, documents
 
     metrics.INTERVAL_S = 0.5
     board = _native.Board.attach(name, RANKS, EXPERTS, 7)

@@ -2,7 +2,7 @@
 
 import torch
 
-from waterfill_rs.calibrate_kernels import Fp8Experts, Tools, quantise_rows
+from waterfill_rs.calibrate.kernels import Fp8Experts, Tools, quantise_rows
 
 SHAPE = (256, 128)
 """Hidden and intermediate of the experts."""

@@ -12,14 +12,19 @@ torch = pytest.importorskip("torch")
 import dispatch_ranks
 from fake_deep_gemm import SHAPE, FakeDeepGemm, fp8_experts
 
-from waterfill_rs import calibrate, calibrate_dispatch, calibrate_kernels, calibrate_timing
-from waterfill_rs.calibrate import GROUP, Dispatched, Job, Plan, Times, machine_from, measure, table
-from waterfill_rs.calibrate_kernels import (
-    Bf16Experts,
-    check,
-    quantise_blocks,
-    quantise_rows,
+from waterfill_rs.calibrate import command as calibrate
+from waterfill_rs.calibrate import dispatch, kernels, timing
+from waterfill_rs.calibrate.command import (
+    GROUP,
+    Dispatched,
+    Job,
+    Plan,
+    Times,
+    machine_from,
+    measure,
+    table,
 )
+from waterfill_rs.calibrate.kernels import Bf16Experts, check, quantise_blocks, quantise_rows
 from waterfill_rs.cli import main
 from waterfill_rs.machine import Machine
 from waterfill_rs.replay import cost_models
@@ -168,9 +173,9 @@ def test_quantisation_keeps_the_values(powers_of_two):
 
 
 def test_the_first_helper_that_works_is_taken():
-    found, reason = calibrate_kernels.first_working(("math:sqrt", "math:cos"), lambda f: f(0) == 1)
+    found, reason = kernels.first_working(("math:sqrt", "math:cos"), lambda f: f(0) == 1)
     assert (found(0), reason) == (1, "")
-    found, reason = calibrate_kernels.first_working(("no_such:f", "math:no_such"), lambda f: True)
+    found, reason = kernels.first_working(("no_such:f", "math:no_such"), lambda f: True)
     assert found is None and reason.startswith("f of no_such: ModuleNotFoundError")
 
 
@@ -202,7 +207,7 @@ def job(dispatch=(64, 128), prefill=(512,)):
 
 def collected(job, work):
     said = []
-    return calibrate_dispatch._collect(job, work, said.append), said
+    return dispatch._collect(job, work, said.append), said
 
 
 def test_dispatch_collects_its_ranks_times():
@@ -235,7 +240,7 @@ def test_prefill_that_fails_does_not_cost_dispatch(work, reason):
 
 
 def test_ranks_that_hang_are_ended(monkeypatch):
-    monkeypatch.setattr(calibrate_dispatch, "_SILENT_S", 0)
+    monkeypatch.setattr(dispatch, "_SILENT_S", 0)
     found, _ = collected(job(), dispatch_ranks.fail_on_rank_1)
     assert found == "the ranks' processes reported nothing for 0 s"
 
@@ -243,7 +248,7 @@ def test_ranks_that_hang_are_ended(monkeypatch):
 def test_dispatch_that_cannot_be_measured_says_why(monkeypatch):
     def reason(gpus, experts=256):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        return calibrate_dispatch.measure(SHAPE, 2, experts, PLAN, print)
+        return dispatch.measure(SHAPE, 2, experts, PLAN, print)
 
     assert reason(1) == "1 GPU visible, and 256 experts over 2, 4 or 8 are needed"
     assert reason(3, experts=255) == "3 GPUs visible, and 255 experts over 2, 4 or 8 are needed"
@@ -302,11 +307,11 @@ def no_gpu(monkeypatch):
     experts = FakeExperts()
     experts.description = "fake kernels"
     monkeypatch.setattr(calibrate, "_gpu", lambda: "NVIDIA Test")
-    monkeypatch.setattr(calibrate_kernels, "make", lambda *shape: experts)
-    monkeypatch.setattr(calibrate_kernels, "check", lambda *_: None)
+    monkeypatch.setattr(kernels, "make", lambda *shape: experts)
+    monkeypatch.setattr(kernels, "check", lambda *_: None)
     monkeypatch.setattr(calibrate, "_inputs", lambda hidden: lambda tokens: tokens)
-    monkeypatch.setattr(calibrate_timing, "GpuTimer", lambda batches: fake_timer([]))
-    monkeypatch.setattr(calibrate_timing, "launch_us", lambda: 4.5)
+    monkeypatch.setattr(timing, "GpuTimer", lambda batches: fake_timer([]))
+    monkeypatch.setattr(timing, "launch_us", lambda: 4.5)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
     monkeypatch.setitem(sys.modules, "deep_ep", ModuleType("deep_ep"))
     return lambda gpus: monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -329,7 +334,7 @@ def test_the_whole_command_with_a_gpu_that_is_not_there(tmp_path, capsys, no_gpu
 
 def test_the_whole_command_with_two_gpus_that_are_not_there(tmp_path, capsys, no_gpu, monkeypatch):
     no_gpu(2)
-    monkeypatch.setattr(calibrate_dispatch, "_rank", dispatch_ranks.report_times)
+    monkeypatch.setattr(dispatch, "_rank", dispatch_ranks.report_times)
     path = tmp_path / "gpu.json"
     assert main(["calibrate", "--quick", "--json", str(path)]) == 0
     printed = capsys.readouterr()
@@ -383,7 +388,7 @@ class FakeGpu:
 @pytest.mark.parametrize("launch_us", [1.0, 50.0])
 def test_a_slow_host_does_not_lengthen_the_time(monkeypatch, launch_us):
     gpu = FakeGpu(monkeypatch, launch_us)
-    assert calibrate_timing.GpuTimer(3)([gpu.kernel] * 8) == pytest.approx(10)
+    assert timing.GpuTimer(3)([gpu.kernel] * 8) == pytest.approx(10)
 
 
 def test_a_host_that_gets_slower_gets_more_time_or_an_error(monkeypatch):
@@ -395,7 +400,7 @@ def test_a_host_that_gets_slower_gets_more_time_or_an_error(monkeypatch):
         gpu.launch_us = factor if len(launched) > call else 1.0
         gpu.kernel()
 
-    timer = calibrate_timing.GpuTimer(3)
+    timer = timing.GpuTimer(3)
     # Two rounds of 8 warm up, two more show how fast the host is, and then it is 40 times slower.
     assert timer([lambda: slower_from(32, 40.0)] * 8) == pytest.approx(10)
     launched.clear()

@@ -9,10 +9,10 @@ torch = pytest.importorskip("torch")
 
 from fake_deep_gemm import SHAPE, fp8_experts
 
-from waterfill_rs import calibrate_prefill
-from waterfill_rs.calibrate import Job
-from waterfill_rs.calibrate_kernels import quantise_rows
-from waterfill_rs.calibrate_prefill import Kernels, Layer, check_forms, draw, paired
+from waterfill_rs.calibrate import prefill
+from waterfill_rs.calibrate.command import Job
+from waterfill_rs.calibrate.kernels import quantise_rows
+from waterfill_rs.calibrate.prefill import Kernels, Layer, check_forms, draw, paired
 
 EXPERTS, TOP_K, TOKENS = 5, 3, 200
 HIDDEN = SHAPE[0]
@@ -202,7 +202,7 @@ def test_a_pair_s_bursts_lie_side_by_side():
 
     overlapped, fused = paired(burst("o", 880.0), burst("f", 1000.0), lambda times: times)
     assert overlapped / fused == pytest.approx(0.88, rel=0.02)
-    warm = 2 * calibrate_prefill._WARM
+    warm = 2 * prefill._WARM
     assert began[warm : warm + 6] == ["o", "f", "f", "o", "o", "f"]
     assert began.count("o") == began.count("f")
 
@@ -219,19 +219,19 @@ def test_the_slowest_rank_s_burst_counts():
 def test_what_cannot_be_compared_is_refused(monkeypatch):
     capability = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability[0])
-    calibrate_prefill._check_machine(job())
+    prefill._check_machine(job())
     many = Job(2, *SHAPE, 32, 64, (), (), 0)
     with pytest.raises(RuntimeError, match="DeepEP takes 32 experts a token, and fused are 33"):
-        calibrate_prefill._check_machine(many)
+        prefill._check_machine(many)
     capability[0] = (10, 0)
     with pytest.raises(RuntimeError, match="stay fused on SM 100"):
-        calibrate_prefill._check_machine(job())
+        prefill._check_machine(job())
     monkeypatch.setattr(
-        calibrate_prefill, "experts_of", lambda hidden, intermediate, count: fp8_experts(count)
+        prefill, "experts_of", lambda hidden, intermediate, count: fp8_experts(count)
     )
     capability[0] = (9, 0)
     with pytest.raises(RuntimeError, match="a server's kernels are not there, but FP8"):
-        calibrate_prefill.measure(job(), 0, FakeBuffer(), torch.int64, print)
+        prefill.measure(job(), 0, FakeBuffer(), torch.int64, print)
 
 
 def test_the_installed_sglang_s_kernels_take_what_the_fakes_take():

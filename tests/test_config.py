@@ -3,7 +3,7 @@
 import pytest
 
 from waterfill_rs.config import Config
-from waterfill_rs.doctor_checks import VARIABLES
+from waterfill_rs.operate.checks import VARIABLES
 
 
 def test_nothing_said_is_auto_everywhere():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import waterfill_rs.sglang.metrics as metrics
 from waterfill_rs.config import BACKEND_VARIABLE
-from waterfill_rs.doctor_checks import VARIABLES
+from waterfill_rs.operate.checks import VARIABLES
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAME = re.compile(r"sglang:waterfill_\w+")

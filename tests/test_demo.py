@@ -11,10 +11,10 @@ import time
 
 import pytest
 
-from waterfill_rs import rank_processes
 from waterfill_rs.cli import main
+from waterfill_rs.demo import rank_processes
+from waterfill_rs.demo.workload import Router, documents, tokenize
 from waterfill_rs.exchange.settings import BoardSettings
-from waterfill_rs.workload import Router, documents, tokenize
 
 
 def test_tokens_and_routes_are_the_same_every_time():

@@ -11,12 +11,12 @@ from pathlib import Path
 import forked
 import pytest
 
-from waterfill_rs import _native, doctor, nvrtc, self_test
-from waterfill_rs import doctor_checks as checks
+from waterfill_rs import _native, nvrtc
 from waterfill_rs.cli import main
-from waterfill_rs.doctor_checks import Entry
 from waterfill_rs.exchange.boards import is_left_behind
 from waterfill_rs.exchange.settings import BoardSettings
+from waterfill_rs.operate import checks, doctor, self_test
+from waterfill_rs.operate.checks import Entry
 
 OURS = Entry("waterfill_rs", "waterfill_rs.sglang:register", "waterfill-rs")
 OTHER = Entry("other", "other:register", "other-plugin")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from waterfill_rs import doctor_checks as checks
 from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.exchange.settings import BoardSettings
+from waterfill_rs.operate import checks
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 

@@ -401,7 +401,7 @@ def test_top_gives_rates_over_the_time_that_passed(capsys, monkeypatch):
         return [board for board in find() if board.name == name]
 
     monkeypatch.setattr(boards, "find", slowly)
-    monkeypatch.setattr("waterfill_rs.status.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("waterfill_rs.operate.status.time.monotonic", lambda: now[0])
     assert main(["top", "--count", "2", "--interval", "0.01"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[3] == "10"
 

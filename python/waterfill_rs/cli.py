@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 
 import waterfill_rs
-from waterfill_rs import calibrate, demo, doctor, status
+from waterfill_rs.calibrate import command as calibrate
+from waterfill_rs.demo import command as demo
+from waterfill_rs.operate import doctor, status
 from waterfill_rs.replay import command as replay
 
 __all__ = ["main"]

@@ -10,8 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from waterfill_rs import calibrate_dispatch, calibrate_kernels, calibrate_timing
-from waterfill_rs.calibrate import Plan
+from waterfill_rs.calibrate import dispatch, kernels, timing
+from waterfill_rs.calibrate.command import Plan
 from waterfill_rs.cli import main
 from waterfill_rs.machine import Machine
 from waterfill_rs.replay import cost_models
@@ -40,22 +40,22 @@ def test_the_command_measures_this_gpu(tmp_path, capsys):
 
 def test_a_time_is_that_of_the_kernels():
     """A GPU that spins for 2 million cycles does so for 1 to 4 ms, whatever the host does."""
-    spin = calibrate_timing.GpuTimer(3)([lambda: torch.cuda._sleep(2_000_000)])
+    spin = timing.GpuTimer(3)([lambda: torch.cuda._sleep(2_000_000)])
     assert 900 < spin < 4000
-    twice = calibrate_timing.GpuTimer(3)([lambda: torch.cuda._sleep(4_000_000)])
+    twice = timing.GpuTimer(3)([lambda: torch.cuda._sleep(4_000_000)])
     assert twice == pytest.approx(2 * spin, rel=0.2)
 
 
 def test_the_weights_do_not_fit_into_the_cache():
-    experts = calibrate_kernels.make(HIDDEN, INTERMEDIATE, 8)
+    experts = kernels.make(HIDDEN, INTERMEDIATE, 8)
     assert experts.count % 8 == 0
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     assert experts.count * 3 * HIDDEN * INTERMEDIATE >= 3 * cache
 
 
 def test_the_kernels_agree_with_torch():
-    experts = calibrate_kernels.make(HIDDEN, INTERMEDIATE, 8)
-    calibrate_kernels.check(experts, HIDDEN)
+    experts = kernels.make(HIDDEN, INTERMEDIATE, 8)
+    kernels.check(experts, HIDDEN)
     x = torch.randn(4 * experts.alignment, HIDDEN, dtype=torch.bfloat16, device="cuda")
     dispatched = experts.dispatched(x)
     out = experts.grouped(dispatched, experts.layout((3, 0, 5, 7), experts.alignment))
@@ -75,7 +75,7 @@ def test_a_layer_s_prefill_is_timed_both_ways(experts, capfd):
     """The processes compare the two forms with torch before they time them, and say so."""
     plan = Plan((), (), dispatch_tokens=(256,), prefill_tokens=(512, 4096), batches=1)
     said: list[str] = []
-    found = calibrate_dispatch.measure((HIDDEN, INTERMEDIATE), 6, experts, plan, said.append)
+    found = dispatch.measure((HIDDEN, INTERMEDIATE), 6, experts, plan, said.append)
     assert not isinstance(found, str), found
     assert not isinstance(found.prefill, str), found.prefill
     local = min(experts // found.ranks, 32)

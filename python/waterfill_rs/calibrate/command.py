@@ -18,7 +18,7 @@ from waterfill_rs.machine import Curve, Machine
 from waterfill_rs.policies import report
 
 if TYPE_CHECKING:
-    from waterfill_rs.calibrate_kernels import Experts
+    from waterfill_rs.calibrate.kernels import Experts
 
 __all__ = ["GROUP", "Dispatched", "Job", "Plan", "Times", "add_command", "machine_from", "measure"]
 
@@ -122,26 +122,26 @@ def _run(arguments: argparse.Namespace) -> None:
     name = _gpu()
     import torch
 
-    from waterfill_rs import calibrate_dispatch, calibrate_kernels, calibrate_timing
+    from waterfill_rs.calibrate import dispatch, kernels, timing
 
     plan = QUICK if arguments.quick else FULL
     hidden, intermediate = arguments.hidden, arguments.intermediate
     _say(f"{name}: random experts of {hidden} x {intermediate}; new kernels are compiled")
     try:
-        experts = calibrate_kernels.make(hidden, intermediate, GROUP)
+        experts = kernels.make(hidden, intermediate, GROUP)
         _say(f"timing {experts.description}")
-        calibrate_kernels.check(experts, hidden)
+        kernels.check(experts, hidden)
         _say("the kernels compute what torch computes")
-        times = measure(experts, calibrate_timing.GpuTimer(plan.batches), plan, _inputs(hidden))
+        times = measure(experts, timing.GpuTimer(plan.batches), plan, _inputs(hidden))
     except torch.OutOfMemoryError as error:
         raise RuntimeError(f"{error} Stop what else runs on {name}") from error
-    launch = calibrate_timing.launch_us()
+    launch = timing.launch_us()
     source = (
         f"waterfill-rs {waterfill_rs.__version__} calibrate, {datetime.date.today().isoformat()}, "
         f"{experts.description}, {_versions()}"
     )
     del experts
-    dispatched: Dispatched | str = calibrate_dispatch.measure(
+    dispatched: Dispatched | str = dispatch.measure(
         (hidden, intermediate), arguments.top_k, arguments.experts, plan, _say
     )
     machine = machine_from(name, source, (hidden, intermediate), times, dispatched, launch)

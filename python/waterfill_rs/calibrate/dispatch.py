@@ -1,6 +1,6 @@
 """DeepEP's dispatch in normal mode between this machine's GPUs, one process each, timed as sglang calls it.
 
-The same processes then time a layer's prefill, see ``calibrate_prefill``.
+The same processes then time a layer's prefill, see ``prefill``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from waterfill_rs.calibrate import Dispatched, Job, Plan
+from waterfill_rs.calibrate.command import Dispatched, Job, Plan
 
 __all__ = ["measure"]
 
@@ -157,9 +157,9 @@ def _rank(rank: int, job: Job, reports: Any) -> None:
     for count in job.dispatch_tokens:
         batch = _tokens(job, count, id_type)
         report("dispatch", count, _slowest(partial(_dispatch, buffer, batch, job)))
-    from waterfill_rs import calibrate_prefill  # It loads more of torch than dispatch needs.
+    from waterfill_rs.calibrate import prefill  # It loads more of torch than dispatch needs.
 
-    calibrate_prefill.measure(job, rank, buffer, id_type, report)
+    prefill.measure(job, rank, buffer, id_type, report)
     report("end", 0, None)
     distributed.barrier(device_ids=[rank])  # Without them torch warns on the terminal.
     torch.cuda.synchronize()
@@ -170,7 +170,7 @@ def _tokens(job: Job, count: int, id_type: Any) -> tuple[Any, Any, Any]:
     """FP8 tokens with their scales, ids ``[count, K]`` of distinct experts evenly drawn, and weights."""
     import torch
 
-    from waterfill_rs.calibrate_kernels import quantise_rows
+    from waterfill_rs.calibrate.kernels import quantise_rows
 
     x = torch.randn(count, job.hidden, dtype=torch.bfloat16, device="cuda")
     ids = torch.rand(count, job.experts, device="cuda").topk(job.top_k).indices
@@ -218,7 +218,7 @@ def _slowest(call: Callable[[], Any]) -> float:
     import torch
     from torch import distributed
 
-    from waterfill_rs.calibrate_timing import sleep
+    from waterfill_rs.calibrate.timing import sleep
 
     event: Any = partial(torch.cuda.Event, enable_timing=True)  # Untyped.
     flag = torch.zeros(1, device="cuda")

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import waterfill_rs
-from waterfill_rs import rank_processes
 from waterfill_rs.config import PACES
+from waterfill_rs.demo import rank_processes
+from waterfill_rs.demo.rank_processes import Outcome, Setup
+from waterfill_rs.demo.workload import Router, documents
 from waterfill_rs.exchange.boards import ENDS
 from waterfill_rs.exchange.settings import BoardSettings
 from waterfill_rs.policies import picture, report, verdict
 from waterfill_rs.policies.comparison import Batch, Layer, Result, compare
-from waterfill_rs.rank_processes import Outcome, Setup
-from waterfill_rs.workload import Router, documents
 
 __all__ = ["add_command"]
 

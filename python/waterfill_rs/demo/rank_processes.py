@@ -18,10 +18,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from waterfill_rs import _native
+from waterfill_rs.demo.workload import Router
 from waterfill_rs.exchange.host import BoardExchange
 from waterfill_rs.exchange.rendezvous import board_name
 from waterfill_rs.exchange.settings import BoardSettings
-from waterfill_rs.workload import Router
 
 __all__ = ["Outcome", "Setup", "run"]
 

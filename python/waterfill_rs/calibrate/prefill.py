@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from waterfill_rs.calibrate import Job
-from waterfill_rs.calibrate_kernels import (
+from waterfill_rs.calibrate.command import Job
+from waterfill_rs.calibrate.kernels import (
     BLOCK,
     QUANTISE,
     Experts,

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import waterfill_rs
-from waterfill_rs import _native, nvrtc, self_test
-from waterfill_rs import doctor_checks as checks
+from waterfill_rs import _native, nvrtc
 from waterfill_rs.config import PLANNER_VARIABLE, Config
-from waterfill_rs.doctor_checks import Entry, Finding, Level
 from waterfill_rs.exchange import boards as board_finder
 from waterfill_rs.exchange.settings import BoardSettings
+from waterfill_rs.operate import checks, self_test
+from waterfill_rs.operate.checks import Entry, Finding, Level
 from waterfill_rs.sglang import compat
 
 __all__ = ["add_command", "exchange", "hooks", "overlap"]

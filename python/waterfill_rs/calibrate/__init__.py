@@ -1,0 +1,1 @@
+"""``waterfill-rs calibrate``: measures what this machine's GPUs take, for cost models and the prefill rule."""

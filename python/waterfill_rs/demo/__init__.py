@@ -1,0 +1,1 @@
+"""``waterfill-rs demo``: live rank processes on real text; no GPU, no sglang."""

@@ -1,0 +1,1 @@
+"""What operators run on a host: ``waterfill-rs doctor``, ``status`` and ``top``."""
