@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from waterfill_rs.machine import machine_of
-from waterfill_rs.prefill_rule import PrefillRule
+from waterfill_rs.sglang.prefill_rule import PrefillRule
 
 POINTS = ((1024, 300.0, 250.0), (4096, 900.0, 890.0), (8192, 1500.0, 1700.0))
 """Tokens a rank, and a layer's microseconds overlapped and fused: faster overlapped in the last alone."""

@@ -17,7 +17,7 @@ class Switch:
     Args:
         ours: the balancer.
         theirs: sglang's class.
-        weight: its constructor's fifth parameter: see ``waterfill_rs.sglang.compat``.
+        weight: its constructor's fifth parameter: see ``waterfill_rs.sglang_versions``.
         mode: tells the mode of the forward that runs.
         own: makes what exchanges nothing; asked at the first call that needs it.
     """

@@ -13,7 +13,7 @@ pytest.importorskip("sglang", reason="sglang is not installed: make test install
 import torch
 from inside import EXPERTS, RANK, RANKS, TOKENS, TOP_K, hash_layer, level_of, prepare, routed_only
 
-from waterfill_rs.sglang import verdict
+from waterfill_rs.sglang import eligibility
 
 REDUNDANT = 16
 PHYSICAL = EXPERTS + REDUNDANT
@@ -187,7 +187,7 @@ def test_a_panic_while_a_kernel_is_made_is_a_reason(monkeypatch):
     from waterfill_rs import cuda
 
     monkeypatch.setattr(cuda, "Expander", panics)
-    (reason,) = verdict.against_device(torch.device("cuda"))
+    (reason,) = eligibility.against_device(torch.device("cuda"))
     assert "no kernel can be made for cuda" in reason and DEFECT in reason
 
 
@@ -198,7 +198,7 @@ def test_sglang_has_every_argument_that_is_looked_at(sglang):
 
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    read = re.findall(r'getattr\(arguments, "(\w+)"', inspect.getsource(verdict))
+    read = re.findall(r'getattr\(arguments, "(\w+)"', inspect.getsource(eligibility))
     assert len(set(read)) == 5
     for name in (*read, "enable_waterfill"):
         assert hasattr(get_server_args(), name), name

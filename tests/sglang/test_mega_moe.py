@@ -92,12 +92,12 @@ def test_where_it_is_refused_and_required_the_server_ends(sglang, megamoe, monke
 def test_vision_routers_are_refused_by_name():
     import torch
 
-    from waterfill_rs.sglang import verdict
+    from waterfill_rs.sglang import eligibility
 
     gate = torch.nn.Module()
     model = torch.nn.ModuleList([gate])
     gate.e_score_correction_bias_vl = None
-    assert verdict.against_routers(model) == []
+    assert eligibility.against_routers(model) == []
     gate.e_score_correction_bias_vl = torch.nn.Parameter(torch.zeros(4))
-    (reason,) = verdict.against_routers(model)
+    (reason,) = eligibility.against_routers(model)
     assert "vision routers" in reason and "e_score_correction_bias_vl" in reason

@@ -21,12 +21,12 @@ def main(rank, folder, without, limit_s):
     from sglang.srt.model_executor.model_runner_components import moe_ep_setup
     from sglang.srt.runtime_context import get_context, get_model, get_parallel
 
+    from waterfill_rs.sglang import eligibility
     from waterfill_rs.sglang import peers as meeting
-    from waterfill_rs.sglang import verdict
 
     meeting.LONGEST_WAIT_S = limit_s
     if without:
-        verdict.against_machine = lambda: ["no NVRTC here"]
+        eligibility.against_machine = lambda: ["no NVRTC here"]
     dist.init_process_group(
         "gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS
     )

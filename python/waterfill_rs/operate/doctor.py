@@ -23,7 +23,7 @@ from waterfill_rs.exchange import boards as board_finder
 from waterfill_rs.exchange.settings import BoardSettings
 from waterfill_rs.operate import checks, self_test
 from waterfill_rs.operate.checks import Entry, Finding, Level
-from waterfill_rs.sglang import compat
+from waterfill_rs.sglang_versions import KNOWN, row_of
 
 __all__ = ["add_command", "exchange", "hooks", "overlap"]
 
@@ -249,9 +249,8 @@ def _installed() -> dict[Path, str]:
 
 
 def _sglang(version: str | None) -> Finding:
-    known = f"{compat.ROWS[-1].versions[0]} to {compat.ROWS[0].versions[1]}"
-    named = version is not None and compat.row_of(version) is not None
-    return checks.sglang(version, named, known)
+    named = version is not None and row_of(version) is not None
+    return checks.sglang(version, named, KNOWN)
 
 
 def _version(distribution: str) -> str | None:

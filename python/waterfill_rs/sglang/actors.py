@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from waterfill_rs.config import BACKEND_VARIABLE, Config
+from waterfill_rs.sglang import eligibility, registration
 
 __all__ = ["against_actors", "come_along", "may_make_actors"]
 
@@ -84,11 +85,9 @@ def _load_plugins() -> None:
     """
     from sglang.srt.plugins import load_plugins
 
-    from waterfill_rs.sglang import plugin, verdict  # The plugin imports this module.
-
     load_plugins()
-    if not plugin.is_registered():
+    if not registration.is_registered():
         # Whether required or not: a rank that is balanced by another rule spoils the plans of its peers.
-        verdict.stop(
+        eligibility.stop(
             ["the server has it as a plugin of sglang, and this node has not: install it here too"]
         )

@@ -13,9 +13,9 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput
 from waterfill_rs.config import Config
 from waterfill_rs.exchange.device import DeviceExchange
 from waterfill_rs.exchange.host import Exchange
-from waterfill_rs.sglang.compat import SCALING_FACTOR, Seams
 from waterfill_rs.sglang.overlap import OverlappedLayer
 from waterfill_rs.sglang.panics import panics_are_errors
+from waterfill_rs.sglang_versions import SCALING_FACTOR, Seams
 from waterfill_rs.torch import expand_topk, move_up
 
 __all__ = ["ScalingFactorBalancer", "WaterfillBalancer", "balancer_of"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from waterfill_rs.sglang.balancer import WaterfillBalancer
-from waterfill_rs.sglang.compat import Seams
+from waterfill_rs.sglang_versions import Seams
 
 __all__ = ["post_without_rows"]
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from waterfill_rs.sglang.compat import Seams, resolve
+from waterfill_rs.sglang.compat import resolve
 from waterfill_rs.sglang.shared_expert import Unfused
+from waterfill_rs.sglang_versions import Seams
 
 __all__ = ["Choice", "OverlappedLayer"]
 

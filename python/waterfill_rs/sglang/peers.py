@@ -10,7 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from waterfill_rs.sglang.compat import Seams, resolve
+from waterfill_rs.sglang.compat import resolve
+from waterfill_rs.sglang_versions import Seams
 
 __all__ = ["Peers", "peers_of_next_model"]
 

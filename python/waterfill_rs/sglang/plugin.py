@@ -28,11 +28,11 @@ from waterfill_rs.config import (
     named,
 )
 from waterfill_rs.exchange.settings import CHOICES
-from waterfill_rs.sglang import actors, compat, metrics, verdict
-from waterfill_rs.sglang.compat import ROWS, Seams
+from waterfill_rs.sglang import actors, compat, eligibility, metrics, registration
 from waterfill_rs.sglang.panics import panics_are_errors
+from waterfill_rs.sglang_versions import ROWS, Seams
 
-__all__ = ["hooked", "is_registered", "register"]
+__all__ = ["hooked", "register"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +41,15 @@ SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 hooked: dict[str, type] = {}
 """The classes that this process was asked to replace, by sglang's name: ours. Empty where we are off."""
 
-_registered = False
 _failure: list[str] = []
 """What went wrong in ``register``, if anything did."""
 
 
 def register() -> None:
     """Called by sglang in every process that loads plugins; a second call does nothing."""
-    global _registered
-    if _registered:
+    if registration.is_registered():
         return
-    _registered = True
+    registration.take_note()
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(f"{SERVER_ARGS}.add_cli_args", _add_flags, HookType.AFTER)
@@ -59,7 +57,7 @@ def register() -> None:
     try:
         config = Config.from_environment(os.environ)
     except ValueError as error:
-        verdict.stop([str(error)])
+        eligibility.stop([str(error)])
     if not config.enabled:
         return
     actors.come_along(compat.resolve(SERVER_ARGS))
@@ -70,17 +68,12 @@ def register() -> None:
     except Exception as error:
         _failure.append(f"the plugin failed: {error!r}")
     strange = _against_entering()
-    if config.required and (reasons := strange + verdict.against_machine()):
-        verdict.stop(reasons)
+    if config.required and (reasons := strange + eligibility.against_machine()):
+        eligibility.stop(reasons)
     if strange:
         _tell_only(strange)
     if actors.may_make_actors() and (reasons := actors.against_actors()):
-        verdict.tell(config, reasons)
-
-
-def is_registered() -> bool:
-    """Has sglang called ``register`` in this process?"""
-    return _registered
+        eligibility.tell(config, reasons)
 
 
 def _against_entering() -> list[str]:
@@ -199,7 +192,7 @@ def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwarg
     try:
         config = Config.from_environment(os.environ)
     except ValueError as error:
-        verdict.stop([str(error)])
+        eligibility.stop([str(error)])
     if config.enabled:
         actors.come_along(compat.resolve(SERVER_ARGS))
         _judge(config, parsed)
@@ -214,12 +207,12 @@ def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwarg
 
 def _judge(config: Config, parsed: Any) -> None:
     """What can be said when the server's flags are read, before a model is loaded."""
-    reasons = _against_entering() + verdict.against_machine()
+    reasons = _against_entering() + eligibility.against_machine()
     if getattr(parsed, "use_ray", False):
         reasons += actors.against_actors()
     asked = any(getattr(parsed, row.switch, False) for row in ROWS)
     if reasons and (asked or config.required):
-        verdict.tell(config, reasons)
+        eligibility.tell(config, reasons)
     elif config.required and not asked:
         flag = (compat.find()[0] or ROWS[0]).flag
         logger.warning("waterfill-rs was required, and balances nothing without sglang's %s", flag)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs.config import Config
-from waterfill_rs.sglang import sizes, unfusing, verdict
-from waterfill_rs.sglang.compat import ROWS, Seams, resolve
+from waterfill_rs.sglang import eligibility, sizes, unfusing
+from waterfill_rs.sglang.compat import resolve
+from waterfill_rs.sglang_versions import ROWS, Seams
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def tell_at_preparation(reasons: list[str]) -> Prepare:
 
     def hook(prepare: Prepare, *args: Any, **kwargs: Any) -> Any:
         if any(_asked(_model(args, kwargs), row.enabled) for row in ROWS):
-            verdict.tell(Config.from_environment(os.environ), reasons)
+            eligibility.tell(Config.from_environment(os.environ), reasons)
         return prepare(*args, **kwargs)
 
     return hook
@@ -80,9 +81,9 @@ class Preparation:
         config = Config.from_environment(os.environ)
         arguments = resolve(self.seams.arguments)()
         device = _device(_model(args, kwargs))
-        reasons = verdict.against_machine() or verdict.against_device(device)
-        reasons += verdict.against_model(arguments, config, self.seams)
-        reasons += verdict.against_routers(_model(args, kwargs))
+        reasons = eligibility.against_machine() or eligibility.against_device(device)
+        reasons += eligibility.against_model(arguments, config, self.seams)
+        reasons += eligibility.against_routers(_model(args, kwargs))
         # All layers of a model are prepared at once: those of one that was are joined.
         fresh = [router for router in routers if getattr(router, self.seams.holder, None) is None]
         if not fresh and self._has_sglangs(routers):
@@ -105,7 +106,9 @@ class Preparation:
             share = unfusing.Share(self.seams, config, arguments)
             dtype = getattr(_model_config(args, kwargs), "dtype", None)
             where = share.decide(_model(args, kwargs), routers, dtype, device, peers)
-            self._join(balancers, config, peers, verdict.is_deterministic(arguments), device, where)
+            self._join(
+                balancers, config, peers, eligibility.is_deterministic(arguments), device, where
+            )
         return result
 
     def _has_sglangs(self, routers: list[Any]) -> bool:
@@ -127,7 +130,7 @@ class Preparation:
         Raises:
             SystemExit: we were required.
         """
-        verdict.tell(config, reasons)
+        eligibility.tell(config, reasons)
         self._stood_aside = True
         with self._sglangs_balancer():
             return prepare(*args, **kwargs)
@@ -154,7 +157,7 @@ class Preparation:
             return
         if getattr(arguments, self.seams.switch, False):
             config = Config.from_environment(os.environ)
-            verdict.tell_of_no_layer(config, arguments, self.seams)
+            eligibility.tell_of_no_layer(config, arguments, self.seams)
 
     def _agree(self, reasons: list[str]) -> tuple[Peers | None, list[str]]:
         """The other ranks, and what keeps any rank from serving: one that stands aside must leave nobody waiting."""
@@ -183,7 +186,7 @@ class Preparation:
             if resolve(name) is not ours
         ]
         if missing:
-            verdict.stop(missing)
+            eligibility.stop(missing)
 
     def _verify_routers(self, routers: list[Any]) -> list[Any]:
         """Their balancers, all ours."""
@@ -195,7 +198,7 @@ class Preparation:
             if not isinstance(balancer, ours)
         ]
         if others:
-            verdict.stop(
+            eligibility.stop(
                 [
                     f"{len(others)} of {len(routers)} MoE layers are not balanced by ours: {sorted(set(others))}"
                 ]
@@ -226,7 +229,7 @@ class Preparation:
             alone = _DETERMINISTIC if deterministic else None
             exchange = connect(fresh, config, peers, device, alone)
         except (OSError, RuntimeError, ValueError) as error:
-            verdict.stop([str(error)])
+            eligibility.stop([str(error)])
         recorder.shared_slots_come()
         self._serves = True
         # Ranks of a board are of one node: one line for them all.

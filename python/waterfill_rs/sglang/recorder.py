@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from waterfill_rs.sglang.compat import Seams, resolve
+from waterfill_rs.sglang.compat import resolve
+from waterfill_rs.sglang_versions import Seams
 
 __all__ = ["SHARED_ROWS", "gatherer_of_auto", "replacements", "shared_slots_come"]
 

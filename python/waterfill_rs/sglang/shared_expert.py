@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from waterfill_rs.sglang.compat import Seams, resolve
+from waterfill_rs.sglang.compat import resolve
+from waterfill_rs.sglang_versions import Seams
 
 __all__ = ["StaysFused", "Unfused"]
 

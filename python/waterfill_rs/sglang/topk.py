@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from waterfill_rs.sglang.balancer import WaterfillBalancer
-from waterfill_rs.sglang.compat import Seams
+from waterfill_rs.sglang_versions import Seams
 
 __all__ = ["hash_topk"]
 

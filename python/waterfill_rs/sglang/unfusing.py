@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from waterfill_rs.config import MACHINE_VARIABLE, Config
 from waterfill_rs.machine import Machine
-from waterfill_rs.prefill_rule import PrefillRule
-from waterfill_rs.sglang import compat, metrics, verdict
-from waterfill_rs.sglang.compat import Seams, resolve
+from waterfill_rs.sglang import compat, eligibility, metrics
+from waterfill_rs.sglang.compat import resolve
 from waterfill_rs.sglang.overlap import Choice, OverlappedLayer
+from waterfill_rs.sglang.prefill_rule import PrefillRule
 from waterfill_rs.sglang.shared_expert import StaysFused, Unfused
 from waterfill_rs.sglang.sizes import data_parallel_groups, most_tokens
+from waterfill_rs.sglang_versions import Seams
 
 if TYPE_CHECKING:
     import torch
@@ -132,9 +133,9 @@ class Share:
         if self._config.shared == "fused":
             return _AS_ASKED
         if wrong:
-            verdict.stop(wrong)
+            eligibility.stop(wrong)
         if reasons and asked:
-            verdict.stop([f"shared experts cannot run beside dispatch: {r}" for r in reasons])
+            eligibility.stop([f"shared experts cannot run beside dispatch: {r}" for r in reasons])
         if reasons:
             return f"fused in every batch, because {'; '.join(reasons)}"
         choice = Choice(self._seams, ranks, data_parallel_groups(self._arguments), rule)

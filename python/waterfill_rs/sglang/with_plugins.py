@@ -22,7 +22,7 @@ def main() -> None:
     Raises:
         SystemExit: no module, one that ``python -m`` does not run, or a plugin that sglang did not load, with what to do.
     """
-    from waterfill_rs.sglang.plugin import is_registered
+    from waterfill_rs.sglang.registration import is_registered
 
     if len(sys.argv) < 2:
         raise SystemExit("waterfill-rs: give a module of sglang's, like sglang.benchmark.one_batch")

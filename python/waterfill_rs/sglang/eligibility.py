@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from waterfill_rs.config import Config
 from waterfill_rs.sglang import compat, loaded_hooks, metrics
-from waterfill_rs.sglang.compat import Seams
 from waterfill_rs.sglang.panics import panics_are_errors
+from waterfill_rs.sglang_versions import Seams
 
 if TYPE_CHECKING:
     import torch
