@@ -14,16 +14,8 @@ from fake_deep_gemm import SHAPE, FakeDeepGemm, fp8_experts
 
 from waterfill_rs.calibrate import command as calibrate
 from waterfill_rs.calibrate import dispatch, kernels, timing
-from waterfill_rs.calibrate.command import (
-    GROUP,
-    Dispatched,
-    Job,
-    Plan,
-    Times,
-    machine_from,
-    measure,
-    table,
-)
+from waterfill_rs.calibrate.command import GROUP, Times, machine_from, measure, table
+from waterfill_rs.calibrate.job import Dispatched, Job, Plan
 from waterfill_rs.calibrate.kernels import Bf16Experts, check, quantise_blocks, quantise_rows
 from waterfill_rs.cli import main
 from waterfill_rs.machine import Machine

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from fake_deep_gemm import SHAPE, fp8_experts
 
 from waterfill_rs.calibrate import prefill
-from waterfill_rs.calibrate.command import Job
+from waterfill_rs.calibrate.job import Job
 from waterfill_rs.calibrate.kernels import quantise_rows
 from waterfill_rs.calibrate.prefill import Kernels, Layer, check_forms, draw, paired
 

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from waterfill_rs.calibrate import dispatch, kernels, timing
-from waterfill_rs.calibrate.command import Plan
+from waterfill_rs.calibrate.job import Plan
 from waterfill_rs.cli import main
 from waterfill_rs.machine import Machine
 from waterfill_rs.replay import cost_models

@@ -8,38 +8,26 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import waterfill_rs
+from waterfill_rs import outputs
+from waterfill_rs.calibrate.job import Dispatched, Plan
 from waterfill_rs.machine import Curve, Machine
-from waterfill_rs.policies import report
 
 if TYPE_CHECKING:
     from waterfill_rs.calibrate.kernels import Experts
 
-__all__ = ["GROUP", "Dispatched", "Job", "Plan", "Times", "add_command", "machine_from", "measure"]
+__all__ = ["GROUP", "Times", "add_command", "machine_from", "measure"]
 
 GROUP = 8
 """Experts of the largest measured grouped call."""
 
 Timer = Callable[[Sequence[Callable[[], object]]], float]
 """Microseconds of a call, by calls that are run one after the other."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured."""
-
-    dense_tokens: Sequence[int]
-    tiles: Sequence[int]
-    """Rows of an expert, in units of the grouped GEMM's alignment, the first 1."""
-    dispatch_tokens: Sequence[int]
-    prefill_tokens: Sequence[int]
-    batches: int
-    """How many times each is timed; the median counts."""
 
 
 FULL = Plan(
@@ -68,37 +56,6 @@ class Times:
     """By active experts and the rows of each."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the ranks' processes measure, all alike."""
-
-    ranks: int
-    hidden: int
-    intermediate: int
-    top_k: int
-    experts: int
-    dispatch_tokens: Sequence[int]
-    prefill_tokens: Sequence[int]
-    port: int
-    """Of 127.0.0.1, where they meet."""
-
-    def with_experts(self, experts: int) -> Job:
-        """The same over other ``experts``."""
-        return replace(self, experts=experts)
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """Measured microseconds between GPUs, by tokens a rank."""
-
-    ranks: int
-    top_k: int
-    times: dict[int, float]
-    """Of dispatch."""
-    prefill: dict[int, tuple[float, float]] | str
-    """Of a layer in prefill, overlapped and fused; or in words why it was not measured."""
-
-
 def add_command(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "calibrate", help="measure this machine's GPU for cost models", description=__doc__
@@ -118,7 +75,7 @@ def add_command(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     _check_shape(arguments)
-    report.check_outputs(arguments.json)
+    outputs.check_outputs(arguments.json)
     name = _gpu()
     import torch
 

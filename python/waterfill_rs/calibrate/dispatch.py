@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from waterfill_rs.calibrate.command import Dispatched, Job, Plan
+from waterfill_rs.calibrate.job import Dispatched, Job, Plan
 
 __all__ = ["measure"]
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from waterfill_rs.calibrate.command import Job
+from waterfill_rs.calibrate.job import Job
 from waterfill_rs.calibrate.kernels import (
     BLOCK,
     QUANTISE,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import waterfill_rs
+from waterfill_rs import outputs
 from waterfill_rs.config import PACES
 from waterfill_rs.demo import rank_processes
 from waterfill_rs.demo.rank_processes import Outcome, Setup
@@ -67,7 +68,7 @@ def add_command(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    report.check_outputs(arguments.json, arguments.plot)
+    outputs.check_outputs(arguments.json, arguments.plot)
     picture.check(arguments.plot)
     setup = _setup(arguments)
     streams = _streams(documents(arguments.paths), setup.ranks, setup.tokens * setup.steps)
@@ -91,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         shape = {"ranks": setup.ranks, "experts": setup.experts, "top_k": setup.top_k}
         rows = [result.as_json() for result in results]
-        report.write_json(arguments.json, **shape, by_rank=ranks, rows=rows)
+        outputs.write_json(arguments.json, **shape, by_rank=ranks, rows=rows)
     if arguments.plot and results:
         picture.plot_ranks(results, setup.tokens, arguments.plot)
     _check(ranks, setup)

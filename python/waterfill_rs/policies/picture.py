@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from waterfill_rs.outputs import whole
 from waterfill_rs.policies import summary
 from waterfill_rs.policies.comparison import Result
-from waterfill_rs.policies.report import Compared, most_of_usual, printable, whole
+from waterfill_rs.policies.report import Compared, most_of_usual, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

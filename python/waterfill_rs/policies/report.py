@@ -1,14 +1,9 @@
-"""A comparison as a table and JSON, and files that are whole or not there."""
+"""A comparison as a table, and what its other forms share."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from waterfill_rs.policies.comparison import POLICIES, Result
 from waterfill_rs.policies.summary import (
@@ -25,13 +20,10 @@ from waterfill_rs.policies.summary import (
 __all__ = [
     "Compared",
     "Expert",
-    "check_outputs",
     "most_of_usual",
     "print_sizes",
     "print_table",
     "printable",
-    "whole",
-    "write_json",
 ]
 
 MEANING = (
@@ -154,23 +146,6 @@ def _times(results: list[Result], policies: list[str]) -> str:
     return cells + f"{bound(results)[1]:>{_width('bound')}.1f}"
 
 
-def check_outputs(*paths: Path | None) -> None:
-    """Before hours of work: could these files be written? None: it was not asked for.
-
-    Raises:
-        ValueError: naming the file and what is in the way.
-    """
-    given = [path for path in paths if path is not None]
-    for path in given:
-        if sum(path.absolute() == other.absolute() for other in given) > 1:
-            raise ValueError(f"{path}: is given for two outputs: give each its own file")
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if not path.name or path.is_dir():
-            raise ValueError(f"{path}: cannot be written: give a file, not a folder")
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ValueError(f"{path}: cannot be written: {folder} is no folder to write in")
-
-
 def most_of_usual(parts: list[float]) -> float:
     """Of parts of the mean: the largest that is no outlier, over four times the upper quartile. Scales end there."""
     quartile = sorted(parts)[-(-3 * len(parts) // 4) - 1]
@@ -183,52 +158,3 @@ def printable(name: str, most: int | None = None) -> str:
     if most is None or len(safe) <= most:
         return safe
     return f"{safe[: most // 2 - 1]}\N{HORIZONTAL ELLIPSIS}{safe[-(most // 2) :]}"
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place once it is written, and goes if it cannot be."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        if partial.is_file():
-            partial.unlink()
-
-
-def write_json(path: Path, **fields: object) -> None:
-    """An object with these fields; the file is whole or not there.
-
-    ``rows`` and ``compared``, a list of objects that have ``rows`` too, may be iterators. Each row is one line:
-    a recording has hundreds of thousands, and json's encoder is slow where it indents.
-
-    Raises:
-        ValueError: naming a file that cannot be written.
-    """
-    check_outputs(path)
-    with whole(path) as partial, partial.open("w", encoding="utf-8") as opened:
-        opened.writelines(_object(fields))
-
-
-def _object(fields: Mapping[str, Any]) -> Iterator[str]:
-    for number, (name, value) in enumerate(fields.items()):
-        yield f'{"," if number else "{"}\n"{name}": '
-        if name == "compared":
-            yield from _list(map(_object, value))
-        elif name == "rows":
-            yield from _list([json.dumps(row)] for row in value)
-        else:
-            yield json.dumps(value, indent=1)
-    yield "\n}"
-
-
-def _list(entries: Iterable[Iterable[str]]) -> Iterator[str]:
-    yield "["
-    for number, parts in enumerate(entries):
-        yield ",\n" if number else "\n"
-        yield from parts
-    yield "\n]"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from waterfill_rs import outputs
 from waterfill_rs.policies import picture, report, summary, verdict
 from waterfill_rs.policies.comparison import POLICIES, Layer, compare
 from waterfill_rs.policies.report import Compared
@@ -134,7 +135,7 @@ def _check(arguments: argparse.Namespace) -> None:
     several = arguments.beside is not None or len(arguments.ep or ()) > 1
     if arguments.plot and several:
         raise ValueError("--plot draws one recording at one EP size: give one --ep, no --beside")
-    report.check_outputs(arguments.json, arguments.plot, arguments.html)
+    outputs.check_outputs(arguments.json, arguments.plot, arguments.html)
     picture.check(arguments.plot)
 
 

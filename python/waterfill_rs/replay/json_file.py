@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from waterfill_rs import __version__
+from waterfill_rs.outputs import write_json
 from waterfill_rs.policies import summary, verdict
 from waterfill_rs.policies.comparison import Result
-from waterfill_rs.policies.report import Compared, write_json
+from waterfill_rs.policies.report import Compared
 from waterfill_rs.policies.summary import of
 from waterfill_rs.replay import hottest
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import waterfill_rs
+from waterfill_rs.outputs import whole
 from waterfill_rs.policies import report, summary, verdict
 from waterfill_rs.policies.comparison import Result
-from waterfill_rs.policies.report import Compared, printable, whole
+from waterfill_rs.policies.report import Compared, printable
 from waterfill_rs.replay import heat_map
 from waterfill_rs.replay.heat_map import HeatMap
 
