@@ -83,12 +83,13 @@ test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.
 	WATERFILL_VERSIONS_REPORT=$(CURDIR)/out/versions.json \
 	$(BIN)/python -m pytest -W ignore tests/sglang/test_versions.py
 	$(BIN)/python tests/sglang/versions_table.py out/versions.json README.md docs/sglang.md
-lint: .venv/test .venv/lint .venv/native ## formatting, clippy, ruff, mypy, stubtest
+lint: .venv/test .venv/lint .venv/native ## formatting, clippy, ruff, mypy, who imports whom, stubtest
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
 	$(BIN)/ruff check python tests benches
 	$(BIN)/ruff format --check python tests benches
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/stubtest waterfill_rs._native
 soak: ## the board's tests with their full counts; SOAK_SECONDS=120 for 8 processes with stalls
 	WATERFILL_SOAK=1 SOAK_SECONDS=$(SOAK_SECONDS) cargo test --release --package waterfill-board --lib --tests -- --nocapture --test-threads=1

@@ -5,6 +5,12 @@ import subprocess
 import sys
 
 MAIN = "import sys; from waterfill_rs.cli import main; sys.exit(main(sys.argv[1:]))"
+HELP = """
+try:
+    main(["--help"])
+except SystemExit:
+    print({"matplotlib", "numpy", "sglang", "torch"} & set(sys.modules))
+"""
 RANK_GONE = """
 from waterfill_rs.exchange import boards
 def find(*_): raise BrokenPipeError("a rank's pipe")
@@ -15,6 +21,13 @@ boards.find = find
 def run(code, output):
     command = [sys.executable, "-c", code, "status", "--json"]
     return subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+
+
+def test_help_needs_nothing_that_may_be_missing():
+    code = MAIN.replace("sys.exit(main(sys.argv[1:]))", HELP)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "calibrate" in done.stdout and done.stdout.endswith("\nset()\n")
 
 
 def test_a_reader_that_left_is_no_error():

@@ -67,6 +67,12 @@ def test_x86_64_has_no_instruction_beyond_the_baseline(architecture, library):
     assert beyond == []
 
 
+def test_wheel_has_every_python_file_of_the_package(architecture):
+    files = [p for p in (ROOT / "python").rglob("*.py*") if "__pycache__" not in p.parts]
+    with zipfile.ZipFile(wheel(architecture)) as archive:
+        assert {str(p.relative_to(ROOT / "python")) for p in files} <= set(archive.namelist())
+
+
 def test_wheel_has_the_package_its_types_and_licence_and_is_small(architecture):
     made = wheel(architecture)
     with zipfile.ZipFile(made) as archive:
