@@ -66,7 +66,8 @@ def test_dumps_become_logical_experts_without_padding(tmp_path):
     mapping = torch.tensor([[0, 1, 2, 0, 1, 2]] * 3, dtype=torch.int32)
     for rank in range(2):
         ids = torch.full((3, 70, 8), -1, dtype=torch.int32)
-        ids[1:, :65, 0], ids[1:, :65, 1] = 4 + rank, 0
+        # A column that is the same in all rows would be padding.
+        ids[1:, :65, 0], ids[1:, :65, 1] = 4 + rank, torch.arange(65) % 2 * 3
         record = {"forward_pass_id": 1, "rank": rank, "topk_ids_of_layer": ids}
         content = {"records": [record], "last_physical_to_logical_map": mapping}
         torch.save(content, tmp_path / f"dump_{rank}.pt")
