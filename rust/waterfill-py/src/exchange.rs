@@ -101,7 +101,7 @@ impl PySolo {
     ) -> PyResult<Vec<u32>> {
         let (ids, bits) = Ids::of(ids);
         py.detach(|| {
-            // SAFETY: `waterfill_rs.exchange` gives live contiguous ids of this shape and width.
+            // SAFETY: `waterfill_rs.exchange.host` gives live contiguous ids of this shape and width.
             unsafe { self.counted.count(ids, bits) }?;
             let mut quotas = vec![0; self.counted.visits.len()];
             self.calls += 1;
@@ -159,7 +159,7 @@ impl PyPort {
         self.check_process()?;
         // A wait for peers: other threads may run meanwhile.
         py.detach(|| {
-            // SAFETY: `waterfill_rs.exchange` gives live contiguous ids of this shape and width.
+            // SAFETY: `waterfill_rs.exchange.host` gives live contiguous ids of this shape and width.
             unsafe { self.counted.count(ids, bits) }?;
             let cap = Duration::from_micros(cap_us);
             let outcome = board_guarded(|| self.exchange(cap))?;
@@ -269,7 +269,7 @@ impl PyGroupPlanner {
     ) -> PyResult<()> {
         let (ids, bits) = Ids::of(ids);
         py.detach(|| {
-            // SAFETY: `waterfill_rs.exchange` gives live contiguous ids of this shape and width, and an
+            // SAFETY: `waterfill_rs.exchange.host` gives live contiguous ids of this shape and width, and an
             // int32 tensor of `words` elements that nobody else uses.
             let out = unsafe {
                 self.counted.count(ids, bits)?;
@@ -295,7 +295,7 @@ impl PyGroupPlanner {
     fn unsafe_quotas_ptr(&mut self, py: Python<'_>, gathered: usize) -> PyResult<Vec<u32>> {
         py.detach(|| {
             let length = self.tokens.len() * self.words();
-            // SAFETY: `waterfill_rs.exchange` gives a live contiguous int32 tensor of this size.
+            // SAFETY: `waterfill_rs.exchange.host` gives a live contiguous int32 tensor of this size.
             let gathered = unsafe { array::<u32>("gathered", gathered, length) }?;
             guarded(|| self.plan(gathered))
         })
