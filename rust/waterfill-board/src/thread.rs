@@ -17,7 +17,7 @@ use crate::wait::pause;
 pub enum Pace {
     /// It never sleeps, on a core that is its own (the number of one pins it there).
     Spin(Option<usize>),
-    /// As [`Spin`](Self::Spin) as long as calls keep coming; without one for [`AWAKE`] it sleeps, longer the
+    /// As [`Spin`](Self::Spin) as long as calls keep coming; without one for `AWAKE` it sleeps, longer the
     /// longer, and takes under a hundredth of a core after a second. [`PlannerThread::wake`] wakes it before the next call.
     Park,
 }
@@ -80,7 +80,7 @@ impl PlannerThread {
         Ok(started)
     }
 
-    /// Before a call is posted: the planner is awake for the next [`AWAKE`], by which the counts come.
+    /// Before a call is posted: the planner is awake for the next `AWAKE`, by which the counts come.
     pub fn wake(&self) {
         // Relaxed: a flag that guards nothing. Partner: the load in `plan_until`.
         self.woken.store(true, Ordering::Relaxed);

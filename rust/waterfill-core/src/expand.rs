@@ -12,7 +12,7 @@ use crate::problem::check_length;
 pub trait Id: Copy + Ord + Into<i64> + BitOr<Output = Self> + Send + Sync + 'static {
     /// The id of no expert.
     const NONE: Self;
-    /// The low 32 bits, all that the id of an expert needs; [`NO_EXPERT`] or more for no expert.
+    /// The low 32 bits, all that the id of an expert needs; `NO_EXPERT` or more for no expert.
     fn low(self) -> u32;
     /// An id from a value below 2^31.
     fn from_low(value: u32) -> Self;

@@ -66,7 +66,7 @@ impl Ids {
     }
 
     /// # Safety
-    /// As [`array`], for `rows * top_k` elements.
+    /// As [`array()`], for `rows * top_k` elements.
     pub unsafe fn get<'a, I: Id>(self) -> PyResult<&'a [I]> {
         // SAFETY: the caller's promise, passed on.
         unsafe { array("topk_ids", self.address, self.rows * self.top_k) }
