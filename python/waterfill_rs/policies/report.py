@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from waterfill_rs.policies.comparison import POLICIES, Result
 from waterfill_rs.policies.summary import (
     bound,
+    by_phase,
     copies,
     level_share,
     mean,
@@ -109,8 +110,7 @@ def _print_lines(
 ) -> None:
     print(f"{'recording':<{width}}{'EP':>4}{'redundant':>11}  {'passes':<9}{head}")
     for one in compared:
-        for phase in sorted({r.phase for r in one.results}, key=lambda phase: phase != "prefill"):
-            mine = [result for result in one.results if result.phase == phase]
+        for phase, mine in by_phase(one.results).items():
             start = (
                 f"{one.recording:<{width}}{one.ranks:>4}{one.redundant:>11}  {phase or 'all':<9}"
             )
