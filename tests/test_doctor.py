@@ -22,12 +22,14 @@ OURS = Entry("waterfill_rs", "waterfill_rs.sglang:register", "waterfill-rs")
 OTHER = Entry("other", "other:register", "other-plugin")
 
 
-def check(finding, level, *texts):
-    """The level, and words of what is found and of what to do."""
-    assert finding.level == level, finding
+def check(finding, severity, *texts):
+    """The severity, and words of what is found and of what to do."""
+    assert finding.severity == severity, finding
     for text in texts:
         assert text in finding.text + finding.advice, (text, finding)
-    assert bool(finding.advice) == (level != "ok"), "each finding but the good ones says what to do"
+    assert bool(finding.advice) == (severity != "ok"), (
+        "each finding but the good ones says what to do"
+    )
 
 
 def test_python():
@@ -112,7 +114,7 @@ def test_sglang_loads_us_exactly_where_the_doctor_says_so():
     values += ["waterfill-rs", "WATERFILL_RS", "'waterfill_rs'", "waterfill_rs;other", "none"]
     done = forked.run(AS_SGLANG_READS_IT, json.dumps(values))
     assert done.returncode == 0, done.stderr[-2000:]
-    told = [checks.plugin([OURS], [], {"SGLANG_PLUGINS": value}).level for value in values]
+    told = [checks.plugin([OURS], [], {"SGLANG_PLUGINS": value}).severity for value in values]
     assert json.loads(done.stdout.splitlines()[-1]) == [level != "fail" for level in told]
 
 
@@ -506,8 +508,8 @@ def test_the_command_here(capsys, monkeypatch):
     code = main(["doctor", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert (told["version"], told["ok"]) == (doctor.JSON_VERSION, code == 0)
-    levels = {one["check"]: one["level"] for one in told["checks"]}
-    assert levels["exchange"] == levels["variables"] == levels["python"] == "ok"
+    severities = {one["check"]: one["severity"] for one in told["checks"]}
+    assert severities["exchange"] == severities["variables"] == severities["python"] == "ok"
     monkeypatch.setenv("WATERFILL_RS", "none")
     assert main(["doctor"]) == 1
     printed = capsys.readouterr()

@@ -26,5 +26,5 @@ def test_ranks_on_gpus_are_never_told_to_plan_inline():
 
 def test_inline_beside_gpus_fails():
     found = checks.cpus(64, None, 8, "inline", gpus=8)
-    assert found.level == "fail" and "WATERFILL_RS_PLANNER=auto" in found.advice
-    assert checks.cpus(64, None, 8, "inline", gpus=0).level == "ok"
+    assert found.severity == "fail" and "WATERFILL_RS_PLANNER=auto" in found.advice
+    assert checks.cpus(64, None, 8, "inline", gpus=0).severity == "ok"

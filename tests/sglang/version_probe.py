@@ -483,7 +483,7 @@ def untouched():
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     brought = {name for name in set(sys.modules) - before if name.startswith("waterfill_rs")}
-    heavy = {"waterfill_rs.torch", "waterfill_rs.sglang.balancer", "waterfill_rs.sglang.topk"}
+    heavy = {"waterfill_rs.torch", "waterfill_rs.sglang.balancer", "waterfill_rs.sglang.hash_topk"}
     assert not brought & heavy, brought
     assert set(threading.enumerate()) == threads
     hooked = set(HookRegistry._hooks)

@@ -48,7 +48,7 @@ __all__ = [
     "without_board",
 ]
 
-Level = Literal["ok", "warn", "fail"]
+Severity = Literal["ok", "warn", "fail"]
 PLUGIN = "waterfill_rs"
 VARIABLES = (
     BACKEND_VARIABLE,
@@ -82,7 +82,7 @@ class Finding:
     """``warn``: it serves, but not as well as it could. ``fail``: it does not. ``advice``: what to do."""
 
     check: str
-    level: Level
+    severity: Severity
     text: str
     advice: str = ""
 
@@ -256,7 +256,7 @@ def _against_machine(config: Config) -> str | None:
     return None
 
 
-def without_board(choice: str, gpus: int) -> Level:
+def without_board(choice: str, gpus: int) -> Severity:
     """How bad it is that no board can be had. ``choice``: the exchange that was asked for.
 
     With ``auto`` ranks take the group, and with ``solo`` they need none. On GPUs each rank of the group has a board too.

@@ -22,7 +22,7 @@ from waterfill_rs.config import PLANNER_VARIABLE, Config
 from waterfill_rs.exchange import boards as board_finder
 from waterfill_rs.exchange.settings import BoardSettings
 from waterfill_rs.operate import checks, self_test
-from waterfill_rs.operate.checks import Entry, Finding, Level
+from waterfill_rs.operate.checks import Entry, Finding, Severity
 from waterfill_rs.sglang_versions import KNOWN, row_of
 
 __all__ = ["add_command", "exchange", "hooks", "overlap"]
@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> None:
         findings.append(finding)
         if not arguments.json:
             print(_line(finding), flush=True)
-    failed = [finding.check for finding in findings if finding.level == "fail"]
+    failed = [finding.check for finding in findings if finding.severity == "fail"]
     if arguments.json:
         print(json.dumps(_as_json(findings), indent=1))
     if failed:
@@ -67,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _line(finding: Finding) -> str:
-    line = f"{finding.level:<5}{finding.check:<11}{finding.text}"
+    line = f"{finding.severity:<5}{finding.check:<11}{finding.text}"
     return line + (f"\n{'':16}-> {finding.advice}" if finding.advice else "")
 
 
@@ -75,7 +75,7 @@ def _as_json(findings: Sequence[Finding]) -> dict[str, object]:
     return {
         "version": JSON_VERSION,
         "package": waterfill_rs.__version__,
-        "ok": all(finding.level != "fail" for finding in findings),
+        "ok": all(finding.severity != "fail" for finding in findings),
         "checks": [asdict(finding) for finding in findings],
     }
 
@@ -140,7 +140,7 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
 def exchange(
     settings: BoardSettings,
     run: Callable[[BoardSettings], self_test.Calls],
-    without: Level = "warn",
+    without: Severity = "warn",
 ) -> Finding:
     """The self-test, with the wait and the planner that the variables ask for.
 
@@ -155,10 +155,10 @@ def exchange(
         advice = "see shm above"
         if settings.core is not None:
             advice = f"{PLANNER_VARIABLE}=auto, or spin:CORE with a core of this machine"
-        level: Level = (
+        severity: Severity = (
             "warn" if without == "ok" else "fail"
         )  # Ranks without a board have no planner.
-        return Finding("exchange", level, f"the self-test ended: {error}", advice)
+        return Finding("exchange", severity, f"the self-test ended: {error}", advice)
     text = (
         f"2 processes, planner {settings.pace}: {found.live} of {found.calls} calls live, "
         f"median wait {found.median_us:.1f} us, longest {found.longest_us:.0f} (at most {settings.cap_us})"

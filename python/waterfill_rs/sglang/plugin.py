@@ -28,7 +28,7 @@ from waterfill_rs.config import (
     named,
 )
 from waterfill_rs.exchange.settings import CHOICES
-from waterfill_rs.sglang import actors, compat, eligibility, metrics, registration
+from waterfill_rs.sglang import compat, eligibility, metrics, ray, registration
 from waterfill_rs.sglang.panics import panics_are_errors
 from waterfill_rs.sglang_versions import ROWS, Seams
 
@@ -60,7 +60,7 @@ def register() -> None:
         eligibility.stop([str(error)])
     if not config.enabled:
         return
-    actors.come_along(compat.resolve(SERVER_ARGS))
+    ray.come_along(compat.resolve(SERVER_ARGS))
     metrics.install()
     try:
         if seams := compat.find()[0]:
@@ -72,7 +72,7 @@ def register() -> None:
         eligibility.stop(reasons)
     if strange:
         _tell_only(strange)
-    if actors.may_make_actors() and (reasons := actors.against_actors()):
+    if ray.may_make_actors() and (reasons := ray.against_actors()):
         eligibility.tell(config, reasons)
 
 
@@ -113,7 +113,7 @@ def _enter(seams: Seams) -> None:
 def _replacements(seams: Seams) -> dict[str, type]:
     """Our balancer and our hash router; to be asked for before sglang's are replaced."""
     from waterfill_rs.sglang.balancer import balancer_of
-    from waterfill_rs.sglang.topk import hash_topk
+    from waterfill_rs.sglang.hash_topk import hash_topk
 
     ours: dict[str, type] = {seams.balancer: balancer_of(seams)}
     if name := seams.hash_topk:
@@ -194,7 +194,7 @@ def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwarg
     except ValueError as error:
         eligibility.stop([str(error)])
     if config.enabled:
-        actors.come_along(compat.resolve(SERVER_ARGS))
+        ray.come_along(compat.resolve(SERVER_ARGS))
         _judge(config, parsed)
     elif config.required:
         logger.warning(
@@ -209,7 +209,7 @@ def _judge(config: Config, parsed: Any) -> None:
     """What can be said when the server's flags are read, before a model is loaded."""
     reasons = _against_entering() + eligibility.against_machine()
     if getattr(parsed, "use_ray", False):
-        reasons += actors.against_actors()
+        reasons += ray.against_actors()
     asked = any(getattr(parsed, row.switch, False) for row in ROWS)
     if reasons and (asked or config.required):
         eligibility.tell(config, reasons)

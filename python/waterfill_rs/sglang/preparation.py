@@ -216,7 +216,7 @@ class Preparation:
     ) -> None:
         """Join layers that were just prepared to their peers, and say how. ``where``: shared experts run."""
         from waterfill_rs.sglang import recorder
-        from waterfill_rs.sglang.group import connect
+        from waterfill_rs.sglang.join import connect
 
         fresh = [balancer for balancer in balancers if balancer.exchange is None]
         if deterministic and config.exchange in ("board", "group"):
