@@ -15,7 +15,7 @@ class PrefillRule:
 
     A prefill is fused, unless a measurement of this machine says that it is faster overlapped. Models of GPU time alone
     say overlapped, and real servers refuted them: an eager prefill is bound by the host up to thousands of tokens a rank,
-    and an unfused shared expert is seven launches more (docs/performance.md).
+    and an unfused shared expert is seven launches more (docs/measurements/server.md).
 
     Args:
         asked: overlap was asked for by name.

@@ -3,7 +3,7 @@
 //! Own counts are a sample of the layer's: the fewer the rows, the more of their unevenness is chance.
 //! So they are shrunk towards their mean before they are levelled. And every rank breaks ties from itself
 //! on: if all began at rank 0, all would round up there. Without the two, plans from own counts were
-//! worse than shared rows at home at 64 tokens on each of 32 ranks (`docs/performance.md`).
+//! worse than shared rows at home at 64 tokens on each of 32 ranks (`docs/measurements/routing.md`).
 //!
 //! Rows add up, so levelling own rows levels the layer's. Times do not: an expert whose weights own rows
 //! barely pay for may be busy with the rows of all ranks. So with the other cost models a rank takes the
