@@ -77,12 +77,12 @@ test-emulated: .venv-packages/ready ## the core's and the board's tests on aarch
 	$(PACKAGES) CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=$(EMULATOR) WATERFILL_TEST_EMULATOR=$(EMULATOR) \
 	  cargo-zigbuild test --profile emulated --package waterfill-core --package waterfill-board --lib --tests --features waterfill-core/oracle \
 	  --target aarch64-unknown-linux-gnu.2.28 --target-dir target/emulated -- $(addprefix --skip ,$(NOT_EMULATED))
-test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.post1 on; renews the tables of versions
+test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.post1 on; renews the table of versions
 	@rm -f out/versions.json
 	WATERFILL_SGLANGS="$$($(BIN)/python tests/sglang/unpack_versions.py requirements/versions.txt .venv-versions)" \
 	WATERFILL_VERSIONS_REPORT=$(CURDIR)/out/versions.json \
 	$(BIN)/python -m pytest -W ignore tests/sglang/test_versions.py
-	$(BIN)/python tests/sglang/versions_table.py out/versions.json README.md docs/sglang.md
+	$(BIN)/python tests/sglang/versions_table.py out/versions.json docs/sglang.md
 lint: lint-rust lint-python ## lint-rust and lint-python
 lint-rust: ## formatting, clippy, the crates' documentation; needs Rust alone
 	cargo fmt --all --check

@@ -1,4 +1,4 @@
-"""Writes what ``test_versions.py`` found into the pages that show it, between their markers: ``REPORT.json PAGE...``."""
+"""Writes what ``test_versions.py`` found into the page that shows it, between its markers: ``REPORT.json PAGE``."""
 
 import json
 import re
@@ -47,18 +47,17 @@ def table(reports):
     return "\n".join(lines)
 
 
-def main(report, *pages):
+def main(report, page):
     reports = json.loads(Path(report).read_text())
     shown = tuple(" ".join(COLUMNS.values()).split())
     if left_out := {n for checks in reports.values() for n in checks if not n.startswith(shown)}:
         raise SystemExit(f"no column shows {', '.join(sorted(left_out))}")
-    rendered = table(reports)
-    for page in map(Path, pages):
-        before, _, rest = page.read_text().partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not end:
-            raise SystemExit(f"{page} has no {BEGIN} and {END}")
-        page.write_text(f"{before}{BEGIN}\n{rendered}\n{END}{after}")
+    page = Path(page)
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{page} has no {BEGIN} and {END}")
+    page.write_text(f"{before}{BEGIN}\n{table(reports)}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+"""The README is held to what it speaks of: commands, the example, figures and releases."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from waterfill_rs.cli import main
+from waterfill_rs.sglang_versions import KNOWN
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = ("docs/performance.md", "docs/measurements/server-fused.md")
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all tables, row by row; numbers without the commas between thousands."""
+    lines = [line.strip("|") for line in text.splitlines() if line.startswith("|")]
+    return [
+        [re.sub(r"(?<=\d),(?=\d{3}\b)", "", c.strip()) for c in line.split("|")] for line in lines
+    ]
+
+
+def test_make_has_its_commands():
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert {"run", "test"} <= named <= targets
+
+
+def test_the_package_has_its_commands():
+    named = set(re.findall(r"(?:^ {4}|`)waterfill-rs ([a-z]+)", README, re.MULTILINE))
+    assert {"doctor", "replay", "status"} <= named
+    for command in named:
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0
+
+
+def test_its_example_gives_what_it_says():
+    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    known: dict[str, object] = {}
+    exec(example, known)
+    said = re.findall(r"^(plan\..*?) +# (.+?): ", example, re.MULTILINE)
+    assert len(said) == 3
+    for expression, value in said:
+        assert eval(expression, known) == ast.literal_eval(value)
+
+
+def test_each_figure_stands_in_the_pages_with_the_same_tokens():
+    section = README.split("## Results")[1].split("\n## ")[0]
+    assert set(PAGES) <= set(re.findall(r"\]\(([^)]*)\)", section))
+    measured = [row for page in PAGES for row in rows((ROOT / page).read_text())]
+    results = rows(section)[2:]
+    assert len(results) == 9
+    for _, tokens, *figures in results:
+        known = {cell for row in measured if tokens in row for cell in row}
+        assert set(figures) - {""} <= known
+
+
+def test_its_releases_are_those_that_are_tested():
+    pinned = re.findall(
+        r"^sglang==(\S+)", (ROOT / "requirements/versions.txt").read_text(), re.MULTILINE
+    )
+    assert f"{len(pinned)} releases of sglang, [{KNOWN}]" in README
+    assert f"{pinned[0]} to {pinned[-1]}" == KNOWN
