@@ -121,7 +121,9 @@ class Expander:
             if not self._has_board:
                 raise ValueError(f"cap_us {cap_us} without a board: give the Expander one")
             if quotas is not None:
-                raise ValueError(f"cap_us {cap_us} with quotas, which post nothing: drop one")
+                raise ValueError(
+                    f"cap_us {cap_us} with quotas: give one of the two, as given quotas are not exchanged"
+                )
         if gathered is not None:
             if cap_us is None:
                 raise ValueError("gathered counts without cap_us: give the longest wait")

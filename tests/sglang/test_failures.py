@@ -123,7 +123,7 @@ def test_a_class_hooked_twice_stops_the_server_where_waterfill_is_on():
     )
     done = serve(sabotage)
     assert done.returncode == 1, done.stderr[-3000:]
-    assert "waterfill.WaterfillBalancer is not ours after registration" in done.stderr
+    assert "waterfill.WaterfillBalancer is not waterfill-rs's after registration" in done.stderr
 
 
 LOOK = """

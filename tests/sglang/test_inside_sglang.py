@@ -183,14 +183,16 @@ def test_another_replacement_stops_the_server_only_where_waterfill_is_on(sglang,
     monkeypatch.setattr(sglang.hash_topk, "HashTopK", sglang.original)
     prepare(sglang, plain)
     assert plain.waterfill_balancer is None
-    with pytest.raises(SystemExit, match=r"hash_topk\.HashTopK is not ours after registration"):
+    with pytest.raises(
+        SystemExit, match=r"hash_topk\.HashTopK is not waterfill-rs's after registration"
+    ):
         prepare(sglang, plain, waterfilled)
 
 
 def test_a_layer_that_sglang_does_not_prepare_stops_the_server(sglang):
     stranger = torch.nn.Module()
     stranger.enable_waterfill, stranger.waterfill_balancer = True, None
-    with pytest.raises(SystemExit, match="1 of 2 MoE layers are not balanced by ours"):
+    with pytest.raises(SystemExit, match="1 of 2 MoE layers are not balanced by waterfill-rs"):
         prepare(sglang, hash_layer(sglang), stranger)
 
 

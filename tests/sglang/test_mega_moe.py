@@ -66,7 +66,7 @@ def unhooked(megamoe, monkeypatch):
 REFUSED = {
     unknown: "not known of sglang 0.6.0 is what a rank without rows does there",
     other_arguments: "mega_moe.forward_mega_moe takes ('layer', 'hidden')",
-    unhooked: "mega_moe.forward_mega_moe is not ours after registration",
+    unhooked: "mega_moe.forward_mega_moe is not waterfill-rs's after registration",
 }
 
 

@@ -224,7 +224,7 @@ def variables(environment: Mapping[str, str]) -> Finding:
         if name.startswith(BACKEND_VARIABLE) and name not in VARIABLES:
             meant = difflib.get_close_matches(name, VARIABLES, 1)
             advice = f"did you mean {meant[0]}?" if meant else f"there are {', '.join(VARIABLES)}"
-            return Finding("variables", "warn", f"{name} is none of ours and does nothing", advice)
+            return Finding("variables", "warn", f"unknown variable {name} is ignored", advice)
     board = config.board
     planner = board.pace if board.core is None else f"{board.pace}:{board.core}"
     text = (

@@ -179,14 +179,14 @@ def hooks(load: Callable[[], tuple[int, str, str]], *, enabled: bool) -> Finding
     reason = "; ".join(told) or " ".join(errors.split()[-40:]) or "nothing was said"
     if code:
         text = f"loading sglang's plugins ended with code {code}: {reason}"
-        return Finding("hooks", "fail", text, "docs/operators.md lists the messages")
+        return Finding("hooks", "fail", text, "docs/messages.md lists the messages")
     stands: dict[str, bool] = _told(printed)["hooks"]
     if enabled and not any(name.endswith("WaterfillBalancer") for name in stands):
         text = f"sglang's Waterfill is not replaced: {reason}"
-        return Finding("hooks", "fail", text, "docs/operators.md lists the messages")
+        return Finding("hooks", "fail", text, "docs/messages.md lists the messages")
     others = [name for name, ours in stands.items() if not ours]
     if others:
-        text = f"not ours after registration: {', '.join(others)}"
+        text = f"not waterfill-rs's after registration: {', '.join(others)}"
         return Finding(
             "hooks", "fail", text, "another plugin hooks the same: remove one of the two"
         )

@@ -95,7 +95,7 @@ def _against_mega_moe(seams: Seams) -> list[str]:
         return []
     reasons = compat.against_posting(seams)
     if not reasons and seams.mega_moe and not loaded_hooks.found().get(seams.mega_moe):
-        reasons = [f"{seams.mega_moe} is not ours after registration"]
+        reasons = [f"{seams.mega_moe} is not waterfill-rs's after registration"]
     return [f"--moe-a2a-backend megamoe: {reason}" for reason in reasons]
 
 

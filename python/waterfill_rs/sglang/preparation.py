@@ -181,7 +181,7 @@ class Preparation:
 
     def _verify_hooks(self) -> None:
         missing = [
-            f"{name} is not ours after registration"
+            f"{name} is not waterfill-rs's after registration"
             for name, ours in self.ours.items()
             if resolve(name) is not ours
         ]
@@ -200,7 +200,7 @@ class Preparation:
         if others:
             eligibility.stop(
                 [
-                    f"{len(others)} of {len(routers)} MoE layers are not balanced by ours: {sorted(set(others))}"
+                    f"{len(others)} of {len(routers)} MoE layers are not balanced by waterfill-rs: {sorted(set(others))}"
                 ]
             )
         return balancers

@@ -89,5 +89,7 @@ def _load_plugins() -> None:
     if not registration.is_registered():
         # Whether required or not: a rank that is balanced by another rule spoils the plans of its peers.
         eligibility.stop(
-            ["the server has it as a plugin of sglang, and this node has not: install it here too"]
+            [
+                "waterfill-rs is on in the server, and not installed on this node: install it here too"
+            ]
         )

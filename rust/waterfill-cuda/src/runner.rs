@@ -168,7 +168,7 @@ impl Runner {
         let per_expert = shape.experts == self.shape.experts;
         if shape.ranks != self.shape.ranks || !(per_expert || shape.experts == shape.ranks) {
             return Err(Error::Argument(format!(
-                "a board of {} ranks and {} experts: give one of {} ranks and as many experts, or {} of them",
+                "a board of {} ranks and {} experts: give a board of {} ranks that counts rows a rank, or rows of {} experts",
                 shape.ranks, shape.experts, self.shape.ranks, self.shape.experts
             )));
         }
