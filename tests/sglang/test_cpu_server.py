@@ -1,4 +1,11 @@
-"""sglang's own scheduler process started on the CPU: with us, switched off, and as if we were not installed."""
+"""sglang's own scheduler process started on the CPU: with us, switched off, and as if we were not installed.
+
+A tiny DeepSeek V3 of random weights (``--device cpu --load-format dummy``) does not get there by itself. Building the
+model, 0.5.23 ends at the rotary embedding's kernel (CUDA's or vLLM's), then at DeepEP, which asks for a CUDA device; with
+two ranks before that, at NCCL's communicator; with ``SGLANG_USE_CPU_ENGINE=1`` at ``sgl_kernel``, which asks for libcuda.
+So the kernel and DeepEP's dispatcher are stood in for, and one rank starts whole. A first batch would end in the CPU's
+attention backend, which cannot be padded.
+"""
 
 import json
 import re
