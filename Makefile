@@ -83,14 +83,16 @@ test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.
 	WATERFILL_VERSIONS_REPORT=$(CURDIR)/out/versions.json \
 	$(BIN)/python -m pytest -W ignore tests/sglang/test_versions.py
 	$(BIN)/python tests/sglang/versions_table.py out/versions.json docs/sglang.md
-lint: lint-rust lint-python ## lint-rust and lint-python
+lint: lint-rust lint-docs lint-python ## lint-rust, lint-docs and lint-python
 lint-rust: ## formatting, clippy, the crates' documentation; needs Rust alone
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --workspace
+lint-docs: ## links, paths and sentences of the pages; needs Python alone
+	$(PYTHON) tools/check_docs.py
 lint-python: .venv/test .venv/lint .venv/native ## ruff, mypy, who imports whom, stubtest
-	$(BIN)/ruff check python tests benches
-	$(BIN)/ruff format --check python tests benches
+	$(BIN)/ruff check python tests benches tools
+	$(BIN)/ruff format --check python tests benches tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/stubtest waterfill_rs._native
@@ -135,4 +137,4 @@ wheels: sdist ## the same, and built from it: wheels for x86_64 and aarch64, gli
 	  --target $$each-unknown-linux-gnu --target-dir $(CURDIR)/target --out $(CURDIR)/dist/release); done
 clean: ## remove what was built
 	rm -rf .venv .venv-packages .venv-versions target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-kernels test-models test-python test-packages test-emulated test-versions lint lint-rust lint-python soak tsan fuzz gpu server-bench bench wheel wheels sdist clean
+.PHONY: help build run test test-rust test-kernels test-models test-python test-packages test-emulated test-versions lint lint-rust lint-docs lint-python soak tsan fuzz gpu server-bench bench wheel wheels sdist clean
