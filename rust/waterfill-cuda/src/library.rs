@@ -50,7 +50,7 @@ pub(crate) fn open_driver() -> Result<()> {
     static FOUND: OnceLock<()> = OnceLock::new();
     let names = ["cuda", "nvcuda"];
     once(&FOUND, || {
-        find("the CUDA driver", &names, &DRIVER, "install NVIDIA's driver, 11.8 or newer")
+        find("the CUDA driver", &names, &DRIVER, "install NVIDIA's driver for CUDA 11.8 or newer")
     })
 }
 
