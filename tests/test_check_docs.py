@@ -28,11 +28,11 @@ fenced; code. `docs/none.py`
 OTHER = "# Other\n## The 2nd part\n## Twice\n## Twice\n"
 
 
-def _found(tmp_path: Path, page: str, name: str = "page.md") -> list[str]:
+def _found(tmp_path: Path, page: str) -> list[str]:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "other.md").write_text(OTHER)
-    (tmp_path / name).write_text(page)
-    return check_docs.findings(tmp_path, [name, "docs/other.md"])
+    (tmp_path / "page.md").write_text(page)
+    return check_docs.findings(tmp_path, ["page.md", "docs/other.md"])
 
 
 def test_a_good_page_has_no_finding(tmp_path):
@@ -58,12 +58,6 @@ def test_a_good_page_has_no_finding(tmp_path):
 )
 def test_what_is_wrong_is_found_once(tmp_path, line, finding):
     assert _found(tmp_path, f"# Page\n{line}\n") == [f"page.md:2: {finding}"]
-
-
-def test_a_page_that_is_no_prose_has_its_links_checked_alone(tmp_path):
-    assert _found(tmp_path, "One; two. [Three](none.md)", "README.md") == [
-        "README.md:1: link to none.md: there is no such file"
-    ]
 
 
 def test_headings_have_githubs_anchors():

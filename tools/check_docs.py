@@ -18,17 +18,6 @@ from pathlib import Path
 __all__ = ["anchors", "findings", "main"]
 
 MOST_WORDS = 25
-NOT_PROSE = frozenset(
-    {
-        "CHANGELOG.md",
-        "README.md",
-        "docs/calibrate.md",
-        "docs/packages.md",
-        "docs/performance.md",
-        "docs/replay.md",
-    }
-)
-"""Pages whose sentences are not checked. Their links and paths are."""
 MADE = frozenset({"dist", "out", "target"})
 """Folders of what commands make."""
 
@@ -69,13 +58,12 @@ def findings(root: Path, files: Iterable[str]) -> list[str]:
         for number, line in lines:
             found = [*_links(root, page, line, known), *_paths(line, known)]
             wrong += [f"{page}:{number}: {each}" for each in found]
-        if page not in NOT_PROSE:
-            wrong += [
-                f"{page}:{number}: {each}"
-                for number, line in lines
-                if _is_prose(line)
-                for each in _sentences(line)
-            ]
+        wrong += [
+            f"{page}:{number}: {each}"
+            for number, line in lines
+            if _is_prose(line)
+            for each in _sentences(line)
+        ]
     return wrong
 
 
