@@ -1,7 +1,6 @@
 //! What rows cost: the model that turns a number of rows of one expert into time.
 
 use crate::error::{Error, Result};
-use crate::problem::sum;
 
 /// The largest figure of a curve, in picoseconds.
 const LIMIT: f64 = 1e15;
@@ -181,6 +180,11 @@ fn picoseconds(name: &'static str, microseconds: f64) -> Result<u64> {
         return Err(Error::Cost { name, value: microseconds, requirement });
     }
     Ok(value.round() as u64)
+}
+
+/// All rows.
+pub(crate) fn sum(rows: &[u32]) -> u64 {
+    rows.iter().map(|&rows| u64::from(rows)).sum()
 }
 
 #[cfg(test)]

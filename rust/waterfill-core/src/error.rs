@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::placement::MAX_RANKS;
+
 /// The result of a call that can refuse its input.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -9,7 +11,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Error {
-    /// The number of ranks is outside `1..=1024`.
+    /// The number of ranks is outside `1..=MAX_RANKS`.
     Ranks {
         /// The number given.
         ranks: usize,
@@ -110,7 +112,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ranks { ranks } => {
-                write!(f, "{ranks} ranks: give a number of ranks from 1 to 1024")
+                write!(f, "{ranks} ranks: give a number of ranks from 1 to {MAX_RANKS}")
             }
             Self::Indivisible { ranks, physical_experts } => write!(
                 f,

@@ -26,9 +26,12 @@
 
 mod assign;
 pub mod bids;
+mod check;
 mod cost;
+mod count;
 mod error;
 mod expand;
+mod ids;
 mod joint;
 mod level;
 #[cfg(feature = "oracle")]
@@ -40,10 +43,13 @@ mod problem;
 pub mod score;
 mod transport;
 
-pub use assign::{Assigner, NO_RANK, count};
+pub use assign::{Assigner, NO_RANK};
+pub use check::{check_length, check_rank};
 pub use cost::{CostModel, Roofline, Table};
+pub use count::count;
 pub use error::{Error, Result};
-pub use expand::{Bf16, Id, Rows, RowsMut, Weight, expand, move_up};
+pub use expand::{Rows, RowsMut, expand, move_up};
+pub use ids::{Bf16, Id, Weight};
 pub use own::{OwnCounts, OwnPlanner};
 pub use placement::{MAX_EXPERTS, MAX_RANKS, Placement};
 pub use plan::{Plan, Planner};

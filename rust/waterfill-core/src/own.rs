@@ -9,11 +9,12 @@
 //! barely pay for may be busy with the rows of all ranks. So with the other cost models a rank takes the
 //! layer to be its own counts times the ranks, levels that, and takes its part of each rank's room.
 
-use crate::cost::{CostModel, check_costs};
-use crate::error::{Error, Result};
+use crate::check::{check_length, check_rank, check_sum};
+use crate::cost::{CostModel, check_costs, sum};
+use crate::error::Result;
 use crate::level::{level, room};
 use crate::placement::Placement;
-use crate::problem::{base_costs, check_length, check_sum, sum};
+use crate::problem::base_costs;
 
 /// Own counts of so many routed rows a rank are trusted by half.
 const HALF_TRUSTED: u64 = 48;
@@ -46,9 +47,7 @@ impl OwnCounts<'_> {
         let ranks = self.placement.ranks();
         check_length("visits", self.visits.len(), ranks)?;
         check_length("routed", self.routed.len(), self.placement.physical_experts())?;
-        if self.source >= ranks {
-            return Err(Error::Rank { name: "source", rank: self.source as i64, ranks });
-        }
+        check_rank("source", self.source as i64, ranks)?;
         check_sum("the sum of routed rows", self.routed)?;
         // Costs are those of the layer, as own counts make it out to be.
         let (experts_per_rank, times) = (self.placement.experts_per_rank(), self.placement.ranks());

@@ -27,7 +27,7 @@ impl Placement {
     /// Each physical expert is a logical expert of its own.
     ///
     /// # Errors
-    /// `ranks` outside `1..=1024`, or `physical_experts` not a positive multiple of it, up to 2^20.
+    /// `ranks` outside `1..=`[`MAX_RANKS`], or `physical_experts` not a positive multiple of it, up to [`MAX_EXPERTS`].
     pub fn contiguous(ranks: usize, physical_experts: usize) -> Result<Self> {
         let experts_per_rank = experts_per_rank(ranks, physical_experts)?;
         Ok(Self {

@@ -1,5 +1,6 @@
 //! The plan: how many shared rows each source sends to each rank, so that the slowest rank is as fast as can be.
 
+use crate::check::{check_length, check_rank};
 use crate::error::{Error, Result};
 use crate::joint::Sweeps;
 use crate::level::{level, room};
@@ -53,12 +54,8 @@ impl Plan {
     /// # Errors
     /// `source` outside the plan's ranks, or `out` of another length.
     pub fn quotas_of(&self, source: usize, out: &mut [u32]) -> Result<()> {
-        if source >= self.ranks {
-            return Err(Error::Rank { name: "source", rank: source as i64, ranks: self.ranks });
-        }
-        if out.len() != self.ranks {
-            return Err(Error::Length { name: "quotas", found: out.len(), expected: self.ranks });
-        }
+        check_rank("source", source as i64, self.ranks)?;
+        check_length("quotas", out.len(), self.ranks)?;
         out.fill(0);
         let first = self.transfers.partition_point(|t| usize::from(t.source) < source);
         for t in self.transfers[first..].iter().take_while(|t| usize::from(t.source) == source) {

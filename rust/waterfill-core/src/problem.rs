@@ -1,5 +1,6 @@
 //! What a plan is made from: one layer's live counts, for one step.
 
+use crate::check::{check_length, check_sum};
 use crate::cost::{CostModel, check_costs};
 use crate::error::{Error, Result};
 use crate::placement::Placement;
@@ -101,20 +102,4 @@ pub(crate) fn base_costs(
 /// The cost of the experts of one rank, `rows` each.
 pub(crate) fn cost_of_experts(cost: &CostModel, rows: &[u32]) -> u64 {
     rows.iter().map(|&rows| cost.cost(u64::from(rows))).sum()
-}
-
-/// All rows.
-pub(crate) fn sum(rows: &[u32]) -> u64 {
-    rows.iter().map(|&rows| u64::from(rows)).sum()
-}
-
-pub(crate) fn check_length(name: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found == expected { Ok(()) } else { Err(Error::Length { name, found, expected }) }
-}
-
-/// Quotas are 32 bits wide, so a layer's rows must be too.
-pub(crate) fn check_sum(name: &'static str, rows: &[u32]) -> Result<()> {
-    let value = sum(rows);
-    let limit = u64::from(u32::MAX);
-    if value > limit { Err(Error::TooLarge { name, value, limit }) } else { Ok(()) }
 }

@@ -1,10 +1,10 @@
 //! How good a placement is: the one definition that tests, benches, the replay and the demo use.
 
+use crate::check::{check_length, check_rank};
 use crate::cost::{CostModel, check_costs};
-use crate::error::{Error, Result};
-use crate::expand::{Id, check_ids, check_rows};
+use crate::error::Result;
+use crate::ids::{Id, check_ids, check_rows};
 use crate::placement::Placement;
-use crate::problem::check_length;
 
 /// The ranks' finishing costs, in the cost model's unit.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -80,9 +80,7 @@ pub fn traffic<I: Id>(
     let rows = check_rows(ids.len(), top_k)?;
     check_length("shared_rank", shared_rank.len(), rows)?;
     check_ids(placement, ids, top_k)?;
-    if source >= ranks {
-        return Err(Error::Rank { name: "source", rank: source as i64, ranks });
-    }
+    check_rank("source", source as i64, ranks)?;
     let mut traffic = Traffic::default();
     for (row, &shared) in ids.chunks_exact(top_k).zip(shared_rank) {
         let mut visited =
@@ -90,9 +88,7 @@ pub fn traffic<I: Id>(
         if row.iter().all(|&id| id <= I::NONE) || usize::try_from(shared) == Ok(source) {
             continue;
         }
-        let Some(shared) = usize::try_from(shared).ok().filter(|&shared| shared < ranks) else {
-            return Err(Error::Rank { name: "shared_rank", rank: shared.into(), ranks });
-        };
+        let shared = check_rank("shared_rank", shared.into(), ranks)?;
         traffic.extra_messages += 1;
         traffic.extra_copies += u64::from(!visited.any(|rank| rank == shared));
     }
