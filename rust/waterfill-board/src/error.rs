@@ -69,11 +69,19 @@ impl From<waterfill_core::Error> for Error {
     }
 }
 
-pub(crate) fn check_length(name: &'static str, found: usize, expected: usize) -> Result<()> {
-    let refusal = waterfill_core::Error::Length { name, found, expected };
-    if found == expected { Ok(()) } else { Err(refusal.into()) }
-}
-
 pub(crate) fn system(path: &Path, call: &'static str, error: Errno) -> Error {
     Error::System { path: path.to_path_buf(), call, source: error.into() }
+}
+
+/// A field of a segment's file or header is what it should be.
+pub(crate) fn check_field(
+    path: &Path,
+    field: &'static str,
+    found: u64,
+    expected: u64,
+) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::Foreign { path: path.to_path_buf(), field, found, expected })
 }

@@ -38,13 +38,19 @@ impl Shape {
         self.ring() + RING * self.slot()
     }
 
+    /// Bytes of the whole board.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.words() * size_of::<u64>()
+    }
+
     /// The first of the [`RANK_TALLY`] words in which `rank` counts how its calls ended.
     #[must_use]
     pub fn rank_tally(&self, rank: usize) -> usize {
         HEADER + rank * lines(RANK_TALLY)
     }
 
-    /// The first of the words of a rank's tally that count its calls by how they ended, in the order of [`Tally`](crate::Tally)'s fields.
+    /// The first of the words of a rank's tally that count its calls by how they ended, in the order of [`Outcome`](crate::Outcome).
     #[must_use]
     pub fn calls_of(&self, rank: usize) -> usize {
         self.rank_tally(rank) + 1
@@ -121,7 +127,7 @@ impl Shape {
     }
 }
 
-/// Words of the header, whose fields `segment.rs` names.
+/// Words of the header, whose fields `header.rs` names.
 pub(crate) const HEADER: usize = 2 * LINE;
 /// Words of a rank's tally, which `tally.rs` names.
 pub const RANK_TALLY: usize = LINE + crate::histogram::BUCKETS + LINE;

@@ -25,6 +25,7 @@
 mod error;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod hammer;
+mod header;
 mod histogram;
 mod layout;
 mod planner;

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed, score};
+use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed, check_length, score};
 
-use crate::error::{Result, check_length};
+use crate::error::Result;
 use crate::histogram::Waits;
 use crate::layout::{RING, Shape};
 use crate::presence::{End, Held, Presence};

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use waterfill_core::{CostModel, OwnCounts, OwnPlanner, Placement};
+use waterfill_core::{CostModel, OwnCounts, OwnPlanner, Placement, check_length, check_rank};
 
-use crate::error::{Result, check_length};
+use crate::error::Result;
 use crate::layout::Shape;
 use crate::presence::{End, Held, Presence};
 use crate::region::Region;
@@ -74,10 +74,7 @@ impl<R: Region> Port<R> {
     /// A region of another size than the shape's, a rank outside the group.
     pub fn new(region: R, shape: Shape, cost: CostModel, rank: usize) -> Result<Self> {
         check_length("region", region.words().len(), shape.words())?;
-        if rank >= shape.ranks {
-            let (rank, ranks) = (rank as i64, shape.ranks);
-            return Err(waterfill_core::Error::Rank { name: "rank", rank, ranks }.into());
-        }
+        check_rank("rank", rank as i64, shape.ranks)?;
         let placement = Placement::contiguous(shape.ranks, shape.experts)?;
         let tally = Tally::announce(&region, shape, rank);
         let watched = region.hold(End::Rank(rank));

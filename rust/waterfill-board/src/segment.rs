@@ -13,18 +13,13 @@ use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-use crate::error::{Error, Result, system};
-use crate::layout::{HEADER, Shape};
+use crate::error::{Error, Result, check_field, system};
+use crate::header::{self, MAGIC};
+use crate::layout::Shape;
 use crate::presence::{self, End, Held, Presence};
 use crate::region::Region;
 use crate::sync::{AtomicU64, Ordering};
 
-/// Where Linux keeps POSIX shared memory.
-const FOLDER: &str = "/dev/shm";
-/// "wfboard" and the layout's version: raised whenever a word means something else.
-const MAGIC: u64 = u64::from_be_bytes(*b"wfboard\x03");
-/// The header's words, in order.
-const FIELDS: [&str; 5] = ["ranks", "experts", "words", "run token, low", "run token, high"];
 const OWNER_ONLY: Mode = Mode::RUSR.union(Mode::WUSR);
 
 /// A mapped segment.
@@ -42,6 +37,9 @@ pub struct Segment {
 }
 
 impl Segment {
+    /// Where Linux keeps POSIX shared memory.
+    pub const FOLDER: &str = "/dev/shm";
+
     /// Create the segment `name`, for everybody who knows `run`, a number of this run alone. Names of
     /// boards whose creators were killed before they took them away are removed.
     ///
@@ -52,18 +50,12 @@ impl Segment {
         let path = path_of(name)?;
         remove_left_behind();
         let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
-        let file = rustix::fs::open(FOLDER, flags, OWNER_ONLY)
+        let file = rustix::fs::open(Self::FOLDER, flags, OWNER_ONLY)
             .map_err(|error| system(&path, "making the segment's file", error))?;
         Self::reserve(&file, shape)
             .map_err(|error| system(&path, "reserving the board's memory", error))?;
         let mut board = Self::map(file, shape, path)?;
-        let words = board.words();
-        for (word, value) in words[1..].iter().zip(fields(shape, run)) {
-            // Relaxed: published by the magic below.
-            word.store(value, Ordering::Relaxed);
-        }
-        // Release: who finds the magic finds the fields. Partner: the acquire in `attach`.
-        words[0].store(MAGIC, Ordering::Release);
+        header::write(board.words(), shape, run);
         board.link().map_err(|error| system(&board.path, "creating the segment", error))?;
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         // Without it the board is as good, and found at the other ranks.
@@ -81,7 +73,7 @@ impl Segment {
     fn reserve(file: &OwnedFd, shape: Shape) -> std::result::Result<(), Errno> {
         // The umask may have taken bits away at the creation.
         rustix::fs::fchmod(file, OWNER_ONLY)?;
-        rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes(shape) as u64)
+        rustix::fs::fallocate(file, FallocateFlags::empty(), 0, shape.bytes() as u64)
     }
 
     /// Attach to the segment `name` that another process of this user created with the same shape and run.
@@ -94,14 +86,14 @@ impl Segment {
         let file = rustix::fs::open(&path, flags, Mode::empty())
             .map_err(|error| system(&path, "opening the segment", error))?;
         let stat = check_owner(&file, &path)?;
-        check(&path, "size in bytes", stat.st_size as u64, bytes(shape) as u64)?;
+        check_field(&path, "size in bytes", stat.st_size as u64, shape.bytes() as u64)?;
         let board = Self::map(file, shape, path.clone())?;
-        check_header(board.words(), shape, Some(run), &path)?;
+        header::check(board.words(), shape, Some(run), &path)?;
         Ok(board)
     }
 
     fn map(file: OwnedFd, shape: Shape, path: PathBuf) -> Result<Self> {
-        let map = MmapOptions::new().len(bytes(shape)).map_raw(&file).map_err(|source| {
+        let map = MmapOptions::new().len(shape.bytes()).map_raw(&file).map_err(|source| {
             Error::System { path: path.clone(), call: "mapping the board", source }
         })?;
         Ok(Self { map, path, shape, file, named: None })
@@ -170,7 +162,7 @@ pub(crate) fn as_words(map: &MmapRaw) -> &[AtomicU64] {
 
 /// Remove the names of boards of this user that nobody holds a lock on. What cannot be removed stays.
 fn remove_left_behind() {
-    let Ok(entries) = std::fs::read_dir(FOLDER) else { return };
+    let Ok(entries) = std::fs::read_dir(Segment::FOLDER) else { return };
     for path in entries.flatten().map(|entry| entry.path()) {
         if let Some(_locked) = left_behind(&path) {
             let _ = rustix::fs::unlink(&path);
@@ -197,65 +189,15 @@ fn left_behind(path: &Path) -> Option<OwnedFd> {
 pub(crate) fn check_owner(file: &OwnedFd, path: &Path) -> Result<Stat> {
     let stat = rustix::fs::fstat(file).map_err(|error| system(path, "reading its state", error))?;
     let kind = FileType::from_raw_mode(stat.st_mode).as_raw_mode();
-    check(path, "file type", kind.into(), FileType::RegularFile.as_raw_mode().into())?;
-    check(path, "owner", stat.st_uid.into(), rustix::process::geteuid().as_raw().into())?;
+    check_field(path, "file type", kind.into(), FileType::RegularFile.as_raw_mode().into())?;
+    check_field(path, "owner", stat.st_uid.into(), rustix::process::geteuid().as_raw().into())?;
     let mode = Mode::from_raw_mode(stat.st_mode).as_raw_mode();
-    check(path, "mode", mode.into(), OWNER_ONLY.as_raw_mode().into())?;
+    check_field(path, "mode", mode.into(), OWNER_ONLY.as_raw_mode().into())?;
     Ok(stat)
 }
 
-/// The shape that a header tells, if header and size fit it.
-pub(crate) fn check_shape(words: &[AtomicU64], path: &Path) -> Result<Shape> {
-    let bytes_there = size_of_val(words) as u64;
-    if words.len() < HEADER {
-        return Err(foreign(
-            path,
-            "size in bytes",
-            bytes_there,
-            (HEADER * size_of::<AtomicU64>()) as u64,
-        ));
-    }
-    // Acquire: as in `check_header`.
-    check(path, "magic and version", words[0].load(Ordering::Acquire), MAGIC)?;
-    // Relaxed: ordered by the acquire above.
-    let field = |word: usize| words[word].load(Ordering::Relaxed) as usize;
-    let shape = Shape::new(field(1), field(2))?;
-    check(path, "size in bytes", bytes_there, bytes(shape) as u64)?;
-    check_header(words, shape, None, path)?;
-    Ok(shape)
-}
-
-fn check_header(words: &[AtomicU64], shape: Shape, run: Option<u128>, path: &Path) -> Result<()> {
-    // Acquire: the fields were written before it. Partner: the release in `create`.
-    check(path, "magic and version", words[0].load(Ordering::Acquire), MAGIC)?;
-    let known = if run.is_some() { FIELDS.len() } else { FIELDS.len() - 2 };
-    let fields = FIELDS.into_iter().zip(&words[1..]).zip(fields(shape, run.unwrap_or(0)));
-    for ((field, word), value) in fields.take(known) {
-        // Relaxed: ordered by the acquire above.
-        check(path, field, word.load(Ordering::Relaxed), value)?;
-    }
-    Ok(())
-}
-
-fn check(path: &Path, field: &'static str, found: u64, expected: u64) -> Result<()> {
-    if found == expected { Ok(()) } else { Err(foreign(path, field, found, expected)) }
-}
-
-fn foreign(path: &Path, field: &'static str, found: u64, expected: u64) -> Error {
-    Error::Foreign { path: path.to_path_buf(), field, found, expected }
-}
-
-fn fields(shape: Shape, run: u128) -> [u64; FIELDS.len()] {
-    const { assert!(FIELDS.len() < HEADER) };
-    [shape.ranks as u64, shape.experts as u64, shape.words() as u64, run as u64, (run >> 64) as u64]
-}
-
-fn bytes(shape: Shape) -> usize {
-    shape.words() * size_of::<AtomicU64>()
-}
-
 fn path_of(name: &str) -> Result<PathBuf> {
-    let path = Path::new(FOLDER).join(name);
+    let path = Path::new(Segment::FOLDER).join(name);
     if name.is_empty() || path.file_name() != Some(OsStr::new(name)) {
         return Err(system(&path, "naming the segment (give a name without '/')", Errno::INVAL));
     }

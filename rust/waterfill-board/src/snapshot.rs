@@ -5,12 +5,14 @@ use std::path::Path;
 
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::{Mode, OFlags};
+use waterfill_core::check_length;
 
-use crate::error::{Error, Result, check_length, system};
+use crate::error::{Error, Result, system};
+use crate::header;
 use crate::layout::Shape;
 use crate::presence::{End, Presence};
 use crate::region::Region;
-use crate::segment::{as_words, check_owner, check_shape, presence_at};
+use crate::segment::{as_words, check_owner, presence_at};
 use crate::sync::AtomicU64;
 use crate::tally::{Published, Tally};
 
@@ -78,7 +80,7 @@ impl Observer {
         let map = MmapOptions::new().len(bytes).map_raw_read_only(&file).map_err(|source| {
             Error::System { path: path.into(), call: "mapping the board", source }
         })?;
-        let shape = check_shape(as_words(&map), path)?;
+        let shape = header::shape_of(as_words(&map), path)?;
         Ok(Self { map, file, shape })
     }
 
