@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from server.modes import LIVE
-
-ENDS = ("live", "none", "timed_out", "broken", "torn")
-"""How a call with live counts can end, as the board counts it."""
+from waterfill_rs._native import OUTCOMES
 
 
 def mismatches(rank: Mapping[str, Any], *, calls: bool) -> list[str]:
@@ -40,8 +38,8 @@ def mismatches(rank: Mapping[str, Any], *, calls: bool) -> list[str]:
 
 def _calls(rank: Mapping[str, Any], overlapped: int) -> list[str]:
     modes, calls, layers, staying = (rank[name] for name in ("modes", "calls", "layers", "staying"))
-    ends = {name: calls.get(name, 0) for name in ENDS}
-    if not any(name in calls for name in ENDS):
+    ends = {name: calls.get(name, 0) for name in OUTCOMES}
+    if not any(name in calls for name in OUTCOMES):
         return []  # Nobody asked for live counts.
     chosen = rank["batches"] if "auto" in modes else {}
     fused = chosen.get("fused", sum(modes.get(name, 0) for name in LIVE))

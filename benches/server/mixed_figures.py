@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from server import figures
-from server.accounts import ENDS
 from server.modes import MODES
+from waterfill_rs._native import OUTCOMES
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def entry(
         "quartiles": figures.quartiles(paired),
         "pairs": len(paired),
         "batches": sums["batches"] or None,
-        "calls": {end: sums["calls"][end] for end in ENDS if end in sums["calls"]} or None,
+        "calls": {end: sums["calls"][end] for end in OUTCOMES if end in sums["calls"]} or None,
         "forwards": sums["kinds"],
         "by_round": [
             {

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from server import kernels, memory, output_figures
-from server.accounts import ENDS
 from server.modes import MODES
+from waterfill_rs._native import OUTCOMES
 
 HEAD = (
     "| phase | tokens a rank | placement | mode | GPU ms | to off (quartiles) | to home (quartiles) | tokens/s "
@@ -85,7 +85,7 @@ def _verdict(cell: dict[str, Any]) -> str:
 def _mixed(entry: dict[str, Any]) -> str:
     calls = entry["calls"] or {}
     total = sum(calls.values())
-    told = ", ".join(f"{end} {calls[end]}" for end in ENDS if calls.get(end))
+    told = ", ".join(f"{end} {calls[end]}" for end in OUTCOMES if calls.get(end))
     slow = entry["mode"] == "auto" and (entry["ratio_off"] or 0) > TOO_SLOW
     fields = (
         entry["placement"],

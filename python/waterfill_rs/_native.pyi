@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any, final
 
 __all__ = [
+    "MAX_EXPERTS",
+    "MAX_RANKS",
+    "OUTCOMES",
     "REFUSED",
+    "SHARED_MEMORY",
     "SNAPSHOT_VERSION",
     "Board",
     "CostModel",
@@ -33,6 +37,12 @@ __all__ = [
 ]
 
 __version__: str
+
+MAX_RANKS: int
+"""The largest EP size supported."""
+
+MAX_EXPERTS: int
+"""The largest number of physical experts supported, over all ranks."""
 
 @final
 class CostModel:
@@ -151,6 +161,13 @@ def unsafe_traffic_ptr(
 REFUSED: int
 """In place of its tokens, of a rank that refused its ids, for ``GroupPlanner``."""
 
+OUTCOMES: tuple[str, ...]
+"""How a call ends: ``live`` with a plan from live counts; with own counts ``none`` (the planner said that there is no plan),
+``timed_out`` (it did not answer), ``broken`` (the rank did not wait) or ``torn`` (the quotas it found do not add up)."""
+
+SHARED_MEMORY: str
+"""The folder of a board's name: where Linux keeps POSIX shared memory."""
+
 SNAPSHOT_VERSION: int
 """Of what ``Board.snapshot`` and ``Observer.snapshot`` give."""
 
@@ -190,9 +207,8 @@ class Observer:
         """What ranks and planner counted until now.
 
         ``version``, ``ranks``, ``experts``; ``by_rank``: for each ``process`` (its id, for display), ``alive`` by what
-        the kernel says of it (None if it did not come yet or cannot be watched), ``calls``, and of these ``live``, ``none``
-        (the planner said that there is no plan), ``timed_out``, ``broken``, ``torn``; ``tokens`` (0 for ranks on a
-        GPU); ``wait_us`` with ``p50``, ``p99``, ``max`` and ``buckets`` (upper limit, count). ``planner``:
+        the kernel says of it (None if it did not come yet or cannot be watched), ``calls``, and how many of these ended in
+        each of ``OUTCOMES``; ``tokens`` (0 for ranks on a GPU); ``wait_us`` with ``p50``, ``p99``, ``max`` and ``buckets`` (upper limit, count). ``planner``:
         ``process``, ``alive``; plans ``whole``, and ``partial`` without gone ranks; calls without a plan because a
         rank was ``late``, still ``silent``, a rank had ``given_up`` the planner, or counts were ``refused``; sums
         over plans of the slowest rank's cost with shared rows at home (``home_max``) and as planned
@@ -269,7 +285,7 @@ class Port:
     def unsafe_quotas_ptr(
         self, ids: tuple[int, int, int, int], cap_us: int
     ) -> tuple[str, list[int]]:
-        """How the call ended (``live``, ``none``, ``timed_out``, ``broken``, ``torn``) and the quotas ``[ranks]``.
+        """How the call ended, one of ``OUTCOMES``, and the quotas ``[ranks]``.
 
         Raises:
             RuntimeError: this process is a fork of the one that made the object.
@@ -350,4 +366,4 @@ class CudaRunner:
     def unsafe_move_up_ptr(self, ids: int, out: int, count: int, stream: int) -> None:
         """Move ``count`` ids up past the shared experts by one launch on ``stream``: int64 ``[count]`` at ``out``."""
     def tally(self, stream: int) -> dict[str, int]:
-        """``live``, ``none``, ``timed_out``, ``broken``, ``torn``: how calls with given or live quotas ended; waits for the stream."""
+        """How many calls with given or live quotas ended in each of ``OUTCOMES``; waits for the stream."""

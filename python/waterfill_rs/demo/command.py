@@ -14,11 +14,11 @@ from typing import Any
 
 import waterfill_rs
 from waterfill_rs import outputs
+from waterfill_rs._native import OUTCOMES
 from waterfill_rs.config import PACES
 from waterfill_rs.demo import rank_processes
 from waterfill_rs.demo.rank_processes import Outcome, Setup
 from waterfill_rs.demo.workload import Router, documents
-from waterfill_rs.exchange.boards import ENDS
 from waterfill_rs.exchange.settings import BoardSettings
 from waterfill_rs.policies import picture, report, verdict
 from waterfill_rs.policies.comparison import Batch, Layer, Result, compare
@@ -160,7 +160,7 @@ class _Progress:
 
 def _of_rank(rank: int, tally: dict[str, Any], setup: Setup) -> dict[str, Any]:
     """What the board says of a rank, dead ones too."""
-    fallbacks = {name: tally[name] for name in ENDS if name != "live"}
+    fallbacks = {name: tally[name] for name in OUTCOMES if name != "live"}
     return {
         "rank": rank,
         "steps": tally["calls"] // setup.layers,

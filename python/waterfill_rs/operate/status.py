@@ -9,8 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from waterfill_rs._native import OUTCOMES
 from waterfill_rs.exchange import boards
-from waterfill_rs.exchange.boards import ENDS
 
 __all__ = ["add_commands"]
 
@@ -95,7 +95,7 @@ def describe(
     )
     for rank, tally in enumerate(snapshot["by_rank"]):
         then = before["by_rank"][rank] if before else {}
-        counts = {name: tally[name] for name in ENDS}
+        counts = {name: tally[name] for name in OUTCOMES}
         counts["missed"] = planner["missed"][rank]
         if before:
             then = {**then, "missed": before["planner"]["missed"][rank]}
@@ -115,7 +115,7 @@ def describe(
 
 def live_share(counts: Mapping[str, int]) -> str:
     """Of calls by how they ended, in words; "-" where there were none."""
-    calls = sum(counts[name] for name in ENDS)
+    calls = sum(counts[name] for name in OUTCOMES)
     # Down, so that 100% are all of them.
     return f"{counts['live'] * 10_000 // calls / 100:.2f}%" if calls else "-"
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from waterfill_rs.exchange.boards import ENDS
+from waterfill_rs._native import OUTCOMES
 
 __all__ = ["LiveShare", "watch"]
 
@@ -79,7 +79,7 @@ class LiveShare:
 
     def look(self, tallies: list[Mapping[str, Any]]) -> str | None:
         """Given each rank's tally, and how many calls it was ``missed`` in: what to log, if anything."""
-        now = [{name: tally.get(name, 0) for name in (*ENDS, "missed")} for tally in tallies]
+        now = [{name: tally.get(name, 0) for name in (*OUTCOMES, "missed")} for tally in tallies]
         if len(self._before) != len(now):
             self._before = now
             return None
@@ -103,7 +103,7 @@ class LiveShare:
 
 
 def _calls(counts: Mapping[str, int]) -> int:
-    return sum(counts[name] for name in ENDS)
+    return sum(counts[name] for name in OUTCOMES)
 
 
 def _live(counts: Mapping[str, int]) -> float:
@@ -112,7 +112,7 @@ def _live(counts: Mapping[str, int]) -> float:
 
 def _told(worst: int, grown: list[dict[str, int]], advice: Mapping[str, str]) -> str:
     counts = grown[worst]
-    others = {name: counts[name] for name in ENDS if name != "live" and counts[name]}
+    others = {name: counts[name] for name in OUTCOMES if name != "live" and counts[name]}
     missed = {rank: tally["missed"] for rank, tally in enumerate(grown) if tally["missed"]}
     most = max(others, key=lambda name: others[name])
     return (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import waterfill_rs
-from waterfill_rs.exchange.boards import ENDS
+from waterfill_rs._native import OUTCOMES
 from waterfill_rs.sglang.panics import panics_are_errors
 
 __all__ = ["SEAM", "Page", "after_log_stats", "install", "stand_aside", "watch", "watch_shared"]
@@ -129,7 +129,9 @@ class _Watched:
         """Gives what the planner's sums grew by."""
         metrics.info.labels(**_info(self._exchange.name, self._exchange.reason), **labels).set(1)
         tally = self._exchange.tally()
-        grown = {result: self._grown(result, tally[result]) for result in ENDS if result in tally}
+        grown = {
+            result: self._grown(result, tally[result]) for result in OUTCOMES if result in tally
+        }
         for result, new in grown.items():
             metrics.exchanges.labels(result=result, **labels).inc(new)
         if calls := sum(grown.values()):

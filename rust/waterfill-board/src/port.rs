@@ -6,6 +6,7 @@ use waterfill_core::{CostModel, OwnCounts, OwnPlanner, Placement, check_length, 
 
 use crate::error::Result;
 use crate::layout::Shape;
+use crate::outcome::Outcome;
 use crate::presence::{End, Held, Presence};
 use crate::region::Region;
 use crate::sync::Instant;
@@ -22,21 +23,6 @@ pub struct Posted<'a> {
     pub visits: &'a [u32],
     /// `[P]` their rows for each physical expert.
     pub counts: &'a [u32],
-}
-
-/// How a call ended, and so whose counts its quotas are from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The planner's, from the counts of all ranks that live.
-    Live,
-    /// This rank's own counts, as on every other rank: the planner said that this call has no plan.
-    NoPlan,
-    /// This rank's own counts: the planner did not answer within the cap.
-    TimedOut,
-    /// This rank's own counts: the planner is gone, or did not answer too many calls of late and was not waited for.
-    Broken,
-    /// This rank's own counts: the board held quotas that do not add up to its tokens.
-    Torn,
 }
 
 /// After so many calls in a row that the planner did not answer, a rank stops waiting.
@@ -189,13 +175,7 @@ impl<R: Region> Port<R> {
 
     fn count(&mut self, outcome: Outcome, tokens: u32, waited: Duration) {
         let tally = &mut self.tally;
-        match outcome {
-            Outcome::Live => tally.live += 1,
-            Outcome::NoPlan => tally.none += 1,
-            Outcome::TimedOut => tally.timed_out += 1,
-            Outcome::Broken => tally.broken += 1,
-            Outcome::Torn => tally.torn += 1,
-        }
+        tally.ended[outcome] += 1;
         tally.tokens += u64::from(tokens);
         let wait = (outcome != Outcome::Broken).then(|| tally.waits.add(waited.as_nanos() as u64));
         tally.show(self.region.words(), self.shape, self.rank, wait);

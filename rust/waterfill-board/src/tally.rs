@@ -3,6 +3,7 @@
 
 use crate::histogram::{BUCKETS, Waits};
 use crate::layout::{PLANNER_TALLY, Shape};
+use crate::outcome::{Ended, Outcome};
 use crate::region::Region;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -11,16 +12,8 @@ use crate::sync::{AtomicU64, Ordering};
 pub struct Tally {
     /// The process that is at this end; 0 before it came.
     pub process: u64,
-    /// Calls with a live plan.
-    pub live: u64,
-    /// Calls for which the planner said that there is no plan: all ranks took own counts.
-    pub none: u64,
-    /// Calls that waited to the cap, because the planner was late.
-    pub timed_out: u64,
-    /// Calls that did not wait: the planner is gone, or was late again and again.
-    pub broken: u64,
-    /// Calls that refused the quotas they found.
-    pub torn: u64,
+    /// Calls by how they ended.
+    pub ended: Ended,
     /// Tokens of all calls.
     pub tokens: u64,
     /// How long the calls waited, those without a wait left out. A kernel does not count its own: of a rank on a GPU this
@@ -55,8 +48,9 @@ pub struct Published {
     pub missed: Vec<u64>,
 }
 
-/// The words of a rank's tally; the buckets of its waits follow. A kernel writes the five after the first.
-const RANK_WORDS: usize = 8;
+/// The words of a rank's tally: the process; its calls by outcome, which a kernel writes; the tokens; the longest wait.
+/// The buckets of its waits follow.
+const RANK_WORDS: usize = 1 + Outcome::COUNT + 2;
 
 impl Tally {
     /// A tally without a call, shown on the board: this process is at the end of `rank` from now on.
@@ -69,13 +63,15 @@ impl Tally {
     /// Calls so far.
     #[must_use]
     pub fn calls(&self) -> u64 {
-        self.live + self.none + self.timed_out + self.broken + self.torn
+        self.ended.sum()
     }
 
     fn words(&self) -> [u64; RANK_WORDS] {
-        let ended = [self.live, self.none, self.timed_out, self.broken, self.torn];
-        let [live, none, timed_out, broken, torn] = ended;
-        [self.process, live, none, timed_out, broken, torn, self.tokens, self.waits.longest()]
+        let mut words = [0; RANK_WORDS];
+        words[0] = self.process;
+        words[1..=Outcome::COUNT].copy_from_slice(&self.ended.0);
+        words[1 + Outcome::COUNT..].copy_from_slice(&[self.tokens, self.waits.longest()]);
+        words
     }
 
     /// Write all but the buckets, then the bucket that changed.
@@ -96,17 +92,17 @@ impl Tally {
     /// As it stands on a board.
     pub(crate) fn read(words: &[AtomicU64], shape: Shape, rank: usize) -> Self {
         let start = shape.rank_tally(rank);
-        let mut read = words[start..][..RANK_WORDS + BUCKETS].iter().map(look);
-        let mut next = || read.next().unwrap_or(0);
-        let [process, live, none, timed_out, broken, torn, tokens, longest] =
-            std::array::from_fn::<u64, RANK_WORDS, _>(|_| next());
+        let words_of_rank = &words[start..][..RANK_WORDS + BUCKETS];
+        let read: [u64; RANK_WORDS] = std::array::from_fn(|word| look(&words_of_rank[word]));
+        let [process, .., tokens, longest] = read;
+        let ended = Ended(std::array::from_fn(|outcome| read[1 + outcome]));
         let waits = if longest > 0 {
-            Waits::from_words(read, longest)
+            Waits::from_words(words_of_rank[RANK_WORDS..].iter().map(look), longest)
         } else {
             let seen = &words[shape.waits_seen(rank)..];
             Waits::from_words(seen[1..=BUCKETS].iter().map(look), look(&seen[0]))
         };
-        Self { process, live, none, timed_out, broken, torn, tokens, waits }
+        Self { process, ended, tokens, waits }
     }
 }
 

@@ -44,7 +44,7 @@ fn every_plan_is_the_cores() {
                         assert_eq!(outcome, Outcome::Live);
                         assert_eq!(quotas, expected(shape, call, rank), "call {call}");
                     }
-                    assert_eq!(port.tally().live, calls);
+                    assert_eq!(port.tally().ended[Outcome::Live], calls);
                 });
             }
         });
@@ -303,7 +303,10 @@ fn without_a_planner_two_caps_are_spent_and_own_counts_go_on() {
     assert!(begun.elapsed() < SHORT * 250, "{:?}", begun.elapsed());
     assert_eq!(outcomes[..2], [Outcome::TimedOut; 2]);
     assert!(outcomes[2..].iter().all(|&outcome| outcome == Outcome::Broken));
-    assert_eq!((port.tally().timed_out, port.tally().broken), (2, 998));
+    assert_eq!(
+        (port.tally().ended[Outcome::TimedOut], port.tally().ended[Outcome::Broken]),
+        (2, 998)
+    );
 
     // A planner comes, far behind: it catches up, and the breaker closes by itself.
     let planner = BoardPlanner::new(Arc::clone(&board), shape, COST, Duration::ZERO).unwrap();
@@ -556,6 +559,6 @@ fn a_planner_that_is_always_late_costs_ever_fewer_waits() {
     }
     let tally = port.tally();
     // Two, six ever more seldom ones, then one in 64 calls.
-    assert!(tally.timed_out <= 8 + CALLS / 64 + 1, "{tally:?}");
-    assert_eq!(tally.live, 0);
+    assert!(tally.ended[Outcome::TimedOut] <= 8 + CALLS / 64 + 1, "{tally:?}");
+    assert_eq!(tally.ended[Outcome::Live], 0);
 }

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use waterfill_board::{
-    BoardPlanner, Heap, Observer, Pace, PlannerThread, Port, Posted, Segment, Shape,
+    BoardPlanner, Heap, Observer, Outcome, Pace, PlannerThread, Port, Posted, Segment, Shape,
 };
 
 use support::process::{fork, in_child, wait};
@@ -258,15 +258,19 @@ fn eight_processes_with_stalls_do_not_grow() {
         assert_eq!(libc::WTERMSIG(wait(child)), libc::SIGKILL);
     }
     let seen = observer.snapshot();
-    let sum = |of: fn(&waterfill_board::Tally) -> u64| seen.ranks.iter().map(of).sum::<u64>();
+    let sum = |outcome| seen.ranks.iter().map(|tally| tally.ended[outcome]).sum::<u64>();
     println!(
         "{seconds} s, 8 processes: {} calls live, {} at the cap, {} broken; {} plans whole, {} partial",
-        sum(|t| t.live),
-        sum(|t| t.timed_out),
-        sum(|t| t.broken),
+        sum(Outcome::Live),
+        sum(Outcome::TimedOut),
+        sum(Outcome::Broken),
         seen.planner.whole,
         seen.planner.partial
     );
-    assert!(seen.ranks.iter().all(|tally| tally.live > 0 && tally.torn == 0));
+    assert!(
+        seen.ranks
+            .iter()
+            .all(|tally| tally.ended[Outcome::Live] > 0 && tally.ended[Outcome::Torn] == 0)
+    );
     assert_eq!(planner.finish().unwrap().refused, 0);
 }

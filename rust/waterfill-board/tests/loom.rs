@@ -148,7 +148,7 @@ fn a_rank_goes_on_at_its_cap_and_a_late_plan_is_not_taken_for_the_next() {
             for tokens in 1..=3 {
                 exchange(1, &mut port, tokens, Duration::ZERO);
             }
-            assert_eq!((port.tally().torn, port.tally().calls()), (0, 3));
+            assert_eq!((port.tally().ended[Outcome::Torn], port.tally().calls()), (0, 3));
             port.tally().clone()
         });
         for _ in 0..4 {
@@ -158,6 +158,9 @@ fn a_rank_goes_on_at_its_cap_and_a_late_plan_is_not_taken_for_the_next() {
         let published = planner.published();
         assert_eq!(published.refused, 0);
         // Who does not wait says so with its counts: such a call has no plan.
-        assert!(tally.live <= published.whole && published.whole <= 3 - tally.broken);
+        assert!(
+            tally.ended[Outcome::Live] <= published.whole
+                && published.whole <= 3 - tally.ended[Outcome::Broken]
+        );
     });
 }

@@ -175,7 +175,7 @@ fn a_stopped_peer_is_waited_for_no_longer_than_the_cap_and_comes_back() {
             call += 1;
         }
         // Away: two calls wait for it, for the planner's patience each, and the others do not.
-        let waited = port.tally().timed_out - tally.timed_out;
+        let waited = port.tally().ended[Outcome::TimedOut] - tally.ended[Outcome::TimedOut];
         assert!(waited <= u64::from(CALLS) / 2, "{waited} calls of {CALLS} waited to the cap");
         back += u64::from(toggle % 2 == 1);
     }
@@ -183,12 +183,16 @@ fn a_stopped_peer_is_waited_for_no_longer_than_the_cap_and_comes_back() {
     child.wait().unwrap();
     let (tally, published) = (port.tally().clone(), planner.finish().unwrap());
     assert_eq!(tally.calls(), u64::from(call));
-    assert_eq!(tally.torn, 0, "{tally:?}");
+    assert_eq!(tally.ended[Outcome::Torn], 0, "{tally:?}");
     // Together again each time it came back; a machine that is busy elsewhere may lose some.
     assert!(published.whole > back, "{back} times back, and together too seldom: {published:?}");
     println!(
         "{toggles} toggles: {} live, {} at the cap, {} broken; longest call {longest:?}; {} plans whole, {} partial",
-        tally.live, tally.timed_out, tally.broken, published.whole, published.partial
+        tally.ended[Outcome::Live],
+        tally.ended[Outcome::TimedOut],
+        tally.ended[Outcome::Broken],
+        published.whole,
+        published.partial
     );
 }
 

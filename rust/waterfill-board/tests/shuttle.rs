@@ -91,7 +91,7 @@ impl Scene {
     }
 
     /// Run one schedule; `whole` is whether every plan must be of all ranks.
-    fn run(self, plans: &Arc<Plans>, whole: bool, ended: &Ended) {
+    fn run(self, plans: &Arc<Plans>, whole: bool, ended: &Met) {
         let gone = (0..self.ranks).map(|_| AtomicBool::new(false)).collect();
         let heap = Heap::new(self.shape());
         let board = Arc::new(Watched { heap, watched: self.watched, gone });
@@ -175,11 +175,17 @@ impl Scene {
             let calls = self.calls_of(rank) as u64;
             let tokens =
                 (0..calls).map(|call| u64::from(Batch::new(self.shape(), rank, call).tokens));
-            assert_eq!((tally.calls(), tally.torn), (calls, 0), "{tally:?}");
+            assert_eq!((tally.calls(), tally.ended[Outcome::Torn]), (calls, 0), "{tally:?}");
             assert_eq!(tally.tokens, tokens.sum::<u64>());
             let waits = tally.waits.buckets().iter().sum::<u64>();
-            assert_eq!(waits, tally.live + tally.none + tally.timed_out, "{tally:?}");
-            assert!(!whole || tally.live == calls, "{tally:?}");
+            assert_eq!(
+                waits,
+                tally.ended[Outcome::Live]
+                    + tally.ended[Outcome::NoPlan]
+                    + tally.ended[Outcome::TimedOut],
+                "{tally:?}"
+            );
+            assert!(!whole || tally.ended[Outcome::Live] == calls, "{tally:?}");
         }
         assert_eq!(published.refused, 0);
         assert!(published.plans() >= live && published.plans() <= self.calls as u64);
@@ -189,12 +195,12 @@ impl Scene {
 
 /// How calls ended over all schedules: what was not met was not tested.
 #[derive(Debug, Default)]
-struct Ended([AtomicU64; 6]);
+struct Met([AtomicU64; 6]);
 
-impl Ended {
+impl Met {
     fn add(&self, tallies: &[Tally], published: &Published) {
-        let sum = |of: fn(&Tally) -> u64| tallies.iter().map(of).sum();
-        let ended = [sum(|t| t.live), sum(|t| t.none), sum(|t| t.timed_out), sum(|t| t.broken)];
+        let sum = |outcome| tallies.iter().map(|tally| tally.ended[outcome]).sum();
+        let ended = [Outcome::Live, Outcome::NoPlan, Outcome::TimedOut, Outcome::Broken].map(sum);
         let all = ended.into_iter().chain([published.whole, published.partial]);
         self.0.iter().zip(all).for_each(|(total, more)| {
             total.fetch_add(more, Ordering::Relaxed);
@@ -205,7 +211,7 @@ impl Ended {
 /// Half of the schedules choose at random at each step, half by priorities that change at a few steps.
 fn check(scene: Scene, must: &[usize], schedules: u32) {
     let whole = must == WHOLE;
-    let (plans, ended) = (Arc::new(scene.plans()), Arc::new(Ended::default()));
+    let (plans, ended) = (Arc::new(scene.plans()), Arc::new(Met::default()));
     let half = schedules as usize / 2;
     let run = {
         let ended = Arc::clone(&ended);
@@ -223,7 +229,7 @@ fn check(scene: Scene, must: &[usize], schedules: u32) {
     assert!(must.iter().all(|&way| ended[way] > 0), "{ended:?}: none of one of {must:?}");
 }
 
-/// Ways in which calls and plans end, as `Ended` counts them.
+/// Ways in which calls and plans end, as `Met` counts them.
 const WHOLE: &[usize] = &[0, 4];
 const HURRIED: &[usize] = &[0, 1, 2, 3, 4];
 const LEFT_OUT: &[usize] = &[0, 4, 5];

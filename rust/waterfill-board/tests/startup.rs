@@ -222,7 +222,10 @@ fn serve(board: &Segment, name: &str, run: u128, calls: u64) {
         let outcome = port.finish_with(posted, Duration::from_secs(9), &mut quotas, meanwhile);
         assert_eq!((outcome.unwrap(), quotas), (Outcome::Live, [9, 0]));
     }
-    assert_eq!(Observer::attach(board.path()).unwrap().snapshot().ranks[0].live, calls);
+    assert_eq!(
+        Observer::attach(board.path()).unwrap().snapshot().ranks[0].ended[Outcome::Live],
+        calls
+    );
 }
 
 #[test]

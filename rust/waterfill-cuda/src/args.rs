@@ -1,5 +1,7 @@
 //! What host and kernels exchange: `Args` and `State` of kernels/types.cuh and `MoveArgs` of kernels/move_up.cuh, field by field.
 
+use waterfill_board::Outcome;
+
 /// The one argument of `expand_topk`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -58,7 +60,7 @@ pub(crate) struct MoveArgs {
 pub(crate) struct State {
     pub last: u32,
     pub failures: u32,
-    pub tally: [u64; 5],
+    pub tally: [u64; Outcome::COUNT],
 }
 
 pub(crate) const OWN: u32 = 0;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use waterfill_board::RING;
+use waterfill_board::{Ended, RING};
 
 use crate::args::{Args, COUNT, GIVEN, LIVE, MoveArgs, OWN, State};
 use crate::compiler::{Compiler, EXPAND, MOVE_UP};
@@ -10,7 +10,9 @@ use crate::driver::{
     CurrentContext, Device, DeviceCell, Kernel, Launch, OwnStream, RelaxedCapture, Stream, register,
 };
 use crate::error::{Error, Result};
-use crate::shape::{Geometry, IdType, MOVE_THREADS, Shape, Variant, WeightType};
+use crate::shape::{
+    Geometry, IdType, MAX_ROWS, MOST_THREADS, MOVE_THREADS, Shape, Variant, WeightType,
+};
 
 /// Sizes of clusters to try, largest first; more than 8 blocks only some devices can.
 const CLUSTERS: [usize; 2] = [16, 8];
@@ -109,21 +111,6 @@ pub struct Call {
     pub quotas: Quotas,
 }
 
-/// Numbers of calls by how they ended; calls with [`Quotas::Own`] are not counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// Calls with the quotas that were asked for.
-    pub live: u64,
-    /// Calls for which the planner said that there is no plan.
-    pub none: u64,
-    /// Calls that waited to the cap, because the planner was late.
-    pub timed_out: u64,
-    /// Calls that did not wait: the planner is gone, or was late again and again.
-    pub broken: u64,
-    /// Calls that refused quotas that do not add up to their tokens.
-    pub torn: u64,
-}
-
 impl Runner {
     /// Compile (or find) the kernels, load them and run each once, so that no later launch has to.
     ///
@@ -133,10 +120,7 @@ impl Runner {
     /// A shape or rank that does not fit, no driver or NVRTC, or what they refuse.
     pub fn new(ordinal: usize, shape: Shape, rank: usize, compiler: &Compiler) -> Result<Self> {
         shape.check()?;
-        if rank >= shape.ranks {
-            let (rank, ranks) = (rank as i64, shape.ranks);
-            return Err(waterfill_core::Error::Rank { name: "rank", rank, ranks }.into());
-        }
+        waterfill_core::check_rank("rank", rank as i64, shape.ranks)?;
         let device = Device::new(ordinal)?;
         let current = device.current()?;
         let relaxed = RelaxedCapture::new()?;
@@ -167,9 +151,11 @@ impl Runner {
         let shape = board.shape;
         let per_expert = shape.experts == self.shape.experts;
         if shape.ranks != self.shape.ranks || !(per_expert || shape.experts == shape.ranks) {
+            let ranks = self.shape.ranks;
             return Err(Error::Argument(format!(
-                "a board of {} ranks and {} experts: give a board of {} ranks that counts rows a rank, or rows of {} experts",
-                shape.ranks, shape.experts, self.shape.ranks, self.shape.experts
+                "a board of {} ranks and {} counts: give one of {ranks} ranks with {ranks} counts, one for each rank, or {}, \
+                 one for each expert",
+                shape.ranks, shape.experts, self.shape.experts
             )));
         }
         let _current = self.device.current()?;
@@ -195,7 +181,7 @@ impl Runner {
         let fits =
             |rows: &usize| self.shape.cut(*rows, self.most_blocks(), self.shared_bytes).is_ok();
         // Fewer rows always fit too: `Shape::cut`.
-        let (mut least, mut most) = (0, 1 << 20);
+        let (mut least, mut most) = (0, MAX_ROWS);
         while least < most {
             let middle = usize::div_ceil(least + most, 2);
             if fits(&middle) { least = middle } else { most = middle - 1 }
@@ -321,19 +307,19 @@ impl Runner {
         cluster.map_or(&self.block, |cluster| &cluster.kernels)
     }
 
-    /// How the calls on `stream` so far ended; waits for them. Not while a graph is captured.
+    /// How the calls on `stream` so far ended; waits for them. Calls with [`Quotas::Own`] are not counted, and those with
+    /// [`Quotas::Given`] are live unless they are torn. Not while a graph is captured.
     ///
     /// # Errors
     /// What the driver refuses.
     ///
     /// # Safety
     /// `stream` is a stream of the runner's device, or 0.
-    pub unsafe fn tally(&self, stream: usize) -> Result<Tally> {
+    pub unsafe fn tally(&self, stream: usize) -> Result<Ended> {
         let _current = self.device.current()?;
         // SAFETY: the caller's promise.
         let state = self.state.read(unsafe { Stream::borrow(stream) })?;
-        let [live, none, timed_out, broken, torn] = state.tally;
-        Ok(Tally { live, none, timed_out, broken, torn })
+        Ok(Ended(state.tally))
     }
 
     /// One empty launch of each kernel: whatever the driver does lazily, it does now.
@@ -453,7 +439,7 @@ fn cluster(
         let _ = kernel.allow_large_clusters();
     }
     let runs = |blocks: usize| {
-        let launch = Launch { blocks, cluster: blocks, threads: 1024, shared_bytes };
+        let launch = Launch { blocks, cluster: blocks, threads: MOST_THREADS, shared_bytes };
         kernels.all().iter().all(|kernel| kernel.clusters(launch).is_ok_and(|count| count > 0))
     };
     // Where not even a cluster without rows has room, one block may.

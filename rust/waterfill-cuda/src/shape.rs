@@ -59,7 +59,7 @@ const CLUSTERED_BLOCK: usize = 128;
 const LEAST_THREADS: usize = LEAST_WARPS * WARP;
 /// Warps of the smallest block.
 pub(crate) const LEAST_WARPS: usize = 4;
-const MOST_THREADS: usize = 1024;
+pub(crate) const MOST_THREADS: usize = 1024;
 /// Warps beyond those with rows, while there are threads: one waits for quotas while another plans.
 const PLANNING_WARPS: usize = 2;
 const WARP: usize = 32;

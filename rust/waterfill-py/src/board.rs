@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::{PyDict, PyList, PyTuple};
 use waterfill_board::{
-    BoardPlanner, End, Held, Observer, Pace, PlannerThread, PlannerWatch, Presence, Published,
-    Region, SNAPSHOT_VERSION, Segment, Shape, Snapshot, Tally, Waits, leave_in_child,
+    BoardPlanner, End, Held, Observer, Outcome, Pace, PlannerThread, PlannerWatch, Presence,
+    Published, Region, SNAPSHOT_VERSION, Segment, Shape, Snapshot, Tally, Waits, leave_in_child,
 };
 
 use crate::error::{board_guarded, refused};
@@ -16,6 +16,8 @@ use crate::plan::PyCostModel;
 
 pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("SNAPSHOT_VERSION", SNAPSHOT_VERSION)?;
+    module.add("SHARED_MEMORY", Segment::FOLDER)?;
+    module.add("OUTCOMES", PyTuple::new(module.py(), Outcome::NAMES)?)?;
     module.add_class::<PyBoard>()?;
     module.add_class::<PyPlannerThread>()?;
     module.add_class::<PyDeviceEnd>()?;
@@ -71,7 +73,7 @@ fn leave_boards_in_child() {
 /// What a board of this shape takes of the shared memory.
 #[pyfunction]
 fn board_bytes(ranks: usize, experts: usize) -> PyResult<usize> {
-    board_guarded(|| Ok(Shape::new(ranks, experts)?.words() * size_of::<u64>()))
+    board_guarded(|| Ok(Shape::new(ranks, experts)?.bytes()))
 }
 
 /// The end of a rank whose calls a kernel makes: the others see that its process lives, and its kernel whether the
@@ -216,17 +218,9 @@ fn is_alive(presence: Presence) -> Option<bool> {
 
 pub fn tally_dict<'py>(py: Python<'py>, tally: &Tally) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
-    let counts = [
-        ("process", tally.process),
-        ("calls", tally.calls()),
-        ("live", tally.live),
-        ("none", tally.none),
-        ("timed_out", tally.timed_out),
-        ("broken", tally.broken),
-        ("torn", tally.torn),
-        ("tokens", tally.tokens),
-    ];
-    for (name, count) in counts {
+    let process = [("process", tally.process), ("calls", tally.calls())];
+    let ended = process.into_iter().chain(tally.ended.by_name());
+    for (name, count) in ended.chain([("tokens", tally.tokens)]) {
         dict.set_item(name, count)?;
     }
     dict.set_item("wait_us", waits_dict(py, &tally.waits)?)?;

@@ -128,13 +128,11 @@ impl PyCudaRunner {
 
     fn tally<'py>(&self, py: Python<'py>, stream: usize) -> PyResult<Bound<'py, PyDict>> {
         // SAFETY: `waterfill_rs.cuda` gives torch's current stream. Others may run while it is waited for.
-        let tally = py.detach(|| cuda_guarded(|| unsafe { self.inner.tally(stream) }))?;
+        let ended = py.detach(|| cuda_guarded(|| unsafe { self.inner.tally(stream) }))?;
         let dict = PyDict::new(py);
-        dict.set_item("live", tally.live)?;
-        dict.set_item("none", tally.none)?;
-        dict.set_item("timed_out", tally.timed_out)?;
-        dict.set_item("broken", tally.broken)?;
-        dict.set_item("torn", tally.torn)?;
+        for (name, count) in ended.by_name() {
+            dict.set_item(name, count)?;
+        }
         Ok(dict)
     }
 }

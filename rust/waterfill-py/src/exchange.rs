@@ -163,7 +163,7 @@ impl PyPort {
             unsafe { self.counted.count(ids, bits) }?;
             let cap = Duration::from_micros(cap_us);
             let outcome = board_guarded(|| self.exchange(cap))?;
-            Ok((name_of(outcome), self.quotas.clone()))
+            Ok((outcome.name(), self.quotas.clone()))
         })
     }
 
@@ -202,16 +202,6 @@ impl PyPort {
              spawn, and use the board only there",
             self.process
         )))
-    }
-}
-
-fn name_of(outcome: Outcome) -> &'static str {
-    match outcome {
-        Outcome::Live => "live",
-        Outcome::NoPlan => "none",
-        Outcome::TimedOut => "timed_out",
-        Outcome::Broken => "broken",
-        Outcome::Torn => "torn",
     }
 }
 

@@ -2,12 +2,15 @@
 
 use pyo3::prelude::*;
 use waterfill_core::{
-    CostModel, OwnCounts, OwnPlanner, Placement, Planner, Problem, Roofline, Routed, Table, score,
+    CostModel, MAX_EXPERTS, MAX_RANKS, OwnCounts, OwnPlanner, Placement, Planner, Problem,
+    Roofline, Routed, Table, score,
 };
 
 use crate::error::{guarded, refused};
 
 pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("MAX_RANKS", MAX_RANKS)?;
+    module.add("MAX_EXPERTS", MAX_EXPERTS)?;
     module.add_class::<PyCostModel>()?;
     module.add_class::<PyPlan>()?;
     module.add_function(wrap_pyfunction!(plan, module)?)?;

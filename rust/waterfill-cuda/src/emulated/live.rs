@@ -239,8 +239,7 @@ impl<'a, 'b> Live<'a, 'b> {
             board.words().iter().map(|word| word.load(Ordering::Relaxed)).collect()
         };
         let (shape, rank) = (&self.shape, self.rank.rank);
-        let tally = self.port.tally();
-        let tally = [tally.live, tally.none, tally.timed_out, tally.broken, tally.torn];
+        let tally = self.port.tally().ended.0;
         let found = load(&self.board);
         let mut expected = load(&self.expected.heap);
         let without_plan = expected[shape.without_plan(rank)];
