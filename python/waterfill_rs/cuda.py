@@ -122,7 +122,7 @@ class Expander:
                 raise ValueError(f"cap_us {cap_us} without a board: give the Expander one")
             if quotas is not None:
                 raise ValueError(
-                    f"cap_us {cap_us} with quotas: give one of the two, as given quotas are not exchanged"
+                    f"cap_us {cap_us} and quotas exclude each other: given quotas are not exchanged"
                 )
         if gathered is not None:
             if cap_us is None:
@@ -197,7 +197,7 @@ class Expander:
         )
 
     def tally(self) -> dict[str, int]:
-        """How calls with given or live quotas ended: ``live``, ``none``, ``timed_out``, ``broken``, ``torn``. Waits for them."""
+        """How many calls with given or live quotas ended in each outcome: ``live``, or with own counts. Waits for them."""
         return self._runner.tally(self._stream())
 
     def _stream(self) -> int:

@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_refused():
     words = torch.zeros(2 * run.words, dtype=torch.int32, device="cuda")
     with pytest.raises(ValueError, match="gathered counts without cap_us"):
         run(ids, weights, 1.0, gathered=words)
-    with pytest.raises(ValueError, match="cap_us 7 with quotas"):
+    with pytest.raises(ValueError, match="cap_us 7 and quotas exclude"):
         run(ids, weights, 1.0, quotas=words[:2], cap_us=7)
     with pytest.raises(ValueError, match=r"gathered has shape \(5,\): give \(10,\)"):
         run(ids, weights, 1.0, gathered=words[:5], cap_us=1)

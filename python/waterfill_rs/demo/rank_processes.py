@@ -19,8 +19,8 @@ from typing import Any
 
 from waterfill_rs import _native
 from waterfill_rs.demo.workload import Router
+from waterfill_rs.exchange.boards import board_name
 from waterfill_rs.exchange.host import BoardExchange
-from waterfill_rs.exchange.rendezvous import board_name
 from waterfill_rs.exchange.settings import BoardSettings
 
 __all__ = ["Outcome", "Setup", "run"]

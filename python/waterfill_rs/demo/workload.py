@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from zlib import crc32
 
+from waterfill_rs._native import MAX_EXPERTS
+
 __all__ = ["Router", "documents", "tokenize"]
 
 VOCABULARY = 129_280  # DeepSeek V3's and V4's
-_MOST_EXPERTS = 1 << 20  # the core's
 _WORD = re.compile(r"[A-Za-z]+|[0-9]+|\n *| +|[^\w\s]|\w")
 
 
@@ -51,8 +52,8 @@ class Router:
     def __init__(self, experts: int, top_k: int, layer: int) -> None:
         if not 1 <= top_k <= experts:
             raise ValueError(f"top-k {top_k}: give 1 to {experts}, the number of experts")
-        if experts > _MOST_EXPERTS:
-            raise ValueError(f"{experts} experts: at most {_MOST_EXPERTS} are supported")
+        if experts > MAX_EXPERTS:
+            raise ValueError(f"{experts} experts: at most {MAX_EXPERTS} are supported")
         self.experts, self.top_k, self.layer = experts, top_k, layer
         self._rows: dict[int, list[int]] = {}
 

@@ -1,4 +1,4 @@
-"""The boards of this host, found and read from outside.
+"""The boards of this host: what they are called, and how they are found and read from outside.
 
 A board's name is gone once its ranks are attached, but each of them keeps it open: so it is found under
 ``/proc``, at any process of this user that has one.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,22 @@ from typing import Any
 
 from waterfill_rs import _native
 
-__all__ = ["ENDS", "Board", "find", "is_left_behind"]
+__all__ = ["SHARED_MEMORY", "Board", "board_name", "find", "is_board_name", "is_left_behind"]
 
-ENDS = ("live", "none", "timed_out", "broken", "torn")
-"""How a rank's calls end, as a snapshot counts them."""
-_NAME = re.compile(r"/dev/shm/(waterfill-rs-\S+)")
+SHARED_MEMORY = Path(_native.SHARED_MEMORY)
+"""Where Linux keeps POSIX shared memory, and a board its name until all ranks are attached."""
+_PREFIX = "waterfill-rs-"
+_OPEN = re.compile(rf"{SHARED_MEMORY}/({_PREFIX}\S+)")
+
+
+def board_name() -> str:
+    """Of a new board: this process's, and unlike any other."""
+    return f"{_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def is_board_name(name: str) -> bool:
+    """Whether ``board_name`` gives such names."""
+    return re.fullmatch(rf"{_PREFIX}\d+-[0-9a-f]+", name) is not None
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ def _open_segments() -> Iterator[tuple[str, Path]]:
             continue  # Another user's, or ended.
         for entry in entries:
             try:
-                name = _NAME.match(os.readlink(entry))
+                name = _OPEN.match(os.readlink(entry))
             except OSError:
                 continue
             if name:

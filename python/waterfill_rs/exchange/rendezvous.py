@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from waterfill_rs import CostModel, __version__, _native
+from waterfill_rs.exchange.boards import SHARED_MEMORY, board_name
 from waterfill_rs.exchange.host import BoardExchange, Exchange, GroupExchange, SoloExchange
 from waterfill_rs.exchange.settings import CHOICES, BoardSettings, Choice
 
@@ -25,13 +26,12 @@ if TYPE_CHECKING:
     from waterfill_rs.exchange.device import DeviceExchange
     from waterfill_rs.exchange.link import Limits
 
-__all__ = ["Store", "board_name", "open_exchange"]
+__all__ = ["Store", "open_exchange"]
 
 logger = logging.getLogger(__name__)
 
 Name = Literal["solo", "board", "group"]
 
-_SHARED_MEMORY = "/dev/shm"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -73,14 +73,9 @@ def _boot() -> str:
 def _device() -> str:
     """Which file system /dev/shm is: containers of one host may each have their own."""
     try:
-        return str(os.stat(_SHARED_MEMORY).st_dev)
+        return str(os.stat(SHARED_MEMORY).st_dev)
     except OSError as error:
         return f"none ({error})"
-
-
-def board_name() -> str:
-    """Of a new board: this process's, and unlike any other."""
-    return f"waterfill-rs-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def open_exchange(

@@ -26,6 +26,7 @@ from waterfill_rs.config import (
     TIMEOUT_VARIABLE,
     Config,
 )
+from waterfill_rs.exchange.boards import is_board_name
 from waterfill_rs.machine import Machine
 
 __all__ = [
@@ -61,12 +62,11 @@ VARIABLES = (
 )
 LEAST_CAP_US = 100_000
 """Below it, ranks that are late for usual reasons cost live plans; the planner may be asleep for 8 ms of it."""
-LARGEST = (1024, 1024)
+LARGEST = (_native.MAX_RANKS, _native.MAX_RANKS)
 """Ranks and experts of the largest board."""
 USUAL_EXPERTS = 256
 MOST_NAMED = 8
 """Ranks that are named one by one."""
-_BOARD_NAME = re.compile(r"waterfill-rs-\d+-[0-9a-f]+")
 
 
 class Entry(NamedTuple):
@@ -462,8 +462,8 @@ def boards(
     in_use = {snapshot["name"] for snapshot in seen}
     stale = [
         path
-        for path in sorted(folder.glob("waterfill-rs-*"))
-        if _BOARD_NAME.fullmatch(path.name) and path.name not in in_use and is_left_behind(path)
+        for path in sorted(folder.glob("*"))
+        if is_board_name(path.name) and path.name not in in_use and is_left_behind(path)
     ]
     if stale:
         names = " ".join(map(str, stale))

@@ -28,7 +28,6 @@ from waterfill_rs.sglang_versions import KNOWN, row_of
 __all__ = ["add_command", "exchange", "hooks", "overlap"]
 
 JSON_VERSION = 1
-SHARED_MEMORY = Path("/dev/shm")
 DRIVER = Path("/proc/driver/nvidia")
 USUAL_RANKS = 8
 LEAST_LIVE = 0.9
@@ -52,8 +51,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.ranks is not None and not 1 <= arguments.ranks <= 1024:
-        raise ValueError(f"--ranks {arguments.ranks}: give 1 to 1024")
+    if arguments.ranks is not None and not 1 <= arguments.ranks <= _native.MAX_RANKS:
+        raise ValueError(f"--ranks {arguments.ranks}: give 1 to {_native.MAX_RANKS}")
     findings = []
     for finding in _findings(arguments.ranks, arguments.deep):
         findings.append(finding)
@@ -112,9 +111,9 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
         "one_batch": lambda: checks.one_batch(_folder("sglang")),
         "variables": lambda: checks.variables(environment),
         "shm": lambda: checks.shared_memory(
-            SHARED_MEMORY,
+            board_finder.SHARED_MEMORY,
             _text(Path("/proc/mounts")),
-            _free(SHARED_MEMORY),
+            _free(board_finder.SHARED_MEMORY),
             ranks_here,
             config.exchange,
             gpus,
@@ -125,7 +124,9 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
         "gpu": lambda: checks.driver(gpus),
         "nvrtc": lambda: checks.nvrtc(gpus, nvrtc.files()),
         "mps": lambda: checks.mps(gpus, ranks_here, pipes),
-        "boards": lambda: checks.boards(SHARED_MEMORY, _boards(), board_finder.is_left_behind),
+        "boards": lambda: checks.boards(
+            board_finder.SHARED_MEMORY, _boards(), board_finder.is_left_behind
+        ),
         "exchange": lambda: exchange(
             settings, self_test.run, checks.without_board(config.exchange, gpus)
         ),

@@ -11,8 +11,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from waterfill_rs import _native
+from waterfill_rs.exchange.boards import board_name
 from waterfill_rs.exchange.host import BoardExchange
-from waterfill_rs.exchange.rendezvous import board_name
 from waterfill_rs.exchange.settings import BoardSettings
 
 __all__ = ["Calls", "run"]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from waterfill_rs._native import MAX_RANKS
 from waterfill_rs.replay import whole_numbers
 
 __all__ = ["DoesNotDivideError", "check_divides", "checked", "trivial"]
@@ -24,7 +25,7 @@ def check_divides(experts: int, kind: str, ranks: int, redundant: int = 0) -> No
     """
     if ranks >= 1 and (experts + redundant) % ranks == 0:
         return
-    sizes = [size for size in range(1, min(experts, 1024) + 1) if experts % size == 0]
+    sizes = [size for size in range(1, min(experts, MAX_RANKS) + 1) if experts % size == 0]
     fits = f"an --ep that divides {experts} ({_some(sizes)})"
     if kind == "physical":
         raise DoesNotDivideError(
