@@ -31,7 +31,7 @@ def test_optimum_is_the_smallest_level_on_2000_problems():
         assert [sum(row) for row in quotas] == tokens
         assert [sum(column) for column in zip(*quotas, strict=True)] == plan.shared_rows
         assert all(ok or rows == 0 for ok, rows in zip(eligible, plan.shared_rows, strict=True))
-        assert waterfill_rs.level(loads, plan.shared_rows, ranks=ranks)[0] == plan.optimum
+        assert waterfill_rs.max_and_mean(loads, plan.shared_rows, ranks=ranks)[0] == plan.optimum
 
 
 def test_joint_levels_what_shared_rows_alone_cannot():
@@ -48,19 +48,19 @@ def test_joint_levels_what_shared_rows_alone_cannot():
     assert joint.replica_rows[1:5] == routed[1:5]
 
 
-def test_loads_are_those_of_a_count_by_hand():
+def test_costs_are_those_of_a_count_by_hand():
     routed, placements = [3, 0, 70, 1], [[5, 0], [0, 5]]
     rows = waterfill_rs.CostModel.rows()
-    found = _native.loads(routed, placements, ranks=2, cost_model=rows)
+    found = _native.costs(routed, placements, ranks=2, cost_model=rows)
     assert found == [[8, 71], [3, 76]]
-    for shared, loads in zip(placements, found, strict=True):
-        assert waterfill_rs.level(routed, shared, ranks=2) == (max(loads), sum(loads) / 2)
+    for shared, costs in zip(placements, found, strict=True):
+        assert waterfill_rs.max_and_mean(routed, shared, ranks=2) == (max(costs), sum(costs) / 2)
     # Weights take a microsecond, and so does each started tile of 64 rows.
     model = waterfill_rs.CostModel.roofline(1.0, 1 / 64, 64)
-    found = _native.loads(routed, placements, ranks=2, cost_model=model)
+    found = _native.costs(routed, placements, ranks=2, cost_model=model)
     assert found == [[2_000_000, 3_000_000], [1_000_000, 4_000_000]]
     with pytest.raises(ValueError, match="shared has 1 entries: give 2"):
-        _native.loads(routed, [[1, 2], [5]], ranks=2, cost_model=rows)
+        _native.costs(routed, [[1, 2], [5]], ranks=2, cost_model=rows)
 
 
 REFUSED = [
@@ -146,7 +146,7 @@ def test_numbers_that_no_count_can_be_are_named():
     with pytest.raises(ValueError, match="tokens is -3"):
         waterfill_rs.own_quotas([1, 2], [1, 1], -3, ranks=2, rank=0)
     with pytest.raises(ValueError, match=r"shared_rows\[0\] is -1"):
-        waterfill_rs.level([1, 2], [-1, 1], ranks=2)
+        waterfill_rs.max_and_mean([1, 2], [-1, 1], ranks=2)
     with pytest.raises(ValueError, match="topk_ids of rank 0"):
         waterfill_rs.score([[[2**40]]], [[0]], physical_experts=4)
 

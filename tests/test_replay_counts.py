@@ -133,7 +133,9 @@ def test_policies_and_cost_models(tmp_path, capsys):
     assert {policy for _, _, policy in found} == {"home", "live"}
     model = waterfill_rs.CostModel.table([(16, 20.0), (64, 31.5), (1024, 90.0)])
     routed = sum(counts_of(rank, 100)[1] for rank in range(RANKS))
-    slowest, _ = waterfill_rs.level(routed, [TOKENS - 2] * RANKS, ranks=RANKS, cost_model=model)
+    slowest, _ = waterfill_rs.max_and_mean(
+        routed, [TOKENS - 2] * RANKS, ranks=RANKS, cost_model=model
+    )
     assert found[1, 100, "home"]["max"] == slowest
     assert found[1, 100, "live"]["max"] == found[1, 100, "live"]["optimum"] <= slowest
     replay(tmp_path, files, "--cost-model", "roofline:20,0.08,64")

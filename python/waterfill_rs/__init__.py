@@ -18,7 +18,16 @@ from waterfill_rs.integers import Integers, flat, misfit
 # A fork's child has copies of this process's locks at boards, and is no rank.
 os.register_at_fork(after_in_child=_native.leave_boards_in_child)
 
-__all__ = ["CostModel", "Plan", "Score", "__version__", "level", "own_quotas", "plan", "score"]
+__all__ = [
+    "CostModel",
+    "Plan",
+    "Score",
+    "__version__",
+    "max_and_mean",
+    "own_quotas",
+    "plan",
+    "score",
+]
 
 
 def plan(
@@ -117,7 +126,7 @@ def own_quotas(
         raise misfit(error, routed=routed, visits=visits, **sizes) from error
 
 
-def level(
+def max_and_mean(
     routed: Integers, shared_rows: Integers, *, ranks: int, cost_model: CostModel | None = None
 ) -> tuple[int, float]:
     """The slowest and the mean rank's cost of ``routed`` ``[physical_experts]`` and ``shared_rows`` ``[ranks]``.
@@ -128,7 +137,7 @@ def level(
     model = CostModel.rows() if cost_model is None else cost_model
     routed, shared_rows = flat(routed), flat(shared_rows)
     try:
-        return _native.level(routed, shared_rows, ranks=ranks, cost_model=model)
+        return _native.max_and_mean(routed, shared_rows, ranks=ranks, cost_model=model)
     except (OverflowError, TypeError) as error:
         raise misfit(error, routed=routed, shared_rows=shared_rows, ranks=ranks) from error
 
@@ -190,7 +199,8 @@ def score(
         for row, to in enumerate(shared):
             if any(expert >= 0 for expert in flat_ids[row * top_k : (row + 1) * top_k]):
                 received[to] += 1
-    return Score(*level(routed, received, ranks=ranks, cost_model=cost_model), copies, messages)
+    costs = max_and_mean(routed, received, ranks=ranks, cost_model=cost_model)
+    return Score(*costs, copies, messages)
 
 
 def _int32(name: str, values: Integers) -> array[int]:

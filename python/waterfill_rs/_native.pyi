@@ -24,9 +24,9 @@ __all__ = [
     "Solo",
     "__version__",
     "board_bytes",
+    "costs",
     "leave_boards_in_child",
-    "level",
-    "loads",
+    "max_and_mean",
     "own_quotas",
     "plan",
     "unsafe_assign_ptr",
@@ -101,12 +101,12 @@ def own_quotas(
 ) -> list[int]:
     """See ``waterfill_rs.own_quotas``."""
 
-def level(
+def max_and_mean(
     routed: Sequence[int], shared: Sequence[int], *, ranks: int, cost_model: CostModel
 ) -> tuple[int, float]:
-    """See ``waterfill_rs.level``."""
+    """See ``waterfill_rs.max_and_mean``."""
 
-def loads(
+def costs(
     routed: Sequence[int],
     placements: Sequence[Sequence[int]],
     *,
@@ -116,7 +116,7 @@ def loads(
     """Each rank's cost ``[ranks]`` of ``routed`` ``[physical_experts]`` and its shared rows.
 
     ``placements``: shared rows ``[ranks]``, several. The answer has as many, in the cost model's unit. The most and the mean
-    of each are what ``level`` gives.
+    of each are what ``max_and_mean`` gives.
 
     Raises:
         ValueError: with the offending numbers, for lengths that do not fit.

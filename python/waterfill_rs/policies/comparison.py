@@ -143,7 +143,7 @@ def compare(
         policy: _choose(layer, policy, live, model) for policy in POLICIES if policy in policies
     }
     choices = {policy: choice for policy, choice in found.items() if choice is not None}
-    alone, at_home, by_policy = _loads(layer, choices, model)
+    alone, at_home, by_policy = _costs(layer, choices, model)
     total = sum(layer.tokens)
     for policy, choice in choices.items():
         loads = by_policy[policy]
@@ -164,18 +164,18 @@ def compare(
         )
 
 
-def _loads(
+def _costs(
     layer: Layer, choices: dict[str, _Choice], model: CostModel
 ) -> tuple[list[int], list[int], dict[str, list[int]]]:
     """Each rank's cost ``[R]``: of its routed rows alone, with shared rows at home, and under each policy."""
     ranks = len(layer.tokens)
     alike = [policy for policy in choices if policy not in ("home", "joint")]
     placements = [[0] * ranks, layer.tokens, *(choices[policy].received for policy in alike)]
-    alone, at_home, *others = _native.loads(layer.routed, placements, ranks=ranks, cost_model=model)
+    alone, at_home, *others = _native.costs(layer.routed, placements, ranks=ranks, cost_model=model)
     by_policy = {"home": at_home, **dict(zip(alike, others, strict=True))}
     joint = choices.get("joint")
     if joint is not None:
-        (by_policy["joint"],) = _native.loads(
+        (by_policy["joint"],) = _native.costs(
             joint.routed, [joint.received], ranks=ranks, cost_model=model
         )
     return alone, at_home, by_policy

@@ -417,8 +417,8 @@ impl<R: Region> BoardPlanner<R> {
 
     /// The ranks' costs with shared rows at home and under the plan, for those who look from outside.
     fn weigh(&mut self) {
-        let level = |shared| score::level(&self.placement, &self.cost, &self.routed, shared);
-        if let (Ok(home), Ok(planned)) = (level(&self.tokens), level(self.plan.shared_rows())) {
+        let costs = |shared| score::max_and_mean(&self.placement, &self.cost, &self.routed, shared);
+        if let (Ok(home), Ok(planned)) = (costs(&self.tokens), costs(self.plan.shared_rows())) {
             self.published.home = self.published.home.saturating_add(home.max);
             self.published.planned = self.published.planned.saturating_add(planned.max);
             self.published.mean = self.published.mean.saturating_add(planned.mean as u64);

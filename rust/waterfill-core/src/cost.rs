@@ -85,7 +85,7 @@ impl Roofline {
 /// A staircase through measured points; past the last one, more steps like the last.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Table {
-    /// `(rows, cost)`: up to so many rows cost so much. Rows and costs rise strictly and not at all, respectively, fall.
+    /// `(rows, cost)`: any number of rows up to `rows` costs `cost`. Rows strictly rise, costs never fall.
     steps: Vec<(u64, u64)>,
 }
 

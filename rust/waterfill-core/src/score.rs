@@ -6,9 +6,9 @@ use crate::error::Result;
 use crate::ids::{Id, check_ids, check_rows};
 use crate::placement::Placement;
 
-/// The ranks' finishing costs, in the cost model's unit.
+/// The ranks' costs in two figures, in the cost model's unit.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Level {
+pub struct MaxAndMean {
     /// The slowest rank's: what the layer takes.
     pub max: u64,
     /// The mean over all ranks.
@@ -30,7 +30,7 @@ pub struct Traffic {
 ///
 /// # Errors
 /// Arrays of other lengths, costs of an hour or more.
-pub fn loads<'a>(
+pub fn costs<'a>(
     placement: &Placement,
     cost: &'a CostModel,
     routed: &'a [u32],
@@ -46,22 +46,22 @@ pub fn loads<'a>(
     }))
 }
 
-/// The slowest and the mean rank's cost, of [`loads`].
+/// The slowest and the mean rank's cost, of [`costs`].
 ///
 /// # Errors
-/// As [`loads`].
-pub fn level(
+/// As [`costs`].
+pub fn max_and_mean(
     placement: &Placement,
     cost: &CostModel,
     routed: &[u32],
     shared: &[u32],
-) -> Result<Level> {
+) -> Result<MaxAndMean> {
     let (mut max, mut sum) = (0, 0);
-    for rank in loads(placement, cost, routed, shared)? {
+    for rank in costs(placement, cost, routed, shared)? {
         max = max.max(rank);
         sum += rank;
     }
-    Ok(Level { max, mean: sum as f64 / placement.ranks() as f64 })
+    Ok(MaxAndMean { max, mean: sum as f64 / placement.ranks() as f64 })
 }
 
 /// Count what one source's shared rows cost: `ids` `[N, top_k]` physical, `shared_rank` `[N]`.

@@ -120,8 +120,8 @@ fn costs_that_sums_could_not_hold_are_refused_with_the_number() {
     };
     let mut plan = Plan::new();
     assert!(matches!(Planner::new().live(&problem, &mut plan), Err(Error::TooLarge { .. })));
-    let level = score::level(&placement, &cost, &[1_000_000, 5], &[3, 0]);
-    assert!(matches!(level, Err(Error::TooLarge { .. })));
+    let wrong = score::max_and_mean(&placement, &cost, &[1_000_000, 5], &[3, 0]);
+    assert!(matches!(wrong, Err(Error::TooLarge { .. })));
 }
 
 #[test]
@@ -232,8 +232,9 @@ fn whatever_rows_cost_own_counts_are_no_worse_than_home_over_many_layers() {
                     assert_eq!(quotas.iter().sum::<u32>(), tokens);
                     received.iter_mut().zip(quotas).for_each(|(sum, rows)| *sum += rows);
                 }
-                let max =
-                    |shared: &[u32]| score::level(&placement, cost, &routed, shared).unwrap().max;
+                let max = |shared: &[u32]| {
+                    score::max_and_mean(&placement, cost, &routed, shared).unwrap().max
+                };
                 home += max(&vec![tokens; ranks]);
                 own += max(&received);
             }

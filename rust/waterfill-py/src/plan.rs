@@ -1,4 +1,4 @@
-//! Plans and levels from plain sequences of integers.
+//! Plans and costs from plain sequences of integers.
 
 use pyo3::prelude::*;
 use waterfill_core::{
@@ -15,8 +15,8 @@ pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyPlan>()?;
     module.add_function(wrap_pyfunction!(plan, module)?)?;
     module.add_function(wrap_pyfunction!(own_quotas, module)?)?;
-    module.add_function(wrap_pyfunction!(level, module)?)?;
-    module.add_function(wrap_pyfunction!(loads, module)?)
+    module.add_function(wrap_pyfunction!(max_and_mean, module)?)?;
+    module.add_function(wrap_pyfunction!(costs, module)?)
 }
 
 #[pyclass(name = "CostModel", frozen)]
@@ -174,7 +174,7 @@ fn own_quotas(
 /// `(max, mean)` of the ranks' costs.
 #[pyfunction]
 #[pyo3(signature = (routed, shared, *, ranks, cost_model))]
-fn level(
+fn max_and_mean(
     routed: Vec<u32>,
     shared: Vec<u32>,
     ranks: usize,
@@ -182,15 +182,15 @@ fn level(
 ) -> PyResult<(u64, f64)> {
     guarded(|| {
         let placement = Placement::contiguous(ranks, routed.len())?;
-        let level = score::level(&placement, &cost_model.inner, &routed, &shared)?;
-        Ok((level.max, level.mean))
+        let found = score::max_and_mean(&placement, &cost_model.inner, &routed, &shared)?;
+        Ok((found.max, found.mean))
     })
 }
 
 /// The ranks' costs `[R]` for each of several placements of the shared rows, `[R]` each.
 #[pyfunction]
 #[pyo3(signature = (routed, placements, *, ranks, cost_model))]
-fn loads(
+fn costs(
     routed: Vec<u32>,
     placements: Vec<Vec<u32>>,
     ranks: usize,
@@ -198,9 +198,9 @@ fn loads(
 ) -> PyResult<Vec<Vec<u64>>> {
     guarded(|| {
         let placement = Placement::contiguous(ranks, routed.len())?;
-        let loads = |shared: &Vec<u32>| {
-            Ok(score::loads(&placement, &cost_model.inner, &routed, shared)?.collect())
+        let costs = |shared: &Vec<u32>| {
+            Ok(score::costs(&placement, &cost_model.inner, &routed, shared)?.collect())
         };
-        placements.iter().map(loads).collect()
+        placements.iter().map(costs).collect()
     })
 }
