@@ -18,7 +18,7 @@ pub const RING: usize = 4;
 pub struct Shape {
     /// EP size.
     pub ranks: usize,
-    /// Physical experts over all ranks.
+    /// Physical experts over all ranks, or as many as ranks: the counts that a rank posts.
     pub experts: usize,
 }
 
@@ -30,6 +30,13 @@ impl Shape {
     pub fn new(ranks: usize, experts: usize) -> Result<Self> {
         waterfill_core::Placement::contiguous(ranks, experts)?;
         Ok(Self { ranks, experts })
+    }
+
+    /// Whether ranks post one count for each rank, the rows of its experts together. Where each rank has one expert that
+    /// is one for each expert too: the same words, whoever reads them.
+    #[must_use]
+    pub fn has_counts_per_rank(&self) -> bool {
+        self.experts == self.ranks
     }
 
     /// Words of the whole board.

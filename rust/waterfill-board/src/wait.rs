@@ -7,8 +7,8 @@ pub(crate) const LOOK: Duration = Duration::from_millis(1);
 /// Looks at the board before a waiter lets others have its core: a few microseconds.
 pub(crate) const EAGER_POLLS: u32 = 256;
 
-/// Whether a waiter reads the clock after so many looks: it takes as long as a look, so not at each, until
-/// between two looks others have the core, for milliseconds each on a crowded one.
+/// Whether a waiter reads the clock after `polls` looks. A reading takes about as long as a look, so at first only every 16th
+/// look has one. Once the waiter lets others have the core between looks, each may be milliseconds after the last, so all have one.
 pub(crate) fn reads_clock(polls: u32) -> bool {
     #[cfg(not(any(loom, shuttle)))]
     if polls > EAGER_POLLS {

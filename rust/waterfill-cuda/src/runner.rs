@@ -62,7 +62,7 @@ struct Cluster {
 pub struct Board {
     /// Address of its first word.
     pub address: usize,
-    /// Its shape: experts as the kernel's, or as many as ranks, for the short form of loads a rank.
+    /// Its shape: experts as the kernel's, or counts per rank.
     pub shape: waterfill_board::Shape,
 }
 
@@ -149,8 +149,8 @@ impl Runner {
     /// posts for this rank.
     pub unsafe fn attach(&mut self, board: Board) -> Result<()> {
         let shape = board.shape;
-        let per_expert = shape.experts == self.shape.experts;
-        if shape.ranks != self.shape.ranks || !(per_expert || shape.experts == shape.ranks) {
+        let fits = shape.has_counts_per_rank() || shape.experts == self.shape.experts;
+        if shape.ranks != self.shape.ranks || !fits {
             let ranks = self.shape.ranks;
             return Err(Error::Argument(format!(
                 "a board of {} ranks and {} counts: give one of {ranks} ranks with {ranks} counts, one for each rank, or {}, \
@@ -391,7 +391,7 @@ pub(crate) fn with_board(args: Args, shape: &waterfill_board::Shape, address: u6
         quotas_at: shape.quotas(0, rank) as u32,
         slot_words: (shape.counts(1, rank) - shape.counts(0, rank)) as u32,
         ring: RING as u32,
-        posts_experts: u32::from(shape.experts != shape.ranks),
+        posts_experts: u32::from(!shape.has_counts_per_rank()),
         counts_stride: shape.counts_stride() as u32,
         tally_at: shape.calls_of(rank) as u32,
         without_plan_at: shape.without_plan(rank) as u32,

@@ -156,7 +156,7 @@ impl<'a, 'b> Live<'a, 'b> {
 
     /// By the port: the words it posts, the quotas it goes on with.
     fn exchange(&mut self, counted: &Counted, cap: Duration) -> Vec<u32> {
-        let by_expert = self.shape.experts != self.shape.ranks;
+        let by_expert = !self.shape.has_counts_per_rank();
         let counts = if by_expert { &counted.counts } else { &counted.loads };
         let posted = Posted { tokens: counted.tokens, visits: &counted.visits, counts };
         let mut quotas = vec![0; self.shape.ranks];
@@ -209,7 +209,7 @@ impl<'a, 'b> Live<'a, 'b> {
     fn gather(&mut self, counted: &Counted) -> Vec<u32> {
         let mut gathered = Vec::new();
         for rank in 0..self.shape.ranks {
-            let mut words = counted.posted(self.shape.experts != self.shape.ranks);
+            let mut words = counted.posted(!self.shape.has_counts_per_rank());
             if rank != self.rank.rank {
                 words.fill_with(|| self.rank.random.next() as u32);
                 let start = self.shape.counts(self.sequence.tag(), rank);
