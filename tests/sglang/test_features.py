@@ -13,7 +13,7 @@ pytest.importorskip("sglang", reason="sglang is not installed: make test install
 import torch
 from inside import EXPERTS, RANK, RANKS, TOKENS, TOP_K, hash_layer, level_of, prepare, routed_only
 
-from waterfill_rs.sglang import eligibility
+from waterfill_rs.sglang import eligibility, refusal
 
 REDUNDANT = 16
 PHYSICAL = EXPERTS + REDUNDANT
@@ -198,7 +198,8 @@ def test_sglang_has_every_argument_that_is_looked_at(sglang):
 
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    read = re.findall(r'getattr\(arguments, "(\w+)"', inspect.getsource(eligibility))
+    sources = inspect.getsource(eligibility) + inspect.getsource(refusal)
+    read = re.findall(r'getattr\(arguments, "(\w+)"', sources)
     assert len(set(read)) == 5
     for name in (*read, "enable_waterfill"):
         assert hasattr(get_server_args(), name), name

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed: make test installs it")
 
+from waterfill_rs._native import OUTCOMES
 from waterfill_rs.sglang import live_share
 from waterfill_rs.sglang.live_share import LONGEST_PAUSE_S, LiveShare
 from waterfill_rs.sglang.preparation import lend
@@ -50,6 +51,8 @@ def test_fewer_than_a_thousand_calls_are_looked_at_later():
 
 
 def test_each_reason_has_its_advice():
+    others = [outcome for outcome in OUTCOMES if outcome != "live"]
+    assert list(live_share._BOARD) == list(live_share._GROUP) == others
     for name, words in (
         ("none", "compiles kernels"),
         ("timed_out", "is late: give it a CPU"),

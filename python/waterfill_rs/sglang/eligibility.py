@@ -1,13 +1,12 @@
-"""Can waterfill-rs serve here? The reasons against it, and how they are told."""
+"""Can waterfill-rs serve here? The reasons against it; ``refusal`` tells them."""
 
 from __future__ import annotations
 
 import importlib
-import logging
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from waterfill_rs.config import Config
-from waterfill_rs.sglang import compat, loaded_hooks, metrics
+from waterfill_rs.sglang import compat, loaded_hooks
 from waterfill_rs.sglang.panics import panics_are_errors
 from waterfill_rs.sglang_versions import Seams
 
@@ -18,13 +17,9 @@ __all__ = [
     "against_device",
     "against_machine",
     "against_model",
+    "against_routers",
     "is_deterministic",
-    "stop",
-    "tell",
-    "tell_of_no_layer",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 def against_machine() -> list[str]:
@@ -102,31 +97,3 @@ def _against_mega_moe(seams: Seams) -> list[str]:
 def is_deterministic(arguments: Any) -> bool:
     """Was --enable-deterministic-inference given? Then plans may depend on own counts only."""
     return bool(getattr(arguments, "enable_deterministic_inference", False))
-
-
-def tell(config: Config, reasons: list[str]) -> None:
-    """One warning with every reason, or the end of the server where waterfill-rs was required."""
-    if config.required:
-        stop(reasons)
-    metrics.stand_aside("; ".join(reasons))
-    logger.warning("waterfill-rs is off, sglang's own Waterfill stays: %s", "; ".join(reasons))
-
-
-def tell_of_no_layer(config: Config, arguments: Any, seams: Seams) -> None:
-    """Waterfill was asked for, and no layer of this rank's model has it: sglang itself says nothing then."""
-    reason = (
-        f"{seams.flag} is on, and no MoE layer here has Waterfill: the model needs a shared expert that sglang "
-        "fuses, and sglang's log says where it does not"
-    )
-    # A stage of a pipeline may have none while others have.
-    if config.required and getattr(arguments, "pp_size", 1) == 1:
-        stop([reason])
-    metrics.stand_aside(reason)
-    logger.warning("waterfill-rs balances nothing: %s", reason)
-
-
-def stop(reasons: list[str]) -> NoReturn:
-    # SystemExit, because sglang swallows every Exception of a plugin and serves without it.
-    raise SystemExit(
-        "waterfill-rs cannot serve:\n" + "\n".join(f"- {reason}" for reason in reasons)
-    )

@@ -28,7 +28,7 @@ from waterfill_rs.config import (
     named,
 )
 from waterfill_rs.exchange.settings import CHOICES
-from waterfill_rs.sglang import compat, eligibility, metrics, ray, registration
+from waterfill_rs.sglang import compat, eligibility, metrics, ray, refusal, registration
 from waterfill_rs.sglang.panics import panics_are_errors
 from waterfill_rs.sglang_versions import ROWS, Seams
 
@@ -57,10 +57,10 @@ def register() -> None:
     try:
         config = Config.from_environment(os.environ)
     except ValueError as error:
-        eligibility.stop([str(error)])
+        refusal.stop([str(error)])
     if not config.enabled:
         return
-    ray.come_along(compat.resolve(SERVER_ARGS))
+    ray.load_in_actors(compat.resolve(SERVER_ARGS))
     metrics.install()
     try:
         if seams := compat.find()[0]:
@@ -69,11 +69,11 @@ def register() -> None:
         _failure.append(f"the plugin failed: {error!r}")
     strange = _against_entering()
     if config.required and (reasons := strange + eligibility.against_machine()):
-        eligibility.stop(reasons)
+        refusal.stop(reasons)
     if strange:
         _tell_only(strange)
-    if ray.may_make_actors() and (reasons := ray.against_actors()):
-        eligibility.tell(config, reasons)
+    if ray.can_make_actors() and (reasons := ray.against_actors()):
+        refusal.stand_aside(config, reasons)
 
 
 def _against_entering() -> list[str]:
@@ -192,9 +192,9 @@ def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwarg
     try:
         config = Config.from_environment(os.environ)
     except ValueError as error:
-        eligibility.stop([str(error)])
+        refusal.stop([str(error)])
     if config.enabled:
-        ray.come_along(compat.resolve(SERVER_ARGS))
+        ray.load_in_actors(compat.resolve(SERVER_ARGS))
         _judge(config, parsed)
     elif config.required:
         logger.warning(
@@ -212,7 +212,7 @@ def _judge(config: Config, parsed: Any) -> None:
         reasons += ray.against_actors()
     asked = any(getattr(parsed, row.switch, False) for row in ROWS)
     if reasons and (asked or config.required):
-        eligibility.tell(config, reasons)
+        refusal.stand_aside(config, reasons)
     elif config.required and not asked:
         flag = (compat.find()[0] or ROWS[0]).flag
         logger.warning("waterfill-rs was required, and balances nothing without sglang's %s", flag)

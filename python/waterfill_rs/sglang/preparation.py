@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs.config import Config
-from waterfill_rs.sglang import eligibility, sizes, unfusing
+from waterfill_rs.sglang import eligibility, refusal, sizes, unfusing
 from waterfill_rs.sglang.compat import resolve
 from waterfill_rs.sglang_versions import ROWS, Seams
 
@@ -48,7 +48,7 @@ def tell_at_preparation(reasons: list[str]) -> Prepare:
 
     def hook(prepare: Prepare, *args: Any, **kwargs: Any) -> Any:
         if any(_asked(_model(args, kwargs), row.enabled) for row in ROWS):
-            eligibility.tell(Config.from_environment(os.environ), reasons)
+            refusal.stand_aside(Config.from_environment(os.environ), reasons)
         return prepare(*args, **kwargs)
 
     return hook
@@ -130,7 +130,7 @@ class Preparation:
         Raises:
             SystemExit: we were required.
         """
-        eligibility.tell(config, reasons)
+        refusal.stand_aside(config, reasons)
         self._stood_aside = True
         with self._sglangs_balancer():
             return prepare(*args, **kwargs)
@@ -157,7 +157,7 @@ class Preparation:
             return
         if getattr(arguments, self.seams.switch, False):
             config = Config.from_environment(os.environ)
-            eligibility.tell_of_no_layer(config, arguments, self.seams)
+            refusal.no_layer(config, arguments, self.seams)
 
     def _agree(self, reasons: list[str]) -> tuple[Peers | None, list[str]]:
         """The other ranks, and what keeps any rank from serving: one that stands aside must leave nobody waiting."""
@@ -186,7 +186,7 @@ class Preparation:
             if resolve(name) is not ours
         ]
         if missing:
-            eligibility.stop(missing)
+            refusal.stop(missing)
 
     def _verify_routers(self, routers: list[Any]) -> list[Any]:
         """Their balancers, all ours."""
@@ -198,7 +198,7 @@ class Preparation:
             if not isinstance(balancer, ours)
         ]
         if others:
-            eligibility.stop(
+            refusal.stop(
                 [
                     f"{len(others)} of {len(routers)} MoE layers are not balanced by waterfill-rs: {sorted(set(others))}"
                 ]
@@ -229,7 +229,7 @@ class Preparation:
             alone = _DETERMINISTIC if deterministic else None
             exchange = connect(fresh, config, peers, device, alone)
         except (OSError, RuntimeError, ValueError) as error:
-            eligibility.stop([str(error)])
+            refusal.stop([str(error)])
         recorder.shared_slots_come()
         self._serves = True
         # Ranks of a board are of one node: one line for them all.

@@ -16,22 +16,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from waterfill_rs.config import BACKEND_VARIABLE, Config
-from waterfill_rs.sglang import eligibility, registration
+from waterfill_rs.sglang import refusal, registration
 
-__all__ = ["against_actors", "come_along", "may_make_actors"]
+__all__ = ["against_actors", "can_make_actors", "load_in_actors"]
 
 ACTORS = "sglang.srt.ray.scheduler_actor"
 _SELECTED = "SGLANG_PLUGINS"
 """sglang's: which plugins load. In an actor they are to be those of the server."""
 
 
-def may_make_actors() -> bool:
+def can_make_actors() -> bool:
     """sglang imports this module, and Ray with it, only to make actors."""
     return ACTORS in sys.modules
 
 
-def come_along(server_args: type) -> None:
-    """From now on, pickles of this class of sglang's load us in the actors that they are sent to."""
+def load_in_actors(server_args: type) -> None:
+    """From now on, an actor that is sent a pickle of ``server_args``, sglang's class, loads waterfill-rs when it reads it."""
     copyreg.pickle(server_args, _reduced)
 
 
@@ -52,15 +52,17 @@ def against_actors() -> list[str]:
 
 
 def _reduced(arguments: Any) -> tuple[Any, ...]:
-    """For pickle: the server's arguments as they reduce themselves, made by ``_arrive`` where actors are made."""
+    """For pickle: the server's arguments as they reduce themselves, made by ``_made_in_actor`` where actors are made."""
     make, given, *state = arguments.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
-    if may_make_actors() and Config.from_environment(os.environ).enabled:
-        make, given = _arrive, (_settings(os.environ), make, given)
+    if can_make_actors() and Config.from_environment(os.environ).enabled:
+        make, given = _made_in_actor, (_settings(os.environ), make, given)
     return (make, given, *state)
 
 
-def _arrive(settings: dict[str, str], make: Callable[..., Any], given: tuple[Any, ...]) -> Any:
-    """Where such a pickle is loaded: in an actor, before its scheduler is imported."""
+def _made_in_actor(
+    settings: dict[str, str], make: Callable[..., Any], given: tuple[Any, ...]
+) -> Any:
+    """Make what such a pickle is of, in an actor and before its scheduler is imported: first settings and plugins."""
     for name in _settings(os.environ).keys() - settings.keys():
         del os.environ[name]
     os.environ.update(settings)
@@ -88,7 +90,7 @@ def _load_plugins() -> None:
     load_plugins()
     if not registration.is_registered():
         # Whether required or not: a rank that is balanced by another rule spoils the plans of its peers.
-        eligibility.stop(
+        refusal.stop(
             [
                 "waterfill-rs is on in the server, and not installed on this node: install it here too"
             ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from waterfill_rs.config import MACHINE_VARIABLE, Config
 from waterfill_rs.machine import Machine
-from waterfill_rs.sglang import compat, eligibility, metrics
+from waterfill_rs.sglang import compat, metrics, refusal
 from waterfill_rs.sglang.compat import resolve
 from waterfill_rs.sglang.overlap import Choice, OverlappedLayer
 from waterfill_rs.sglang.prefill_rule import PrefillRule
@@ -133,9 +133,9 @@ class Share:
         if self._config.shared == "fused":
             return _AS_ASKED
         if wrong:
-            eligibility.stop(wrong)
+            refusal.stop(wrong)
         if reasons and asked:
-            eligibility.stop([f"shared experts cannot run beside dispatch: {r}" for r in reasons])
+            refusal.stop([f"shared experts cannot run beside dispatch: {r}" for r in reasons])
         if reasons:
             return f"fused in every batch, because {'; '.join(reasons)}"
         choice = Choice(self._seams, ranks, data_parallel_groups(self._arguments), rule)
