@@ -13,7 +13,7 @@ import pytest
 
 from waterfill_rs import _native, nvrtc
 from waterfill_rs.cli import main
-from waterfill_rs.exchange.boards import is_left_behind
+from waterfill_rs.exchange.boards import board_name, is_board_name, is_left_behind
 from waterfill_rs.exchange.settings import BoardSettings
 from waterfill_rs.operate import checks, doctor, self_test
 from waterfill_rs.operate.checks import Entry
@@ -397,6 +397,18 @@ def test_boards(tmp_path):
     found = checks.boards(tmp_path, seen, lambda path: False)
     check(found, "warn", "gone: 62 of 64 ranks of waterfill-rs-33-cc")
     assert len(found.text) < 100
+
+
+def test_a_name_that_is_made_is_known_again():
+    assert is_board_name(board_name())
+    for other in ("", "waterfill-rs-", "waterfill-rs-7-", "waterfill-rs-7-xy", f"x{board_name()}"):
+        assert not is_board_name(other), other
+
+
+def test_more_ranks_than_there_can_be_are_refused(capsys):
+    most = _native.MAX_RANKS
+    assert main(["doctor", "--ranks", str(most + 1)]) == 2
+    assert f"--ranks {most + 1}: give 1 to {most}" in capsys.readouterr().err
 
 
 def test_a_board_is_left_behind_once_its_creator_is_gone():

@@ -270,13 +270,13 @@ def shared_memory(
     folder: Path, mounts: str, free: int | None, ranks: int, choice: str = "auto", gpus: int = 0
 ) -> Finding:
     """``mounts``: as in ``/proc/mounts``. ``free``: bytes, if the folder is there. ``choice``: the exchange asked for."""
-    level = without_board(choice, gpus)
-    if level == "ok":
+    severity = without_board(choice, gpus)
+    if severity == "ok":
         return Finding("shm", "ok", f"not needed with exchange {choice}")
     instead = "own counts" if gpus else "exchange by the group"
-    others = f"; until then it serves, with {instead}" if level == "warn" else ""
+    others = f"; until then it serves, with {instead}" if severity == "warn" else ""
     if not folder.is_dir() or free is None:
-        return Finding("shm", level, f"{folder} is not there", f"mount a tmpfs on it{others}")
+        return Finding("shm", severity, f"{folder} is not there", f"mount a tmpfs on it{others}")
     mode = stat.S_IMODE(folder.stat().st_mode)
     kinds = [line.split()[2] for line in mounts.splitlines() if line.split()[1] == str(folder)]
     kind = kinds[-1] if kinds else "no file system of its own"
@@ -284,7 +284,7 @@ def shared_memory(
     largest = _native.board_bytes(*LARGEST)
     if not mounts:
         text = f"/proc is not there, and a board gets its name by it; {folder} itself may be well"
-        return Finding("shm", level, text, f"mount /proc{others}")
+        return Finding("shm", severity, text, f"mount /proc{others}")
     text = (
         f"{folder}: {kind}, mode {mode:04o}, {_mib(free)} MiB free; two boards of {ranks} ranks x "
         f"{USUAL_EXPERTS} experts take {_mib(needed)}, one of {LARGEST[0]} x {LARGEST[1]} {_mib(largest)}"
@@ -296,10 +296,10 @@ def shared_memory(
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "make room in it" if full else f"make it writable for user {os.getuid()}"
         text = f"{text}; a file cannot be made: {error.strerror}"
-        return Finding("shm", level, text, advice + others)
+        return Finding("shm", severity, text, advice + others)
     if free < needed:
         advice = "give it more: docker --shm-size, in Kubernetes an emptyDir with medium: Memory"
-        return Finding("shm", level, text, advice + others)
+        return Finding("shm", severity, text, advice + others)
     if kind != "tmpfs":
         return Finding(
             "shm", "warn", text, "mount a tmpfs on it: counts would be written to a disk"
