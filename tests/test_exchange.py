@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from array import array
@@ -14,14 +13,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import waterfill_rs
 from waterfill_rs import CostModel, _native
 from waterfill_rs.cli import main
 from waterfill_rs.exchange import boards, rendezvous
-from waterfill_rs.exchange.host import BoardExchange, GroupExchange, SoloExchange
-from waterfill_rs.exchange.link import Limits, Link
+from waterfill_rs.exchange.host import BoardExchange, SoloExchange
 from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.exchange.settings import BoardSettings
 from waterfill_rs.torch import count, expand_topk
@@ -291,56 +288,31 @@ def test_ids_that_are_no_experts_post_nothing():
     assert on_ranks(2, run) == expected(2, 1)
 
 
-def group_rank(rank, ranks, calls, folder):
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    exchange = open_exchange(
-        dist.PrefixStore("waterfill", store),
-        ranks=ranks,
-        rank=rank,
-        experts=EXPERTS,
-        choice="group",
-        group=dist.group.WORLD,
-    )
-    assert isinstance(exchange, GroupExchange) and exchange.reason == "it was asked for"
-    for call in range(calls):
-        found = quotas(exchange, ids_of(rank, call))
-        assert found == expected(ranks, call)[rank], f"call {call}"
-    assert exchange.tally()["calls"] == calls
-    with pytest.raises(ValueError, match=f"the process group has {ranks} ranks: give one of 9"):
-        open_exchange(store, ranks=9, rank=0, experts=9, group=dist.group.WORLD)
-    dist.barrier()
-    dist.destroy_process_group()
+def test_a_process_group_of_other_ranks_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    with pytest.raises(ValueError, match="the process group has 2 ranks: give one of 9"):
+        open_exchange(dist.HashStore(), ranks=9, rank=0, experts=9, group=object())
 
 
-@pytest.mark.parametrize("ranks, calls", [(2, 2000), (4, 200), (8, 50)])
-def test_a_group_gives_the_plan_of_all_with_idle_ranks_and_uneven_batches(ranks, calls):
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(group_rank, args=(ranks, calls, folder), nprocs=ranks)
+def test_layers_on_the_cpu_of_several_hosts_take_own_counts(monkeypatch):
+    names, lock = iter("12345678"), threading.Lock()
 
+    def another():
+        with lock:
+            return next(names)
 
-def linked(rank, store, limits=None):
-    link = Link(store, rank, 2, limits or Limits(wait=20, lost=60))
-    return GroupExchange(link, 2, EXPERTS, rank, CostModel.rows(), "a test")
+    monkeypatch.setattr(rendezvous, "_boot", another)
+    monkeypatch.setattr(rendezvous, "_check_group", lambda group, ranks: None)
 
+    def run(choice):
+        where = {"group": object(), "choice": choice}
+        return on_ranks(2, lambda r, s: open_exchange(s, ranks=2, rank=r, experts=24, **where))
 
-def test_a_rank_that_refuses_its_ids_keeps_no_one_waiting_and_gets_no_tokens():
-    def run(rank, store):
-        exchange = linked(rank, store)
-        if rank == 1:
-            bad = torch.full((2, TOP_K), EXPERTS, dtype=torch.int32)
-            with pytest.raises(ValueError, match="expert id 24 in row 0"):
-                quotas(exchange, bad)
-            alone = None
-        else:
-            alone = quotas(exchange, ids_of(0, 1))
-        return alone, quotas(exchange, ids_of(rank, 2)), exchange.tally()["live"]
-
-    first, second = on_ranks(2, run)
-    tokens = count(ids_of(0, 1), physical_experts=EXPERTS, ranks=2)[2]
-    assert first == ([tokens, 0], expected(2, 2)[0], 2)
-    assert second == (None, expected(2, 2)[1], 2)
+    for exchange in run("auto"):
+        assert isinstance(exchange, SoloExchange) and "host (boot id) is" in exchange.reason
+    for error in run("group"):
+        assert isinstance(error, ValueError), error
+        assert "cannot be had: layers are on the CPU" in str(error)
 
 
 def test_status_and_top_see_a_board_from_outside(capsys, monkeypatch):

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any, final
 
 __all__ = [
-    "REFUSED",
     "SNAPSHOT_VERSION",
     "Board",
     "CostModel",
     "CudaRunner",
     "DeviceEnd",
-    "GroupPlanner",
     "Observer",
     "Plan",
     "PlannerThread",
@@ -148,9 +146,6 @@ def unsafe_traffic_ptr(
 ) -> tuple[int, int]:
     """``(extra_copies, extra_messages)`` of one source's shared ranks."""
 
-REFUSED: int
-"""In place of its tokens, of a rank that refused its ids, for ``GroupPlanner``."""
-
 SNAPSHOT_VERSION: int
 """Of what ``Board.snapshot`` and ``Observer.snapshot`` give."""
 
@@ -279,23 +274,6 @@ class Port:
         """Why the others cannot see whether this process lives, if they can't."""
     def tally(self) -> dict[str, Any]:
         """One entry of ``by_rank`` of a snapshot, but ``alive``."""
-
-@final
-class GroupPlanner:
-    """One rank's part in an exchange by a collective: all ranks' counts in, own quotas out."""
-
-    def __new__(
-        cls, ranks: int, experts: int, rank: int, cost_model: CostModel
-    ) -> GroupPlanner: ...
-    @property
-    def words(self) -> int:
-        """Integers that each rank contributes: tokens, visits ``[R]``, counts ``[P]``."""
-    def unsafe_count_ptr(self, ids: tuple[int, int, int, int], out: int) -> None:
-        """Write this rank's, int32 ``[words]`` at ``out``."""
-    def own_quotas(self) -> list[int]:
-        """Quotas ``[ranks]`` from what was counted last, by itself."""
-    def unsafe_quotas_ptr(self, gathered: int) -> list[int]:
-        """Quotas ``[ranks]`` from all ranks', int32 ``[ranks, words]`` at ``gathered``."""
 
 @final
 class CudaRunner:

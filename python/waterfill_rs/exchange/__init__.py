@@ -1,4 +1,4 @@
-"""How ranks learn each other's counts: a board in a node's shared memory, a collective, or not at all.
+"""How ranks learn each other's counts: a board in a node's shared memory, a collective of CUDA devices, or not at all.
 
 ``rendezvous`` opens a rank's end. ``host`` has the ends for layers on the CPU, ``device`` those for CUDA devices.
 """

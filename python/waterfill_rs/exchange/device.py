@@ -19,7 +19,8 @@ _all_gather = getattr(
     torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor
 )
 NO_COUNT = -1
-"""As unsigned the most there is: no planner takes it for a number of tokens."""
+"""What a rank that refuses its tensors gives the others, in each word. As unsigned it is the most there is, which no planner
+takes for a number of tokens: the call has no plan, and all ranks take own counts."""
 
 
 class DeviceExchange:

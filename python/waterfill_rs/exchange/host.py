@@ -1,20 +1,17 @@
-"""How a rank learns the other ranks' counts: not at all, over a node's board, or by a collective.
+"""How a rank with layers on the CPU learns the other ranks' counts: not at all, or over a node's board.
 
-All three take the ids of one layer and give this rank's quotas, ``[R]``, which always add up to its
+Both take the ids of one layer and give this rank's quotas, ``[R]``, which always add up to its
 tokens. Every rank of the group makes the same calls in the same order, a rank without tokens too.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from waterfill_rs import CostModel, _native
 from waterfill_rs.exchange.settings import BoardSettings, Pace
 
-if TYPE_CHECKING:
-    from waterfill_rs.exchange.link import Link
-
-__all__ = ["BoardExchange", "Exchange", "GroupExchange", "Ids", "SoloExchange"]
+__all__ = ["BoardExchange", "Exchange", "Ids", "SoloExchange"]
 
 Ids = tuple[int, int, int, int]
 """Ids ``[rows, top_k]`` in this process's memory: address, rows, top_k, and bits an id (32 or 64)."""
@@ -144,41 +141,3 @@ class BoardExchange:
     def close(self) -> None:
         if self._planner is not None:
             self._planner.stop()
-
-
-class GroupExchange:
-    """Live counts by one all-gather a call over gloo, any number of nodes; see ``waterfill_rs.exchange.link`` for one that is late.
-
-    A rank that refuses its ids tells the others so first: they plan without it, so this call is not to be made again.
-    """
-
-    name = "group"
-    unwatched: str | None = None
-
-    def __init__(
-        self, link: Link, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str
-    ) -> None:
-        import torch
-
-        self.reason = reason
-        self.link = link
-        self._end = _native.GroupPlanner(ranks, experts, rank, cost_model)
-        self._new = torch.empty(self._end.words, dtype=torch.int32).new_empty
-
-    def quotas(self, ids: Ids) -> list[int]:
-        own = self._new(self._end.words)
-        try:
-            self._end.unsafe_count_ptr(ids, own.data_ptr())
-        except ValueError:
-            self.link.gather(own.fill_(_native.REFUSED))
-            raise
-        gathered = self.link.gather(own)
-        if gathered is None:
-            return self._end.own_quotas()
-        return self._end.unsafe_quotas_ptr(gathered.data_ptr())
-
-    def tally(self) -> dict[str, Any]:
-        return {"calls": sum(self.link.tally.values()), **self.link.tally}
-
-    def close(self) -> None:
-        self.link.close()

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from waterfill_rs import CostModel, __version__, _native
-from waterfill_rs.exchange.host import BoardExchange, Exchange, GroupExchange, SoloExchange
+from waterfill_rs.exchange.host import BoardExchange, Exchange, SoloExchange
 from waterfill_rs.exchange.settings import CHOICES, BoardSettings, Choice
 
 if TYPE_CHECKING:
     import torch
 
     from waterfill_rs.exchange.device import DeviceExchange
-    from waterfill_rs.exchange.link import Limits
 
 __all__ = ["Store", "board_name", "open_exchange"]
 
@@ -94,17 +93,15 @@ def open_exchange(
     group: Any = None,
     cost_model: CostModel | None = None,
     device: torch.device | None = None,
-    limits: Limits | None = None,
 ) -> Exchange | DeviceExchange:
     """Meet the other ranks and open this rank's end. All ranks call it, with keys of their own in ``store``.
 
     Args:
-        choice: ``auto``: a board on one node, else the group, else own counts. Others: that one or an error.
-        group: the ``torch.distributed`` process group of these ranks. Without it there is no ``group``: with a device its
-            collectives are used; on the CPU connections of our own are made beside it.
+        choice: ``auto``: a board on one node, else the group if there is one, else own counts. Others: that one or an error.
+        group: the ``torch.distributed`` process group of these ranks, whose collectives take the device's tensors. Without
+            it, or without a device, there is no ``group``.
         device: the CUDA device on which this rank's layers run, if they do: then ranks tell loads a rank, and
             ``cost_model`` is rows.
-        limits: of the group on the CPU; by default its ``wait`` is the settings' cap if that is longer.
 
     Raises:
         ValueError: ranks that disagree, with both sides' values; a choice that cannot be had, with the reason.
@@ -128,13 +125,13 @@ def open_exchange(
         layers_on="cpu" if device is None else device.type,
         timeout_us=settings.cap_us,
         cost_model=repr(model),
-        process_group=group is not None,
+        process_group=group is not None and device is not None,
         boot=_boot(),
         shared_memory=_device(),
         user=os.getuid(),
     )
     name, reason = _decide(_meet(store, own, rank))
-    exchange = _open(name, reason, store, own, rank, model, settings, group, device, limits)
+    exchange = _open(name, reason, store, own, rank, model, settings, group, device)
     if exchange.unwatched is not None:
         logger.warning(
             "waterfill-rs: rank %d cannot be watched (%s): should its process end, the other ranks wait up to %g s for it "
@@ -156,7 +153,6 @@ def _open(
     settings: BoardSettings,
     group: Any,
     device: torch.device | None,
-    limits: Limits | None,
 ) -> Exchange | DeviceExchange:
     """What was decided on, or what all ranks take where one of them cannot have it."""
     choice, ranks, experts = own.choice, own.ranks, own.experts
@@ -164,8 +160,8 @@ def _open(
     if name == "board":
         board, refusal = _open_board(store, ranks, experts if device is None else ranks, rank)
         if board is None:
-            name, reason = _instead(choice, name, "solo" if group is None else "group", refusal)
-    if name == "group" and device is not None:
+            name, reason = _instead(choice, name, "group" if own.process_group else "solo", refusal)
+    if name == "group":
         board, refusal = _own_board(store, ranks, rank)
         if board is None:
             name, reason = _instead(choice, name, "solo", refusal)
@@ -182,12 +178,6 @@ def _open(
         )
     if board is not None:
         return BoardExchange.open(board, rank, settings, reason, model)
-    if name == "group":
-        from waterfill_rs.exchange.link import Limits, Link
-
-        limits = limits or Limits(wait=max(Limits.wait, settings.cap_us / 1e6))
-        link = Link(store, rank, ranks, limits)
-        return GroupExchange(link, ranks, experts, rank, model, reason)
     return SoloExchange(ranks, experts, rank, model, reason)
 
 
@@ -266,6 +256,10 @@ def _decide(cards: Sequence[_Card]) -> tuple[Name, str]:
     if len(cards) == 1 and choice != "board":
         return "solo", "there is one rank"
     if choice == "group":
+        if cards[0].layers_on == "cpu":
+            raise ValueError(
+                "the group was asked for and cannot be had: layers are on the CPU, and its collective is one of CUDA devices"
+            )
         if not has_group:
             raise ValueError("the group exchange was asked for, and there is no process group")
         return "group", "it was asked for"

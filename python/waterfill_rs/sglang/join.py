@@ -75,7 +75,7 @@ def _open(
         if config.exchange not in ("auto", "solo"):
             raise ValueError(f"exchange {config.exchange} was asked for, and {reason}")
         return _alone(ranks, experts, rank, device, reason)
-    coordinator = peers.coordinator
+    on_device = device.type == "cuda"
     return open_exchange(
         peers.store,
         ranks=ranks,
@@ -83,6 +83,6 @@ def _open(
         experts=experts,
         choice=config.exchange,
         settings=config.board,
-        group=coordinator.device_group if device.type == "cuda" else coordinator.cpu_group,
-        device=device if device.type == "cuda" else None,
+        group=peers.coordinator.device_group if on_device else None,
+        device=device if on_device else None,
     )

@@ -7,20 +7,16 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use waterfill_board::{BoardPlanner, Outcome, Port, Posted, Segment};
-use waterfill_core::{
-    CostModel, Error, Id, OwnCounts, OwnPlanner, Placement, Plan, Planner, Problem, Routed, count,
-};
+use waterfill_core::{CostModel, Error, Id, OwnCounts, OwnPlanner, Placement, count};
 
 use crate::board::{PyBoard, planner, tally_dict};
 use crate::error::{board_guarded, guarded};
 use crate::plan::PyCostModel;
-use crate::tensors::{Ids, array, array_mut, unknown_bits};
+use crate::tensors::{Ids, unknown_bits};
 
 pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PySolo>()?;
-    module.add_class::<PyPort>()?;
-    module.add("REFUSED", REFUSED as i32)?;
-    module.add_class::<PyGroupPlanner>()
+    module.add_class::<PyPort>()
 }
 
 /// What one rank posts: counted from its ids into memory that is reused.
@@ -212,126 +208,5 @@ fn name_of(outcome: Outcome) -> &'static str {
         Outcome::TimedOut => "timed_out",
         Outcome::Broken => "broken",
         Outcome::Torn => "torn",
-    }
-}
-
-/// In place of its tokens, of a rank that refused its ids: it takes part, and nothing is known of it.
-const REFUSED: u32 = u32::MAX;
-
-/// Plans from counts that a collective brought: the same on every rank.
-#[pyclass(name = "GroupPlanner")]
-struct PyGroupPlanner {
-    counted: Counted,
-    cost: CostModel,
-    rank: usize,
-    tokens: Vec<u32>,
-    visits: Vec<u32>,
-    routed: Vec<u32>,
-    eligible: Vec<bool>,
-    planner: Planner,
-    own: OwnPlanner,
-    plan: Plan,
-}
-
-#[pymethods]
-impl PyGroupPlanner {
-    #[new]
-    fn new(ranks: usize, experts: usize, rank: usize, cost_model: &PyCostModel) -> PyResult<Self> {
-        guarded(|| {
-            check_rank(rank, ranks)?;
-            Ok(Self {
-                counted: Counted::new(ranks, experts)?,
-                cost: cost_model.inner.clone(),
-                rank,
-                tokens: vec![0; ranks],
-                visits: vec![0; ranks * ranks],
-                routed: vec![0; experts],
-                eligible: vec![true; ranks],
-                planner: Planner::new(),
-                own: OwnPlanner::new(),
-                plan: Plan::new(),
-            })
-        })
-    }
-
-    /// Integers that each rank contributes: its tokens, its visits `[R]`, its counts `[P]`.
-    #[getter]
-    fn words(&self) -> usize {
-        1 + self.tokens.len() + self.routed.len()
-    }
-
-    /// Write what this rank contributes, `[words]` int32.
-    fn unsafe_count_ptr(
-        &mut self,
-        py: Python<'_>,
-        ids: (usize, usize, usize, usize),
-        out: usize,
-    ) -> PyResult<()> {
-        let (ids, bits) = Ids::of(ids);
-        py.detach(|| {
-            // SAFETY: `waterfill_rs.exchange.host` gives live contiguous ids of this shape and width, and an
-            // int32 tensor of `words` elements that nobody else uses.
-            let out = unsafe {
-                self.counted.count(ids, bits)?;
-                array_mut::<u32>("out", out, self.words())?
-            };
-            let Counted { tokens, visits, counts, .. } = &self.counted;
-            let values = std::iter::once(tokens).chain(visits).chain(counts);
-            out.iter_mut().zip(values).for_each(|(out, &value)| *out = value);
-            Ok(())
-        })
-    }
-
-    /// This rank's quotas from what it counted last, by itself.
-    fn own_quotas(&mut self, py: Python<'_>) -> PyResult<Vec<u32>> {
-        py.detach(|| {
-            let mut quotas = vec![0; self.tokens.len()];
-            guarded(|| self.own.plan(&self.counted.own(&self.cost, self.rank), &mut quotas))?;
-            Ok(quotas)
-        })
-    }
-
-    /// This rank's quotas from what all ranks contributed, `[R, words]` int32.
-    fn unsafe_quotas_ptr(&mut self, py: Python<'_>, gathered: usize) -> PyResult<Vec<u32>> {
-        py.detach(|| {
-            let length = self.tokens.len() * self.words();
-            // SAFETY: `waterfill_rs.exchange.host` gives a live contiguous int32 tensor of this size.
-            let gathered = unsafe { array::<u32>("gathered", gathered, length) }?;
-            guarded(|| self.plan(gathered))
-        })
-    }
-}
-
-impl PyGroupPlanner {
-    fn plan(&mut self, gathered: &[u32]) -> waterfill_core::Result<Vec<u32>> {
-        let ranks = self.tokens.len();
-        self.routed.fill(0);
-        for (rank, words) in gathered.chunks_exact(1 + ranks + self.routed.len()).enumerate() {
-            let visits_of_rank = &mut self.visits[rank * ranks..][..ranks];
-            self.eligible[rank] = words[0] != REFUSED;
-            if !self.eligible[rank] {
-                self.tokens[rank] = 0;
-                visits_of_rank.fill(0);
-                continue;
-            }
-            let (visits, counts) = words[1..].split_at(ranks);
-            self.tokens[rank] = words[0];
-            visits_of_rank.copy_from_slice(visits);
-            for (sum, &rows) in self.routed.iter_mut().zip(counts) {
-                *sum = sum.saturating_add(rows);
-            }
-        }
-        let problem = Problem {
-            placement: &self.counted.placement,
-            cost: &self.cost,
-            routed: Routed::PerExpert(&self.routed),
-            tokens: &self.tokens,
-            visits: Some(&self.visits),
-            eligible: Some(&self.eligible),
-        };
-        self.planner.live(&problem, &mut self.plan)?;
-        let mut quotas = vec![0; ranks];
-        self.plan.quotas_of(self.rank, &mut quotas)?;
-        Ok(quotas)
     }
 }
