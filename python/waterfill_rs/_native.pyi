@@ -127,14 +127,13 @@ def unsafe_assign_ptr(
 def unsafe_expand_ptr(
     ids: tuple[int, int, int, int],
     weights: tuple[int, int],
+    out: tuple[int, int],
     quotas: Sequence[int],
-    out_ids: int,
-    out_weights: int,
     physical_experts: int,
     rank: int,
     shared_weight: float,
 ) -> None:
-    """Write ids and weights ``[rows, top_k + 1]``; ``weights`` is (address, bits)."""
+    """Write ids and weights ``[rows, top_k + 1]`` at ``out``, two addresses; ``weights`` is (address, bits)."""
 
 def unsafe_move_up_ptr(
     ids: tuple[int, int, int, int], out: int, physical_experts: int, ranks: int
@@ -244,10 +243,20 @@ class Solo:
     """A rank that knows its own counts only."""
 
     def __new__(cls, ranks: int, experts: int, rank: int, cost_model: CostModel) -> Solo: ...
-    def unsafe_quotas_ptr(self, ids: tuple[int, int, int, int]) -> list[int]:
-        """Quotas ``[ranks]`` for ids (address, rows, top_k, bits)."""
+    def unsafe_expand_ptr(
+        self,
+        ids: tuple[int, int, int, int],
+        weights: tuple[int, int],
+        out: tuple[int, int],
+        shared_weight: float,
+    ) -> None:
+        """One call: count, plan from own counts, and write ids and weights as ``unsafe_expand_ptr`` does."""
     @property
-    def calls(self) -> int: ...
+    def quotas(self) -> list[int]:
+        """Quotas ``[ranks]`` of the last call."""
+    @property
+    def calls(self) -> int:
+        """Calls so far."""
 
 @final
 class Port:
@@ -261,14 +270,25 @@ class Port:
         *,
         plans_patience_us: int | None = None,
     ) -> Port: ...
-    def unsafe_quotas_ptr(
-        self, ids: tuple[int, int, int, int], cap_us: int
-    ) -> tuple[str, list[int]]:
-        """How the call ended (``live``, ``none``, ``timed_out``, ``broken``, ``torn``) and the quotas ``[ranks]``.
+    def unsafe_expand_ptr(
+        self,
+        ids: tuple[int, int, int, int],
+        weights: tuple[int, int],
+        out: tuple[int, int],
+        shared_weight: float,
+        cap_us: int,
+    ) -> str:
+        """One call: count, post, wait for the quotas, and write ids and weights as ``unsafe_expand_ptr`` does.
+
+        Gives how the call ended: ``live``, ``none``, ``timed_out``, ``broken``, ``torn``.
 
         Raises:
+            ValueError: ids that are no experts: nothing is posted or written, and the call does not count.
             RuntimeError: this process is a fork of the one that made the object.
         """
+    @property
+    def quotas(self) -> list[int]:
+        """Quotas ``[ranks]`` of the last call."""
     @property
     def unwatched(self) -> str | None:
         """Why the others cannot see whether this process lives, if they can't."""

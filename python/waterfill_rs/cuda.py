@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from waterfill_rs import _native, nvrtc
+from waterfill_rs.tensors import ID_BITS, WEIGHT_BITS
 
 __all__ = ["Expander", "expand_topk", "move_up"]
 
-_ID_BITS = {torch.int32: 32, torch.int64: 64}
-_WEIGHT_BITS = {torch.float32: 32, torch.bfloat16: 16}
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
@@ -67,7 +66,7 @@ class Expander:
         device = torch.device(device)
         if device.type != "cuda":
             raise ValueError(f"device {device}: give a CUDA device")
-        if ids not in _ID_BITS or weights not in _WEIGHT_BITS:
+        if ids not in ID_BITS or weights not in WEIGHT_BITS:
             raise ValueError(
                 f"ids {ids}, weights {weights}: give int32 or int64, float32 or bfloat16"
             )
@@ -82,8 +81,8 @@ class Expander:
             experts=physical_experts,
             rank=rank,
             top_k=top_k,
-            id_bits=_ID_BITS[ids],
-            weight_bits=_WEIGHT_BITS[weights],
+            id_bits=ID_BITS[ids],
+            weight_bits=WEIGHT_BITS[weights],
             board=board,
             nvrtc=next(iter(nvrtc.files()), None),
             cache=_cache(),

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from batches import SHARED_WEIGHT, batch, on_cpu, planned, same
 
 from waterfill_rs import CostModel, _native
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.exchange.settings import BoardSettings
 
@@ -31,9 +32,7 @@ class Rank:
     def open(self, name: str, cap_us: int):
         return open_exchange(
             dist.PrefixStore(name, self.store),
-            ranks=self.ranks,
-            rank=self.rank,
-            experts=EXPERTS,
+            Member(self.ranks, EXPERTS, self.rank),
             choice="group",
             settings=BoardSettings(cap_us=cap_us, pace="spin"),
             group=dist.group.WORLD,

@@ -1,4 +1,4 @@
-"""The boards of this host, found and read from outside.
+"""The boards of this host: what they are called, and how they are found and read from outside.
 
 A board's name is gone once its ranks are attached, but each of them keeps it open: so it is found under
 ``/proc``, at any process of this user that has one.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from waterfill_rs import _native
 
-__all__ = ["ENDS", "Board", "find", "is_left_behind"]
+__all__ = ["ENDS", "Board", "board_name", "find", "is_left_behind"]
 
 ENDS = ("live", "none", "timed_out", "broken", "torn")
 """How a rank's calls end, as a snapshot counts them."""
@@ -33,6 +34,11 @@ class Board:
     def snapshot(self) -> dict[str, Any]:
         """See ``Observer.snapshot`` in ``_native.pyi``; with ``name``."""
         return {"name": self.name, **self.observer.snapshot()}
+
+
+def board_name() -> str:
+    """Of a new board: this process's, and unlike any other."""
+    return f"waterfill-rs-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def find() -> list[Board]:

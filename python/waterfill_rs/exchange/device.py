@@ -10,6 +10,7 @@ from torch import Tensor
 
 from waterfill_rs import CostModel, _native
 from waterfill_rs.cuda import Expander
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.settings import BoardSettings
 
 __all__ = ["DeviceExchange", "DeviceGroupExchange"]
@@ -39,10 +40,8 @@ class DeviceExchange:
     def __init__(
         self,
         device: torch.device,
+        member: Member,
         *,
-        ranks: int,
-        experts: int,
-        rank: int,
         reason: str,
         board: _native.Board | None = None,
         plans: bool = False,
@@ -53,15 +52,14 @@ class DeviceExchange:
     ) -> None:
         self.name = "solo" if board is None else "board"
         self.reason = reason
-        self.device, self.board = device, board
-        self._shape = {"physical_experts": experts, "ranks": ranks, "rank": rank}
+        self.device, self.board, self.member = device, board, member
         self._cap_us = None if board is None else cap_us
         self._expander: Expander | None = None
         self._planner: _native.PlannerThread | None = None
         self._end: _native.DeviceEnd | None = None
         self.unwatched: str | None = None
         if board is not None:
-            self._end = _native.DeviceEnd(board, rank, plans)
+            self._end = _native.DeviceEnd(board, member.rank, plans)
             self.unwatched = self._end.unwatched
         if board is not None and plans:
             if patience_us is None:
@@ -105,7 +103,9 @@ class DeviceExchange:
             )
         self._expander = Expander(
             self.device,
-            **self._shape,
+            physical_experts=self.member.experts,
+            ranks=self.member.ranks,
+            rank=self.member.rank,
             top_k=ids.shape[1],
             ids=ids.dtype,
             weights=torch.float32 if weights is None else weights.dtype,
@@ -117,7 +117,7 @@ class DeviceExchange:
         """How the calls with live counts ended so far, as the kernel tells the board: does not wait for the device."""
         if self.board is None:
             return {"calls": 0}
-        tally: dict[str, Any] = self.board.snapshot()["by_rank"][self._shape["rank"]]
+        tally: dict[str, Any] = self.board.snapshot()["by_rank"][self.member.rank]
         return tally
 
     def close(self) -> None:
@@ -142,10 +142,8 @@ class DeviceGroupExchange(DeviceExchange):
         self,
         device: torch.device,
         group: Any,
+        member: Member,
         *,
-        ranks: int,
-        experts: int,
-        rank: int,
         reason: str,
         board: _native.Board,
         cap_us: int = BoardSettings.cap_us,
@@ -154,9 +152,7 @@ class DeviceGroupExchange(DeviceExchange):
     ) -> None:
         super().__init__(
             device,
-            ranks=ranks,
-            experts=experts,
-            rank=rank,
+            member,
             reason=reason,
             board=board,
             plans=True,
@@ -166,9 +162,9 @@ class DeviceGroupExchange(DeviceExchange):
         )
         self.name = "group"
         self._group = group
-        words = 1 + 2 * ranks
+        words = 1 + 2 * member.ranks
         self._own = torch.zeros(words, dtype=torch.int32, device=device)
-        self._all = torch.zeros(ranks * words, dtype=torch.int32, device=device)
+        self._all = torch.zeros(member.ranks * words, dtype=torch.int32, device=device)
 
     def expand(self, ids: Tensor, weights: Tensor, shared_weight: float) -> tuple[Tensor, Tensor]:
         """As there; a rank that refuses its tensors joins the others first, who then have own counts for this call."""

@@ -1,24 +1,25 @@
 """How a rank with layers on the CPU learns the other ranks' counts: not at all, or over a node's board.
 
-Both take the ids of one layer and give this rank's quotas, ``[R]``, which always add up to its
-tokens. Every rank of the group makes the same calls in the same order, a rank without tokens too.
+Both expand one layer's routed rows by quotas that always add up to this rank's tokens. Every rank of the group makes
+the same calls in the same order, a rank without tokens too.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from waterfill_rs import CostModel, _native
-from waterfill_rs.exchange.settings import BoardSettings, Pace
+from torch import Tensor
 
-__all__ = ["BoardExchange", "Exchange", "Ids", "SoloExchange"]
+from waterfill_rs.exchange.ends import BoardEnd, SoloEnd
+from waterfill_rs.exchange.member import Member
+from waterfill_rs.tensors import ids_at, weights_at
+from waterfill_rs.torch import move_up
 
-Ids = tuple[int, int, int, int]
-"""Ids ``[rows, top_k]`` in this process's memory: address, rows, top_k, and bits an id (32 or 64)."""
+__all__ = ["BoardExchange", "Exchange", "SoloExchange"]
 
 
 class Exchange(Protocol):
-    """One rank's end. ``reason``: why it is this one, in words."""
+    """One rank's end, for layers on the CPU or on a CUDA device. ``reason``: why it is this one, in words."""
 
     reason: str
     unwatched: str | None
@@ -29,11 +30,20 @@ class Exchange(Protocol):
         """``solo``, ``board`` or ``group``."""
         ...
 
-    def quotas(self, ids: Ids) -> list[int]:
-        """Count, exchange, and give this rank's quotas.
+    def expand(self, ids: Tensor, weights: Tensor, shared_weight: float) -> tuple[Tensor, Tensor]:
+        """One call: count, exchange, and widen ids and weights ``[N, K]`` to ``[N, K + 1]``; N may be 0.
+
+        See ``waterfill_rs.torch.expand_topk`` for what is in them.
 
         Raises:
-            ValueError: an id at or above the number of experts, with its place. The others learn no counts then.
+            ValueError: tensors that do not fit, or on the CPU an id at or above the number of experts, with its place.
+        """
+        ...
+
+    def move_up(self, ids: Tensor) -> Tensor:
+        """Ids ``[N, K]`` past the shared experts, int64, for a batch whose shared rows are not routed. It is no call.
+
+        See ``waterfill_rs.torch.move_up``.
         """
         ...
 
@@ -42,102 +52,42 @@ class Exchange(Protocol):
         ...
 
     def close(self) -> None:
-        """End what runs beside it. Quotas are not asked for afterwards."""
+        """End what runs beside it. No calls are made afterwards."""
         ...
 
 
-class SoloExchange:
+class _OnTensors(Protocol):
+    """Calls with CPU tensors, by the addresses of an end."""
+
+    member: Member
+
+    def unsafe_expand_ptr(
+        self,
+        ids: tuple[int, int, int, int],
+        weights: tuple[int, int],
+        out: tuple[int, int],
+        shared_weight: float,
+    ) -> None: ...
+
+    def expand(self, ids: Tensor, weights: Tensor, shared_weight: float) -> tuple[Tensor, Tensor]:
+        """See ``Exchange.expand``. A refusal leaves this call out: the others learn no counts of this rank."""
+        there = ids_at(ids)
+        rows, top_k = ids.shape
+        beside = weights_at(weights, (rows, top_k))
+        out_ids = ids.new_empty(rows, top_k + 1)
+        out_weights = weights.new_empty(rows, top_k + 1)
+        out = out_ids.data_ptr(), out_weights.data_ptr()
+        self.unsafe_expand_ptr(there, beside, out, shared_weight)
+        return out_ids, out_weights
+
+    def move_up(self, ids: Tensor) -> Tensor:
+        """See ``Exchange.move_up``."""
+        return move_up(ids, physical_experts=self.member.experts, ranks=self.member.ranks)
+
+
+class SoloExchange(SoloEnd, _OnTensors):
     """Own counts only."""
 
-    name = "solo"
-    unwatched: str | None = None
 
-    def __init__(
-        self, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str
-    ) -> None:
-        self.reason = reason
-        self._end = _native.Solo(ranks, experts, rank, cost_model)
-
-    def quotas(self, ids: Ids) -> list[int]:
-        return self._end.unsafe_quotas_ptr(ids)
-
-    def tally(self) -> dict[str, Any]:
-        return {"calls": self._end.calls}
-
-    def close(self) -> None:
-        pass
-
-
-class BoardExchange:
-    """Live counts of the ranks of one node, through shared memory.
-
-    The leader, rank 0, has the planner. It waits for the counts of all ranks that live, ``patience_us`` from a call's
-    first counts on; if a rank's are not there then, no rank has a plan for this call, and all take own counts at once.
-    A rank whose planner does not answer takes own counts after ``cap_us``.
-    """
-
-    name = "board"
-
-    def __init__(
-        self,
-        board: _native.Board,
-        rank: int,
-        cost_model: CostModel,
-        *,
-        cap_us: int,
-        patience_us: int,
-        pace: Pace,
-        core: int | None = None,
-        reason: str,
-    ) -> None:
-        self.reason = reason
-        self.board = board
-        self._cap_us = cap_us
-        self._planner: _native.PlannerThread | None = None
-        inline = pace in ("auto", "inline")
-        self._end = _native.Port(
-            board, rank, cost_model, plans_patience_us=patience_us if rank == 0 and inline else None
-        )
-        self.unwatched = self._end.unwatched
-        if rank == 0 and not inline:
-            self._planner = _native.PlannerThread(
-                board, cost_model, patience_us=patience_us, pace=pace, core=core
-            )
-            self.unwatched = self.unwatched or self._planner.unwatched
-
-    @classmethod
-    def open(
-        cls,
-        board: _native.Board,
-        rank: int,
-        settings: BoardSettings,
-        reason: str,
-        cost_model: CostModel | None = None,
-    ) -> BoardExchange:
-        """A rank's end of a board, as the settings have it. Without a cost model a row costs 1.
-
-        Raises:
-            OSError, ValueError: the planner's core is not to be had.
-        """
-        return cls(
-            board,
-            rank,
-            CostModel.rows() if cost_model is None else cost_model,
-            cap_us=settings.cap_us,
-            patience_us=settings.patience_us,
-            pace=settings.pace,
-            core=settings.core,
-            reason=reason,
-        )
-
-    def quotas(self, ids: Ids) -> list[int]:
-        if self._planner is not None:
-            self._planner.wake()
-        return self._end.unsafe_quotas_ptr(ids, self._cap_us)[1]
-
-    def tally(self) -> dict[str, Any]:
-        return self._end.tally()
-
-    def close(self) -> None:
-        if self._planner is not None:
-            self._planner.stop()
+class BoardExchange(BoardEnd, _OnTensors):
+    """Live counts of the ranks of one node: a ``BoardEnd`` for tensors."""

@@ -15,16 +15,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch.distributed
+
 from waterfill_rs import CostModel, __version__, _native
+from waterfill_rs.exchange.boards import board_name
 from waterfill_rs.exchange.host import BoardExchange, Exchange, SoloExchange
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.settings import CHOICES, BoardSettings, Choice
 
 if TYPE_CHECKING:
-    import torch
-
     from waterfill_rs.exchange.device import DeviceExchange
 
-__all__ = ["Store", "board_name", "open_exchange"]
+__all__ = ["Store", "open_exchange"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,23 +79,16 @@ def _device() -> str:
         return f"none ({error})"
 
 
-def board_name() -> str:
-    """Of a new board: this process's, and unlike any other."""
-    return f"waterfill-rs-{os.getpid()}-{secrets.token_hex(8)}"
-
-
 def open_exchange(
     store: Store,
+    member: Member,
     *,
-    ranks: int,
-    rank: int,
-    experts: int,
     choice: Choice = "auto",
     settings: BoardSettings | None = None,
     group: Any = None,
     cost_model: CostModel | None = None,
     device: torch.device | None = None,
-) -> Exchange | DeviceExchange:
+) -> Exchange:
     """Meet the other ranks and open this rank's end. All ranks call it, with keys of their own in ``store``.
 
     Args:
@@ -111,16 +106,14 @@ def open_exchange(
     settings = settings or BoardSettings()
     if choice not in CHOICES:
         raise ValueError(f"exchange {choice!r}: give one of {', '.join(CHOICES)}")
-    if not 0 <= rank < ranks:
-        raise ValueError(f"rank {rank}: give one from 0 to {ranks - 1}")
     if group is not None:
-        _check_group(group, ranks)
+        _check_group(group, member.ranks)
     if device is not None and settings.pace == "inline":
         raise ValueError("planner inline with layers on a CUDA device: give auto, park or spin")
     own = _Card(
         version=__version__,
-        ranks=ranks,
-        experts=experts,
+        ranks=member.ranks,
+        experts=member.experts,
         choice=choice,
         layers_on="cpu" if device is None else device.type,
         timeout_us=settings.cap_us,
@@ -130,13 +123,13 @@ def open_exchange(
         shared_memory=_device(),
         user=os.getuid(),
     )
-    name, reason = _decide(_meet(store, own, rank))
-    exchange = _open(name, reason, store, own, rank, model, settings, group, device)
+    name, reason = _decide(_meet(store, own, member.rank))
+    exchange = _open(name, reason, store, own, member, model, settings, group, device)
     if exchange.unwatched is not None:
         logger.warning(
             "waterfill-rs: rank %d cannot be watched (%s): should its process end, the other ranks wait up to %g s for it "
             "twice, and take own counts from then on",
-            rank,
+            member.rank,
             exchange.unwatched,
             settings.cap_us / 1e6,
         )
@@ -148,51 +141,39 @@ def _open(
     reason: str,
     store: Store,
     own: _Card,
-    rank: int,
+    member: Member,
     model: CostModel,
     settings: BoardSettings,
     group: Any,
     device: torch.device | None,
-) -> Exchange | DeviceExchange:
+) -> Exchange:
     """What was decided on, or what all ranks take where one of them cannot have it."""
-    choice, ranks, experts = own.choice, own.ranks, own.experts
+    choice = own.choice
     board: _native.Board | None = None
     if name == "board":
-        board, refusal = _open_board(store, ranks, experts if device is None else ranks, rank)
+        board, refusal = _open_board(store, member, by_expert=device is None)
         if board is None:
             name, reason = _instead(choice, name, "group" if own.process_group else "solo", refusal)
     if name == "group":
-        board, refusal = _own_board(store, ranks, rank)
+        board, refusal = _own_board(store, member)
         if board is None:
             name, reason = _instead(choice, name, "solo", refusal)
     if device is not None:
-        return _on_device(
-            device,
-            ranks,
-            experts,
-            rank,
-            reason,
-            board,
-            settings,
-            group if name == "group" else None,
-        )
+        joined = group if name == "group" else None
+        return _on_device(device, member, reason, board, settings, joined)
     if board is not None:
-        return BoardExchange.open(board, rank, settings, reason, model)
-    return SoloExchange(ranks, experts, rank, model, reason)
+        return BoardExchange.open(board, member, settings, reason, model)
+    return SoloExchange(member, model, reason)
 
 
 def _check_group(group: Any, ranks: int) -> None:
-    import torch.distributed
-
     if (found := torch.distributed.get_world_size(group)) != ranks:
         raise ValueError(f"the process group has {found} ranks: give one of {ranks}")
 
 
 def _on_device(
     device: torch.device,
-    ranks: int,
-    experts: int,
-    rank: int,
+    member: Member,
     reason: str,
     board: _native.Board | None,
     settings: BoardSettings,
@@ -206,9 +187,7 @@ def _on_device(
         return DeviceGroupExchange(
             device,
             group,
-            ranks=ranks,
-            experts=experts,
-            rank=rank,
+            member,
             reason=reason,
             board=board,
             cap_us=settings.cap_us,
@@ -217,12 +196,10 @@ def _on_device(
         )
     return DeviceExchange(
         device,
-        ranks=ranks,
-        experts=experts,
-        rank=rank,
+        member,
         reason=reason,
         board=board,
-        plans=rank == 0,
+        plans=member.rank == 0,
         cap_us=settings.cap_us,
         patience_us=settings.patience_us,
         pace=pace,
@@ -292,10 +269,15 @@ def _apart(cards: Sequence[_Card]) -> str | None:
 
 
 def _open_board(
-    store: Store, ranks: int, experts: int, rank: int
+    store: Store, member: Member, *, by_expert: bool
 ) -> tuple[_native.Board | None, str]:
-    """The board; or none, and why some rank could not have it. All ranks come to the same."""
+    """The board; or none, and why some rank could not have it. All ranks come to the same.
+
+    ``by_expert``: counts on it are of experts, else of ranks.
+    """
     board: _native.Board | None = None
+    ranks, rank = member.ranks, member.rank
+    experts = member.experts if by_expert else ranks
     try:
         if rank == 0:
             name, run = board_name(), secrets.randbits(128)
@@ -321,16 +303,18 @@ def _open_board(
             board.unlink()
 
 
-def _own_board(store: Store, ranks: int, rank: int) -> tuple[_native.Board | None, str]:
+def _own_board(store: Store, member: Member) -> tuple[_native.Board | None, str]:
     """A board of this process alone; or none, and why some rank could not have one. All ranks come to the same."""
     board: _native.Board | None = None
     word = _HAVE
     try:
-        board = _native.Board.create(board_name(), ranks, ranks, secrets.randbits(128))
+        board = _native.Board.create(
+            board_name(), member.ranks, member.ranks, secrets.randbits(128)
+        )
         board.unlink()
     except (OSError, ValueError) as error:
         word = str(error)
-    refusal = _first_refusal(store, "own", ranks, rank, word)
+    refusal = _first_refusal(store, "own", member.ranks, member.rank, word)
     return (None, refusal) if refusal else (board, "")
 
 

@@ -29,6 +29,7 @@ pub mod bids;
 mod cost;
 mod error;
 mod expand;
+mod expander;
 mod joint;
 mod level;
 #[cfg(feature = "oracle")]
@@ -44,6 +45,7 @@ pub use assign::{Assigner, NO_RANK, count};
 pub use cost::{CostModel, Roofline, Table};
 pub use error::{Error, Result};
 pub use expand::{Bf16, Id, Rows, RowsMut, Weight, expand, move_up};
+pub use expander::Expander;
 pub use own::{OwnCounts, OwnPlanner};
 pub use placement::{MAX_EXPERTS, MAX_RANKS, Placement};
 pub use plan::{Plan, Planner};
