@@ -12,12 +12,16 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from waterfill_rs import _native, nvrtc
 from waterfill_rs.tensors import ID_BITS, WEIGHT_BITS
+
+if TYPE_CHECKING:
+    from waterfill_rs._native import Ended
 
 __all__ = ["Expander", "expand_topk", "move_up"]
 
@@ -193,7 +197,7 @@ class Expander:
             self._stream(),
         )
 
-    def tally(self) -> dict[str, int]:
+    def tally(self) -> Ended:
         """How calls with given or live quotas ended: ``live``, ``none``, ``timed_out``, ``broken``, ``torn``. Waits for them."""
         return self._runner.tally(self._stream())
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from waterfill_rs import _native
 from waterfill_rs.demo.workload import Router
@@ -22,6 +22,9 @@ from waterfill_rs.exchange.boards import board_name
 from waterfill_rs.exchange.ends import BoardEnd
 from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.settings import BoardSettings
+
+if TYPE_CHECKING:
+    from waterfill_rs._native import PlannerSnapshot, RankSnapshot
 
 __all__ = ["Outcome", "Setup", "run"]
 
@@ -52,8 +55,8 @@ class Outcome:
     ``quotas``: for each call those of the ranks that made it; ``lost``: exit codes of ranks that ended early.
     """
 
-    by_rank: list[dict[str, Any]]
-    planner: dict[str, Any]
+    by_rank: Sequence[RankSnapshot]
+    planner: PlannerSnapshot
     quotas: dict[Call, dict[int, list[int]]]
     lost: dict[int, int]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -113,12 +114,11 @@ class DeviceExchange:
         )
         return self._expander
 
-    def tally(self) -> dict[str, Any]:
+    def tally(self) -> Mapping[str, Any]:
         """How the calls with live counts ended so far, as the kernel tells the board: does not wait for the device."""
         if self.board is None:
             return {"calls": 0}
-        tally: dict[str, Any] = self.board.snapshot()["by_rank"][self.member.rank]
-        return tally
+        return self.board.snapshot()["by_rank"][self.member.rank]
 
     def close(self) -> None:
         """End the planner's thread, and leave the board. Graphs that were captured are not replayed afterwards."""

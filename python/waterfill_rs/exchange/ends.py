@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from waterfill_rs import CostModel, _native
 from waterfill_rs.exchange.member import Member
@@ -14,6 +15,8 @@ from waterfill_rs.exchange.settings import BoardSettings, Pace
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from waterfill_rs._native import Tally
 
 __all__ = ["BoardEnd", "SoloEnd"]
 
@@ -44,7 +47,7 @@ class SoloEnd:
         """``[ranks]`` of the last call."""
         return self._end.quotas
 
-    def tally(self) -> dict[str, Any]:
+    def tally(self) -> Mapping[str, int]:
         """How many ``calls`` there were."""
         return {"calls": self._end.calls}
 
@@ -152,8 +155,8 @@ class BoardEnd:
         """``[ranks]`` of the last call."""
         return self._end.quotas
 
-    def tally(self) -> dict[str, Any]:
-        """How the calls so far ended, as one entry of ``by_rank`` of a snapshot has it."""
+    def tally(self) -> Tally:
+        """How the calls so far ended, and how long they waited."""
         return self._end.tally()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ the same calls in the same order, a rank without tokens too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -47,7 +48,7 @@ class Exchange(Protocol):
         """
         ...
 
-    def tally(self) -> dict[str, Any]:
+    def tally(self) -> Mapping[str, Any]:
         """How the calls so far ended; at least ``calls``."""
         ...
 
