@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use waterfill_cuda::{Call, Compiler, IdType, Quotas, Runner, Shape, WeightType};
+use waterfill_cuda::{Call, Compiler, Quotas, Runner, Shape};
 
 use crate::board::PyBoard;
-use crate::error::{cuda_guarded, refused};
+use crate::error::cuda_guarded;
+use crate::tensors::{id_type, weight_type};
 
 pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyCudaRunner>()
@@ -40,10 +41,7 @@ impl PyCudaRunner {
         nvrtc: Option<PathBuf>,
         cache: Option<PathBuf>,
     ) -> PyResult<Self> {
-        let id = IdType::of_bits(id_bits)
-            .ok_or_else(|| refused(format!("ids of {id_bits} bits: give 32 or 64")))?;
-        let weight = WeightType::of_bits(weight_bits)
-            .ok_or_else(|| refused(format!("weights of {weight_bits} bits: give 32 or 16")))?;
+        let (id, weight) = (id_type(id_bits)?, weight_type(weight_bits)?);
         let shape = Shape { ranks, experts, top_k, id, weight };
         let board = board.map(|board| (Arc::clone(&board.inner), board.shape));
         // The compiler takes a second where nothing is cached.

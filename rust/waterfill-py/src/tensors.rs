@@ -7,6 +7,7 @@ use std::slice;
 
 use pyo3::prelude::*;
 use waterfill_core::{Assigner, Id, Placement, Rows, RowsMut, Weight, count, move_up, score};
+use waterfill_cuda::{IdType, WeightType};
 
 use crate::error::{guarded, refused};
 
@@ -52,20 +53,25 @@ unsafe fn array_mut<'a, T>(name: &str, address: usize, length: usize) -> PyResul
     Ok(unsafe { slice::from_raw_parts_mut(address as *mut T, length) })
 }
 
+/// The type of ids of so many bits.
+pub fn id_type(bits: usize) -> PyResult<IdType> {
+    let unknown = || refused(format!("topk_ids of {bits} bits: give int32 or int64"));
+    IdType::of_bits(bits).ok_or_else(unknown)
+}
+
+/// The type of weights of so many bits.
+pub fn weight_type(bits: usize) -> PyResult<WeightType> {
+    let unknown = || refused(format!("topk_weights of {bits} bits: give float32 or bfloat16"));
+    WeightType::of_bits(bits).ok_or_else(unknown)
+}
+
 /// Ids `[rows, top_k]`; in Python `(address, rows, top_k, bits)`.
 #[derive(Clone, Copy)]
 pub struct Ids {
     address: usize,
     pub rows: usize,
     pub top_k: usize,
-    pub width: IdWidth,
-}
-
-/// The width of an id.
-#[derive(Clone, Copy)]
-pub enum IdWidth {
-    Bits32,
-    Bits64,
+    pub kind: IdType,
 }
 
 impl FromPyObject<'_, '_> for Ids {
@@ -73,12 +79,7 @@ impl FromPyObject<'_, '_> for Ids {
 
     fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
         let (address, rows, top_k, bits) = object.extract::<(usize, usize, usize, usize)>()?;
-        let width = match bits {
-            32 => IdWidth::Bits32,
-            64 => IdWidth::Bits64,
-            _ => return Err(refused(format!("topk_ids of {bits} bits: give int32 or int64"))),
-        };
-        Ok(Self { address, rows, top_k, width })
+        Ok(Self { address, rows, top_k, kind: id_type(bits)? })
     }
 }
 
@@ -95,14 +96,7 @@ impl Ids {
 #[derive(Clone, Copy)]
 pub struct Weights {
     address: usize,
-    pub kind: WeightKind,
-}
-
-/// The type of a weight.
-#[derive(Clone, Copy)]
-pub enum WeightKind {
-    F32,
-    Bf16,
+    pub kind: WeightType,
 }
 
 impl FromPyObject<'_, '_> for Weights {
@@ -110,16 +104,7 @@ impl FromPyObject<'_, '_> for Weights {
 
     fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
         let (address, bits) = object.extract::<(usize, usize)>()?;
-        let kind = match bits {
-            32 => WeightKind::F32,
-            16 => WeightKind::Bf16,
-            _ => {
-                return Err(refused(format!(
-                    "topk_weights of {bits} bits: give float32 or bfloat16"
-                )));
-            }
-        };
-        Ok(Self { address, kind })
+        Ok(Self { address, kind: weight_type(bits)? })
     }
 }
 
@@ -159,12 +144,12 @@ impl Call {
 /// The expression with `$I` as the type of the ids.
 macro_rules! with_ids {
     ($ids:expr, $I:ident => $body:expr) => {
-        match $ids.width {
-            $crate::tensors::IdWidth::Bits32 => {
+        match $ids.kind {
+            waterfill_cuda::IdType::I32 => {
                 type $I = i32;
                 $body
             }
-            $crate::tensors::IdWidth::Bits64 => {
+            waterfill_cuda::IdType::I64 => {
                 type $I = i64;
                 $body
             }
@@ -176,11 +161,11 @@ macro_rules! with_ids {
 macro_rules! with_rows {
     ($call:expr, $I:ident, $W:ident => $body:expr) => {
         $crate::tensors::with_ids!($call.ids, $I => match $call.weights.kind {
-            $crate::tensors::WeightKind::F32 => {
+            waterfill_cuda::WeightType::F32 => {
                 type $W = f32;
                 $body
             }
-            $crate::tensors::WeightKind::Bf16 => {
+            waterfill_cuda::WeightType::Bf16 => {
                 type $W = waterfill_core::Bf16;
                 $body
             }
