@@ -78,7 +78,7 @@ def expand_topk(
         shared_weight: weight of the shared expert's row: 1 / routed_scaling_factor, or 1.0 where the
             factor is in the routed weights already.
         quotas: ``[ranks]``, this rank's quotas from a plan; for CUDA tensors best an int32 tensor beside them. Without them
-            the plan is from this rank's own counts. Live ones are an exchange's: ``waterfill_rs.exchange.host.Exchange``.
+            the plan is from this rank's own counts. Live ones are an exchange's: ``waterfill_rs.exchange.interface``.
     """
     if topk_ids.is_cuda:
         return _expand_on_device(

@@ -13,18 +13,17 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch.distributed
 
 from waterfill_rs import CostModel, __version__, _native
 from waterfill_rs.exchange.boards import board_name
-from waterfill_rs.exchange.host import BoardExchange, Exchange, SoloExchange
+from waterfill_rs.exchange.device import DeviceExchange, DeviceGroupExchange
+from waterfill_rs.exchange.host import BoardExchange, SoloExchange
+from waterfill_rs.exchange.interface import Exchange
 from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.settings import CHOICES, BoardSettings, Choice
-
-if TYPE_CHECKING:
-    from waterfill_rs.exchange.device import DeviceExchange
 
 __all__ = ["Store", "open_exchange"]
 
@@ -179,8 +178,6 @@ def _on_device(
     settings: BoardSettings,
     group: Any,
 ) -> DeviceExchange:
-    from waterfill_rs.exchange.device import DeviceExchange, DeviceGroupExchange
-
     pace = "spin" if settings.pace == "spin" else "park"
     if group is not None and board is not None:
         # Each process has a planner, so none is pinned: several would share the core.

@@ -11,7 +11,7 @@ import torch
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
 from waterfill_rs.config import Config
-from waterfill_rs.exchange.host import Exchange
+from waterfill_rs.exchange.interface import Exchange
 from waterfill_rs.exchange.member import Member
 from waterfill_rs.sglang.overlap import OverlappedLayer
 from waterfill_rs.sglang.panics import panics_are_errors

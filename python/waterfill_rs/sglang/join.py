@@ -9,7 +9,8 @@ import torch
 from waterfill_rs import CostModel
 from waterfill_rs.config import Config
 from waterfill_rs.exchange.device import DeviceExchange
-from waterfill_rs.exchange.host import Exchange, SoloExchange
+from waterfill_rs.exchange.host import SoloExchange
+from waterfill_rs.exchange.interface import Exchange
 from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.sglang import live_share, metrics
