@@ -23,7 +23,8 @@ CAP_US = 20_000  # Ranks and reader share cores here.
 def rank_process(rank: int, name: str, begin: float) -> None:
     from waterfill_rs import _native
     from waterfill_rs.demo.workload import Router, documents
-    from waterfill_rs.exchange.host import BoardExchange
+    from waterfill_rs.exchange.ends import BoardEnd
+    from waterfill_rs.exchange.member import Member
     from waterfill_rs.exchange.settings import BoardSettings
     from waterfill_rs.sglang import metrics
 
@@ -31,9 +32,9 @@ def rank_process(rank: int, name: str, begin: float) -> None:
     board = _native.Board.attach(name, RANKS, EXPERTS, 7)
     settings = BoardSettings(CAP_US, "inline")
     reason = "all ranks are on one host and share its /dev/shm"
-    exchange = BoardExchange.open(board, rank, settings, reason)
+    end = BoardEnd.open(board, Member(RANKS, EXPERTS, rank), settings, reason)
     page = metrics.Page()
-    page.watch(exchange, leads=rank == 0)
+    page.watch(end, leads=rank == 0)
     shared = {"overlapped": 0, "fused": 0}
     page.shared.append(shared)
     steps = int(SECONDS / STEP_S)
@@ -49,7 +50,7 @@ def rank_process(rank: int, name: str, begin: float) -> None:
         time.sleep(max(0.0, begin + step * STEP_S - time.time()))
         for router in routers:
             ids = router.route(stream[step * TOKENS : (step + 1) * TOKENS])
-            exchange.quotas((ids.buffer_info()[0], TOKENS, TOP_K, 32))
+            end.expand_array(ids, TOP_K)
             shared["fused"] += 1
         page.push({"model_name": "demo", "moe_ep_rank": rank})
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from waterfill_rs.cuda import Expander
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.exchange.settings import BoardSettings
 
@@ -56,9 +57,7 @@ def main(rank: int, ranks: int, folder: str) -> None:
     dist.init_process_group("nccl", store=store, rank=rank, world_size=ranks)
     exchange = open_exchange(
         dist.PrefixStore("bench", store),
-        ranks=ranks,
-        rank=rank,
-        experts=EXPERTS,
+        Member(ranks, EXPERTS, rank),
         choice="group",
         settings=BoardSettings(cap_us=5_000, pace="spin"),
         group=dist.group.WORLD,

@@ -197,7 +197,7 @@ def test_a_file_system_without_room_for_a_name_is_not_one_to_be_made_writable(
 @pytest.mark.parametrize(
     "choice, gpus, level, text",
     [
-        ("auto", 0, "warn", "it serves, with exchange by the group"),
+        ("auto", 0, "warn", "it serves, with own counts"),
         ("auto", 8, "warn", "it serves, with own counts"),
         ("board", 0, "fail", "mount a tmpfs"),
         ("group", 8, "fail", "mount a tmpfs"),

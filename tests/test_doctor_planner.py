@@ -2,6 +2,7 @@
 
 import pytest
 
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.exchange.settings import BoardSettings
 from waterfill_rs.operate import checks
@@ -13,9 +14,7 @@ def test_ranks_on_gpus_are_never_told_to_plan_inline():
     with pytest.raises(ValueError, match="planner inline with layers on a CUDA device"):
         open_exchange(
             None,
-            ranks=1,
-            rank=0,
-            experts=1,
+            Member(1, 1, 0),
             settings=BoardSettings(pace="inline"),
             device=torch.device("cuda"),
         )

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from array import array
@@ -14,17 +13,16 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import waterfill_rs
 from waterfill_rs import CostModel, _native
 from waterfill_rs.cli import main
 from waterfill_rs.exchange import boards, rendezvous
-from waterfill_rs.exchange.host import BoardExchange, GroupExchange, SoloExchange
-from waterfill_rs.exchange.link import Limits, Link
+from waterfill_rs.exchange.host import BoardExchange, SoloExchange
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.exchange.settings import BoardSettings
-from waterfill_rs.torch import count, expand_topk
+from waterfill_rs.torch import count
 
 EXPERTS, TOP_K = 24, 3
 PATIENT = BoardSettings(cap_us=10_000_000)
@@ -53,7 +51,21 @@ def expected(ranks, call):
 
 
 def quotas(exchange, ids):
-    return exchange.quotas((ids.data_ptr(), ids.shape[0], ids.shape[1], 32))
+    """How many shared rows one call sends to each rank."""
+    shared = exchange.expand(ids, torch.ones(ids.shape), 1.0)[0][:, -1]
+    ranks, experts = exchange.member.ranks, exchange.member.experts
+    slots = experts // ranks + 1
+    return torch.bincount(shared[shared >= 0] // slots, minlength=ranks).tolist()
+
+
+def call(port, ids, top_k, cap_us=10_000_000):
+    """How one call of a native end with these ids, an array, ends."""
+    rows = len(ids) // top_k
+    arrays = ids, array("f", ids), array("i", ids * 2), array("f", ids * 2)
+    at_ids, at_weights, *out = (each.buffer_info()[0] for each in arrays)
+    return port.unsafe_expand_ptr(
+        (at_ids, rows, top_k, 32), (at_weights, 32), tuple(out), 1.0, cap_us
+    )
 
 
 def on_ranks(ranks, run):
@@ -84,7 +96,7 @@ def test_ranks_of_one_host_meet_at_a_board_and_get_the_plan_of_all(pace):
 
     def run(rank, store):
         settings = BoardSettings(cap_us=PATIENT.cap_us, pace=pace)
-        exchange = open_exchange(store, ranks=3, rank=rank, experts=EXPERTS, settings=settings)
+        exchange = open_exchange(store, Member(3, EXPERTS, rank), settings=settings)
         found = [quotas(exchange, ids_of(rank, call)) for call in range(200)]
         exchange.close()
         return exchange, found
@@ -95,20 +107,6 @@ def test_ranks_of_one_host_meet_at_a_board_and_get_the_plan_of_all(pace):
         assert exchange.name == "board" and "one host" in exchange.reason
         assert of_rank == [expected(3, call)[rank] for call in range(200)]
         assert exchange.tally()["live"] == exchange.tally()["calls"] == 200
-
-
-def test_tensors_are_expanded_by_what_the_exchange_gives():
-    def run(rank, store):
-        exchange = open_exchange(store, ranks=2, rank=rank, experts=EXPERTS, settings=PATIENT)
-        ids = ids_of(rank, 1)
-        weights = torch.rand(ids.shape)
-        shape = {"physical_experts": EXPERTS, "ranks": 2, "rank": rank, "shared_weight": 0.5}
-        return expand_topk(ids, weights, **shape, exchange=exchange)[0]
-
-    for rank, expanded in enumerate(on_ranks(2, run)):
-        shared = expanded[:, -1]
-        sent = torch.bincount(shared[shared >= 0] // (EXPERTS // 2 + 1), minlength=2)
-        assert sent.tolist() == expected(2, 1)[rank]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +127,8 @@ def test_tensors_are_expanded_by_what_the_exchange_gives():
 def test_ranks_that_disagree_all_refuse_with_both_values(field, argument, values, words):
     def run(rank, store):
         wanted = {"ranks": 2, "experts": EXPERTS, "choice": "auto", argument: values[rank]}
-        return open_exchange(store, rank=rank, **wanted)
+        member = Member(wanted.pop("ranks"), wanted.pop("experts"), rank)
+        return open_exchange(store, member, **wanted)
 
     for one in on_ranks(2, run):
         assert isinstance(one, ValueError), one
@@ -143,9 +142,7 @@ def test_a_rank_of_another_version_is_named_whatever_its_card_holds():
     with pytest.raises(
         ValueError, match=f"version is 9.9 on rank 1 and {waterfill_rs.__version__}"
     ):
-        open_exchange(store, ranks=2, rank=0, experts=24)
-    with pytest.raises(ValueError, match="rank 2: give one from 0 to 1"):
-        open_exchange(store, ranks=2, rank=2, experts=24)
+        open_exchange(store, Member(2, 24, 0))
 
 
 @pytest.mark.parametrize("field", ["_boot", "_device"])
@@ -158,11 +155,11 @@ def test_ranks_that_are_apart_do_not_try_a_board(field, monkeypatch):
             return next(names)
 
     monkeypatch.setattr(rendezvous, field, another)
-    found = on_ranks(2, lambda rank, store: open_exchange(store, ranks=2, rank=rank, experts=24))
+    found = on_ranks(2, lambda rank, store: open_exchange(store, Member(2, 24, rank)))
     for exchange in found:
         assert exchange.name == "solo" and "rank 0 and" in exchange.reason
     found = on_ranks(
-        2, lambda rank, store: open_exchange(store, ranks=2, rank=rank, experts=24, choice="board")
+        2, lambda rank, store: open_exchange(store, Member(2, 24, rank), choice="board")
     )
     for error in found:
         assert "the board was asked for and cannot be had" in str(error)
@@ -180,7 +177,7 @@ def test_a_board_that_one_rank_cannot_have_is_nobodys(monkeypatch):
             return attach(name, ranks, experts, run ^ 1)
 
     monkeypatch.setattr(rendezvous._native, "Board", Refusing)
-    found = on_ranks(2, lambda rank, store: open_exchange(store, ranks=2, rank=rank, experts=24))
+    found = on_ranks(2, lambda rank, store: open_exchange(store, Member(2, 24, rank)))
     for exchange in found:
         assert exchange.name == "solo"
         assert "rank 1" in exchange.reason and "run token, low" in exchange.reason
@@ -205,7 +202,7 @@ def test_a_store_that_is_lost_while_the_board_is_made_leaves_no_name():
     before = segments()
     store = Lost()
     with pytest.raises(dist.DistNetworkError, match="connection reset"):
-        open_exchange(store, ranks=2, rank=0, experts=24)
+        open_exchange(store, Member(2, 24, 0))
     assert segments() == before
 
 
@@ -233,7 +230,7 @@ def test_a_group_on_devices_that_one_rank_has_no_board_for_is_nobodys(monkeypatc
         monkeypatch.setattr(rendezvous._native, "Board", type("Board", (Once,), {}))
         Once.made = False
         where = {"device": torch.device("cuda", 0), "group": object(), "choice": choice}
-        return on_ranks(2, lambda r, s: open_exchange(s, ranks=2, rank=r, experts=24, **where))
+        return on_ranks(2, lambda r, s: open_exchange(s, Member(2, 24, r), **where))
 
     before = segments()
     for exchange in run("auto"):
@@ -244,10 +241,10 @@ def test_a_group_on_devices_that_one_rank_has_no_board_for_is_nobodys(monkeypatc
 
 
 def test_a_lone_rank_and_a_choice_need_no_peer():
-    lone = open_exchange(dist.HashStore(), ranks=1, rank=0, experts=24)
+    lone = open_exchange(dist.HashStore(), Member(1, 24, 0))
     assert isinstance(lone, SoloExchange) and lone.reason == "there is one rank"
     with pytest.raises(ValueError, match="exchange 'bord': give one of auto, solo, board, group"):
-        open_exchange(dist.HashStore(), ranks=1, rank=0, experts=24, choice="bord")
+        open_exchange(dist.HashStore(), Member(1, 24, 0), choice="bord")
 
 
 def test_a_forked_child_cannot_be_the_rank():
@@ -255,7 +252,7 @@ def test_a_forked_child_cannot_be_the_rank():
     board.unlink()
     exchange = BoardExchange(
         board,
-        0,
+        Member(1, 4, 0),
         CostModel.rows(),
         cap_us=1_000_000,
         patience_us=1000,
@@ -282,7 +279,7 @@ def test_a_forked_child_cannot_be_the_rank():
 
 def test_ids_that_are_no_experts_post_nothing():
     def run(rank, store):
-        exchange = open_exchange(store, ranks=2, rank=rank, experts=EXPERTS, settings=PATIENT)
+        exchange = open_exchange(store, Member(2, EXPERTS, rank), settings=PATIENT)
         bad = torch.full((2, TOP_K), EXPERTS, dtype=torch.int32)
         with pytest.raises(ValueError, match="expert id 24 in row 0"):
             quotas(exchange, bad)
@@ -291,56 +288,31 @@ def test_ids_that_are_no_experts_post_nothing():
     assert on_ranks(2, run) == expected(2, 1)
 
 
-def group_rank(rank, ranks, calls, folder):
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    exchange = open_exchange(
-        dist.PrefixStore("waterfill", store),
-        ranks=ranks,
-        rank=rank,
-        experts=EXPERTS,
-        choice="group",
-        group=dist.group.WORLD,
-    )
-    assert isinstance(exchange, GroupExchange) and exchange.reason == "it was asked for"
-    for call in range(calls):
-        found = quotas(exchange, ids_of(rank, call))
-        assert found == expected(ranks, call)[rank], f"call {call}"
-    assert exchange.tally()["calls"] == calls
-    with pytest.raises(ValueError, match=f"the process group has {ranks} ranks: give one of 9"):
-        open_exchange(store, ranks=9, rank=0, experts=9, group=dist.group.WORLD)
-    dist.barrier()
-    dist.destroy_process_group()
+def test_a_process_group_of_other_ranks_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    with pytest.raises(ValueError, match="the process group has 2 ranks: give one of 9"):
+        open_exchange(dist.HashStore(), Member(9, 9, 0), group=object())
 
 
-@pytest.mark.parametrize("ranks, calls", [(2, 2000), (4, 200), (8, 50)])
-def test_a_group_gives_the_plan_of_all_with_idle_ranks_and_uneven_batches(ranks, calls):
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(group_rank, args=(ranks, calls, folder), nprocs=ranks)
+def test_layers_on_the_cpu_of_several_hosts_take_own_counts(monkeypatch):
+    names, lock = iter("12345678"), threading.Lock()
 
+    def another():
+        with lock:
+            return next(names)
 
-def linked(rank, store, limits=None):
-    link = Link(store, rank, 2, limits or Limits(wait=20, lost=60))
-    return GroupExchange(link, 2, EXPERTS, rank, CostModel.rows(), "a test")
+    monkeypatch.setattr(rendezvous, "_boot", another)
+    monkeypatch.setattr(rendezvous, "_check_group", lambda group, ranks: None)
 
+    def run(choice):
+        where = {"group": object(), "choice": choice}
+        return on_ranks(2, lambda r, s: open_exchange(s, Member(2, 24, r), **where))
 
-def test_a_rank_that_refuses_its_ids_keeps_no_one_waiting_and_gets_no_tokens():
-    def run(rank, store):
-        exchange = linked(rank, store)
-        if rank == 1:
-            bad = torch.full((2, TOP_K), EXPERTS, dtype=torch.int32)
-            with pytest.raises(ValueError, match="expert id 24 in row 0"):
-                quotas(exchange, bad)
-            alone = None
-        else:
-            alone = quotas(exchange, ids_of(0, 1))
-        return alone, quotas(exchange, ids_of(rank, 2)), exchange.tally()["live"]
-
-    first, second = on_ranks(2, run)
-    tokens = count(ids_of(0, 1), physical_experts=EXPERTS, ranks=2)[2]
-    assert first == ([tokens, 0], expected(2, 2)[0], 2)
-    assert second == (None, expected(2, 2)[1], 2)
+    for exchange in run("auto"):
+        assert isinstance(exchange, SoloExchange) and "host (boot id) is" in exchange.reason
+    for error in run("group"):
+        assert isinstance(error, ValueError), error
+        assert "cannot be had: layers are on the CPU" in str(error)
 
 
 def test_status_and_top_see_a_board_from_outside(capsys, monkeypatch):
@@ -354,9 +326,8 @@ def test_status_and_top_see_a_board_from_outside(capsys, monkeypatch):
     ports = [_native.Port(board, 0, CostModel.rows(), plans_patience_us=1)]
     ports.append(_native.Port(board, 1, CostModel.rows()))
     ids = array("i", [0, 1, 1])
-    view = (ids.buffer_info()[0], 3, 1, 32)
     # Rank 1 lives, and its counts do not come.
-    assert ports[0].unsafe_quotas_ptr(view, 10_000_000)[0] == "none"
+    assert call(ports[0], ids, 1) == "none"
     assert main(["status", "--json"]) == 0
     (seen,) = (one for one in json.loads(capsys.readouterr().out) if one["name"] == name)
     assert (seen["version"], seen["name"]) == (_native.SNAPSHOT_VERSION, name)
@@ -378,7 +349,7 @@ def test_status_and_top_see_a_board_from_outside(capsys, monkeypatch):
     assert main(["top", "--count", "2", "--interval", "0.01"]) == 0
     assert "live/s" in capsys.readouterr().out
     del ports[1]
-    assert ports[0].unsafe_quotas_ptr(view, 10_000_000)[0] == "live", "a gone rank is left out"
+    assert call(ports[0], ids, 1) == "live", "a gone rank is left out"
     seen = board.snapshot()
     assert [rank["alive"] for rank in seen["by_rank"]] == [True, False]
     assert seen["planner"]["partial"] == 1
@@ -397,7 +368,7 @@ def test_top_gives_rates_over_the_time_that_passed(capsys, monkeypatch):
     def slowly():
         now[0] += 10.0
         for _ in range(100):
-            port.unsafe_quotas_ptr((ids.buffer_info()[0], 1, 1, 32), 10_000_000)
+            call(port, ids, 1)
         return [board for board in find() if board.name == name]
 
     monkeypatch.setattr(boards, "find", slowly)
@@ -420,13 +391,14 @@ def test_an_observer_refuses_what_is_no_board(tmp_path):
 
 MEET = """
 import sys, datetime, torch.distributed as dist
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.exchange.settings import BoardSettings
 rank, folder = int(sys.argv[1]), sys.argv[2]
 store = dist.FileStore(folder + "/store", 2)
 store.set_timeout(datetime.timedelta(seconds=60))
 settings = BoardSettings(cap_us=10_000_000)
-exchange = open_exchange(store, ranks=2, rank=rank, experts=4, settings=settings)
+exchange = open_exchange(store, Member(2, 4, rank), settings=settings)
 print(exchange.name, exchange.reason)
 """
 
@@ -459,17 +431,18 @@ WAIT = """
 import sys, time
 from array import array
 from waterfill_rs import CostModel, _native
-from waterfill_rs.exchange.host import BoardExchange
+from waterfill_rs.exchange.ends import BoardEnd
+from waterfill_rs.exchange.member import Member
 rank, name = int(sys.argv[1]), sys.argv[2]
 board = _native.Board.attach(name, 2, 4, 7)
-exchange = BoardExchange(
-    board, rank, CostModel.rows(), cap_us=10_000_000, patience_us=9_000_000, pace="park", reason="a test"
+end = BoardEnd(
+    board, Member(2, 4, rank), CostModel.rows(), cap_us=10_000_000, patience_us=9_000_000, pace="park", reason="a test"
 )
-print(exchange.unwatched, flush=True)
+print(end.unwatched, flush=True)
 ids = array("i", [0, 1])
 while sys.stdin.readline():
-    exchange.quotas((ids.buffer_info()[0], 2, 1, 32))
-    print(exchange.tally()["live"], flush=True)
+    end.expand_array(ids, 1)
+    print(end.tally()["live"], flush=True)
 """
 
 
@@ -525,7 +498,7 @@ def test_a_rank_that_cannot_be_watched_says_so(monkeypatch, caplog):
     held = []
 
     def run(rank, store):
-        return open_exchange(store, ranks=2, rank=rank, experts=24, settings=PATIENT)
+        return open_exchange(store, Member(2, 24, rank), settings=PATIENT)
 
     create = _native.Board.create
 

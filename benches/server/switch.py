@@ -91,9 +91,7 @@ def own_exchange(made: dict[str, Any]) -> Callable[[Any], Any]:
 
             made["own"] = DeviceExchange(
                 balancer.exchange.device,
-                ranks=balancer.world_size,
-                experts=balancer.num_routed_experts,
-                rank=balancer.rank,
+                balancer.member,
                 reason="the bench compares it",
             )
         return made["own"]

@@ -3,20 +3,18 @@ and ``waterfill_rs.exchange``, which check what is there."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import TypedDict, final, type_check_only
 
 __all__ = [
     "MAX_EXPERTS",
     "MAX_RANKS",
     "OUTCOMES",
-    "REFUSED",
     "SHARED_MEMORY",
     "SNAPSHOT_VERSION",
     "Board",
     "CostModel",
     "CudaRunner",
     "DeviceEnd",
-    "GroupPlanner",
     "Observer",
     "Plan",
     "PlannerThread",
@@ -139,14 +137,13 @@ def unsafe_assign_ptr(
 def unsafe_expand_ptr(
     ids: tuple[int, int, int, int],
     weights: tuple[int, int],
+    out: tuple[int, int],
     quotas: Sequence[int],
-    out_ids: int,
-    out_weights: int,
     physical_experts: int,
     rank: int,
     shared_weight: float,
 ) -> None:
-    """Write ids and weights ``[rows, top_k + 1]``; ``weights`` is (address, bits)."""
+    """Write ids and weights ``[rows, top_k + 1]`` at ``out``, two addresses; ``weights`` is (address, bits)."""
 
 def unsafe_move_up_ptr(
     ids: tuple[int, int, int, int], out: int, physical_experts: int, ranks: int
@@ -158,8 +155,81 @@ def unsafe_traffic_ptr(
 ) -> tuple[int, int]:
     """``(extra_copies, extra_messages)`` of one source's shared ranks."""
 
-REFUSED: int
-"""In place of its tokens, of a rank that refused its ids, for ``GroupPlanner``."""
+@type_check_only
+class Ended(TypedDict):
+    """Calls by how they ended."""
+
+    live: int
+    none: int
+    """The planner said that there is no plan."""
+    timed_out: int
+    broken: int
+    torn: int
+
+@type_check_only
+class Waits(TypedDict):
+    """How long calls waited for their quotas, in microseconds."""
+
+    p50: float
+    p99: float
+    max: float
+    buckets: list[tuple[float, int]]
+    """Upper limit, and how many; those with any."""
+
+@type_check_only
+class Tally(Ended):
+    """What one rank counted."""
+
+    process: int
+    """Its id, for display; 0 before it came."""
+    calls: int
+    tokens: int
+    """0 for ranks on a GPU."""
+    wait_us: Waits
+
+@type_check_only
+class RankSnapshot(Tally):
+    """The same, from outside."""
+
+    alive: bool | None
+    """By what the kernel says of its process: None if it did not come yet or cannot be watched."""
+
+@type_check_only
+class PlannerSnapshot(TypedDict):
+    """What the planner counted. Costs are sums over its plans, in the cost model's unit."""
+
+    process: int
+    alive: bool | None
+    whole: int
+    """Plans from all ranks' counts."""
+    partial: int
+    """Plans without gone ranks."""
+    late: int
+    """Calls without a plan because a rank was late; ``silent``: because it still was."""
+    silent: int
+    given_up: int
+    """Calls without a plan because a rank had given up the planner."""
+    refused: int
+    """Calls without a plan because the core refused the counts."""
+    home_max: int
+    """The slowest rank's cost with shared rows at home."""
+    planned_max: int
+    """The slowest rank's cost as planned."""
+    mean: int
+    """The mean cost of the ranks."""
+    missed: list[int]
+    """``[ranks]`` calls that ended without each rank's counts."""
+
+@type_check_only
+class Snapshot(TypedDict):
+    """What ranks and planner of a board counted until now."""
+
+    version: int
+    """``SNAPSHOT_VERSION``."""
+    ranks: int
+    experts: int
+    by_rank: list[RankSnapshot]
+    planner: PlannerSnapshot
 
 OUTCOMES: tuple[str, ...]
 """How a call ends: ``live`` with a plan from live counts; with own counts ``none`` (the planner said that there is no plan),
@@ -195,25 +265,16 @@ class Board:
         """Take the name away, once all are attached; the memory goes with the last of them."""
     @property
     def path(self) -> Path: ...
-    def snapshot(self) -> dict[str, Any]:
-        """See ``Observer.snapshot``."""
+    def snapshot(self) -> Snapshot:
+        """What ranks and planner counted until now."""
 
 @final
 class Observer:
     """A board from outside, read only: a path in /dev/shm, or ``/proc/PID/fd/N`` once its name is gone."""
 
     def __new__(cls, path: str | Path) -> Observer: ...
-    def snapshot(self) -> dict[str, Any]:
-        """What ranks and planner counted until now.
-
-        ``version``, ``ranks``, ``experts``; ``by_rank``: for each ``process`` (its id, for display), ``alive`` by what
-        the kernel says of it (None if it did not come yet or cannot be watched), ``calls``, and how many of these ended in
-        each of ``OUTCOMES``; ``tokens`` (0 for ranks on a GPU); ``wait_us`` with ``p50``, ``p99``, ``max`` and ``buckets`` (upper limit, count). ``planner``:
-        ``process``, ``alive``; plans ``whole``, and ``partial`` without gone ranks; calls without a plan because a
-        rank was ``late``, still ``silent``, a rank had ``given_up`` the planner, or counts were ``refused``; sums
-        over plans of the slowest rank's cost with shared rows at home (``home_max``) and as planned
-        (``planned_max``) and of the ``mean``; ``missed``, calls that ended without each rank's counts.
-        """
+    def snapshot(self) -> Snapshot:
+        """What ranks and planner counted until now."""
 
 @final
 class PlannerThread:
@@ -265,10 +326,20 @@ class Solo:
     """A rank that knows its own counts only."""
 
     def __new__(cls, ranks: int, experts: int, rank: int, cost_model: CostModel) -> Solo: ...
-    def unsafe_quotas_ptr(self, ids: tuple[int, int, int, int]) -> list[int]:
-        """Quotas ``[ranks]`` for ids (address, rows, top_k, bits)."""
+    def unsafe_expand_ptr(
+        self,
+        ids: tuple[int, int, int, int],
+        weights: tuple[int, int],
+        out: tuple[int, int],
+        shared_weight: float,
+    ) -> None:
+        """One call: count, plan from own counts, and write ids and weights as ``unsafe_expand_ptr`` does."""
     @property
-    def calls(self) -> int: ...
+    def quotas(self) -> list[int]:
+        """Quotas ``[ranks]`` of the last call."""
+    @property
+    def calls(self) -> int:
+        """Calls so far."""
 
 @final
 class Port:
@@ -282,36 +353,30 @@ class Port:
         *,
         plans_patience_us: int | None = None,
     ) -> Port: ...
-    def unsafe_quotas_ptr(
-        self, ids: tuple[int, int, int, int], cap_us: int
-    ) -> tuple[str, list[int]]:
-        """How the call ended, one of ``OUTCOMES``, and the quotas ``[ranks]``.
+    def unsafe_expand_ptr(
+        self,
+        ids: tuple[int, int, int, int],
+        weights: tuple[int, int],
+        out: tuple[int, int],
+        shared_weight: float,
+        cap_us: int,
+    ) -> str:
+        """One call: count, post, wait for the quotas, and write ids and weights as ``unsafe_expand_ptr`` does.
+
+        Gives how the call ended: ``live``, ``none``, ``timed_out``, ``broken``, ``torn``.
 
         Raises:
+            ValueError: ids that are no experts: nothing is posted or written, and the call does not count.
             RuntimeError: this process is a fork of the one that made the object.
         """
     @property
+    def quotas(self) -> list[int]:
+        """Quotas ``[ranks]`` of the last call."""
+    @property
     def unwatched(self) -> str | None:
         """Why the others cannot see whether this process lives, if they can't."""
-    def tally(self) -> dict[str, Any]:
-        """One entry of ``by_rank`` of a snapshot, but ``alive``."""
-
-@final
-class GroupPlanner:
-    """One rank's part in an exchange by a collective: all ranks' counts in, own quotas out."""
-
-    def __new__(
-        cls, ranks: int, experts: int, rank: int, cost_model: CostModel
-    ) -> GroupPlanner: ...
-    @property
-    def words(self) -> int:
-        """Integers that each rank contributes: tokens, visits ``[R]``, counts ``[P]``."""
-    def unsafe_count_ptr(self, ids: tuple[int, int, int, int], out: int) -> None:
-        """Write this rank's, int32 ``[words]`` at ``out``."""
-    def own_quotas(self) -> list[int]:
-        """Quotas ``[ranks]`` from what was counted last, by itself."""
-    def unsafe_quotas_ptr(self, gathered: int) -> list[int]:
-        """Quotas ``[ranks]`` from all ranks', int32 ``[ranks, words]`` at ``gathered``."""
+    def tally(self) -> Tally:
+        """How the calls so far ended, and how long they waited."""
 
 @final
 class CudaRunner:
@@ -365,5 +430,5 @@ class CudaRunner:
         counts ``[ranks, words]`` at ``gathered`` unless 0; else own."""
     def unsafe_move_up_ptr(self, ids: int, out: int, count: int, stream: int) -> None:
         """Move ``count`` ids up past the shared experts by one launch on ``stream``: int64 ``[count]`` at ``out``."""
-    def tally(self, stream: int) -> dict[str, int]:
-        """How many calls with given or live quotas ended in each of ``OUTCOMES``; waits for the stream."""
+    def tally(self, stream: int) -> Ended:
+        """How calls with given or live quotas ended; waits for the stream."""

@@ -12,16 +12,19 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from waterfill_rs import _native, nvrtc
+from waterfill_rs.tensors import ID_BITS, WEIGHT_BITS
+
+if TYPE_CHECKING:
+    from waterfill_rs._native import Ended
 
 __all__ = ["Expander", "expand_topk", "move_up"]
 
-_ID_BITS = {torch.int32: 32, torch.int64: 64}
-_WEIGHT_BITS = {torch.float32: 32, torch.bfloat16: 16}
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
@@ -67,7 +70,7 @@ class Expander:
         device = torch.device(device)
         if device.type != "cuda":
             raise ValueError(f"device {device}: give a CUDA device")
-        if ids not in _ID_BITS or weights not in _WEIGHT_BITS:
+        if ids not in ID_BITS or weights not in WEIGHT_BITS:
             raise ValueError(
                 f"ids {ids}, weights {weights}: give int32 or int64, float32 or bfloat16"
             )
@@ -82,8 +85,8 @@ class Expander:
             experts=physical_experts,
             rank=rank,
             top_k=top_k,
-            id_bits=_ID_BITS[ids],
-            weight_bits=_WEIGHT_BITS[weights],
+            id_bits=ID_BITS[ids],
+            weight_bits=WEIGHT_BITS[weights],
             board=board,
             nvrtc=next(iter(nvrtc.files()), None),
             cache=_cache(),
@@ -196,8 +199,8 @@ class Expander:
             self._stream(),
         )
 
-    def tally(self) -> dict[str, int]:
-        """How many calls with given or live quotas ended in each outcome: ``live``, or with own counts. Waits for them."""
+    def tally(self) -> Ended:
+        """How calls with given or live quotas ended: ``live``, ``none``, ``timed_out``, ``broken``, ``torn``. Waits for them."""
         return self._runner.tally(self._stream())
 
     def _stream(self) -> int:

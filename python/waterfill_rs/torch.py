@@ -13,20 +13,17 @@ from torch import Tensor
 
 import waterfill_rs
 from waterfill_rs import _native
-from waterfill_rs.exchange.host import Exchange
 from waterfill_rs.integers import misfit
+from waterfill_rs.tensors import check, ids_at, weights_at
 
 __all__ = ["assign", "count", "expand_topk", "move_up", "traffic"]
-
-_ID_BITS = {torch.int32: 32, torch.int64: 64}
-_WEIGHT_BITS = {torch.float32: 32, torch.bfloat16: 16}
 
 
 def count(
     topk_ids: Tensor, *, physical_experts: int, ranks: int
 ) -> tuple[list[int], list[int], int]:
     """Routed rows per physical expert, tokens that visit each rank, and the number of tokens."""
-    ids = _ids(topk_ids)
+    ids = ids_at(topk_ids)
     try:
         return _native.unsafe_count_ptr(ids, physical_experts, ranks)
     except (OverflowError, TypeError) as error:
@@ -38,7 +35,7 @@ def assign(topk_ids: Tensor, quotas: Sequence[int], *, physical_experts: int, ra
 
     A row without a valid id gets -1.
     """
-    ids = _ids(topk_ids)
+    ids = ids_at(topk_ids)
     shared_rank = torch.empty(topk_ids.shape[0], dtype=torch.int32)
     try:
         _native.unsafe_assign_ptr(ids, quotas, physical_experts, rank, shared_rank.data_ptr())
@@ -52,8 +49,8 @@ def traffic(
     topk_ids: Tensor, shared_rank: Tensor, *, physical_experts: int, ranks: int, rank: int
 ) -> tuple[int, int]:
     """Extra copies (DeepEP normal mode) and extra messages (low-latency mode) of one source's shared rows."""
-    ids = _ids(topk_ids)
-    _check("shared_rank", shared_rank, {torch.int32: 32}, (topk_ids.shape[0],))
+    ids = ids_at(topk_ids)
+    check("shared_rank", shared_rank, {torch.int32: 32}, (topk_ids.shape[0],))
     sizes = {"physical_experts": physical_experts, "ranks": ranks, "rank": rank}
     try:
         return _native.unsafe_traffic_ptr(ids, shared_rank.data_ptr(), **sizes)
@@ -70,7 +67,6 @@ def expand_topk(
     rank: int,
     shared_weight: float,
     quotas: Sequence[int] | Tensor | None = None,
-    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Widen ids and weights ``[N, K]`` to ``[N, K + 1]``: the last column is the shared expert.
 
@@ -81,20 +77,17 @@ def expand_topk(
     Args:
         shared_weight: weight of the shared expert's row: 1 / routed_scaling_factor, or 1.0 where the
             factor is in the routed weights already.
-        quotas: ``[ranks]``, this rank's quotas from a plan; for CUDA tensors best an int32 tensor beside them.
-        exchange: asks it for the quotas of these ids, where they are not given. Without either the plan is from
-            this rank's own counts.
+        quotas: ``[ranks]``, this rank's quotas from a plan; for CUDA tensors best an int32 tensor beside them. Without them
+            the plan is from this rank's own counts. Live ones are an exchange's: ``waterfill_rs.exchange.interface``.
     """
     if topk_ids.is_cuda:
         return _expand_on_device(
-            topk_ids, topk_weights, physical_experts, ranks, rank, shared_weight, quotas, exchange
+            topk_ids, topk_weights, physical_experts, ranks, rank, shared_weight, quotas
         )
-    ids = _ids(topk_ids)
+    ids = ids_at(topk_ids)
     rows, top_k = topk_ids.shape
-    _check("topk_weights", topk_weights, _WEIGHT_BITS, (rows, top_k))
-    if quotas is None and exchange is not None:
-        quotas = exchange.quotas(ids)
-    elif quotas is None:
+    weights = weights_at(topk_weights, (rows, top_k))
+    if quotas is None:
         quotas = _own_quotas(topk_ids, physical_experts, ranks, rank)
     if isinstance(quotas, Tensor):
         quotas = quotas.tolist()
@@ -105,10 +98,9 @@ def expand_topk(
     try:
         _native.unsafe_expand_ptr(
             ids,
-            (topk_weights.data_ptr(), _WEIGHT_BITS[topk_weights.dtype]),
+            weights,
+            (out_ids.data_ptr(), out_weights.data_ptr()),
             quotas,
-            out_ids.data_ptr(),
-            out_weights.data_ptr(),
             physical_experts,
             rank,
             shared_weight,
@@ -133,7 +125,7 @@ def move_up(topk_ids: Tensor, *, physical_experts: int, ranks: int) -> Tensor:
         from waterfill_rs import cuda
 
         return cuda.move_up(topk_ids, physical_experts, ranks)
-    ids = _ids(topk_ids)
+    ids = ids_at(topk_ids)
     out = torch.empty(topk_ids.shape, dtype=torch.int64)
     try:
         _native.unsafe_move_up_ptr(ids, out.data_ptr(), physical_experts, ranks)
@@ -150,15 +142,10 @@ def _expand_on_device(
     rank: int,
     shared_weight: float,
     quotas: Sequence[int] | Tensor | None,
-    exchange: Exchange | None,
 ) -> tuple[Tensor, Tensor]:
     """One launch on the current stream; quotas are a tensor of the device, or own ones."""
     from waterfill_rs import cuda
 
-    if exchange is not None:
-        raise ValueError(
-            "exchange with CUDA tensors: make a waterfill_rs.cuda.Expander with its board"
-        )
     if quotas is not None and not isinstance(quotas, Tensor):
         quotas = torch.tensor(quotas, dtype=torch.int32, device=topk_ids.device)
     return cuda.expand_topk(
@@ -172,26 +159,3 @@ def _own_quotas(topk_ids: Tensor, physical_experts: int, ranks: int, rank: int) 
         raise ValueError(f"rank {rank}: give a rank from 0 to {ranks - 1}")
     counts, visits, tokens = count(topk_ids, physical_experts=physical_experts, ranks=ranks)
     return waterfill_rs.own_quotas(counts, visits, tokens, ranks=ranks, rank=rank)
-
-
-def _ids(topk_ids: Tensor) -> tuple[int, int, int, int]:
-    """Address, rows, top-k and bits of ids that were checked."""
-    if topk_ids.dim() != 2 or topk_ids.shape[1] == 0:
-        raise ValueError(f"topk_ids has shape {tuple(topk_ids.shape)}: give [N, K], K at least 1")
-    rows, top_k = topk_ids.shape
-    _check("topk_ids", topk_ids, _ID_BITS, (rows, top_k))
-    return topk_ids.data_ptr(), rows, top_k, _ID_BITS[topk_ids.dtype]
-
-
-def _check(
-    name: str, tensor: Tensor, dtypes: dict[torch.dtype, int], shape: tuple[int, ...]
-) -> None:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}: give a CPU tensor")
-    if tensor.dtype not in dtypes:
-        known = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{name} is {tensor.dtype}: give {known}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: give {shape}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} has strides {tensor.stride()}: call .contiguous() first")

@@ -20,6 +20,7 @@ from torch import Tensor
 import waterfill_rs
 from waterfill_rs import _native
 from waterfill_rs.exchange.device import DeviceExchange
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.torch import count
 
 EXPERTS, TOP_K, HIDDEN, INNER = 64, 6, 1024, 128
@@ -190,9 +191,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         board.unlink()
     exchange = DeviceExchange(
         torch.device("cuda", 0),
-        ranks=ranks,
-        experts=EXPERTS,
-        rank=rank,
+        Member(ranks, EXPERTS, rank),
         reason="the test's",
         board=board,
         plans=rank == 0,

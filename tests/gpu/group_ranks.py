@@ -1,7 +1,4 @@
-"""Not a test: one rank of several, each on a GPU of its own, joined by NCCL: ``RANK RANKS FOLDER``.
-
-With ``cpu`` as a fourth argument the ranks are on the CPU, joined by gloo, as far as that goes without graphs.
-"""
+"""Not a test: one rank of several, each on a GPU of its own, joined by NCCL: ``RANK RANKS FOLDER``."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ import torch.distributed as dist
 from batches import SHARED_WEIGHT, batch, on_cpu, planned, same
 
 from waterfill_rs import CostModel, _native
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.exchange.settings import BoardSettings
-from waterfill_rs.torch import expand_topk
 
 EXPERTS, TOP_K = 48, 6
 ROWS = (0, 1, 8, 128, 1024, 4096)
@@ -25,23 +22,19 @@ REPLAYS = 60
 class Rank:
     """This process's end; every rank runs the same steps, and knows what the others are given."""
 
-    def __init__(self, rank: int, ranks: int, folder: str, place: str) -> None:
+    def __init__(self, rank: int, ranks: int, folder: str) -> None:
         self.rank, self.ranks = rank, ranks
-        self.device = torch.device(place, rank) if place == "cuda" else None
-        if self.device is not None:
-            torch.cuda.set_device(self.device)
+        self.device = torch.device("cuda", rank)
+        torch.cuda.set_device(self.device)
         self.store = dist.FileStore(f"{folder}/store", ranks)
-        backend = "gloo" if self.device is None else "nccl"
-        dist.init_process_group(backend, store=self.store, rank=rank, world_size=ranks)
+        dist.init_process_group("nccl", store=self.store, rank=rank, world_size=ranks)
 
     def open(self, name: str, cap_us: int):
         return open_exchange(
             dist.PrefixStore(name, self.store),
-            ranks=self.ranks,
-            rank=self.rank,
-            experts=EXPERTS,
+            Member(self.ranks, EXPERTS, self.rank),
             choice="group",
-            settings=BoardSettings(cap_us=cap_us, pace="auto" if self.device is None else "spin"),
+            settings=BoardSettings(cap_us=cap_us, pace="spin"),
             group=dist.group.WORLD,
             device=self.device,
         )
@@ -50,10 +43,7 @@ class Rank:
         return [batch(seed * 100 + r, rows[r], TOP_K, EXPERTS) for r in range(self.ranks)]
 
     def expand(self, exchange, ids, weights):
-        if self.device is not None:
-            return exchange.expand(ids.to(self.device), weights.to(self.device), SHARED_WEIGHT)
-        shape = dict(physical_experts=EXPERTS, ranks=self.ranks, rank=self.rank)
-        return expand_topk(ids, weights, **shape, shared_weight=SHARED_WEIGHT, exchange=exchange)
+        return exchange.expand(ids.to(self.device), weights.to(self.device), SHARED_WEIGHT)
 
     def expected(self, made, *, live: bool = True):
         quotas = planned(made, EXPERTS)[self.rank] if live else None
@@ -157,9 +147,9 @@ def refused(me: Rank) -> None:
     exchange.close()
 
 
-def main(rank: int, ranks: int, folder: str, place: str = "cuda") -> None:
-    me = Rank(rank, ranks, folder, place)
-    for check in (eager, captured, without_a_planner, refused) if place == "cuda" else (eager,):
+def main(rank: int, ranks: int, folder: str) -> None:
+    me = Rank(rank, ranks, folder)
+    for check in (eager, captured, without_a_planner, refused):
         begun = time.perf_counter()
         check(me)
         print(f"rank {rank}: {check.__name__} in {time.perf_counter() - begun:.1f} s", flush=True)

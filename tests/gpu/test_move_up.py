@@ -12,6 +12,7 @@ from batches import SHARED_WEIGHT, batch, on_cpu, same
 from waterfill_rs import _native
 from waterfill_rs.cuda import Expander
 from waterfill_rs.exchange.device import DeviceExchange
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.torch import move_up
 
 # Both sides of a block of 256 ids at top 8, a decode, prefills.
@@ -148,9 +149,7 @@ def live():
     board = _native.Board.create(name, 1, 1, run)
     board.unlink()
     device = torch.device("cuda", torch.cuda.current_device())
-    exchange = DeviceExchange(
-        device, ranks=1, experts=8, rank=0, reason="a test", board=board, plans=True
-    )
+    exchange = DeviceExchange(device, Member(1, 8, 0), reason="a test", board=board, plans=True)
     yield exchange
     torch.cuda.synchronize()
     exchange.close()

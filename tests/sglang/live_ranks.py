@@ -24,26 +24,21 @@ def main(rank, folder):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     get_context().override_server_args(model_path="dummy").install()
     shared = SharedExpertsConfig(use_waterfill=True)
-    group = types.SimpleNamespace(ranks=[0, 1], cpu_group=dist.group.WORLD)
+    group = types.SimpleNamespace(ranks=[0, 1])
     parallel = {"tp_size": RANKS, "tp_rank": rank, "attn_tp_size": RANKS, "attn_tp_rank": rank}
     parallel |= {"moe_ep_size": RANKS, "moe_ep_rank": rank, "moe_ep_group": group}
-    found = {}
     with get_model().override(shared_experts=shared), get_parallel().override(**parallel):
-        for exchange in ("auto", "group"):
-            os.environ["WATERFILL_RS_EXCHANGE"] = exchange
-            layers = [
-                moe_ep_setup.HashTopK(TOP_K, EXPERTS, vocab_size=1000, layer_id=0)
-                for _ in range(LAYERS)
-            ]
-            config = types.SimpleNamespace(
-                hf_config=types.SimpleNamespace(n_routed_experts=EXPERTS)
-            )
-            moe_ep_setup.prepare_moe_topk(model=torch.nn.ModuleList(layers), model_config=config)
-            end = layers[0].waterfill_balancer.exchange
-            assert all(layer.waterfill_balancer.exchange is end for layer in layers)
-            received = [expand(layers[i % LAYERS], rank, i) for i in range(CALLS)]
-            found[exchange] = {"name": end.name, "tally": end.tally(), "received": received}
-            end.close()
+        layers = [
+            moe_ep_setup.HashTopK(TOP_K, EXPERTS, vocab_size=1000, layer_id=0)
+            for _ in range(LAYERS)
+        ]
+        config = types.SimpleNamespace(hf_config=types.SimpleNamespace(n_routed_experts=EXPERTS))
+        moe_ep_setup.prepare_moe_topk(model=torch.nn.ModuleList(layers), model_config=config)
+        end = layers[0].waterfill_balancer.exchange
+        assert all(layer.waterfill_balancer.exchange is end for layer in layers)
+        received = [expand(layers[i % LAYERS], rank, i) for i in range(CALLS)]
+        found = {"name": end.name, "tally": end.tally(), "received": received}
+        end.close()
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
 

@@ -162,12 +162,11 @@ DEFECT = "a defect in the Rust core, please report it: index out of bounds"
 
 
 def test_a_panic_in_a_call_is_an_error_that_sglang_handles(sglang, monkeypatch):
-    from waterfill_rs import _native
-
     layer = hash_layer(sglang)
     prepare(sglang, layer)
+    end = types.SimpleNamespace(unsafe_expand_ptr=panics)
     with monkeypatch.context() as patch:
-        patch.setattr(_native, "unsafe_expand_ptr", panics)
+        patch.setattr(layer.waterfill_balancer.exchange, "_end", end)
         with pytest.raises(RuntimeError, match=DEFECT):
             layer(*inputs())
     assert layer(*inputs()).topk_ids.shape == (TOKENS, TOP_K + 1)

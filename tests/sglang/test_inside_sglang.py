@@ -10,7 +10,6 @@ import forked
 import torch
 from inside import EXPERTS, RANK, RANKS, TOKENS, TOP_K, hash_layer, level_of, prepare, routed_only
 
-from waterfill_rs.exchange.device import DeviceExchange
 from waterfill_rs.torch import expand_topk, move_up
 
 
@@ -119,7 +118,7 @@ def test_router_weights_in_other_precisions_are_served(sglang, dtype):
     assert layer(torch.zeros(9, 8), logits, torch.arange(9)).topk_ids.shape == (9, TOP_K + 1)
 
 
-class OneKernel(DeviceExchange):
+class OneKernel:
     """As on a GPU, where a kernel takes the type of the first call alone; what it would expand, on the CPU."""
 
     def __init__(self):
@@ -130,8 +129,8 @@ class OneKernel(DeviceExchange):
         where = dict(physical_experts=EXPERTS, ranks=RANKS, rank=RANK, shared_weight=shared_weight)
         return expand_topk(ids, weights, **where)
 
-    def move_up(self, ids, weights=None):
-        self.seen.append((ids.dtype, None if weights is None else weights.dtype))
+    def move_up(self, ids):
+        self.seen.append((ids.dtype, None))
         return move_up(ids, physical_experts=EXPERTS, ranks=RANKS)
 
 

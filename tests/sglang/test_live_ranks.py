@@ -22,17 +22,14 @@ def test_two_ranks_of_sglang_are_levelled_by_live_counts(tmp_path):
         for done in pool.map(run, range(2)):
             assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    for exchange, name in (("auto", "board"), ("group", "group")):
-        for rank in range(2):
-            assert found[rank][exchange]["name"] == name
-            tally = found[rank][exchange]["tally"]
-            assert tally["live"] == tally["calls"] == 20
-        both = (found[rank][exchange]["received"] for rank in range(2))
-        for calls in zip(*both, strict=True):
-            routed = [sum(column) for column in zip(*(c["routed"] for c in calls), strict=True)]
-            shared = [sum(column) for column in zip(*(c["shared"] for c in calls), strict=True)]
-            tokens = [call["tokens"] for call in calls]
-            assert sum(shared) == sum(tokens)
-            plan = waterfill_rs.plan(routed, tokens, ranks=2)
-            slowest = max(r + s for r, s in zip(routed, shared, strict=True))
-            assert slowest == plan.optimum
+    for of_rank in found:
+        assert of_rank["name"] == "board"
+        assert of_rank["tally"]["live"] == of_rank["tally"]["calls"] == 20
+    for calls in zip(*(of_rank["received"] for of_rank in found), strict=True):
+        routed = [sum(column) for column in zip(*(c["routed"] for c in calls), strict=True)]
+        shared = [sum(column) for column in zip(*(c["shared"] for c in calls), strict=True)]
+        tokens = [call["tokens"] for call in calls]
+        assert sum(shared) == sum(tokens)
+        plan = waterfill_rs.plan(routed, tokens, ranks=2)
+        slowest = max(r + s for r, s in zip(routed, shared, strict=True))
+        assert slowest == plan.optimum

@@ -100,7 +100,10 @@ def test_a_thread_looks_at_an_exchange_as_long_as_it_is_there(monkeypatch, caplo
         while not caplog.records and time.monotonic() < deadline:
             time.sleep(0.01)
     (told,) = (record.getMessage() for record in caplog.records)
-    assert told.startswith("waterfill-rs: 50.0% of the last") and "connections" in told
+    assert (
+        told.startswith("waterfill-rs: 50.0% of the last")
+        and "this process's planner is gone" in told
+    )
 
 
 def test_sglangs_balancer_finds_its_own_methods_by_the_name_that_is_ours():

@@ -13,21 +13,23 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 import waterfill_rs
 from waterfill_rs import CostModel, _native
-from waterfill_rs.exchange.host import SoloExchange
+from waterfill_rs.exchange.ends import SoloEnd
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.sglang import metrics
 
 RANK = """
 import sys
 from array import array
 from waterfill_rs import CostModel, _native
-from waterfill_rs.exchange.host import BoardExchange
+from waterfill_rs.exchange.ends import BoardEnd
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.sglang.metrics import INTERVAL_S, Page
 
 rank, name = int(sys.argv[1]), sys.argv[2]
 assert "prometheus_client" not in sys.modules, "sglang sets its folder first"
 board = _native.Board.attach(name, 2, 4, 7)
-exchange = BoardExchange(
-    board, rank, CostModel.rows(), cap_us=60_000_000, patience_us=3_000_000, pace="inline", reason="a test"
+exchange = BoardEnd(
+    board, Member(2, 4, rank), CostModel.rows(), cap_us=60_000_000, patience_us=3_000_000, pace="inline", reason="a test"
 )
 now = 0.0
 page = Page(clock=lambda: now)
@@ -40,7 +42,7 @@ ids = array("i", [0, 0, 0, 1, 0, 1, 2, 0] * 4)
 
 def calls(count):
     for _ in range(count):
-        exchange.quotas((ids.buffer_info()[0], 16, 2, 32))
+        exchange.expand_array(ids, 2)
 
 
 calls(15)
@@ -131,7 +133,7 @@ class PanicException(BaseException):
     """As pyo3's: no Exception."""
 
 
-class FailingExchange(SoloExchange):
+class FailingExchange(SoloEnd):
     """``kind``: what its tally raises."""
 
     def tally(self):
@@ -144,7 +146,7 @@ def test_metrics_that_fail_are_told_once_and_cost_nothing_else(monkeypatch, capl
     monkeypatch.setattr(metrics, "_page", page)
     collector = types.SimpleNamespace(labels={"model_name": "m"})
     for kind in (RuntimeError, PanicException):
-        exchange = FailingExchange(2, 4, 0, CostModel.rows(), "a test")
+        exchange = FailingExchange(Member(2, 4, 0), CostModel.rows(), "a test")
         exchange.kind = kind
         metrics.watch(exchange, leads=True)
         for _ in range(2):  # The second time there is nothing to push.
@@ -189,11 +191,12 @@ from sglang.srt.runtime_context import get_context
 get_context().override_server_args(model_path="dummy").install()
 from waterfill_rs import CostModel
 from waterfill_rs.exchange.host import SoloExchange
+from waterfill_rs.exchange.member import Member
 import types
 labels = {"model_name": "m", "engine_type": "unified", "tp_rank": 0, "pp_rank": 0, "moe_ep_rank": 0}
 collector = SchedulerMetricsCollector(labels=labels, server_args=types.SimpleNamespace())
 collector.log_stats(SchedulerStats())
-metrics.watch(SoloExchange(1, 4, 0, CostModel.rows(), "there is one rank"), leads=True)
+metrics.watch(SoloExchange(Member(1, 4, 0), CostModel.rows(), "there is one rank"), leads=True)
 metrics.stand_aside("a reason")
 collector.log_stats(SchedulerStats())
 """

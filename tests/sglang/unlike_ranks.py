@@ -32,7 +32,7 @@ def main(rank, folder, without, limit_s):
     )
     get_context().override_server_args(model_path="dummy").install()
     shared = SharedExpertsConfig(use_waterfill=True)
-    peers = types.SimpleNamespace(ranks=[0, 1], cpu_group=dist.group.WORLD)
+    peers = types.SimpleNamespace(ranks=[0, 1])
     parallel = {"tp_size": RANKS, "tp_rank": rank, "attn_tp_size": RANKS, "attn_tp_rank": rank}
     parallel |= {"moe_ep_size": RANKS, "moe_ep_rank": rank, "moe_ep_group": peers}
     with get_model().override(shared_experts=shared), get_parallel().override(**parallel):

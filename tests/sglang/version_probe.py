@@ -254,7 +254,7 @@ class Probe(MegaMoeProbe):
         os.environ["WATERFILL_RS_TIMEOUT_US"] = "10000000"
         store = dist.FileStore(f"{folder}/store", 2)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-        group = types.SimpleNamespace(ranks=[0, 1], cpu_group=dist.group.WORLD)
+        group = types.SimpleNamespace(ranks=[0, 1])
         module, _, name = self.seams.group.rpartition(".")
         setattr(self.resolve(module), name, lambda: group)
         self.be(2, rank)

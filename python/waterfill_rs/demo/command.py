@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ class _Progress:
             print(f"step {step} of {self._steps}", file=sys.stderr, flush=True)
 
 
-def _of_rank(rank: int, tally: dict[str, Any], setup: Setup) -> dict[str, Any]:
+def _of_rank(rank: int, tally: Mapping[str, Any], setup: Setup) -> dict[str, Any]:
     """What the board says of a rank, dead ones too."""
     fallbacks = {name: tally[name] for name in OUTCOMES if name != "live"}
     return {

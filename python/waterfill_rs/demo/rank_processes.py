@@ -11,17 +11,20 @@ import os
 import secrets
 import signal
 import time
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from waterfill_rs import _native
 from waterfill_rs.demo.workload import Router
 from waterfill_rs.exchange.boards import board_name
-from waterfill_rs.exchange.host import BoardExchange
+from waterfill_rs.exchange.ends import BoardEnd
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.settings import BoardSettings
+
+if TYPE_CHECKING:
+    from waterfill_rs._native import PlannerSnapshot, RankSnapshot
 
 __all__ = ["Outcome", "Setup", "run"]
 
@@ -52,8 +55,8 @@ class Outcome:
     ``quotas``: for each call those of the ranks that made it; ``lost``: exit codes of ranks that ended early.
     """
 
-    by_rank: list[dict[str, Any]]
-    planner: dict[str, Any]
+    by_rank: Sequence[RankSnapshot]
+    planner: PlannerSnapshot
     quotas: dict[Call, dict[int, list[int]]]
     lost: dict[int, int]
 
@@ -163,7 +166,8 @@ def _rank(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the parent too, which ends all ranks.
     board = _native.Board.attach(name, setup.ranks, setup.experts, run_token)
-    exchange = BoardExchange.open(board, rank, setup.board, "the demo's")
+    member = Member(setup.ranks, setup.experts, rank)
+    end = BoardEnd.open(board, member, setup.board, "the demo's")
     routers = [Router(setup.experts, setup.top_k, layer) for layer in range(setup.layers)]
     for router in routers:
         router.route(stream)  # A model is loaded before it serves: the tables are filled.
@@ -177,40 +181,23 @@ def _rank(
             parent.send((step, None))
             os.kill(os.getpid(), signal.SIGSTOP)
         tokens = stream[step * setup.tokens : (step + 1) * setup.tokens]
-        parent.send((step, [_expand(router, tokens, exchange, setup, rank) for router in routers]))
+        parent.send((step, [_expand(router, tokens, end, setup) for router in routers]))
     # Others may still be on their last steps, and the leader plans for them.
     if rank == 0:
         time.sleep(min(1.0, 4 * setup.step_s))
-    exchange.close()
+    end.close()
     parent.close()
 
 
-def _expand(
-    router: Router, tokens: Sequence[int], exchange: BoardExchange, setup: Setup, rank: int
-) -> list[int]:
+def _expand(router: Router, tokens: Sequence[int], end: BoardEnd, setup: Setup) -> list[int]:
     """One layer of one step; gives the quotas, once the expanded ids are seen to meet them."""
-    ids, rows, top_k = router.route(tokens), len(tokens), setup.top_k
-    view = (ids.buffer_info()[0], rows, top_k, 32)
-    quotas = exchange.quotas(view)
-    weights = array("f", [1 / top_k]) * (rows * top_k)
-    out_ids, out_weights = (
-        array("i", [0]) * (rows * (top_k + 1)),
-        array("f", [0.0]) * (rows * (top_k + 1)),
-    )
-    _native.unsafe_expand_ptr(
-        view,
-        (weights.buffer_info()[0], 32),
-        quotas,
-        out_ids.buffer_info()[0],
-        out_weights.buffer_info()[0],
-        setup.experts,
-        rank,
-        1.0,
-    )
+    expanded = end.expand_array(router.route(tokens), setup.top_k)
     slots = setup.experts // setup.ranks + 1
     sent = [0] * setup.ranks
-    for shared in out_ids[top_k :: top_k + 1]:
+    for shared in expanded[setup.top_k :: setup.top_k + 1]:
         sent[shared // slots] += 1
-    if sent != quotas:
-        raise RuntimeError(f"rank {rank} sent {sent} shared rows, its quotas are {quotas}")
-    return quotas
+    if sent != end.quotas:
+        raise RuntimeError(
+            f"rank {end.member.rank} sent {sent} shared rows, its quotas are {end.quotas}"
+        )
+    return sent

@@ -1,4 +1,5 @@
-"""How ranks learn each other's counts: a board in a node's shared memory, a collective, or not at all.
+"""How ranks learn each other's counts: a board in a node's shared memory, a collective of CUDA devices, or not at all.
 
-``rendezvous`` opens a rank's end. ``host`` has the ends for layers on the CPU, ``device`` those for CUDA devices.
+``rendezvous`` opens a rank's end, an ``interface.Exchange``. ``host`` has those of layers on the CPU, over ``ends``;
+``device`` those of CUDA devices.
 """

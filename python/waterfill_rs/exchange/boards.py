@@ -13,9 +13,18 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from waterfill_rs import _native
+
+if TYPE_CHECKING:
+    from waterfill_rs._native import Snapshot
+
+    class NamedSnapshot(Snapshot):
+        """With the board's name."""
+
+        name: str
+
 
 __all__ = ["SHARED_MEMORY", "Board", "board_name", "find", "is_board_name", "is_left_behind"]
 
@@ -42,8 +51,8 @@ class Board:
     name: str
     observer: _native.Observer
 
-    def snapshot(self) -> dict[str, Any]:
-        """See ``Observer.snapshot`` in ``_native.pyi``; with ``name``."""
+    def snapshot(self) -> NamedSnapshot:
+        """What ranks and planner counted until now: ``Snapshot`` of ``_native.pyi``, with ``name``."""
         return {"name": self.name, **self.observer.snapshot()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from waterfill_rs import CostModel, _native
 from waterfill_rs.cuda import Expander
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.settings import BoardSettings
 
 __all__ = ["DeviceExchange", "DeviceGroupExchange"]
@@ -19,7 +21,8 @@ _all_gather = getattr(
     torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor
 )
 NO_COUNT = -1
-"""As unsigned the most there is: no planner takes it for a number of tokens."""
+"""What a rank that refuses its tensors gives the others, in each word. As unsigned it is the most there is, which no planner
+takes for a number of tokens: the call has no plan, and all ranks take own counts."""
 
 
 class DeviceExchange:
@@ -38,10 +41,8 @@ class DeviceExchange:
     def __init__(
         self,
         device: torch.device,
+        member: Member,
         *,
-        ranks: int,
-        experts: int,
-        rank: int,
         reason: str,
         board: _native.Board | None = None,
         plans: bool = False,
@@ -52,15 +53,14 @@ class DeviceExchange:
     ) -> None:
         self.name = "solo" if board is None else "board"
         self.reason = reason
-        self.device, self.board = device, board
-        self._shape = {"physical_experts": experts, "ranks": ranks, "rank": rank}
+        self.device, self.board, self.member = device, board, member
         self._cap_us = None if board is None else cap_us
         self._expander: Expander | None = None
         self._planner: _native.PlannerThread | None = None
         self._end: _native.DeviceEnd | None = None
         self.unwatched: str | None = None
         if board is not None:
-            self._end = _native.DeviceEnd(board, rank, plans)
+            self._end = _native.DeviceEnd(board, member.rank, plans)
             self.unwatched = self._end.unwatched
         if board is not None and plans:
             if patience_us is None:
@@ -104,7 +104,9 @@ class DeviceExchange:
             )
         self._expander = Expander(
             self.device,
-            **self._shape,
+            physical_experts=self.member.experts,
+            ranks=self.member.ranks,
+            rank=self.member.rank,
             top_k=ids.shape[1],
             ids=ids.dtype,
             weights=torch.float32 if weights is None else weights.dtype,
@@ -112,12 +114,11 @@ class DeviceExchange:
         )
         return self._expander
 
-    def tally(self) -> dict[str, Any]:
+    def tally(self) -> Mapping[str, Any]:
         """How the calls with live counts ended so far, as the kernel tells the board: does not wait for the device."""
         if self.board is None:
             return {"calls": 0}
-        tally: dict[str, Any] = self.board.snapshot()["by_rank"][self._shape["rank"]]
-        return tally
+        return self.board.snapshot()["by_rank"][self.member.rank]
 
     def close(self) -> None:
         """End the planner's thread, and leave the board. Graphs that were captured are not replayed afterwards."""
@@ -141,10 +142,8 @@ class DeviceGroupExchange(DeviceExchange):
         self,
         device: torch.device,
         group: Any,
+        member: Member,
         *,
-        ranks: int,
-        experts: int,
-        rank: int,
         reason: str,
         board: _native.Board,
         cap_us: int = BoardSettings.cap_us,
@@ -153,9 +152,7 @@ class DeviceGroupExchange(DeviceExchange):
     ) -> None:
         super().__init__(
             device,
-            ranks=ranks,
-            experts=experts,
-            rank=rank,
+            member,
             reason=reason,
             board=board,
             plans=True,
@@ -165,9 +162,9 @@ class DeviceGroupExchange(DeviceExchange):
         )
         self.name = "group"
         self._group = group
-        words = 1 + 2 * ranks
+        words = 1 + 2 * member.ranks
         self._own = torch.zeros(words, dtype=torch.int32, device=device)
-        self._all = torch.zeros(ranks * words, dtype=torch.int32, device=device)
+        self._all = torch.zeros(member.ranks * words, dtype=torch.int32, device=device)
 
     def expand(self, ids: Tensor, weights: Tensor, shared_weight: float) -> tuple[Tensor, Tensor]:
         """As there; a rank that refuses its tensors joins the others first, who then have own counts for this call."""

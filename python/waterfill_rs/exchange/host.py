@@ -1,184 +1,55 @@
-"""How a rank learns the other ranks' counts: not at all, over a node's board, or by a collective.
+"""How a rank with layers on the CPU learns the other ranks' counts: not at all, or over a node's board.
 
-All three take the ids of one layer and give this rank's quotas, ``[R]``, which always add up to its
-tokens. Every rank of the group makes the same calls in the same order, a rank without tokens too.
+Both expand one layer's routed rows by quotas that always add up to this rank's tokens. Every rank of the group makes
+the same calls in the same order, a rank without tokens too.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
-from waterfill_rs import CostModel, _native
-from waterfill_rs.exchange.settings import BoardSettings, Pace
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from waterfill_rs.exchange.link import Link
+from waterfill_rs.exchange.ends import BoardEnd, SoloEnd
+from waterfill_rs.exchange.member import Member
+from waterfill_rs.tensors import ids_at, weights_at
+from waterfill_rs.torch import move_up
 
-__all__ = ["BoardExchange", "Exchange", "GroupExchange", "Ids", "SoloExchange"]
-
-Ids = tuple[int, int, int, int]
-"""Ids ``[rows, top_k]`` in this process's memory: address, rows, top_k, and bits an id (32 or 64)."""
+__all__ = ["BoardExchange", "SoloExchange"]
 
 
-class Exchange(Protocol):
-    """One rank's end. ``reason``: why it is this one, in words."""
+class _OnTensors(Protocol):
+    """Calls with CPU tensors, by the addresses of an end."""
 
-    reason: str
-    unwatched: str | None
-    """Why the other ranks cannot see whether this process lives, if they have to and can't."""
+    member: Member
 
-    @property
-    def name(self) -> str:
-        """``solo``, ``board`` or ``group``."""
-        ...
+    def unsafe_expand_ptr(
+        self,
+        ids: tuple[int, int, int, int],
+        weights: tuple[int, int],
+        out: tuple[int, int],
+        shared_weight: float,
+    ) -> None: ...
 
-    def quotas(self, ids: Ids) -> list[int]:
-        """Count, exchange, and give this rank's quotas.
+    def expand(self, ids: Tensor, weights: Tensor, shared_weight: float) -> tuple[Tensor, Tensor]:
+        """See ``Exchange.expand``. A refusal leaves this call out: the others learn no counts of this rank."""
+        there = ids_at(ids)
+        rows, top_k = ids.shape
+        beside = weights_at(weights, (rows, top_k))
+        out_ids = ids.new_empty(rows, top_k + 1)
+        out_weights = weights.new_empty(rows, top_k + 1)
+        out = out_ids.data_ptr(), out_weights.data_ptr()
+        self.unsafe_expand_ptr(there, beside, out, shared_weight)
+        return out_ids, out_weights
 
-        Raises:
-            ValueError: an id at or above the number of experts, with its place. The others learn no counts then.
-        """
-        ...
-
-    def tally(self) -> dict[str, Any]:
-        """How the calls so far ended; at least ``calls``."""
-        ...
-
-    def close(self) -> None:
-        """End what runs beside it. Quotas are not asked for afterwards."""
-        ...
+    def move_up(self, ids: Tensor) -> Tensor:
+        """See ``Exchange.move_up``."""
+        return move_up(ids, physical_experts=self.member.experts, ranks=self.member.ranks)
 
 
-class SoloExchange:
+class SoloExchange(SoloEnd, _OnTensors):
     """Own counts only."""
 
-    name = "solo"
-    unwatched: str | None = None
 
-    def __init__(
-        self, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str
-    ) -> None:
-        self.reason = reason
-        self._end = _native.Solo(ranks, experts, rank, cost_model)
-
-    def quotas(self, ids: Ids) -> list[int]:
-        return self._end.unsafe_quotas_ptr(ids)
-
-    def tally(self) -> dict[str, Any]:
-        return {"calls": self._end.calls}
-
-    def close(self) -> None:
-        pass
-
-
-class BoardExchange:
-    """Live counts of the ranks of one node, through shared memory.
-
-    The leader, rank 0, has the planner. It waits for the counts of all ranks that live, ``patience_us`` from a call's
-    first counts on; if a rank's are not there then, no rank has a plan for this call, and all take own counts at once.
-    A rank whose planner does not answer takes own counts after ``cap_us``.
-    """
-
-    name = "board"
-
-    def __init__(
-        self,
-        board: _native.Board,
-        rank: int,
-        cost_model: CostModel,
-        *,
-        cap_us: int,
-        patience_us: int,
-        pace: Pace,
-        core: int | None = None,
-        reason: str,
-    ) -> None:
-        self.reason = reason
-        self.board = board
-        self._cap_us = cap_us
-        self._planner: _native.PlannerThread | None = None
-        inline = pace in ("auto", "inline")
-        self._end = _native.Port(
-            board, rank, cost_model, plans_patience_us=patience_us if rank == 0 and inline else None
-        )
-        self.unwatched = self._end.unwatched
-        if rank == 0 and not inline:
-            self._planner = _native.PlannerThread(
-                board, cost_model, patience_us=patience_us, pace=pace, core=core
-            )
-            self.unwatched = self.unwatched or self._planner.unwatched
-
-    @classmethod
-    def open(
-        cls,
-        board: _native.Board,
-        rank: int,
-        settings: BoardSettings,
-        reason: str,
-        cost_model: CostModel | None = None,
-    ) -> BoardExchange:
-        """A rank's end of a board, as the settings have it. Without a cost model a row costs 1.
-
-        Raises:
-            OSError, ValueError: the planner's core is not to be had.
-        """
-        return cls(
-            board,
-            rank,
-            CostModel.rows() if cost_model is None else cost_model,
-            cap_us=settings.cap_us,
-            patience_us=settings.patience_us,
-            pace=settings.pace,
-            core=settings.core,
-            reason=reason,
-        )
-
-    def quotas(self, ids: Ids) -> list[int]:
-        if self._planner is not None:
-            self._planner.wake()
-        return self._end.unsafe_quotas_ptr(ids, self._cap_us)[1]
-
-    def tally(self) -> dict[str, Any]:
-        return self._end.tally()
-
-    def close(self) -> None:
-        if self._planner is not None:
-            self._planner.stop()
-
-
-class GroupExchange:
-    """Live counts by one all-gather a call over gloo, any number of nodes; see ``waterfill_rs.exchange.link`` for one that is late.
-
-    A rank that refuses its ids tells the others so first: they plan without it, so this call is not to be made again.
-    """
-
-    name = "group"
-    unwatched: str | None = None
-
-    def __init__(
-        self, link: Link, ranks: int, experts: int, rank: int, cost_model: CostModel, reason: str
-    ) -> None:
-        import torch
-
-        self.reason = reason
-        self.link = link
-        self._end = _native.GroupPlanner(ranks, experts, rank, cost_model)
-        self._new = torch.empty(self._end.words, dtype=torch.int32).new_empty
-
-    def quotas(self, ids: Ids) -> list[int]:
-        own = self._new(self._end.words)
-        try:
-            self._end.unsafe_count_ptr(ids, own.data_ptr())
-        except ValueError:
-            self.link.gather(own.fill_(_native.REFUSED))
-            raise
-        gathered = self.link.gather(own)
-        if gathered is None:
-            return self._end.own_quotas()
-        return self._end.unsafe_quotas_ptr(gathered.data_ptr())
-
-    def tally(self) -> dict[str, Any]:
-        return {"calls": sum(self.link.tally.values()), **self.link.tally}
-
-    def close(self) -> None:
-        self.link.close()
+class BoardExchange(BoardEnd, _OnTensors):
+    """Live counts of the ranks of one node: a ``BoardEnd`` for tensors."""

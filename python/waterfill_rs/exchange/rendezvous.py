@@ -13,18 +13,17 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
+
+import torch.distributed
 
 from waterfill_rs import CostModel, __version__, _native
 from waterfill_rs.exchange.boards import SHARED_MEMORY, board_name
-from waterfill_rs.exchange.host import BoardExchange, Exchange, GroupExchange, SoloExchange
+from waterfill_rs.exchange.device import DeviceExchange, DeviceGroupExchange
+from waterfill_rs.exchange.host import BoardExchange, SoloExchange
+from waterfill_rs.exchange.interface import Exchange
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.settings import CHOICES, BoardSettings, Choice
-
-if TYPE_CHECKING:
-    import torch
-
-    from waterfill_rs.exchange.device import DeviceExchange
-    from waterfill_rs.exchange.link import Limits
 
 __all__ = ["Store", "open_exchange"]
 
@@ -80,26 +79,22 @@ def _device() -> str:
 
 def open_exchange(
     store: Store,
+    member: Member,
     *,
-    ranks: int,
-    rank: int,
-    experts: int,
     choice: Choice = "auto",
     settings: BoardSettings | None = None,
     group: Any = None,
     cost_model: CostModel | None = None,
     device: torch.device | None = None,
-    limits: Limits | None = None,
-) -> Exchange | DeviceExchange:
+) -> Exchange:
     """Meet the other ranks and open this rank's end. All ranks call it, with keys of their own in ``store``.
 
     Args:
-        choice: ``auto``: a board on one node, else the group, else own counts. Others: that one or an error.
-        group: the ``torch.distributed`` process group of these ranks. Without it there is no ``group``: with a device its
-            collectives are used; on the CPU connections of our own are made beside it.
+        choice: ``auto``: a board on one node, else the group if there is one, else own counts. Others: that one or an error.
+        group: the ``torch.distributed`` process group of these ranks, whose collectives take the device's tensors. Without
+            it, or without a device, there is no ``group``.
         device: the CUDA device on which this rank's layers run, if they do: then ranks tell loads a rank, and
             ``cost_model`` is rows.
-        limits: of the group on the CPU; by default its ``wait`` is the settings' cap if that is longer.
 
     Raises:
         ValueError: ranks that disagree, with both sides' values; a choice that cannot be had, with the reason.
@@ -109,32 +104,30 @@ def open_exchange(
     settings = settings or BoardSettings()
     if choice not in CHOICES:
         raise ValueError(f"exchange {choice!r}: give one of {', '.join(CHOICES)}")
-    if not 0 <= rank < ranks:
-        raise ValueError(f"rank {rank}: give one from 0 to {ranks - 1}")
     if group is not None:
-        _check_group(group, ranks)
+        _check_group(group, member.ranks)
     if device is not None and settings.pace == "inline":
         raise ValueError("planner inline with layers on a CUDA device: give auto, park or spin")
     own = _Card(
         version=__version__,
-        ranks=ranks,
-        experts=experts,
+        ranks=member.ranks,
+        experts=member.experts,
         choice=choice,
         layers_on="cpu" if device is None else device.type,
         timeout_us=settings.cap_us,
         cost_model=repr(model),
-        process_group=group is not None,
+        process_group=group is not None and device is not None,
         boot=_boot(),
         shared_memory=_device(),
         user=os.getuid(),
     )
-    name, reason = _decide(_meet(store, own, rank))
-    exchange = _open(name, reason, store, own, rank, model, settings, group, device, limits)
+    name, reason = _decide(_meet(store, own, member.rank))
+    exchange = _open(name, reason, store, own, member, model, settings, group, device)
     if exchange.unwatched is not None:
         logger.warning(
             "waterfill-rs: rank %d cannot be watched (%s): should its process end, the other ranks wait up to %g s for it "
             "twice, and take own counts from then on",
-            rank,
+            member.rank,
             exchange.unwatched,
             settings.cap_us / 1e6,
         )
@@ -146,74 +139,51 @@ def _open(
     reason: str,
     store: Store,
     own: _Card,
-    rank: int,
+    member: Member,
     model: CostModel,
     settings: BoardSettings,
     group: Any,
     device: torch.device | None,
-    limits: Limits | None,
-) -> Exchange | DeviceExchange:
+) -> Exchange:
     """What was decided on, or what all ranks take where one of them cannot have it."""
-    choice, ranks, experts = own.choice, own.ranks, own.experts
+    choice = own.choice
     board: _native.Board | None = None
     if name == "board":
-        board, refusal = _open_board(store, ranks, experts if device is None else ranks, rank)
+        board, refusal = _open_board(store, member, by_expert=device is None)
         if board is None:
-            name, reason = _instead(choice, name, "solo" if group is None else "group", refusal)
-    if name == "group" and device is not None:
-        board, refusal = _own_board(store, ranks, rank)
+            name, reason = _instead(choice, name, "group" if own.process_group else "solo", refusal)
+    if name == "group":
+        board, refusal = _own_board(store, member)
         if board is None:
             name, reason = _instead(choice, name, "solo", refusal)
     if device is not None:
-        return _on_device(
-            device,
-            ranks,
-            experts,
-            rank,
-            reason,
-            board,
-            settings,
-            group if name == "group" else None,
-        )
+        joined = group if name == "group" else None
+        return _on_device(device, member, reason, board, settings, joined)
     if board is not None:
-        return BoardExchange.open(board, rank, settings, reason, model)
-    if name == "group":
-        from waterfill_rs.exchange.link import Limits, Link
-
-        limits = limits or Limits(wait=max(Limits.wait, settings.cap_us / 1e6))
-        link = Link(store, rank, ranks, limits)
-        return GroupExchange(link, ranks, experts, rank, model, reason)
-    return SoloExchange(ranks, experts, rank, model, reason)
+        return BoardExchange.open(board, member, settings, reason, model)
+    return SoloExchange(member, model, reason)
 
 
 def _check_group(group: Any, ranks: int) -> None:
-    import torch.distributed
-
     if (found := torch.distributed.get_world_size(group)) != ranks:
         raise ValueError(f"the process group has {found} ranks: give one of {ranks}")
 
 
 def _on_device(
     device: torch.device,
-    ranks: int,
-    experts: int,
-    rank: int,
+    member: Member,
     reason: str,
     board: _native.Board | None,
     settings: BoardSettings,
     group: Any,
 ) -> DeviceExchange:
-    from waterfill_rs.exchange.device import DeviceExchange, DeviceGroupExchange
-
     pace = "spin" if settings.pace == "spin" else "park"
     if group is not None and board is not None:
         # Each process has a planner, so none is pinned: several would share the core.
         return DeviceGroupExchange(
             device,
             group,
-            ranks=ranks,
-            experts=experts,
-            rank=rank,
+            member,
             reason=reason,
             board=board,
             cap_us=settings.cap_us,
@@ -222,12 +192,10 @@ def _on_device(
         )
     return DeviceExchange(
         device,
-        ranks=ranks,
-        experts=experts,
-        rank=rank,
+        member,
         reason=reason,
         board=board,
-        plans=rank == 0,
+        plans=member.rank == 0,
         cap_us=settings.cap_us,
         patience_us=settings.patience_us,
         pace=pace,
@@ -261,6 +229,10 @@ def _decide(cards: Sequence[_Card]) -> tuple[Name, str]:
     if len(cards) == 1 and choice != "board":
         return "solo", "there is one rank"
     if choice == "group":
+        if cards[0].layers_on == "cpu":
+            raise ValueError(
+                "the group was asked for and cannot be had: layers are on the CPU, and its collective is one of CUDA devices"
+            )
         if not has_group:
             raise ValueError("the group exchange was asked for, and there is no process group")
         return "group", "it was asked for"
@@ -293,10 +265,15 @@ def _apart(cards: Sequence[_Card]) -> str | None:
 
 
 def _open_board(
-    store: Store, ranks: int, experts: int, rank: int
+    store: Store, member: Member, *, by_expert: bool
 ) -> tuple[_native.Board | None, str]:
-    """The board; or none, and why some rank could not have it. All ranks come to the same."""
+    """The board; or none, and why some rank could not have it. All ranks come to the same.
+
+    ``by_expert``: counts on it are of experts, else of ranks.
+    """
     board: _native.Board | None = None
+    ranks, rank = member.ranks, member.rank
+    experts = member.experts if by_expert else ranks
     try:
         if rank == 0:
             name, run = board_name(), secrets.randbits(128)
@@ -322,16 +299,18 @@ def _open_board(
             board.unlink()
 
 
-def _own_board(store: Store, ranks: int, rank: int) -> tuple[_native.Board | None, str]:
+def _own_board(store: Store, member: Member) -> tuple[_native.Board | None, str]:
     """A board of this process alone; or none, and why some rank could not have one. All ranks come to the same."""
     board: _native.Board | None = None
     word = _HAVE
     try:
-        board = _native.Board.create(board_name(), ranks, ranks, secrets.randbits(128))
+        board = _native.Board.create(
+            board_name(), member.ranks, member.ranks, secrets.randbits(128)
+        )
         board.unlink()
     except (OSError, ValueError) as error:
         word = str(error)
-    refusal = _first_refusal(store, "own", ranks, rank, word)
+    refusal = _first_refusal(store, "own", member.ranks, member.rank, word)
     return (None, refusal) if refusal else (board, "")
 
 

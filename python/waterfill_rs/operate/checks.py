@@ -259,7 +259,7 @@ def _against_machine(config: Config) -> str | None:
 def without_board(choice: str, gpus: int) -> Severity:
     """How bad it is that no board can be had. ``choice``: the exchange that was asked for.
 
-    With ``auto`` ranks take the group, and with ``solo`` they need none. On GPUs each rank of the group has a board too.
+    With ``auto`` ranks take own counts, and with ``solo`` they need none. On GPUs each rank of the group has a board too.
     """
     if choice == "board" or (choice == "group" and gpus):
         return "fail"
@@ -273,8 +273,7 @@ def shared_memory(
     severity = without_board(choice, gpus)
     if severity == "ok":
         return Finding("shm", "ok", f"not needed with exchange {choice}")
-    instead = "own counts" if gpus else "exchange by the group"
-    others = f"; until then it serves, with {instead}" if severity == "warn" else ""
+    others = "; until then it serves, with own counts" if severity == "warn" else ""
     if not folder.is_dir() or free is None:
         return Finding("shm", severity, f"{folder} is not there", f"mount a tmpfs on it{others}")
     mode = stat.S_IMODE(folder.stat().st_mode)

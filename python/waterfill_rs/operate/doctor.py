@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -271,7 +271,7 @@ def _quota() -> float | None:
     return checks.cgroup_quota(Path("/sys/fs/cgroup"), _text(Path("/proc/self/cgroup")))
 
 
-def _boards() -> list[dict[str, Any]]:
+def _boards() -> Sequence[Mapping[str, Any]]:
     return [board.snapshot() for board in board_finder.find()]
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from waterfill_rs import _native
 from waterfill_rs.exchange.boards import board_name
-from waterfill_rs.exchange.host import BoardExchange
+from waterfill_rs.exchange.ends import BoardEnd
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.settings import BoardSettings
 
 __all__ = ["Calls", "run"]
@@ -88,18 +89,17 @@ def _rank(
 ) -> None:
     try:
         board = _native.Board.attach(name, RANKS, EXPERTS, token)
-        exchange = BoardExchange.open(board, rank, settings, "the self-test's")
+        end = BoardEnd.open(board, Member(RANKS, EXPERTS, rank), settings, "the self-test's")
     except (OSError, RuntimeError, ValueError) as error:
         parent.send(str(error))
         return
     ids = array("i", [(7 * i + rank) % EXPERTS for i in range(TOKENS * TOP_K)])
-    view = (ids.buffer_info()[0], TOKENS, TOP_K, 32)
     parent.send(())
     begin = parent.recv()
     for burst in range(BURSTS):
         time.sleep(max(0.0, begin + burst * seconds / BURSTS - time.monotonic()))
         for _ in range(CALLS):
-            exchange.quotas(view)
-    tally = exchange.tally()
+            end.expand_array(ids, TOP_K)
+    tally = end.tally()
     parent.send((tally["calls"], tally["live"], *(tally["wait_us"][n] for n in ("p50", "max"))))
     parent.recv()  # The planner stays until it is ended with the others.

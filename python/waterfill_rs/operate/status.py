@@ -52,7 +52,7 @@ def _top(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--interval {arguments.interval}: give seconds above 0, up to {_LONGEST_INTERVAL}"
         )
-    before: dict[str, dict[str, Any]] = {}
+    before: Mapping[str, Mapping[str, Any]] = {}
     looks, last = 0, time.monotonic()
     try:
         while arguments.count is None or looks < arguments.count:
@@ -72,7 +72,7 @@ def _top(arguments: argparse.Namespace) -> None:
 
 
 def describe(
-    snapshot: dict[str, Any], before: dict[str, Any] | None = None, seconds: float = 1.0
+    snapshot: Mapping[str, Any], before: Mapping[str, Any] | None = None, seconds: float = 1.0
 ) -> str:
     """A board in words and numbers; with a snapshot of ``seconds`` before, what came since, a second."""
     planner = snapshot["planner"]
@@ -120,7 +120,7 @@ def live_share(counts: Mapping[str, int]) -> str:
     return f"{counts['live'] * 10_000 // calls / 100:.2f}%" if calls else "-"
 
 
-def _state(each: dict[str, Any]) -> str:
+def _state(each: Mapping[str, Any]) -> str:
     if each["process"] == 0:
         return "absent"
     # None where the kernel cannot tell, as of a rank that could not lock its byte of the board.

@@ -11,8 +11,8 @@ import torch
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
 from waterfill_rs.config import Config
-from waterfill_rs.exchange.device import DeviceExchange
-from waterfill_rs.exchange.host import Exchange
+from waterfill_rs.exchange.interface import Exchange
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.sglang.overlap import OverlappedLayer
 from waterfill_rs.sglang.panics import panics_are_errors
 from waterfill_rs.sglang_versions import SCALING_FACTOR, Seams
@@ -33,6 +33,23 @@ def _tell_not_joined() -> None:
     if Config.from_environment(os.environ).required:
         raise RuntimeError(text)
     logger.warning(text)
+
+
+class _NotJoined:
+    """What layers without an exchange have instead: own counts, on whatever device they are, and a warning."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+
+    def expand(self, ids: Any, weights: Any, shared_weight: float) -> tuple[Any, Any]:
+        _tell_not_joined()
+        ranks, experts, rank = self._member.ranks, self._member.experts, self._member.rank
+        where: dict[str, Any] = {"physical_experts": experts, "ranks": ranks, "rank": rank}
+        return expand_topk(ids, weights, **where, shared_weight=shared_weight)
+
+    def move_up(self, ids: Any) -> Any:
+        _tell_not_joined()
+        return move_up(ids, physical_experts=self._member.experts, ranks=self._member.ranks)
 
 
 class WaterfillBalancer:
@@ -75,7 +92,9 @@ class WaterfillBalancer:
         self.rank = rank
         self.layer_id = layer_id
         self.shared_weight = shared_weight
-        self.exchange: Exchange | DeviceExchange | None = None
+        self.member = Member(world_size, num_routed_experts, rank)
+        self.exchange: Exchange | None = None
+        self._not_joined = _NotJoined(self.member)
         self.overlap: OverlappedLayer | None = None
         """This router's layer, if it can run its shared expert unfused."""
 
@@ -95,32 +114,15 @@ class WaterfillBalancer:
             raise ValueError(
                 f"Waterfill: {num_tokens} tokens, and topk_ids has {topk_ids.shape[0]} rows"
             )
-        if self.exchange is None:
-            _tell_not_joined()
+        exchange = self.exchange or self._not_joined
         # A kernel is of one type of ids and of weights, and batches are not: idle ranks give int32 and float32 always.
         # Beside them sglang before 0.5.14 gives int64 where it places experts, and a router may give weights of any type.
         ids = topk_ids.to(torch.int32).contiguous()
         given = topk_output.topk_weights.contiguous()
         if self.overlap is not None and self.overlap.runs:
-            return self._expanded(topk_output, self._moved_up(ids), given)
-        routed = ids, given.float()
-        if isinstance(self.exchange, DeviceExchange):
-            wide, weights = self.exchange.expand(*routed, self.shared_weight)
-        else:
-            wide, weights = expand_topk(
-                *routed,
-                physical_experts=self.num_routed_experts,
-                ranks=self.world_size,
-                rank=self.rank,
-                shared_weight=self.shared_weight,
-                exchange=self.exchange,
-            )
+            return self._expanded(topk_output, exchange.move_up(ids), given)
+        wide, weights = exchange.expand(ids, given.float(), self.shared_weight)
         return self._expanded(topk_output, wide.to(topk_ids.dtype), weights.to(given.dtype))
-
-    def _moved_up(self, ids: Any) -> Any:
-        if isinstance(self.exchange, DeviceExchange):
-            return self.exchange.move_up(ids)
-        return move_up(ids, physical_experts=self.num_routed_experts, ranks=self.world_size)
 
     @staticmethod
     def _expanded(topk_output: StandardTopKOutput, ids: Any, weights: Any) -> StandardTopKOutput:

@@ -9,7 +9,9 @@ import torch
 from waterfill_rs import CostModel
 from waterfill_rs.config import Config
 from waterfill_rs.exchange.device import DeviceExchange
-from waterfill_rs.exchange.host import Exchange, SoloExchange
+from waterfill_rs.exchange.host import SoloExchange
+from waterfill_rs.exchange.interface import Exchange
+from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.sglang import live_share, metrics
 from waterfill_rs.sglang.balancer import WaterfillBalancer
@@ -26,7 +28,7 @@ def connect(
     peers: Peers | None,
     device: torch.device,
     alone: str | None = None,
-) -> Exchange | DeviceExchange:
+) -> Exchange:
     """Open one exchange for these layers and give it to each. All ranks of their group call it.
 
     Args:
@@ -37,52 +39,38 @@ def connect(
         ValueError: layers of several shapes, ranks that disagree, or a choice that cannot be had.
         RuntimeError: a rank did not come.
     """
-    shapes = {(b.world_size, b.num_routed_experts, b.rank) for b in balancers}
-    if len(shapes) != 1:
-        raise ValueError(f"layers of one model differ in (ranks, experts, rank): {sorted(shapes)}")
-    ranks, experts, rank = shapes.pop()
-    exchange = (
-        _alone(ranks, experts, rank, device, alone)
-        if alone
-        else _open(ranks, experts, rank, device, config, peers)
-    )
+    members = {balancer.member for balancer in balancers}
+    if len(members) != 1:
+        shapes = sorted((each.ranks, each.experts, each.rank) for each in members)
+        raise ValueError(f"layers of one model differ in (ranks, experts, rank): {shapes}")
+    member = members.pop()
+    exchange = _alone(member, device, alone) if alone else _open(member, device, config, peers)
     for balancer in balancers:
         balancer.exchange = exchange
-    metrics.watch(exchange, leads=rank == 0)
-    if rank == 0 and exchange.name != "solo":
+    metrics.watch(exchange, leads=member.rank == 0)
+    if member.rank == 0 and exchange.name != "solo":
         live_share.watch(exchange)
     return exchange
 
 
-def _alone(
-    ranks: int, experts: int, rank: int, device: torch.device, reason: str
-) -> Exchange | DeviceExchange:
+def _alone(member: Member, device: torch.device, reason: str) -> Exchange:
     if device.type == "cuda":
-        return DeviceExchange(device, ranks=ranks, experts=experts, rank=rank, reason=reason)
-    return SoloExchange(ranks, experts, rank, CostModel.rows(), reason)
+        return DeviceExchange(device, member, reason=reason)
+    return SoloExchange(member, CostModel.rows(), reason)
 
 
-def _open(
-    ranks: int,
-    experts: int,
-    rank: int,
-    device: torch.device,
-    config: Config,
-    peers: Peers | None,
-) -> Exchange | DeviceExchange:
+def _open(member: Member, device: torch.device, config: Config, peers: Peers | None) -> Exchange:
     if peers is None:
         reason = "torch.distributed is not initialised"
         if config.exchange not in ("auto", "solo"):
             raise ValueError(f"exchange {config.exchange} was asked for, and {reason}")
-        return _alone(ranks, experts, rank, device, reason)
-    coordinator = peers.coordinator
+        return _alone(member, device, reason)
+    on_device = device.type == "cuda"
     return open_exchange(
         peers.store,
-        ranks=ranks,
-        rank=rank,
-        experts=experts,
+        member,
         choice=config.exchange,
         settings=config.board,
-        group=coordinator.device_group if device.type == "cuda" else coordinator.cpu_group,
-        device=device if device.type == "cuda" else None,
+        group=peers.coordinator.device_group if on_device else None,
+        device=device if on_device else None,
     )

@@ -36,8 +36,8 @@ _BOARD = {
 }
 _GROUP = {
     "none": "a rank refused its ids: see its log",
-    "timed_out": "a rank, the network or this process's planner is slow: see the ranks' logs and waterfill-rs doctor",
-    "broken": "connections to the other ranks are lost, or rounds always late: see the log above",
+    "timed_out": "this process's planner is late: give it a CPU of its own (waterfill-rs doctor)",
+    "broken": "this process's planner is gone or always late: see waterfill-rs status and doctor",
     "torn": "something else writes to this process's board: see waterfill-rs status",
 }
 

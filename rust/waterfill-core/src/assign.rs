@@ -59,6 +59,7 @@ impl Assigner {
     ) -> Result<()> {
         let rows = check_rows(ids.len(), top_k)?;
         check_length("shared_rank", shared_rank.len(), rows)?;
+        check_ids(placement, ids, top_k)?;
         self.start(placement, source, ids, top_k, quotas)?;
         self.give_ranks(source, shared_rank);
         Ok(())
@@ -78,6 +79,20 @@ impl Assigner {
         out: RowsMut<I, W>,
     ) -> Result<()> {
         check_expansion(routed, &out)?;
+        check_ids(placement, routed.ids, routed.top_k)?;
+        self.expand_counted(placement, source, routed, quotas, shared_weight, out)
+    }
+
+    /// [`expand`](Self::expand) of arrays that fit each other, and of ids that were counted and so checked.
+    pub(crate) fn expand_counted<I: Id, W: Weight>(
+        &mut self,
+        placement: &Placement,
+        source: usize,
+        routed: Rows<I, W>,
+        quotas: &[u32],
+        shared_weight: f32,
+        out: RowsMut<I, W>,
+    ) -> Result<()> {
         self.start(placement, source, routed.ids, routed.top_k, quotas)?;
         let mut shared_rank = std::mem::take(&mut self.shared_rank);
         shared_rank.resize(routed.ids.len() / routed.top_k, NO_RANK);
@@ -87,7 +102,7 @@ impl Assigner {
         Ok(())
     }
 
-    /// Check everything, look the visits up, and open the quotas.
+    /// Look the visits of checked ids up, and open the quotas, if they add up.
     fn start<I: Id>(
         &mut self,
         placement: &Placement,
@@ -96,9 +111,9 @@ impl Assigner {
         top_k: usize,
         quotas: &[u32],
     ) -> Result<()> {
-        check_length("quotas", quotas.len(), placement.ranks())?;
-        check_rank("source", source as i64, placement.ranks())?;
-        check_ids(placement, ids, top_k)?;
+        let ranks = placement.ranks();
+        check_length("quotas", quotas.len(), ranks)?;
+        check_rank("source", source as i64, ranks)?;
         let tokens = self.look_up_visits(placement, ids, top_k);
         check_quotas(source, quotas, tokens)?;
         self.left.clear();

@@ -4,8 +4,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use waterfill_core::{
-    Assigner, CostModel, OwnCounts, OwnPlanner, Placement, Plan, Planner, Problem, Roofline,
-    Routed, Rows, RowsMut, Table, count,
+    Assigner, CostModel, Error, Expander, OwnCounts, OwnPlanner, Placement, Plan, Planner, Problem,
+    Roofline, Routed, Rows, RowsMut, Table, count,
 };
 
 thread_local! {
@@ -57,6 +57,7 @@ fn second_calls_allocate_nothing() {
         let weights = vec![0.5f32; ids.len()];
         let (mut out_ids, mut out_weights) = (vec![0; 700], vec![0.0; 700]);
         for cost in [&CostModel::Rows, &roofline, &table] {
+            let mut expander = Expander::new(placement.clone(), cost.clone(), 0).unwrap();
             let mut layer = || {
                 let every = [tokens; 72];
                 let problem = Problem {
@@ -82,6 +83,12 @@ fn second_calls_allocate_nothing() {
                 let routed = Rows { ids: &ids, weights: &weights, top_k: 6 };
                 let out = RowsMut { ids: &mut out_ids, weights: &mut out_weights };
                 assigner.expand(&placement, 0, routed, &quotas, 0.4, out).unwrap();
+                let out = RowsMut { ids: &mut out_ids, weights: &mut out_weights };
+                let home = |own: &OwnCounts, quotas: &mut [u32]| {
+                    quotas[0] = own.tokens;
+                    Ok::<(), Error>(())
+                };
+                expander.expand(routed, 0.4, out, home).unwrap();
             };
             layer();
             assert_eq!(allocations(&mut layer), 0, "{ranks} ranks, {cost:?}");

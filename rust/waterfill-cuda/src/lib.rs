@@ -21,5 +21,5 @@ mod shape;
 pub use compiler::{Compiler, source};
 pub use error::{Error, Result};
 pub use library::open_nvrtc;
-pub use runner::{Board, Call, Quotas, Runner};
+pub use runner::{Call, Quotas, Runner};
 pub use shape::{IdType, Shape, Variant, WeightType};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use waterfill_board::{Ended, RING};
+use waterfill_board::{Ended, RING, Region, Shape as BoardShape};
 
 use crate::args::{Args, COUNT, GIVEN, LIVE, MoveArgs, OWN, State};
 use crate::compiler::{Compiler, EXPAND, MOVE_UP};
@@ -55,15 +55,6 @@ impl Kernels {
 struct Cluster {
     kernels: Kernels,
     most_blocks: usize,
-}
-
-/// A board's words in this process's memory.
-#[derive(Clone, Copy, Debug)]
-pub struct Board {
-    /// Address of its first word.
-    pub address: usize,
-    /// Its shape: experts as the kernel's, or counts per rank.
-    pub shape: waterfill_board::Shape,
 }
 
 /// Where a call's quotas come from.
@@ -139,16 +130,14 @@ impl Runner {
         Ok(runner)
     }
 
-    /// Take part in `board`: from now on [`Quotas::Live`] may be asked for.
+    /// Take part in a board, and say so on it: from now on [`Quotas::Live`] may be asked for. Nobody else posts for this rank.
+    ///
+    /// `shape`: experts as the kernel's, or as many as ranks, for the short form of loads a rank. The memory stays as it is
+    /// until the process ends, because launches, and graphs that captured them, may outlive the runner.
     ///
     /// # Errors
     /// A board of another shape, or memory that the driver cannot register.
-    ///
-    /// # Safety
-    /// At `board.address` are the words of a board of its shape, mapped as long as the process lives; and nobody else
-    /// posts for this rank.
-    pub unsafe fn attach(&mut self, board: Board) -> Result<()> {
-        let shape = board.shape;
+    pub fn attach<R: Region + 'static>(&mut self, region: R, shape: BoardShape) -> Result<()> {
         let fits = shape.has_counts_per_rank() || shape.experts == self.shape.experts;
         if shape.ranks != self.shape.ranks || !fits {
             let ranks = self.shape.ranks;
@@ -158,12 +147,19 @@ impl Runner {
                 shape.ranks, shape.experts, self.shape.experts
             )));
         }
+        let (found, expected) = (region.words().len(), shape.words());
+        if found != expected {
+            return Err(waterfill_core::Error::Length { name: "region", found, expected }.into());
+        }
+        let region: &'static R = Box::leak(Box::new(region));
+        let words = region.words();
         let _current = self.device.current()?;
         let _relaxed = RelaxedCapture::new()?;
-        // SAFETY: the caller's promise.
-        let address = unsafe { register(board.address, shape.words() * size_of::<u64>())? };
+        // SAFETY: these words stay where they are, for the region is never dropped as of the lines above.
+        let address = unsafe { register(words.as_ptr() as usize, size_of_val(words))? };
         self.args = with_board(self.args, &shape, address);
         self.has_board = true;
+        waterfill_board::Tally::announce(region, shape, self.args.rank as usize);
         Ok(())
     }
 

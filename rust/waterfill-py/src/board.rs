@@ -26,6 +26,7 @@ pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyObserver>()
 }
 
+/// A segment in POSIX shared memory on which ranks of one host exchange counts.
 #[pyclass(name = "Board", frozen)]
 pub struct PyBoard {
     pub inner: Arc<Segment>,
@@ -34,6 +35,7 @@ pub struct PyBoard {
 
 #[pymethods]
 impl PyBoard {
+    /// Make the segment `name` for all who know `run`, 128 random bits.
     #[staticmethod]
     fn create(name: &str, ranks: usize, experts: usize, run: u128) -> PyResult<Self> {
         board_guarded(|| {
@@ -42,6 +44,7 @@ impl PyBoard {
         })
     }
 
+    /// Attach to what another process made with the same arguments.
     #[staticmethod]
     fn attach(name: &str, ranks: usize, experts: usize, run: u128) -> PyResult<Self> {
         board_guarded(|| {
@@ -50,15 +53,18 @@ impl PyBoard {
         })
     }
 
+    /// Take the name away, once all are attached; the memory goes with the last of them.
     fn unlink(&self) -> PyResult<()> {
         board_guarded(|| self.inner.unlink())
     }
 
+    /// Where its name is, or was.
     #[getter]
     fn path(&self) -> PathBuf {
         self.inner.path().to_path_buf()
     }
 
+    /// What ranks and planner counted until now.
     fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         snapshot_dict(py, &board_guarded(|| Snapshot::of(&self.inner, self.shape))?)
     }
@@ -86,6 +92,7 @@ struct PyDeviceEnd {
 
 #[pymethods]
 impl PyDeviceEnd {
+    /// `plans`: the planner is in this process.
     #[new]
     fn new(board: &PyBoard, rank: usize, plans: bool) -> PyResult<Self> {
         let region = &board.inner;
@@ -99,6 +106,7 @@ impl PyDeviceEnd {
         Ok(Self { unwatched, inner })
     }
 
+    /// Why the others cannot see whether this process lives, if they can't.
     #[getter]
     fn unwatched(&self) -> Option<&str> {
         self.unwatched.as_deref()
@@ -110,6 +118,7 @@ impl PyDeviceEnd {
     }
 }
 
+/// The planner of a board, on a thread without Python; it ends with `stop` or with the object.
 #[pyclass(name = "PlannerThread", frozen)]
 struct PyPlannerThread {
     unwatched: Option<String>,
@@ -118,6 +127,7 @@ struct PyPlannerThread {
 
 #[pymethods]
 impl PyPlannerThread {
+    /// `pace`: `spin`, pinned to `core` if given, or `park`.
     #[new]
     #[pyo3(signature = (board, cost_model, *, patience_us, pace, core=None))]
     fn new(
@@ -151,6 +161,7 @@ impl PyPlannerThread {
         }
     }
 
+    /// End the thread.
     fn stop(&self, py: Python<'_>) {
         // The thread ends at its next look at the board, for which it is woken.
         py.detach(|| {
@@ -170,6 +181,7 @@ pub fn planner(
     BoardPlanner::new(Arc::clone(&board.inner), board.shape, cost_model.inner.clone(), patience)
 }
 
+/// A board from outside, read only.
 #[pyclass(name = "Observer", frozen)]
 struct PyObserver {
     inner: Observer,
@@ -177,11 +189,13 @@ struct PyObserver {
 
 #[pymethods]
 impl PyObserver {
+    /// At a path in /dev/shm, or `/proc/PID/fd/N` once its name is gone.
     #[new]
     fn new(path: PathBuf) -> PyResult<Self> {
         board_guarded(|| Ok(Self { inner: Observer::attach(&path)? }))
     }
 
+    /// What ranks and planner counted until now.
     fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         snapshot_dict(py, &self.inner.snapshot())
     }

@@ -6,16 +6,17 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use waterfill_board::{Region, Tally};
-use waterfill_cuda::{Board, Call, Compiler, IdType, Quotas, Runner, Shape, WeightType};
+use waterfill_cuda::{Call, Compiler, Quotas, Runner, Shape};
 
 use crate::board::PyBoard;
-use crate::error::{cuda_guarded, refused};
+use crate::error::cuda_guarded;
+use crate::tensors::{id_type, weight_type};
 
 pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyCudaRunner>()
 }
 
+/// The kernel, compiled and loaded, and its state on one device.
 #[pyclass(name = "CudaRunner", frozen)]
 struct PyCudaRunner {
     inner: Runner,
@@ -23,6 +24,7 @@ struct PyCudaRunner {
 
 #[pymethods]
 impl PyCudaRunner {
+    /// Compile the kernel, or find it in the folder `cache`, load it, and run it once.
     #[new]
     #[pyo3(signature = (device, *, ranks, experts, rank, top_k, id_bits, weight_bits, board, nvrtc, cache))]
     #[allow(clippy::too_many_arguments)] // Keyword arguments, each with a name of its own in Python.
@@ -39,10 +41,7 @@ impl PyCudaRunner {
         nvrtc: Option<PathBuf>,
         cache: Option<PathBuf>,
     ) -> PyResult<Self> {
-        let id = IdType::of_bits(id_bits)
-            .ok_or_else(|| refused(format!("ids of {id_bits} bits: give 32 or 64")))?;
-        let weight = WeightType::of_bits(weight_bits)
-            .ok_or_else(|| refused(format!("weights of {weight_bits} bits: give 32 or 16")))?;
+        let (id, weight) = (id_type(id_bits)?, weight_type(weight_bits)?);
         let shape = Shape { ranks, experts, top_k, id, weight };
         let board = board.map(|board| (Arc::clone(&board.inner), board.shape));
         // The compiler takes a second where nothing is cached.
@@ -50,19 +49,15 @@ impl PyCudaRunner {
             cuda_guarded(|| {
                 let compiler = Compiler::new(nvrtc.as_deref(), cache.as_deref())?;
                 let mut inner = Runner::new(device, shape, rank, &compiler)?;
-                if let Some((memory, shape)) = &board {
-                    let address = memory.words().as_ptr() as usize;
-                    // Launches, and graphs that captured them, may outlive every object of Python's.
-                    std::mem::forget(Arc::clone(memory));
-                    // SAFETY: these are the words of a board of that shape, mapped for good as of the line above.
-                    unsafe { inner.attach(Board { address, shape: *shape })? };
-                    Tally::announce(memory, *shape, rank);
+                if let Some((memory, shape)) = board {
+                    inner.attach(memory, shape)?;
                 }
                 Ok(Self { inner })
             })
         })
     }
 
+    /// The most rows that a call may have.
     #[getter]
     fn max_rows(&self) -> usize {
         self.inner.max_rows()
@@ -74,6 +69,7 @@ impl PyCudaRunner {
         self.inner.words()
     }
 
+    /// Count by one launch on `stream`: int32 `[words]` at `out`.
     fn unsafe_count_ptr(
         &self,
         ids: u64,
@@ -90,7 +86,7 @@ impl PyCudaRunner {
         cuda_guarded(|| unsafe { self.inner.count(&call, out, stream) })
     }
 
-    /// Quotas: at an address on the device if it is not 0; else live ones if there is a cap, from the counts
+    /// One launch on `stream`. Quotas: at an address on the device if it is not 0; else live ones if there is a cap, from the counts
     /// at `gathered` if that is not 0; else own ones.
     #[allow(clippy::too_many_arguments)] // One caller, `waterfill_rs.cuda`, once a layer: no objects in between.
     fn unsafe_launch_ptr(
@@ -120,12 +116,14 @@ impl PyCudaRunner {
         cuda_guarded(|| unsafe { self.inner.launch(&call, stream) })
     }
 
+    /// Move `count` ids up past the shared experts by one launch on `stream`: int64 `[count]` at `out`.
     fn unsafe_move_up_ptr(&self, ids: u64, out: u64, count: usize, stream: usize) -> PyResult<()> {
         // SAFETY: `waterfill_rs.cuda` gives a contiguous tensor of the runner's device and type of ids, an int64 one of as
         // many elements fresh from torch's allocator, and torch's current stream.
         cuda_guarded(|| unsafe { self.inner.move_up(ids, out, count, stream) })
     }
 
+    /// How calls with given or live quotas ended; waits for the stream.
     fn tally<'py>(&self, py: Python<'py>, stream: usize) -> PyResult<Bound<'py, PyDict>> {
         // SAFETY: `waterfill_rs.cuda` gives torch's current stream. Others may run while it is waited for.
         let ended = py.detach(|| cuda_guarded(|| unsafe { self.inner.tally(stream) }))?;

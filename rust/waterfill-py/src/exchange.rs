@@ -1,4 +1,4 @@
-//! One rank's end of each exchange: its tokens' ids in, its quotas out.
+//! One rank's end of each exchange on the CPU: a call's routed rows in, the expanded ones out.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,127 +7,88 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use waterfill_board::{BoardPlanner, Outcome, Port, Posted, Segment};
-use waterfill_core::{
-    CostModel, Error, Id, OwnCounts, OwnPlanner, Placement, Plan, Planner, Problem, Routed, count,
-};
+use waterfill_core::{Expander, OwnCounts, OwnPlanner, Placement};
 
 use crate::board::{PyBoard, planner, tally_dict};
 use crate::error::{board_guarded, guarded};
 use crate::plan::PyCostModel;
-use crate::tensors::{Ids, array, array_mut, unknown_bits};
+use crate::tensors::{Call, Expanded, Ids, Weights, with_rows};
 
 pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PySolo>()?;
-    module.add_class::<PyPort>()?;
-    module.add("REFUSED", REFUSED as i32)?;
-    module.add_class::<PyGroupPlanner>()
+    module.add_class::<PyPort>()
 }
 
-/// What one rank posts: counted from its ids into memory that is reused.
-struct Counted {
-    placement: Placement,
-    tokens: u32,
-    visits: Vec<u32>,
-    counts: Vec<u32>,
-}
-
-impl Counted {
-    fn new(ranks: usize, experts: usize) -> waterfill_core::Result<Self> {
-        let placement = Placement::contiguous(ranks, experts)?;
-        Ok(Self { placement, tokens: 0, visits: vec![0; ranks], counts: vec![0; experts] })
-    }
-
-    /// # Safety
-    /// As [`Ids::get`].
-    unsafe fn count(&mut self, ids: Ids, bits: usize) -> PyResult<()> {
-        // SAFETY: the caller's promise, passed on.
-        unsafe {
-            match bits {
-                32 => self.count_ids(ids.get::<i32>()?, ids.top_k),
-                64 => self.count_ids(ids.get::<i64>()?, ids.top_k),
-                _ => Err(unknown_bits("topk_ids", bits, "int32 or int64")),
-            }
-        }
-    }
-
-    fn count_ids<I: Id>(&mut self, ids: &[I], top_k: usize) -> PyResult<()> {
-        guarded(|| {
-            self.tokens = count(&self.placement, ids, top_k, &mut self.counts, &mut self.visits)?;
-            Ok(())
-        })
-    }
-
-    fn own<'a>(&'a self, cost: &'a CostModel, source: usize) -> OwnCounts<'a> {
-        let (placement, routed, visits, tokens) =
-            (&self.placement, &self.counts, &self.visits, self.tokens);
-        OwnCounts { placement, cost, source, routed, visits, tokens }
-    }
-}
-
-fn check_rank(rank: usize, ranks: usize) -> waterfill_core::Result<()> {
-    if rank < ranks { Ok(()) } else { Err(Error::Rank { name: "rank", rank: rank as i64, ranks }) }
-}
-
-/// A rank on its own.
+/// A rank that knows its own counts only.
 #[pyclass(name = "Solo")]
 struct PySolo {
-    counted: Counted,
-    cost: CostModel,
-    rank: usize,
+    expander: Expander,
     planner: OwnPlanner,
     calls: u64,
 }
 
 #[pymethods]
 impl PySolo {
+    /// The end of `rank`, which plans with this cost model.
     #[new]
     fn new(ranks: usize, experts: usize, rank: usize, cost_model: &PyCostModel) -> PyResult<Self> {
         guarded(|| {
-            check_rank(rank, ranks)?;
-            Ok(Self {
-                counted: Counted::new(ranks, experts)?,
-                cost: cost_model.inner.clone(),
-                rank,
-                planner: OwnPlanner::new(),
-                calls: 0,
+            let placement = Placement::contiguous(ranks, experts)?;
+            let expander = Expander::new(placement, cost_model.inner.clone(), rank)?;
+            Ok(Self { expander, planner: OwnPlanner::new(), calls: 0 })
+        })
+    }
+
+    /// One call: count, plan from own counts, and write ids and weights `[rows, top_k + 1]` at `out`.
+    fn unsafe_expand_ptr(
+        &mut self,
+        py: Python<'_>,
+        ids: Ids,
+        weights: Weights,
+        out: Expanded,
+        shared_weight: f32,
+    ) -> PyResult<()> {
+        let call = Call { ids, weights, out };
+        py.detach(|| {
+            with_rows!(call, I, W => {
+                // SAFETY: `waterfill_rs.exchange` gives live contiguous arrays of these shapes and types, the outputs
+                // freshly made and shared with nobody.
+                let (routed, out) = unsafe { call.rows::<I, W>() }?;
+                guarded(|| {
+                    self.expander.expand(routed, shared_weight, out, |own, quotas| {
+                        self.calls += 1;
+                        self.planner.plan(own, quotas)
+                    })
+                })
             })
         })
     }
 
-    fn unsafe_quotas_ptr(
-        &mut self,
-        py: Python<'_>,
-        ids: (usize, usize, usize, usize),
-    ) -> PyResult<Vec<u32>> {
-        let (ids, bits) = Ids::of(ids);
-        py.detach(|| {
-            // SAFETY: `waterfill_rs.exchange.host` gives live contiguous ids of this shape and width.
-            unsafe { self.counted.count(ids, bits) }?;
-            let mut quotas = vec![0; self.counted.visits.len()];
-            self.calls += 1;
-            guarded(|| self.planner.plan(&self.counted.own(&self.cost, self.rank), &mut quotas))?;
-            Ok(quotas)
-        })
+    /// Quotas `[ranks]` of the last call.
+    #[getter]
+    fn quotas(&self) -> Vec<u32> {
+        self.expander.quotas().to_vec()
     }
 
+    /// Calls so far.
     #[getter]
     fn calls(&self) -> u64 {
         self.calls
     }
 }
 
-/// A rank at a board; with the planner in its waits where no thread has it.
+/// A rank's end of a board; with the planner in its waits where no thread has it.
 #[pyclass(name = "Port")]
 struct PyPort {
     inner: Port<Arc<Segment>>,
     planner: Option<BoardPlanner<Arc<Segment>>>,
-    counted: Counted,
-    quotas: Vec<u32>,
+    expander: Expander,
     process: u32,
 }
 
 #[pymethods]
 impl PyPort {
+    /// The end of `rank`; with `plans_patience_us` it plans for all while it waits.
     #[new]
     #[pyo3(signature = (board, rank, cost_model, *, plans_patience_us=None))]
     fn new(
@@ -137,36 +98,53 @@ impl PyPort {
         plans_patience_us: Option<u64>,
     ) -> PyResult<Self> {
         board_guarded(|| {
-            let region = Arc::clone(&board.inner);
+            let (region, cost) = (Arc::clone(&board.inner), &cost_model.inner);
+            let placement = Placement::contiguous(board.shape.ranks, board.shape.experts)?;
             Ok(Self {
-                inner: Port::new(region, board.shape, cost_model.inner.clone(), rank)?,
+                expander: Expander::new(placement, cost.clone(), rank)?,
+                inner: Port::new(region, board.shape, cost.clone(), rank)?,
                 planner: plans_patience_us.map(|us| planner(board, cost_model, us)).transpose()?,
-                counted: Counted::new(board.shape.ranks, board.shape.experts)?,
-                quotas: vec![0; board.shape.ranks],
                 process: std::process::id(),
             })
         })
     }
 
-    /// `(how it ended, quotas)`.
-    fn unsafe_quotas_ptr(
+    /// One call: count, post, wait at most `cap_us` for the quotas, and write ids and weights `[rows, top_k + 1]` at `out`.
+    /// Gives how the call ended.
+    #[allow(clippy::too_many_arguments)] // One caller, `waterfill_rs.exchange`, once a layer: no objects in between.
+    fn unsafe_expand_ptr(
         &mut self,
         py: Python<'_>,
-        ids: (usize, usize, usize, usize),
+        ids: Ids,
+        weights: Weights,
+        out: Expanded,
+        shared_weight: f32,
         cap_us: u64,
-    ) -> PyResult<(&'static str, Vec<u32>)> {
-        let (ids, bits) = Ids::of(ids);
+    ) -> PyResult<&'static str> {
         self.check_process()?;
+        let (call, cap) = (Call { ids, weights, out }, Duration::from_micros(cap_us));
         // A wait for peers: other threads may run meanwhile.
         py.detach(|| {
-            // SAFETY: `waterfill_rs.exchange.host` gives live contiguous ids of this shape and width.
-            unsafe { self.counted.count(ids, bits) }?;
-            let cap = Duration::from_micros(cap_us);
-            let outcome = board_guarded(|| self.exchange(cap))?;
-            Ok((outcome.name(), self.quotas.clone()))
+            with_rows!(call, I, W => {
+                // SAFETY: `waterfill_rs.exchange` gives live contiguous arrays of these shapes and types, the outputs
+                // freshly made and shared with nobody.
+                let (routed, out) = unsafe { call.rows::<I, W>() }?;
+                let Self { inner, planner, expander, .. } = self;
+                let learn = |own: &OwnCounts, quotas: &mut [u32]| {
+                    exchange(inner, planner.as_mut(), own, cap, quotas)
+                };
+                board_guarded(|| expander.expand(routed, shared_weight, out, learn)).map(Outcome::name)
+            })
         })
     }
 
+    /// Quotas `[ranks]` of the last call.
+    #[getter]
+    fn quotas(&self) -> Vec<u32> {
+        self.expander.quotas().to_vec()
+    }
+
+    /// How the calls so far ended.
     fn tally<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         tally_dict(py, self.inner.tally())
     }
@@ -180,17 +158,6 @@ impl PyPort {
 }
 
 impl PyPort {
-    fn exchange(&mut self, cap: Duration) -> waterfill_board::Result<Outcome> {
-        let Counted { tokens, visits, counts, .. } = &self.counted;
-        let posted = Posted { tokens: *tokens, visits, counts };
-        self.inner.post(posted)?;
-        let planner = &mut self.planner;
-        let meanwhile = || {
-            planner.as_mut().map(BoardPlanner::poll);
-        };
-        self.inner.finish_with(posted, cap, &mut self.quotas, meanwhile)
-    }
-
     /// Two processes must not write one rank's words.
     fn check_process(&self) -> PyResult<()> {
         let now = std::process::id();
@@ -205,123 +172,19 @@ impl PyPort {
     }
 }
 
-/// In place of its tokens, of a rank that refused its ids: it takes part, and nothing is known of it.
-const REFUSED: u32 = u32::MAX;
-
-/// Plans from counts that a collective brought: the same on every rank.
-#[pyclass(name = "GroupPlanner")]
-struct PyGroupPlanner {
-    counted: Counted,
-    cost: CostModel,
-    rank: usize,
-    tokens: Vec<u32>,
-    visits: Vec<u32>,
-    routed: Vec<u32>,
-    eligible: Vec<bool>,
-    planner: Planner,
-    own: OwnPlanner,
-    plan: Plan,
+/// Post own counts and take the quotas; polls the planner meanwhile, if this rank has it.
+fn exchange(
+    port: &mut Port<Arc<Segment>>,
+    mut planner: Option<&mut BoardPlanner<Arc<Segment>>>,
+    own: &OwnCounts,
+    cap: Duration,
+    quotas: &mut [u32],
+) -> waterfill_board::Result<Outcome> {
+    let posted = Posted { tokens: own.tokens, visits: own.visits, counts: own.routed };
+    port.post(posted)?;
+    let meanwhile = || {
+        planner.as_mut().map(|planner| planner.poll());
+    };
+    port.finish_with(posted, cap, quotas, meanwhile)
 }
 
-#[pymethods]
-impl PyGroupPlanner {
-    #[new]
-    fn new(ranks: usize, experts: usize, rank: usize, cost_model: &PyCostModel) -> PyResult<Self> {
-        guarded(|| {
-            check_rank(rank, ranks)?;
-            Ok(Self {
-                counted: Counted::new(ranks, experts)?,
-                cost: cost_model.inner.clone(),
-                rank,
-                tokens: vec![0; ranks],
-                visits: vec![0; ranks * ranks],
-                routed: vec![0; experts],
-                eligible: vec![true; ranks],
-                planner: Planner::new(),
-                own: OwnPlanner::new(),
-                plan: Plan::new(),
-            })
-        })
-    }
-
-    /// Integers that each rank contributes: its tokens, its visits `[R]`, its counts `[P]`.
-    #[getter]
-    fn words(&self) -> usize {
-        1 + self.tokens.len() + self.routed.len()
-    }
-
-    /// Write what this rank contributes, `[words]` int32.
-    fn unsafe_count_ptr(
-        &mut self,
-        py: Python<'_>,
-        ids: (usize, usize, usize, usize),
-        out: usize,
-    ) -> PyResult<()> {
-        let (ids, bits) = Ids::of(ids);
-        py.detach(|| {
-            // SAFETY: `waterfill_rs.exchange.host` gives live contiguous ids of this shape and width, and an
-            // int32 tensor of `words` elements that nobody else uses.
-            let out = unsafe {
-                self.counted.count(ids, bits)?;
-                array_mut::<u32>("out", out, self.words())?
-            };
-            let Counted { tokens, visits, counts, .. } = &self.counted;
-            let values = std::iter::once(tokens).chain(visits).chain(counts);
-            out.iter_mut().zip(values).for_each(|(out, &value)| *out = value);
-            Ok(())
-        })
-    }
-
-    /// This rank's quotas from what it counted last, by itself.
-    fn own_quotas(&mut self, py: Python<'_>) -> PyResult<Vec<u32>> {
-        py.detach(|| {
-            let mut quotas = vec![0; self.tokens.len()];
-            guarded(|| self.own.plan(&self.counted.own(&self.cost, self.rank), &mut quotas))?;
-            Ok(quotas)
-        })
-    }
-
-    /// This rank's quotas from what all ranks contributed, `[R, words]` int32.
-    fn unsafe_quotas_ptr(&mut self, py: Python<'_>, gathered: usize) -> PyResult<Vec<u32>> {
-        py.detach(|| {
-            let length = self.tokens.len() * self.words();
-            // SAFETY: `waterfill_rs.exchange.host` gives a live contiguous int32 tensor of this size.
-            let gathered = unsafe { array::<u32>("gathered", gathered, length) }?;
-            guarded(|| self.plan(gathered))
-        })
-    }
-}
-
-impl PyGroupPlanner {
-    fn plan(&mut self, gathered: &[u32]) -> waterfill_core::Result<Vec<u32>> {
-        let ranks = self.tokens.len();
-        self.routed.fill(0);
-        for (rank, words) in gathered.chunks_exact(1 + ranks + self.routed.len()).enumerate() {
-            let visits_of_rank = &mut self.visits[rank * ranks..][..ranks];
-            self.eligible[rank] = words[0] != REFUSED;
-            if !self.eligible[rank] {
-                self.tokens[rank] = 0;
-                visits_of_rank.fill(0);
-                continue;
-            }
-            let (visits, counts) = words[1..].split_at(ranks);
-            self.tokens[rank] = words[0];
-            visits_of_rank.copy_from_slice(visits);
-            for (sum, &rows) in self.routed.iter_mut().zip(counts) {
-                *sum = sum.saturating_add(rows);
-            }
-        }
-        let problem = Problem {
-            placement: &self.counted.placement,
-            cost: &self.cost,
-            routed: Routed::PerExpert(&self.routed),
-            tokens: &self.tokens,
-            visits: Some(&self.visits),
-            eligible: Some(&self.eligible),
-        };
-        self.planner.live(&problem, &mut self.plan)?;
-        let mut quotas = vec![0; ranks];
-        self.plan.quotas_of(self.rank, &mut quotas)?;
-        Ok(quotas)
-    }
-}

@@ -19,6 +19,7 @@ pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(costs, module)?)
 }
 
+/// What a number of rows of one expert costs: zero for none, never less for more.
 #[pyclass(name = "CostModel", frozen)]
 pub struct PyCostModel {
     pub inner: CostModel,
@@ -26,11 +27,13 @@ pub struct PyCostModel {
 
 #[pymethods]
 impl PyCostModel {
+    /// A row costs 1.
     #[staticmethod]
     fn rows() -> Self {
         Self { inner: CostModel::Rows }
     }
 
+    /// An active expert's weights take `weights_us` to load; rows, in tiles, `row_us` each. Picoseconds.
     #[staticmethod]
     fn roofline(weights_us: f64, row_us: f64, tile: i128) -> PyResult<Self> {
         let tile = fit("tile", tile)?;
@@ -39,6 +42,7 @@ impl PyCostModel {
         })
     }
 
+    /// A staircase of measured `(rows, microseconds)`, rows rising. Picoseconds.
     #[staticmethod]
     fn table(points: Vec<(i128, f64)>) -> PyResult<Self> {
         let points: PyResult<Vec<(u64, f64)>> =
@@ -52,6 +56,7 @@ impl PyCostModel {
         format!("CostModel({:?})", self.inner)
     }
 
+    /// The cost of `rows` rows of one expert.
     fn cost(&self, rows: i128) -> PyResult<u64> {
         // Costs of a layer's rows cannot overflow; of more they could.
         let rows: u32 = fit("rows", rows)?;
@@ -67,6 +72,7 @@ fn fit<T: TryFrom<i128>>(name: &str, value: i128) -> PyResult<T> {
     })
 }
 
+/// How many shared rows each source sends to each rank.
 #[pyclass(name = "Plan", frozen)]
 struct PyPlan {
     ranks: usize,
@@ -75,21 +81,25 @@ struct PyPlan {
 
 #[pymethods]
 impl PyPlan {
+    /// The slowest rank's cost under this plan, in the cost model's unit.
     #[getter]
     fn optimum(&self) -> u64 {
         self.inner.optimum()
     }
 
+    /// `[R]` shared rows that each rank gets.
     #[getter]
     fn shared_rows(&self) -> Vec<u32> {
         self.inner.shared_rows().to_vec()
     }
 
+    /// `[P]` routed rows of each physical expert; empty for a problem with counts per rank.
     #[getter]
     fn replica_rows(&self) -> Vec<u32> {
         self.inner.replica_rows().to_vec()
     }
 
+    /// `[R]` how many tokens of `source` go to each rank.
     fn quotas_of(&self, source: i128) -> PyResult<Vec<u32>> {
         let source = fit("source", source)?;
         let mut quotas = vec![0; self.ranks];
@@ -98,7 +108,7 @@ impl PyPlan {
     }
 }
 
-/// The arguments of a plan that own their memory, so that the GIL can be released.
+/// A plan from the counts of all ranks; see `waterfill_rs.plan`.
 #[pyfunction]
 #[pyo3(signature = (routed, tokens, *, ranks, physical_experts, physical_to_logical, visits, eligible, cost_model, policy))]
 #[allow(clippy::too_many_arguments)] // Keyword arguments, each with a name of its own in Python.
@@ -120,7 +130,7 @@ fn plan(
         other => return Err(refused(format!("policy '{other}': give 'live' or 'joint'"))),
     };
     let cost = &cost_model.inner;
-    // A plan for 1024 ranks takes tens of microseconds: others may run meanwhile.
+    // A plan for 1024 ranks takes tens of microseconds: others may run meanwhile, for the arguments own their memory.
     py.detach(|| {
         guarded(|| {
             let placement = match &physical_to_logical {

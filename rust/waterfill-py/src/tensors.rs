@@ -1,11 +1,13 @@
 //! Tensors cross as addresses: `waterfill_rs.torch` checks dtype, device and layout and keeps them alive.
 //!
-//! What a function can check here it does: null, alignment, and lengths against the shapes given.
+//! What a function can check here it does: null, alignment, and lengths against the shapes given. The types of the arguments
+//! parse themselves, and their widths are told apart once, in [`with_ids!`] and [`with_rows!`].
 
 use std::slice;
 
 use pyo3::prelude::*;
-use waterfill_core::{Assigner, Bf16, Id, Placement, Rows, RowsMut, Weight, count, move_up, score};
+use waterfill_core::{Assigner, Id, Placement, Rows, RowsMut, Weight, count, move_up, score};
+use waterfill_cuda::{IdType, WeightType};
 
 use crate::error::{guarded, refused};
 
@@ -31,7 +33,7 @@ fn check_address<T>(name: &str, address: usize, length: usize) -> PyResult<()> {
 
 /// # Safety
 /// `address` is that of `length` initialised elements that nobody writes for `'a`.
-pub unsafe fn array<'a, T>(name: &str, address: usize, length: usize) -> PyResult<&'a [T]> {
+unsafe fn array<'a, T>(name: &str, address: usize, length: usize) -> PyResult<&'a [T]> {
     check_address::<T>(name, address, length)?;
     if length == 0 {
         return Ok(&[]);
@@ -42,7 +44,7 @@ pub unsafe fn array<'a, T>(name: &str, address: usize, length: usize) -> PyResul
 
 /// # Safety
 /// `address` is that of `length` elements that nobody else reads or writes for `'a`.
-pub unsafe fn array_mut<'a, T>(name: &str, address: usize, length: usize) -> PyResult<&'a mut [T]> {
+unsafe fn array_mut<'a, T>(name: &str, address: usize, length: usize) -> PyResult<&'a mut [T]> {
     check_address::<T>(name, address, length)?;
     if length == 0 {
         return Ok(&mut []);
@@ -51,20 +53,37 @@ pub unsafe fn array_mut<'a, T>(name: &str, address: usize, length: usize) -> PyR
     Ok(unsafe { slice::from_raw_parts_mut(address as *mut T, length) })
 }
 
-/// Ids `[rows, top_k]` at an address, of the width that the function is told.
+/// The type of ids of so many bits.
+pub fn id_type(bits: usize) -> PyResult<IdType> {
+    let unknown = || refused(format!("topk_ids of {bits} bits: give int32 or int64"));
+    IdType::of_bits(bits).ok_or_else(unknown)
+}
+
+/// The type of weights of so many bits.
+pub fn weight_type(bits: usize) -> PyResult<WeightType> {
+    let unknown = || refused(format!("topk_weights of {bits} bits: give float32 or bfloat16"));
+    WeightType::of_bits(bits).ok_or_else(unknown)
+}
+
+/// Ids `[rows, top_k]`; in Python `(address, rows, top_k, bits)`.
 #[derive(Clone, Copy)]
 pub struct Ids {
-    pub address: usize,
+    address: usize,
     pub rows: usize,
     pub top_k: usize,
+    pub kind: IdType,
+}
+
+impl FromPyObject<'_, '_> for Ids {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
+        let (address, rows, top_k, bits) = object.extract::<(usize, usize, usize, usize)>()?;
+        Ok(Self { address, rows, top_k, kind: id_type(bits)? })
+    }
 }
 
 impl Ids {
-    /// From `(address, rows, top_k, bits)`, and the bits.
-    pub fn of((address, rows, top_k, bits): (usize, usize, usize, usize)) -> (Self, usize) {
-        (Self { address, rows, top_k }, bits)
-    }
-
     /// # Safety
     /// As [`array()`], for `rows * top_k` elements.
     pub unsafe fn get<'a, I: Id>(self) -> PyResult<&'a [I]> {
@@ -73,39 +92,110 @@ impl Ids {
     }
 }
 
-pub fn unknown_bits(name: &str, bits: usize, known: &str) -> PyErr {
-    refused(format!("{name} of {bits} bits: give {known}"))
+/// Weights beside [`Ids`], of their shape; in Python `(address, bits)`.
+#[derive(Clone, Copy)]
+pub struct Weights {
+    address: usize,
+    pub kind: WeightType,
 }
+
+impl FromPyObject<'_, '_> for Weights {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
+        let (address, bits) = object.extract::<(usize, usize)>()?;
+        Ok(Self { address, kind: weight_type(bits)? })
+    }
+}
+
+/// Where expanded ids and weights `[rows, top_k + 1]` go, of the types of the routed ones; in Python `(ids, weights)`.
+#[derive(Clone, Copy, FromPyObject)]
+pub struct Expanded(usize, usize);
+
+/// Ids and weights of one call, and where they go.
+#[derive(Clone, Copy)]
+pub struct Call {
+    pub ids: Ids,
+    pub weights: Weights,
+    pub out: Expanded,
+}
+
+impl Call {
+    /// # Safety
+    /// At the addresses are live contiguous arrays of these shapes, of `I` and `W`. Nobody else writes the inputs for `'a`,
+    /// nor reads or writes the outputs.
+    pub unsafe fn rows<'a, I: Id, W: Weight>(
+        self,
+    ) -> PyResult<(Rows<'a, I, W>, RowsMut<'a, I, W>)> {
+        let Ids { rows, top_k, .. } = self.ids;
+        let (routed, expanded) = (rows * top_k, rows * (top_k + 1));
+        let Expanded(out_ids, out_weights) = self.out;
+        // SAFETY: the caller's promise, passed on.
+        unsafe {
+            let ids = self.ids.get::<I>()?;
+            let weights = array("topk_weights", self.weights.address, routed)?;
+            let out_ids = array_mut("out_ids", out_ids, expanded)?;
+            let out_weights = array_mut("out_weights", out_weights, expanded)?;
+            Ok((Rows { ids, weights, top_k }, RowsMut { ids: out_ids, weights: out_weights }))
+        }
+    }
+}
+
+/// The expression with `$I` as the type of the ids.
+macro_rules! with_ids {
+    ($ids:expr, $I:ident => $body:expr) => {
+        match $ids.kind {
+            waterfill_cuda::IdType::I32 => {
+                type $I = i32;
+                $body
+            }
+            waterfill_cuda::IdType::I64 => {
+                type $I = i64;
+                $body
+            }
+        }
+    };
+}
+
+/// The expression with `$I` as the type of a [`Call`]'s ids and `$W` as that of its weights.
+macro_rules! with_rows {
+    ($call:expr, $I:ident, $W:ident => $body:expr) => {
+        $crate::tensors::with_ids!($call.ids, $I => match $call.weights.kind {
+            waterfill_cuda::WeightType::F32 => {
+                type $W = f32;
+                $body
+            }
+            waterfill_cuda::WeightType::Bf16 => {
+                type $W = waterfill_core::Bf16;
+                $body
+            }
+        })
+    };
+}
+
+pub(crate) use {with_ids, with_rows};
+
+// The tensors stay alive in the caller, so each function lets other threads run meanwhile.
 
 /// Counts `[P]`, visits `[R]` and the number of tokens of ids `[rows, top_k]`.
 #[pyfunction]
 fn unsafe_count_ptr(
     py: Python<'_>,
-    ids: (usize, usize, usize, usize),
+    ids: Ids,
     physical_experts: usize,
     ranks: usize,
 ) -> PyResult<(Vec<u32>, Vec<u32>, u32)> {
-    fn run<I: Id>(
-        ids: Ids,
-        physical_experts: usize,
-        ranks: usize,
-    ) -> PyResult<(Vec<u32>, Vec<u32>, u32)> {
-        // SAFETY: `waterfill_rs.torch` gives a live contiguous CPU tensor of this shape and dtype.
-        let values = unsafe { ids.get::<I>() }?;
-        guarded(|| {
-            let placement = Placement::contiguous(ranks, physical_experts)?;
-            let (mut counts, mut visits) = (vec![0; physical_experts], vec![0; ranks]);
-            let tokens = count(&placement, values, ids.top_k, &mut counts, &mut visits)?;
-            Ok((counts, visits, tokens))
+    py.detach(|| {
+        with_ids!(ids, I => {
+            // SAFETY: `waterfill_rs.torch` gives a live contiguous CPU tensor of this shape and dtype.
+            let values = unsafe { ids.get::<I>() }?;
+            guarded(|| {
+                let placement = Placement::contiguous(ranks, physical_experts)?;
+                let (mut counts, mut visits) = (vec![0; physical_experts], vec![0; ranks]);
+                let tokens = count(&placement, values, ids.top_k, &mut counts, &mut visits)?;
+                Ok((counts, visits, tokens))
+            })
         })
-    }
-    let (address, rows, top_k, bits) = ids;
-    let ids = Ids { address, rows, top_k };
-    // The tensors stay alive in the caller; other threads may run while we count.
-    py.detach(|| match bits {
-        32 => run::<i32>(ids, physical_experts, ranks),
-        64 => run::<i64>(ids, physical_experts, ranks),
-        _ => Err(unknown_bits("topk_ids", bits, "int32 or int64")),
     })
 }
 
@@ -113,72 +203,24 @@ fn unsafe_count_ptr(
 #[pyfunction]
 fn unsafe_assign_ptr(
     py: Python<'_>,
-    ids: (usize, usize, usize, usize),
+    ids: Ids,
     quotas: Vec<u32>,
     physical_experts: usize,
     rank: usize,
     shared_rank: usize,
 ) -> PyResult<()> {
-    fn run<I: Id>(
-        ids: Ids,
-        quotas: &[u32],
-        experts: usize,
-        rank: usize,
-        out: usize,
-    ) -> PyResult<()> {
-        // SAFETY: `waterfill_rs.torch` gives live contiguous CPU tensors of these shapes and dtypes,
-        // the output freshly made and shared with nobody.
-        let (values, out) = unsafe { (ids.get::<I>()?, array_mut("shared_rank", out, ids.rows)?) };
-        guarded(|| {
-            let placement = Placement::contiguous(quotas.len(), experts)?;
-            Assigner::new().assign(&placement, rank, values, ids.top_k, quotas, out)
+    py.detach(|| {
+        with_ids!(ids, I => {
+            // SAFETY: `waterfill_rs.torch` gives live contiguous CPU tensors of these shapes and dtypes, the output freshly
+            // made and shared with nobody.
+            let (values, out) =
+                unsafe { (ids.get::<I>()?, array_mut("shared_rank", shared_rank, ids.rows)?) };
+            guarded(|| {
+                let placement = Placement::contiguous(quotas.len(), physical_experts)?;
+                Assigner::new().assign(&placement, rank, values, ids.top_k, &quotas, out)
+            })
         })
-    }
-    let (address, rows, top_k, bits) = ids;
-    let ids = Ids { address, rows, top_k };
-    // The tensors stay alive in the caller; other threads may run meanwhile.
-    py.detach(|| match bits {
-        32 => run::<i32>(ids, &quotas, physical_experts, rank, shared_rank),
-        64 => run::<i64>(ids, &quotas, physical_experts, rank, shared_rank),
-        _ => Err(unknown_bits("topk_ids", bits, "int32 or int64")),
     })
-}
-
-/// Addresses of one expansion: weights in; ids and weights out.
-#[derive(Clone, Copy)]
-struct Expansion<'a> {
-    ids: Ids,
-    weights: usize,
-    quotas: &'a [u32],
-    out_ids: usize,
-    out_weights: usize,
-    physical_experts: usize,
-    rank: usize,
-    shared_weight: f32,
-}
-
-impl Expansion<'_> {
-    fn run<I: Id, W: Weight>(self) -> PyResult<()> {
-        let Ids { rows, top_k, .. } = self.ids;
-        let expanded = rows * (top_k + 1);
-        // SAFETY: `waterfill_rs.torch` gives live contiguous CPU tensors of these shapes and dtypes,
-        // the outputs freshly made and shared with nobody.
-        let (ids, weights, out_ids, out_weights) = unsafe {
-            (
-                self.ids.get::<I>()?,
-                array::<W>("topk_weights", self.weights, rows * top_k)?,
-                array_mut::<I>("out_ids", self.out_ids, expanded)?,
-                array_mut::<W>("out_weights", self.out_weights, expanded)?,
-            )
-        };
-        guarded(|| {
-            let placement = Placement::contiguous(self.quotas.len(), self.physical_experts)?;
-            let routed = Rows { ids, weights, top_k };
-            let out = RowsMut { ids: out_ids, weights: out_weights };
-            let weight = self.shared_weight;
-            Assigner::new().expand(&placement, self.rank, routed, self.quotas, weight, out)
-        })
-    }
 }
 
 /// Write ids and weights `[rows, top_k + 1]` from `[rows, top_k]` and this rank's quotas `[ranks]`.
@@ -186,37 +228,25 @@ impl Expansion<'_> {
 #[allow(clippy::too_many_arguments)] // One caller, `waterfill_rs.torch`, in the order of the shapes.
 fn unsafe_expand_ptr(
     py: Python<'_>,
-    ids: (usize, usize, usize, usize),
-    weights: (usize, usize),
+    ids: Ids,
+    weights: Weights,
+    out: Expanded,
     quotas: Vec<u32>,
-    out_ids: usize,
-    out_weights: usize,
     physical_experts: usize,
     rank: usize,
     shared_weight: f32,
 ) -> PyResult<()> {
-    let (address, rows, top_k, id_bits) = ids;
-    let (weights, weight_bits) = weights;
-    let ids = Ids { address, rows, top_k };
-    let quotas = &quotas[..];
-    let call = Expansion {
-        ids,
-        weights,
-        quotas,
-        out_ids,
-        out_weights,
-        physical_experts,
-        rank,
-        shared_weight,
-    };
-    // The tensors stay alive in the caller; other threads may run meanwhile.
-    py.detach(|| match (id_bits, weight_bits) {
-        (32, 32) => call.run::<i32, f32>(),
-        (32, 16) => call.run::<i32, Bf16>(),
-        (64, 32) => call.run::<i64, f32>(),
-        (64, 16) => call.run::<i64, Bf16>(),
-        (32 | 64, _) => Err(unknown_bits("topk_weights", weight_bits, "float32 or bfloat16")),
-        _ => Err(unknown_bits("topk_ids", id_bits, "int32 or int64")),
+    let call = Call { ids, weights, out };
+    py.detach(|| {
+        with_rows!(call, I, W => {
+            // SAFETY: `waterfill_rs.torch` gives live contiguous CPU tensors of these shapes and dtypes, the outputs freshly
+            // made and shared with nobody.
+            let (routed, out) = unsafe { call.rows::<I, W>() }?;
+            guarded(|| {
+                let placement = Placement::contiguous(quotas.len(), physical_experts)?;
+                Assigner::new().expand(&placement, rank, routed, &quotas, shared_weight, out)
+            })
+        })
     })
 }
 
@@ -224,24 +254,20 @@ fn unsafe_expand_ptr(
 #[pyfunction]
 fn unsafe_move_up_ptr(
     py: Python<'_>,
-    ids: (usize, usize, usize, usize),
+    ids: Ids,
     out: usize,
     physical_experts: usize,
     ranks: usize,
 ) -> PyResult<()> {
-    fn run<I: Id>(ids: Ids, out: usize, experts: usize, ranks: usize) -> PyResult<()> {
-        // SAFETY: `waterfill_rs.torch` gives live contiguous CPU tensors of these shapes and dtypes,
-        // the output freshly made and shared with nobody.
-        let (values, out) =
-            unsafe { (ids.get::<I>()?, array_mut::<i64>("out", out, ids.rows * ids.top_k)?) };
-        guarded(|| move_up(&Placement::contiguous(ranks, experts)?, values, ids.top_k, out))
-    }
-    let (ids, bits) = Ids::of(ids);
-    // The tensors stay alive in the caller; other threads may run meanwhile.
-    py.detach(|| match bits {
-        32 => run::<i32>(ids, out, physical_experts, ranks),
-        64 => run::<i64>(ids, out, physical_experts, ranks),
-        _ => Err(unknown_bits("topk_ids", bits, "int32 or int64")),
+    py.detach(|| {
+        with_ids!(ids, I => {
+            // SAFETY: `waterfill_rs.torch` gives live contiguous CPU tensors of these shapes and dtypes, the output freshly
+            // made and shared with nobody.
+            let (values, out) =
+                unsafe { (ids.get::<I>()?, array_mut("out", out, ids.rows * ids.top_k)?) };
+            let placement = || Placement::contiguous(ranks, physical_experts);
+            guarded(|| move_up(&placement()?, values, ids.top_k, out))
+        })
     })
 }
 
@@ -249,34 +275,22 @@ fn unsafe_move_up_ptr(
 #[pyfunction]
 fn unsafe_traffic_ptr(
     py: Python<'_>,
-    ids: (usize, usize, usize, usize),
+    ids: Ids,
     shared_rank: usize,
     physical_experts: usize,
     ranks: usize,
     rank: usize,
 ) -> PyResult<(u64, u64)> {
-    fn run<I: Id>(
-        ids: Ids,
-        shared: usize,
-        experts: usize,
-        ranks: usize,
-        rank: usize,
-    ) -> PyResult<(u64, u64)> {
-        // SAFETY: `waterfill_rs.torch` gives live contiguous CPU tensors of these shapes and dtypes.
-        let (values, shared) =
-            unsafe { (ids.get::<I>()?, array::<i32>("shared_rank", shared, ids.rows)?) };
-        guarded(|| {
-            let placement = Placement::contiguous(ranks, experts)?;
-            let traffic = score::traffic(&placement, rank, values, ids.top_k, shared)?;
-            Ok((traffic.extra_copies, traffic.extra_messages))
+    py.detach(|| {
+        with_ids!(ids, I => {
+            // SAFETY: `waterfill_rs.torch` gives live contiguous CPU tensors of these shapes and dtypes.
+            let (values, shared) =
+                unsafe { (ids.get::<I>()?, array("shared_rank", shared_rank, ids.rows)?) };
+            guarded(|| {
+                let placement = Placement::contiguous(ranks, physical_experts)?;
+                let traffic = score::traffic(&placement, rank, values, ids.top_k, shared)?;
+                Ok((traffic.extra_copies, traffic.extra_messages))
+            })
         })
-    }
-    let (address, rows, top_k, bits) = ids;
-    let ids = Ids { address, rows, top_k };
-    // The tensors stay alive in the caller; other threads may run meanwhile.
-    py.detach(|| match bits {
-        32 => run::<i32>(ids, shared_rank, physical_experts, ranks, rank),
-        64 => run::<i64>(ids, shared_rank, physical_experts, ranks, rank),
-        _ => Err(unknown_bits("topk_ids", bits, "int32 or int64")),
     })
 }

@@ -1,0 +1,48 @@
+"""What a layer asks of an exchange, whatever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+__all__ = ["Exchange"]
+
+
+class Exchange(Protocol):
+    """One rank's end, for layers on the CPU or on a CUDA device. ``reason``: why it is this one, in words."""
+
+    reason: str
+    unwatched: str | None
+    """Why the other ranks cannot see whether this process lives, if they have to and can't."""
+
+    @property
+    def name(self) -> str:
+        """``solo``, ``board`` or ``group``."""
+        ...
+
+    def expand(self, ids: Tensor, weights: Tensor, shared_weight: float) -> tuple[Tensor, Tensor]:
+        """One call: count, exchange, and widen ids and weights ``[N, K]`` to ``[N, K + 1]``; N may be 0.
+
+        See ``waterfill_rs.torch.expand_topk`` for what is in them.
+
+        Raises:
+            ValueError: tensors that do not fit, or on the CPU an id at or above the number of experts, with its place.
+        """
+        ...
+
+    def move_up(self, ids: Tensor) -> Tensor:
+        """Ids ``[N, K]`` past the shared experts, int64, for a batch whose shared rows are not routed. It is no call.
+
+        See ``waterfill_rs.torch.move_up``.
+        """
+        ...
+
+    def tally(self) -> Mapping[str, Any]:
+        """How the calls so far ended; at least ``calls``."""
+        ...
+
+    def close(self) -> None:
+        """End what runs beside it. No calls are made afterwards."""
+        ...
