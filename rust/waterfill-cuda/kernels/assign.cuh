@@ -2,6 +2,13 @@
 //
 // A token's state is its rank, PENDING, NOBODY (padding), or a bid: BID | order << 10 | destination, `order`
 // being its place among the bids of its 32 rows for that destination.
+#pragma once
+
+#include "types.cuh"
+#include "cluster.cuh"
+#include "token.cuh"
+#include "count.cuh"
+#include "own.cuh"
 
 static constexpr u32 BID = 0x8000;
 

@@ -1,6 +1,11 @@
 // This rank's end of the board. A word is sequence << 32 | value, so it tells by itself to which call it
 // belongs: nothing else is published through it, and there is no fence. Every access is relaxed but the load of the word
 // that tells that calls have no plan. Partner of each: the planner's loads and stores (waterfill-board's word.rs).
+#pragma once
+
+#include "types.cuh"
+#include "cluster.cuh"
+#include "count.cuh"
 
 __device__ __forceinline__ void store_word(u64 *word, u32 sequence, u32 value) {
     store_relaxed(word, (u64)sequence << 32 | value);

@@ -1,5 +1,9 @@
 // The blocks that work together: a cluster that reads each other's shared memory (sm_90 and later) if CLUSTERED, else one.
 // Behind the cluster there may be another one, of writers.
+#pragma once
+
+#include "ptx.cuh"
+#include "types.cuh"
 
 #if CLUSTERED
 __device__ __forceinline__ u32 blocks() { return cluster_size(); }

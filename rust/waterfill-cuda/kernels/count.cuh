@@ -1,4 +1,10 @@
 // Ids to ranks, routed columns out, and counts: of this block, then of all.
+#pragma once
+
+#include "types.cuh"
+#include "cluster.cuh"
+#include "token.cuh"
+#include "move_up.cuh"
 
 // A block's rows in the arrays.
 struct Rows {

@@ -1,6 +1,13 @@
 // One launch a call: count, post, wait for the plan (or plan from own counts), assign, expand. Where a collective
 // brings the counts it is two, with the collective between them: the first one only counts.
 
+#include "types.cuh"
+#include "cluster.cuh"
+#include "count.cuh"
+#include "own.cuh"
+#include "board.cuh"
+#include "assign.cuh"
+
 // What others are to know of this call, by the first block.
 __device__ __forceinline__ void post_counts(const Args &args, const Shared &s, const Block &b) {
     if (mode_of(args) == COUNT) {

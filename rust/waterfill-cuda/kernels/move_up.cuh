@@ -1,4 +1,7 @@
 // Routed ids past the shared experts of the ranks before theirs: the rule, and a kernel that does this alone.
+#pragma once
+
+#include "types.cuh"
 
 // id / experts_per_rank, for the id of an expert; `multiplier` is `Args::rank_multiplier`.
 __device__ __forceinline__ u32 rank_of_expert(ID id, u32 multiplier) { return __umulhi(2 * (u32)id, multiplier); }

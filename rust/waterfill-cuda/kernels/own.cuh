@@ -1,6 +1,11 @@
 // The plan from own counts, by one warp: waterfill_core's own.rs for CostModel::Rows, number by number.
 // Entry i, of lane i % 32, is rank (source + i) % RANKS, so entry 0 is home.
 // A source has at most 2^20 rows (src/shape.rs), so their routed rows, and 1024 ranks' rooms, fit 32 bits.
+#pragma once
+
+#include "types.cuh"
+#include "token.cuh"
+#include "count.cuh"
 
 static constexpr u32 HALF_TRUSTED = 48;
 static constexpr u32 LEAST_TRUST = 3 * 1024 / 10;

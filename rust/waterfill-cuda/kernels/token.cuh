@@ -1,4 +1,7 @@
 // Which ranks a token visits, and the one that it bids for.
+#pragma once
+
+#include "types.cuh"
 
 #if RANKS <= 32
 // A bit a rank.

@@ -1,6 +1,10 @@
 // Compile-time: CLUSTERED (0: one block), OWN_ONLY (1: for calls of mode OWN alone), RANKS, TOP_K, ID and UNSIGNED_ID (int or
 // long long), WEIGHT (unsigned or unsigned short: bits are copied, never computed with), MOVE_THREADS (of a block of move_up),
 // BLOCK_BYTES, LEAST_WARPS (of a block), ROUNDS, BID_LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::bids).
+#pragma once
+
+#include "ptx.cuh"
+
 static constexpr u32 WARP = 32;
 static constexpr u32 ALL = 0xffffffffu;
 // Ranks are below 1024. A slot without an expert, or a token without a destination, has rank NO_RANK, at which no quota

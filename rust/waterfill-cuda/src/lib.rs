@@ -17,9 +17,11 @@ mod error;
 mod library;
 mod runner;
 mod shape;
+mod source;
 
-pub use compiler::{Compiler, source};
+pub use compiler::Compiler;
 pub use error::{Error, Result};
 pub use library::open_nvrtc;
 pub use runner::{Board, Call, Quotas, Runner, Tally};
 pub use shape::{IdType, Shape, Variant, WeightType};
+pub use source::source;

@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use libloading::Library;
 
 use crate::args::Args;
-use crate::compiler::{FILES, source};
+
 use crate::driver::Launch;
 use crate::shape::{Shape, Variant};
+use crate::source::{FILES, source};
 
 const THREADS: &str = include_str!("threads.h");
 const RACES: &str = include_str!("races.h");
@@ -37,20 +38,6 @@ extern "C" void call_kernel(const void *pointer) {
     args.words[1 + lane()] = share(fits, until, total, __fdividef((float)fits, (float)total));
 }
 "#;
-
-/// Those of `FILES`.
-const NAMES: [&str; FILES.len()] = [
-    "ptx.cuh",
-    "types.cuh",
-    "cluster.cuh",
-    "token.cuh",
-    "move_up.cuh",
-    "count.cuh",
-    "own.cuh",
-    "board.cuh",
-    "assign.cuh",
-    "expand.cu",
-];
 
 /// Arguments, blocks, those of a cluster, threads, shared bytes, seed, what is called meanwhile; gives null, or what went wrong.
 type Run = unsafe extern "C" fn(
@@ -101,7 +88,7 @@ impl Emulated {
         let name = format!("waterfill-emulated-{}-{number}", std::process::id());
         let folder = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&folder).unwrap();
-        let kernel = edit(with_names(shape, variant));
+        let kernel = edit(with_stand_ins(shape, variant));
         let modes = format!("#define ARITHMETIC {ARITHMETIC}u\n#define MOVE_UP {MOVE_UP}u\n");
         let text = format!("{THREADS}{RACES}{kernel}{modes}{CALL}");
         std::fs::write(folder.join("kernel.cpp"), text).unwrap();
@@ -150,13 +137,13 @@ unsafe extern "C" fn call(meanwhile: *mut c_void) {
     meanwhile();
 }
 
-/// The kernel's source with ptx.h in place of ptx.cuh; each file has its name, for messages.
-fn with_names(shape: &Shape, variant: Variant) -> String {
-    let source = source(shape, variant).replace(FILES[0], PTX);
-    let files = FILES.into_iter().zip(NAMES).skip(1);
-    files.fold(source, |source, (file, name)| {
-        source.replace(file, &format!("#line 1 \"{name}\"\n{file}"))
-    })
+/// The kernel's source with ptx.h in place of ptx.cuh.
+fn with_stand_ins(shape: &Shape, variant: Variant) -> String {
+    let (_, ptx) = FILES.iter().find(|(name, _)| *name == "ptx.cuh").unwrap();
+    let source = source(shape, variant);
+    let ptx = ptx.replace("#pragma once\n", "\n");
+    assert!(source.contains(&ptx));
+    source.replace(&ptx, PTX)
 }
 
 fn build(compiler: &OsString, folder: &Path, variant: Variant) {
