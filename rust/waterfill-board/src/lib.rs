@@ -43,7 +43,7 @@ pub use error::{Error, Result};
 pub use histogram::Waits;
 pub use layout::{PLANNER_TALLY, RANK_TALLY, RING, Shape};
 pub use planner::BoardPlanner;
-pub use port::{Outcome, Port, Posted};
+pub use port::{BREAK_AFTER, MOST_SELDOM, Outcome, Port, Posted};
 pub use presence::{End, Held, Presence, leave_in_child};
 pub use region::{Heap, Region};
 pub use segment::Segment;

@@ -44,7 +44,7 @@ pub use assign::{Assigner, NO_RANK, count};
 pub use cost::{CostModel, Roofline, Table};
 pub use error::{Error, Result};
 pub use expand::{Bf16, Id, Rows, RowsMut, Weight, expand, move_up};
-pub use own::{OwnCounts, OwnPlanner};
+pub use own::{HALF_TRUSTED, LEAST_TENTHS, OwnCounts, OwnPlanner};
 pub use placement::{MAX_EXPERTS, MAX_RANKS, Placement};
 pub use plan::{Plan, Planner};
 pub use problem::{Problem, Routed};

@@ -11,9 +11,6 @@ __device__ __forceinline__ void store_word(u64 *word, u32 sequence, u32 value) {
     store_relaxed(word, (u64)sequence << 32 | value);
 }
 
-static constexpr u32 BREAK_AFTER = 2;
-static constexpr u32 MOST_SELDOM = 6;
-
 __device__ __forceinline__ u32 next_sequence(u32 last) { return last == ALL ? 1 : last + 1; }
 // For the first call it is the one before the wrap, which fresh memory does not hold.
 __device__ __forceinline__ u32 previous_sequence(u32 sequence) { return sequence == 1 ? ALL : sequence - 1; }

@@ -121,7 +121,7 @@ __device__ __forceinline__ void expand(const Args &args) {
     end_blocks();
 }
 
-extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_constant__ Args args) {
+extern "C" __global__ void __launch_bounds__(MOST_THREADS) expand_topk(const __grid_constant__ Args args) {
     if (!CLUSTERED || blockIdx.x < blocks()) expand(args);
     // The blocks behind. A loop, though it runs once: the compiler puts a branch's instructions in front of all that the
     // others run.

@@ -12,8 +12,6 @@ __device__ __forceinline__ ID moved_up(ID id, u32 rank, bool expert) {
     return expert ? id + (ID)rank : id < 0 ? id : (ID)-1;
 }
 
-// In one of a shape's modules: the one for one block and own counts alone, which compiles fastest.
-#if OWN_ONLY && !CLUSTERED
 // `MoveArgs` in src/args.rs, field by field. Not `Args`: a launch copies its argument.
 struct MoveArgs {
     const ID *ids;        // [count]
@@ -23,6 +21,8 @@ struct MoveArgs {
     u32 experts;
 };
 
+// In one of a shape's modules: the one for one block and own counts alone, which compiles fastest.
+#if OWN_ONLY && !CLUSTERED
 // A thread an id, so all are in flight at once: the 65,536 of a prefill of 8192 tokens are one wave of blocks on an H100.
 extern "C" __global__ void __launch_bounds__(MOVE_THREADS) move_up(const __grid_constant__ MoveArgs args) {
     u64 i = (u64)blockIdx.x * MOVE_THREADS + threadIdx.x;

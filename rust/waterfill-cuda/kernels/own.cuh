@@ -7,8 +7,7 @@
 #include "token.cuh"
 #include "count.cuh"
 
-static constexpr u32 HALF_TRUSTED = 48;
-static constexpr u32 LEAST_TRUST = 3 * 1024 / 10;
+static constexpr u32 LEAST_TRUST = LEAST_TENTHS * 1024 / 10;
 
 static constexpr u32 CHUNKS = (RANKS + WARP - 1) / WARP;
 // In registers, while they last.

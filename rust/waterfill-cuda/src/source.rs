@@ -4,9 +4,13 @@
 
 use std::fmt::Write;
 
-use waterfill_core::bids;
+use waterfill_board::{BREAK_AFTER, MOST_SELDOM, Outcome};
+use waterfill_core::{HALF_TRUSTED, LEAST_TENTHS, bids};
 
-use crate::shape::{BLOCK_BYTES, IdType, LEAST_WARPS, MOVE_THREADS, Shape, Variant, WeightType};
+use crate::args::{Args, COUNT, GIVEN, LIVE, MoveArgs, OWN, State};
+use crate::shape::{
+    BLOCK_BYTES, IdType, LEAST_WARPS, MOST_THREADS, MOVE_THREADS, Shape, Variant, WARP, WeightType,
+};
 
 /// The file with the kernels. It includes all others.
 pub const MAIN: &str = "expand.cu";
@@ -25,7 +29,7 @@ pub const FILES: [(&str, &str); 10] = files!(
 pub fn source(shape: &Shape, variant: Variant) -> String {
     let mut text = values(shape, variant);
     include(MAIN, &mut Vec::new(), &mut text);
-    text
+    text + &assertions(shape, variant)
 }
 
 /// What the host decides, as macros.
@@ -38,26 +42,61 @@ pub fn values(shape: &Shape, variant: Variant) -> String {
         WeightType::F32 => "unsigned",
         WeightType::Bf16 => "unsigned short",
     };
-    let (steps, more) = (bids::STEPS, bids::ROUND_STEPS);
-    let values = [
-        ("CLUSTERED", u32::from(variant.clustered).to_string()),
-        ("OWN_ONLY", u32::from(variant.own_only).to_string()),
-        ("RANKS", format!("{}u", shape.ranks)),
-        ("TOP_K", format!("{}u", shape.top_k)),
-        ("ID", id.into()),
+    let texts = [
+        ("ID", id.to_string()),
         ("UNSIGNED_ID", format!("unsigned {id}")),
         ("WEIGHT", weight.into()),
-        ("MOVE_THREADS", format!("{MOVE_THREADS}u")),
-        ("BLOCK_BYTES", format!("{BLOCK_BYTES}u")),
-        ("LEAST_WARPS", format!("{LEAST_WARPS}u")),
-        ("ROUNDS", format!("{}u", bids::ROUNDS)),
-        ("BID_LEVELS", format!("{}u", bids::BID_LEVELS)),
-        ("STEP_LEVEL", format!("{}u", steps[0])),
-        ("STEP_TURN", format!("{}u", steps[1])),
-        ("ROUND_LEVEL", format!("{}u", more[0])),
-        ("ROUND_TURN", format!("{}u", more[1])),
     ];
-    values.map(|(name, value)| format!("#define {name} {value}\n")).concat()
+    let numbers = [
+        ("CLUSTERED", variant.clustered.into()),
+        ("OWN_ONLY", variant.own_only.into()),
+        ("RANKS", shape.ranks as u32),
+        ("TOP_K", shape.top_k as u32),
+        ("WARP", WARP as u32),
+        ("MOST_THREADS", MOST_THREADS as u32),
+        ("MOVE_THREADS", MOVE_THREADS as u32),
+        ("LEAST_WARPS", LEAST_WARPS as u32),
+        ("BLOCK_BYTES", BLOCK_BYTES as u32),
+        ("MODE_OWN", OWN),
+        ("MODE_LIVE", LIVE),
+        ("MODE_GIVEN", GIVEN),
+        ("MODE_COUNT", COUNT),
+        ("OUTCOMES", Outcome::COUNT as u32),
+        ("OUTCOME_LIVE", Outcome::Live as u32),
+        ("OUTCOME_NO_PLAN", Outcome::NoPlan as u32),
+        ("OUTCOME_TIMED_OUT", Outcome::TimedOut as u32),
+        ("OUTCOME_BROKEN", Outcome::Broken as u32),
+        ("OUTCOME_TORN", Outcome::Torn as u32),
+        ("BREAK_AFTER", BREAK_AFTER),
+        ("MOST_SELDOM", MOST_SELDOM),
+        ("HALF_TRUSTED", HALF_TRUSTED as u32),
+        ("LEAST_TENTHS", LEAST_TENTHS as u32),
+        ("ROUNDS", bids::ROUNDS),
+        ("BID_LEVELS", bids::BID_LEVELS),
+        ("STEP_LEVEL", bids::STEPS[0]),
+        ("STEP_TURN", bids::STEPS[1]),
+        ("ROUND_LEVEL", bids::ROUND_STEPS[0]),
+        ("ROUND_TURN", bids::ROUND_STEPS[1]),
+    ];
+    let numbers = numbers.map(|(name, value)| (name, format!("{value}u")));
+    let lines = texts.iter().chain(&numbers);
+    lines.map(|(name, value)| format!("#define {name} {value}\n")).collect()
+}
+
+/// What the compiler finds to be so, or refuses: that the structs of the kernels are those of the host, and their arrays in shared
+/// memory those that it leaves room for. NVRTC has no `offsetof`: each field is for the compiler of the tests without a GPU.
+pub fn assertions(shape: &Shape, variant: Variant) -> String {
+    let arrays = [
+        format!("sizeof(Zeros) == {}", shape.zero_bytes(variant.clustered)),
+        format!("sizeof(PerRank) == {}", shape.per_rank_bytes()),
+        format!("Visits::WORDS == {}", shape.visit_words()),
+    ];
+    let structs = [Args::LAYOUT, MoveArgs::LAYOUT, State::LAYOUT].map(|layout| layout.claims());
+    let (structs, fields): (Vec<_>, Vec<_>) = structs.into_iter().unzip();
+    let assert = |claim: &String| format!("static_assert({claim}, \"as on the host\");\n");
+    let sizes: String = structs.iter().chain(&arrays).map(assert).collect();
+    let fields: String = fields.iter().flatten().map(assert).collect();
+    format!("{sizes}#ifndef __CUDACC_RTC__\n{fields}#endif\n")
 }
 
 /// Append the file `name` to `text`. A file that it includes stands in the place of the first `#include`, and nothing in that of the
