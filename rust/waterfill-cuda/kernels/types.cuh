@@ -34,7 +34,7 @@ enum Outcome : u32 {
 struct State {
     u32 last;             // The sequence of the last call; 0 before the first.
     u32 failures;         // Calls in a row that the planner did not answer.
-    u64 tally[OUTCOMES];  // Calls by Outcome.
+    u64 tally[OUTCOMES];  // Calls by Outcome.  // DEFECT(state-tally)
 };
 
 // `Args` in src/args.rs, field by field.
@@ -52,8 +52,8 @@ struct Args {
     State *state;
     u64 cap_ns;              // The longest wait for a plan.
     u32 rank_multiplier;     // id / experts_per_rank = 2 * id * multiplier >> 32.
-    u32 rows, rows_per_block;
-    u32 rank, experts, experts_per_rank;
+    u32 rows, rows_per_block;  // DEFECT(args-rows)
+    u32 rank, experts, experts_per_rank;  // DEFECT(args-rank)
     u32 shared_weight;       // Its bits.
     u32 mode;
     // The board: words from its start to this rank's counts and quotas in the first slot of the ring.
@@ -73,7 +73,7 @@ enum QuotaSet : u32 { PLANNED = 0, TAKEN = 1 };
 // Rows of quotas, open for bids.
 struct Quotas {
     u32 left[ENTRIES];       // Rows still to be met; 0 at home.
-    u32 home;                // Those of the home quota.
+    u32 home;                // Those of the home quota.  // DEFECT(quotas-home)
     u32 most;                // Most rows anywhere but at home.
     u32 levels[BID_LEVELS];  // A bit a rank, if a word has room for them: those with more left than level / BID_LEVELS of the most.
 };
@@ -99,7 +99,7 @@ static_assert(sizeof(Block) <= BLOCK_BYTES, "src/shape.rs leaves room for it");
 // These begin as zeros.
 struct Zeros {
     u32 loads[ENTRIES];                 // Rows routed to each rank.
-    u32 visits[ENTRIES];                // Tokens that visit each rank.
+    u32 visits[ENTRIES];                // Tokens that visit each rank.  // DEFECT(zeros-visits)
     u32 bids[ROUNDS * ENTRIES];         // Bids of each round for each rank.
 #if CLUSTERED
     u32 all_loads[ENTRIES];             // Those of all blocks.
@@ -153,7 +153,7 @@ __device__ __forceinline__ Shared shared_arrays(const Args &args) {
     s.all_bids = s.bids;
     s.granted_before = s.bids_before = nullptr;
 #endif
-    s.table = memory + args.table_bytes;
+    s.table = memory + args.table_bytes;  // DEFECT(table-at)
     s.counts = (u32 *)(memory + args.counts_bytes);
     s.allowed = ranks->allowed;
     s.until = ranks->until;
@@ -186,7 +186,7 @@ __device__ __forceinline__ u32 warp_sum(u32 value) {
 
 __device__ __forceinline__ u32 warp_max(u32 value) {
 #if __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(ALL, value);
+    return __reduce_max_sync(ALL, value);  // DEFECT(warp-max)
 #else
     for (u32 step = WARP / 2; step > 0; step /= 2) value = at_least(value, __shfl_xor_sync(ALL, value, step));
     return value;

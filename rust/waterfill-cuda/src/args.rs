@@ -1,16 +1,21 @@
-//! What host and kernels exchange: `Args` and `State` of kernels/types.cuh and `MoveArgs` of kernels/move_up.cuh, field by field.
+//! What host and kernels exchange: `Args` and `State` of kernels/types.cuh and `MoveArgs` of kernels/move_up.cuh, field by field;
+//! and what a launch has of it.
 
 use std::mem::offset_of;
 
-use waterfill_board::Outcome;
+use waterfill_board::{Outcome, RING};
+
+use crate::driver::Launch;
+use crate::shape::{Geometry, MOVE_THREADS, Shape, WeightType};
 
 /// A struct that the kernels have too, under the same names.
 macro_rules! with_layout {
     ($(#[$attribute:meta])* struct $name:ident { $(pub $field:ident: $type:ty,)* }) => {
         $(#[$attribute])*
+        #[allow(missing_docs, reason = "kernels/ says what each is")]
         #[repr(C)]
         #[derive(Clone, Copy, Debug, Default)]
-        pub(crate) struct $name { $(pub $field: $type,)* }
+        pub struct $name { $(pub $field: $type,)* }
 
         impl $name {
             /// Its name, its bytes, and the offset and the bytes of each field by its name.
@@ -24,7 +29,8 @@ macro_rules! with_layout {
 }
 
 /// Where the fields of a struct are.
-pub(crate) struct Layout {
+#[derive(Debug)]
+pub struct Layout {
     name: &'static str,
     bytes: usize,
     fields: &'static [(&'static str, usize, usize)],
@@ -104,8 +110,91 @@ with_layout! {
     }
 }
 
-/// Modes of a call: how it gets its quotas. A call of mode `COUNT` only counts.
-pub(crate) const OWN: u32 = 0;
-pub(crate) const LIVE: u32 = 1;
-pub(crate) const GIVEN: u32 = 2;
-pub(crate) const COUNT: u32 = 3;
+/// A call's mode is how it gets its quotas: this one takes those from own counts.
+pub const OWN: u32 = 0;
+/// From the board, if they come in time.
+pub const LIVE: u32 = 1;
+/// From the caller.
+pub const GIVEN: u32 = 2;
+/// It needs none: it only counts.
+pub const COUNT: u32 = 3;
+
+/// What all calls of a rank have in common; at `state` is its [`State`].
+pub fn common_args(shape: &Shape, rank: usize, state: u64) -> Args {
+    let experts_per_rank = shape.experts / shape.ranks;
+    Args {
+        state,
+        rank_multiplier: (1u32 << 31).div_ceil(experts_per_rank as u32),
+        rank: rank as u32,
+        experts: shape.experts as u32,
+        experts_per_rank: experts_per_rank as u32,
+        ..Args::default()
+    }
+}
+
+/// To cut a call so.
+pub fn with_cut(args: Args, cut: &Geometry) -> Args {
+    Args {
+        rows_per_block: cut.rows_per_block as u32,
+        cleared_bytes: if args.posts_experts == 0 { cut.counts_at } else { cut.ranks_at } as u32,
+        table_bytes: cut.table_at as u32,
+        table_stride: cut.table_stride as u32,
+        counts_bytes: cut.counts_at as u32,
+        ranks_bytes: cut.ranks_at as u32,
+        visited_bytes: cut.visited_at as u32,
+        states_bytes: cut.states_at as u32,
+        writers: cut.writers as u32,
+        ..args
+    }
+}
+
+/// To take part in a board of this shape, whose first word the device finds at `address`.
+pub fn with_board(args: Args, shape: &waterfill_board::Shape, address: u64) -> Args {
+    let rank = args.rank as usize;
+    Args {
+        board: address,
+        counts_at: shape.counts(0, rank) as u32,
+        quotas_at: shape.quotas(0, rank) as u32,
+        slot_words: (shape.counts(1, rank) - shape.counts(0, rank)) as u32,
+        ring: RING as u32,
+        posts_experts: u32::from(shape.experts != shape.ranks),
+        counts_stride: shape.counts_stride() as u32,
+        tally_at: shape.calls_of(rank) as u32,
+        without_plan_at: shape.without_plan(rank) as u32,
+        deserted_at: shape.deserted(rank) as u32,
+        ..args
+    }
+}
+
+/// A weight's bits.
+pub fn weight_bits(kind: WeightType, weight: f32) -> u32 {
+    match kind {
+        WeightType::F32 => weight.to_bits(),
+        WeightType::Bf16 => {
+            let bf16: waterfill_core::Bf16 = waterfill_core::Weight::from_f32(weight);
+            bf16.0.into()
+        }
+    }
+}
+
+/// To move no ids, with these sizes.
+pub fn move_args(args: &Args) -> MoveArgs {
+    let Args { rank_multiplier, experts, .. } = *args;
+    MoveArgs { rank_multiplier, experts, ..MoveArgs::default() }
+}
+
+/// The launch of a call that is cut so.
+pub fn launch_of(cut: &Geometry) -> Launch {
+    let (blocks, cluster) = (cut.blocks + cut.writers, cut.blocks);
+    Launch { blocks, cluster, threads: cut.threads, shared_bytes: cut.shared_bytes }
+}
+
+/// A thread an id. So many ids that a grid has too few blocks would take terabytes.
+pub fn launch_of_ids(count: usize) -> Launch {
+    Launch {
+        blocks: count.div_ceil(MOVE_THREADS),
+        cluster: 1,
+        threads: MOVE_THREADS,
+        shared_bytes: 0,
+    }
+}

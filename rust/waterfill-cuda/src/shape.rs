@@ -22,6 +22,30 @@ pub enum WeightType {
     Bf16,
 }
 
+impl IdType {
+    /// The type of ids of so many bits.
+    #[must_use]
+    pub fn of_bits(bits: usize) -> Option<Self> {
+        match bits {
+            32 => Some(Self::I32),
+            64 => Some(Self::I64),
+            _ => None,
+        }
+    }
+}
+
+impl WeightType {
+    /// The type of weights of so many bits.
+    #[must_use]
+    pub fn of_bits(bits: usize) -> Option<Self> {
+        match bits {
+            32 => Some(Self::F32),
+            16 => Some(Self::Bf16),
+            _ => None,
+        }
+    }
+}
+
 /// What a runner is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
@@ -47,11 +71,11 @@ pub struct Variant {
 }
 
 /// The most routed experts of a token.
-pub(crate) const MAX_TOP_K: usize = 32;
+pub const MAX_TOP_K: usize = 32;
 /// Physical experts; the kernel's division of ids by experts a rank is exact while their square is below 2^31.
-pub(crate) const MAX_EXPERTS: usize = 1 << 15;
+pub const MAX_EXPERTS: usize = 1 << 15;
 /// Rows of one call; sums of routed rows and rooms fit 32 bits below it.
-pub(crate) const MAX_ROWS: usize = 1 << 20;
+pub const MAX_ROWS: usize = 1 << 20;
 /// Rows up to which one block takes them all, if it has room: a cluster's barriers cost more than it saves.
 const BLOCK: usize = 256;
 /// Rows of each block of a cluster, while there are blocks.
@@ -65,7 +89,7 @@ pub(crate) const MOST_THREADS: usize = 1024;
 const PLANNING_WARPS: usize = 2;
 pub(crate) const WARP: usize = 32;
 /// Threads of a block that moves ids up, one id each.
-pub(crate) const MOVE_THREADS: usize = 256;
+pub const MOVE_THREADS: usize = 256;
 /// Shared memory for what the threads of a block tell each other: `Block` in kernels/types.cuh.
 pub(crate) const BLOCK_BYTES: usize = 128;
 /// Rows of a cluster's block up to which it writes their routed columns itself, as it can while it plans; a second cluster
@@ -83,19 +107,28 @@ const ROUNDS: usize = bids::ROUNDS as usize;
 
 /// One call's blocks and their shared memory, in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Geometry {
+pub struct Geometry {
+    /// Blocks that work together.
     pub blocks: usize,
     /// Blocks of a second cluster, or none.
     pub writers: usize,
+    /// Threads of a block.
     pub threads: usize,
+    /// Rows of a block, but for the last ones.
     pub rows_per_block: usize,
+    /// The table of bids, `[ROUNDS, ENTRIES, table_stride]`.
     pub table_at: usize,
     /// Bytes of a row of the table, a column each: an odd number of 16-byte groups, so that rows meet in no bank.
     pub table_stride: usize,
+    /// Counts of rows by expert.
     pub counts_at: usize,
+    /// `PerRank` of kernels/types.cuh.
     pub ranks_at: usize,
+    /// The ranks that each token visits.
     pub visited_at: usize,
+    /// The state of each token.
     pub states_at: usize,
+    /// All of it.
     pub shared_bytes: usize,
 }
 
@@ -127,12 +160,7 @@ impl Shape {
 
     /// How `rows` rows are cut, with up to `most_blocks` blocks of `shared_bytes` each: into as few as are fast, or into
     /// more where so few have no room.
-    pub(crate) fn cut(
-        &self,
-        rows: usize,
-        most_blocks: usize,
-        shared_bytes: usize,
-    ) -> Result<Geometry> {
+    pub fn cut(&self, rows: usize, most_blocks: usize, shared_bytes: usize) -> Result<Geometry> {
         let each = if rows <= BLOCK { BLOCK } else { CLUSTERED_BLOCK };
         let fewest = rows.div_ceil(each).clamp(1, most_blocks);
         let cut_into =
@@ -148,7 +176,7 @@ impl Shape {
     }
 
     /// One block, or a cluster of them, with so many rows each.
-    pub(crate) fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
+    pub fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
         let rows = rows_per_block.max(WARP);
         let table_at = (BLOCK_BYTES + self.zero_bytes(blocks > 1)).next_multiple_of(16);
         let table_stride = ((rows / WARP).div_ceil(16) | 1) * 16;

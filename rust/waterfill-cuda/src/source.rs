@@ -108,7 +108,7 @@ fn include(name: &str, included: &mut Vec<&'static str>, text: &mut String) {
         return;
     }
     included.push(name);
-    let mut line_is = |text: &mut String, line: usize| {
+    let line_is = |text: &mut String, line: usize| {
         writeln!(text, "#line {line} \"{name}\"").expect("a String takes what is written");
     };
     line_is(text, 1);
