@@ -98,10 +98,10 @@ __device__ __forceinline__ u32 level_of_many(Entries &bases, u32 tokens, u32 sum
     }
 }
 
-// The first `until` of `total` rows' share of `fits`, rounded up; `ratio` is fits / total, nearly. Shares are at most 2^20. Floats
-// miss 2^-21 of one (three roundings of 2^-24, and a division that is off by two units in the last place), less than half
-// a row: from the rows that they give, cut off, the exact share is less than half a row down and one and a half up. That
-// fits 32 bits, as a total is at most 2^30.
+// ceil(fits * until / total), a share of `fits` rows, without a division; `ratio` is fits / total, nearly.
+// A share is at most 2^20 rows. The floats are off by less than 2^-21 of it: three roundings of 2^-24, and a division that is off by
+// two units in the last place. That is less than half a row. `nearly` is cut off to whole rows, so the exact share is between
+// nearly - 1/2 and nearly + 3/2. Hence `more` is between -total / 2 and 3/2 total, and fits 32 bits, as a total is at most 2^30.
 __device__ __forceinline__ u32 share(u32 fits, u32 until, u32 total, float ratio) {
     u32 nearly = (u32)((float)until * ratio);
     int more = (int)(fits * until - nearly * total);
