@@ -62,7 +62,7 @@ test-models: ## the board under loom (all interleavings) and shuttle (random sch
 	RUSTFLAGS="--cfg shuttle" cargo test --release --package waterfill-board --test shuttle --target-dir target/shuttle
 test-kernels: .venv/test ## the kernel's source run on the CPU; every variant compiled by the NVRTC of torch's wheels; no GPU
 	NVRTC=$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/nvidia/*/lib/libnvrtc.so.1[0-9] | head -n 1) \
-	  cargo test --release --package waterfill-cuda
+	  cargo test --release --package waterfill-cuda --package cuda-emulator
 test-python: .venv/test .venv/native ## the package, and sglang
 	$(BIN)/python -m pytest -W ignore --ignore tests/packages
 test-packages: .venv-packages/ready ## what would be published: each wheel, aarch64 under qemu-user, the sdist, metadata

@@ -29,5 +29,5 @@ def wheel(architecture):
     return made(f"waterfill_rs-{VERSION}-cp310-abi3-manylinux_2_28_{architecture}.whl")
 
 
-def output(*command):
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def output(*command, cwd=None):
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd).stdout

@@ -4,7 +4,7 @@ import re
 import tarfile
 
 import pytest
-from release import ROOT, VERSION, sdist
+from release import ROOT, VERSION, output, sdist
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +17,13 @@ def test_has_what_a_build_reads(names):
     assert {"Cargo.lock", "Cargo.toml", "pyproject.toml", "README.md", "LICENSE"} <= names
     kernels = (ROOT / "rust/waterfill-cuda/kernels").iterdir()
     assert {f"rust/waterfill-cuda/kernels/{kernel.name}" for kernel in kernels} <= names
+
+
+def test_a_wheel_has_no_crate_of_the_tests():
+    command = "cargo tree --locked --edges normal,build --prefix none --package waterfill-py"
+    crates = {line.split()[0] for line in output(*command.split(), cwd=ROOT).splitlines()}
+    assert {"waterfill-cuda", "waterfill-core"} <= crates
+    assert "cuda-emulator" not in crates
 
 
 def test_has_every_python_file_of_the_package(names):

@@ -46,7 +46,7 @@ pub use histogram::Waits;
 pub use layout::{PLANNER_TALLY, RANK_TALLY, RING, Shape};
 pub use outcome::{Ended, Outcome};
 pub use planner::BoardPlanner;
-pub use port::{Port, Posted};
+pub use port::{BREAK_AFTER, MOST_SELDOM, Port, Posted};
 pub use presence::{End, Held, Presence, leave_in_child};
 pub use region::{Heap, Region};
 pub use segment::Segment;

@@ -26,10 +26,10 @@ pub struct Posted<'a> {
 }
 
 /// After so many calls in a row that the planner did not answer, a rank stops waiting.
-const BREAK_AFTER: u32 = 2;
+pub const BREAK_AFTER: u32 = 2;
 /// A broken rank that waits in vain again and again tries one call in 2 to the power of this at least: about
 /// one a forward pass of a large model.
-const MOST_SELDOM: u32 = 6;
+pub const MOST_SELDOM: u32 = 6;
 
 /// A rank's end of the board. One a rank: it alone writes the rank's counts.
 ///

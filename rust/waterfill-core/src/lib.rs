@@ -52,7 +52,7 @@ pub use error::{Error, Result};
 pub use expand::{Rows, RowsMut, expand, move_up};
 pub use expander::Expander;
 pub use ids::{Bf16, Id, Weight};
-pub use own::{OwnCounts, OwnPlanner};
+pub use own::{HALF_TRUSTED, LEAST_TENTHS, OwnCounts, OwnPlanner};
 pub use placement::{MAX_EXPERTS, MAX_RANKS, Placement};
 pub use plan::{Plan, Planner};
 pub use problem::{Problem, Routed};

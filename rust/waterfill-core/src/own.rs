@@ -17,9 +17,9 @@ use crate::placement::Placement;
 use crate::problem::base_costs;
 
 /// Own counts of so many routed rows a rank are trusted by half.
-const HALF_TRUSTED: u64 = 48;
+pub const HALF_TRUSTED: u64 = 48;
 /// Least trust, in tenths: an expert's popularity shows in few rows too.
-const LEAST_TENTHS: u64 = 3;
+pub const LEAST_TENTHS: u64 = 3;
 
 /// One rank's own counts of one layer and step.
 #[derive(Clone, Copy, Debug)]

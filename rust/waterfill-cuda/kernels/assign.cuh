@@ -2,6 +2,13 @@
 //
 // A token's state is its rank, PENDING, NOBODY (padding), or a bid: BID | order << 10 | destination, `order`
 // being its place among the bids of its 32 rows for that destination.
+#pragma once
+
+#include "types.cuh"
+#include "cluster.cuh"
+#include "token.cuh"
+#include "count.cuh"
+#include "own.cuh"
 
 static constexpr u32 BID = 0x8000;
 
@@ -11,7 +18,7 @@ __device__ constexpr u32 bits_of(u32 value) { return value == 0 ? 0 : 1 + bits_o
 __device__ __forceinline__ u32 same_rank(u32 rank) {
     u32 same = ALL;
 #pragma unroll
-    for (u32 bit = 0; bit < bits_of(NO_RANK); ++bit) {
+    for (u32 bit = 0; bit < bits_of(NO_RANK); ++bit) {  // DEFECT(same-rank)
         u32 votes = __ballot_sync(ALL, rank >> bit & 1);
         same &= rank >> bit & 1 ? votes : ~votes;
     }
@@ -34,8 +41,8 @@ __device__ __forceinline__ u32 sum_before(const u8 *columns, u32 column) {
         sum = __dp4a(words.x, ONES, __dp4a(words.y, ONES, __dp4a(words.z, ONES, __dp4a(words.w, ONES, sum))));
     }
 #pragma unroll 1
-    for (; at + 4 <= column; at += 4) sum = __dp4a(*(const u32 *)(columns + at), ONES, sum);
-    u32 before = (1u << 8 * (column - at)) - 1;
+    for (; at + 4 <= column; at += 4) sum = __dp4a(*(const u32 *)(columns + at), ONES, sum);  // DEFECT(sum-fours)
+    u32 before = (1u << 8 * (column - at)) - 1;  // DEFECT(sum-last)
     return __dp4a(*(const u32 *)(columns + at) & before, ONES, sum);
 }
 
@@ -45,7 +52,7 @@ __device__ __forceinline__ u32 settled(const Args &args, const Shared &s, u32 st
     // The others ask at NO_RANK: without a branch.
     u32 rank = bids ? state & ((1 << RANK_BITS) - 1) : NO_RANK, order = state >> RANK_BITS & (WARP - 1);
     u32 allowed = s.allowed[rank], before = sum_before(columns_of(args, s, round, rank), column);
-    u32 then = order + before < allowed ? rank : PENDING;
+    u32 then = order + before < allowed ? rank : PENDING;  // DEFECT(settle)
     return bids ? then : state;
 }
 
@@ -73,7 +80,7 @@ __device__ __forceinline__ u32 grant(const Shared &s, Quotas &quotas, u32 round,
     u32 at = round * ENTRIES + rank, granted = CLUSTERED ? at_most(left, s.bids_before[at]) : 0;
     u32 rest = left - at_most(left, s.all_bids[at]);
     if (writes) {
-        if (CLUSTERED) s.granted_before[rank] += granted;
+        if (CLUSTERED) s.granted_before[rank] += granted;  // DEFECT(granted-before)
         s.allowed[rank] = left - granted;
         quotas.left[rank] = rest;
     }
@@ -85,21 +92,21 @@ __device__ __forceinline__ u32 grant(const Shared &s, Quotas &quotas, u32 round,
 __device__ __forceinline__ void close_round(const Shared &s, Block &b, Quotas &quotas, u32 round, u32 &left, u32 &most) {
     u32 first = round * ENTRIES;
     add_blocks<ENTRIES>(s.bids + first, s.all_bids + first, s.bids_before + first);
-    if (CLUSTERED) __syncthreads();
+    if (CLUSTERED) __syncthreads();  // DEFECT(round-sums-barrier)
 #if RANKS <= 32
     // Every warp for itself, so that each can make some of the levels.
     if (lane() < RANKS) left = grant(s, quotas, round, lane(), left, warp() == 0);
     most = warp_max(left);
     if (round + 1 < ROUNDS && warp() < LEVEL_PARTS) open_levels(quotas, left, most, warp());
-    __syncthreads();
+    __syncthreads();  // DEFECT(round-levels-barrier)
 #else
 #pragma unroll 1
     for (u32 chunk = warp() * WARP; chunk < RANKS; chunk += blockDim.x) {
         u32 rank = chunk + lane();
         u32 most_here = warp_max(rank < RANKS ? grant(s, quotas, round, rank, quotas.left[rank], true) : 0);
-        if (lane() == 0) atomicMax(&b.most[round], most_here);
+        if (lane() == 0) atomicMax(&b.most[round], most_here);  // DEFECT(round-most)
     }
-    __syncthreads();
+    __syncthreads();  // DEFECT(round-most-barrier)
     most = b.most[round];
 #endif
 }
@@ -112,7 +119,7 @@ __device__ __forceinline__ u32 run_rounds(const Args &args, const Shared &s, Blo
     for (; round < ROUNDS && most > 0; ++round) {
 #pragma unroll 1
         for (u32 base = warp() * WARP; base < rows.count; base += blockDim.x) bid(args, s, quotas, rows, base, round, most);
-        sync_blocks();
+        sync_blocks();  // DEFECT(round-sync)
         close_round(s, b, quotas, round, left, most);
     }
     return at_least(round, 1) - 1;
@@ -127,7 +134,7 @@ __device__ __forceinline__ void sum_left(const Shared &s, Block &b, const u32 *l
     // Loads first, then the sums of all chunks side by side: none waits for another.
     for_each([&](u32 chunk, u32 rank) {
         until[chunk] = left[rank];
-        granted += CLUSTERED ? s.granted_before[rank] : 0;
+        granted += CLUSTERED ? s.granted_before[rank] : 0;  // DEFECT(granted-sum)
     });
 #pragma unroll UNROLLED
     for (u32 chunk = 0; chunk < CHUNKS; ++chunk) until[chunk] = warp_prefix(chunk * WARP + lane() < RANKS ? until[chunk] : 0, LANES);
@@ -152,7 +159,7 @@ __device__ __forceinline__ void count_pending(const Args &args, const Shared &s,
         if (lane() == 0) columns_of(args, s, 0, NO_RANK)[base / WARP] = (u8)pending;
     }
     if (warp() == warps() - 1) sum_left(s, b, quotas.left);
-    __syncthreads();
+    __syncthreads();  // DEFECT(pending-barrier)
 }
 
 // The rank of the token that is number `place` among those that found no room at home.
@@ -160,7 +167,7 @@ __device__ __forceinline__ u32 leftover(const Shared &s, u32 place) {
     u32 least = 0, most = RANKS - 1;
     while (least < most) {
         u32 middle = (least + most) / 2;
-        if (s.until[middle] > place) most = middle;
+        if (s.until[middle] > place) most = middle;  // DEFECT(leftover)
         else least = middle + 1;
     }
     return least;
@@ -179,8 +186,8 @@ __device__ __forceinline__ void place_rest(const Args &args, const Shared &s, Bl
         u32 rank = state == PENDING ? args.rank : state;
         if (anywhere) {
             u32 place = __popc(__ballot_sync(ALL, state == PENDING) & lanes_before());
-            place += sum_before(columns_of(args, s, 0, NO_RANK), column) + (CLUSTERED ? b.tokens_before - b.granted_before : 0);
-            if (state == PENDING && place >= quotas.home) rank = leftover(s, place - quotas.home);
+            place += sum_before(columns_of(args, s, 0, NO_RANK), column) + (CLUSTERED ? b.tokens_before - b.granted_before : 0);  // DEFECT(place-before)
+            if (state == PENDING && place >= quotas.home) rank = leftover(s, place - quotas.home);  // DEFECT(home-is-full)
         }
         if (row >= rows.count) continue;
         bool token = state != NOBODY;

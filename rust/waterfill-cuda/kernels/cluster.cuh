@@ -1,5 +1,9 @@
 // The blocks that work together: a cluster that reads each other's shared memory (sm_90 and later) if CLUSTERED, else one.
 // Behind the cluster there may be another one, of writers.
+#pragma once
+
+#include "ptx.cuh"
+#include "types.cuh"
 
 #if CLUSTERED
 __device__ __forceinline__ u32 blocks() { return cluster_size(); }
@@ -11,7 +15,7 @@ __device__ __forceinline__ u32 block() { return CLUSTERED ? blockIdx.x : 0; }
 // All blocks are here, and see each other's shared memory as of here. Orders: release, acquire.
 __device__ __forceinline__ void sync_blocks() {
 #if CLUSTERED
-    release_shared();
+    release_shared();  // DEFECT(release)
     arrive_at_cluster();
     wait_for_cluster();
 #else
@@ -58,7 +62,7 @@ __device__ __forceinline__ u32 sum_blocks(const u32 *word) {
 
 __device__ __forceinline__ void add_four(u32 *to, uint4 four) {
     atomicAdd(to, four.x);
-    atomicAdd(to + 1, four.y);
+    atomicAdd(to + 1, four.y);  // DEFECT(add-four)
     atomicAdd(to + 2, four.z);
     atomicAdd(to + 3, four.w);
 }
@@ -91,12 +95,12 @@ __device__ __forceinline__ void add_blocks(const u32 *words, u32 *all, u32 *befo
 #pragma unroll
         for (u32 j = 0; j < AT_ONCE; ++j) {
             if (start + j * blockDim.x >= READS * blocks()) break;
-            bool is_before = before && other[j] < block();
+            bool is_before = before && other[j] < block();  // DEFECT(blocks-before)
             if (WORDS == 4) {
                 add_four(all + first[j], read[j]);
                 if (is_before) add_four(before + first[j], read[j]);
             } else {
-                atomicAdd(all + first[j], read[j].x);
+                atomicAdd(all + first[j], read[j].x);  // DEFECT(add-one)
                 if (is_before) atomicAdd(before + first[j], read[j].x);
             }
         }

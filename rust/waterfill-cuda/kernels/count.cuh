@@ -1,4 +1,10 @@
 // Ids to ranks, routed columns out, and counts: of this block, then of all.
+#pragma once
+
+#include "types.cuh"
+#include "cluster.cuh"
+#include "token.cuh"
+#include "move_up.cuh"
 
 // A block's rows in the arrays.
 struct Rows {
@@ -39,7 +45,7 @@ struct Ids {
 // NO_RANK for what names no expert. Without a branch.
 __device__ __forceinline__ u32 rank_of(const Args &args, ID id) {
     u32 rank = rank_of_expert(id, args.rank_multiplier);
-    return (UNSIGNED_ID)id < args.experts ? rank : NO_RANK;
+    return (UNSIGNED_ID)id < args.experts ? rank : NO_RANK;  // DEFECT(rank-of-id)
 }
 
 // A warp counts its 32 tokens, and keeps which ranks they visit; they are pending from here on. What names no rank is
@@ -48,10 +54,10 @@ __device__ __forceinline__ void count_tokens(const Args &args, const Shared &s, 
     Visits visits;
 #pragma unroll
     for (u32 k = 0; k < TOP_K; ++k) {
-        ids.id[k] = row < rows.unpadded ? ids.id[k] : (ID)-1;
+        ids.id[k] = row < rows.unpadded ? ids.id[k] : (ID)-1;  // DEFECT(count-padding)
         u32 rank = rank_of(args, ids.id[k]);
-        atomicAdd(&s.loads[rank], 1u);
-        atomicAdd(&s.visits[visits.add(k, rank) ? rank : NO_RANK], 1u);
+        atomicAdd(&s.loads[rank], 1u);  // DEFECT(count-loads)
+        atomicAdd(&s.visits[visits.add(k, rank) ? rank : NO_RANK], 1u);  // DEFECT(count-visits)
     }
     if (args.posts_experts) {
 #pragma unroll
@@ -59,9 +65,9 @@ __device__ __forceinline__ void count_tokens(const Args &args, const Shared &s, 
     }
     bool token = visits.any();
     visits.store(s.visited + row * Visits::WORDS);
-    s.states[row] = (u16)(token ? PENDING : NOBODY);
+    s.states[row] = (u16)(token ? PENDING : NOBODY);  // DEFECT(token-state)
     u32 tokens = __popc(__ballot_sync(ALL, token));
-    if (lane() == 0) atomicAdd(&b.tokens, tokens);
+    if (lane() == 0) atomicAdd(&b.tokens, tokens);  // DEFECT(count-tokens)
 }
 
 // Slots that a thread has in flight at once: of memory's latency, one is paid a batch.
@@ -78,7 +84,7 @@ __device__ __forceinline__ void write_routed(const Args &args, const Rows &rows,
 #pragma unroll
         for (u32 j = 0; j < BATCH; ++j) {
             u32 i = base + j * threads;
-            ids[j] = i < unpadded ? rows.ids[i] : (ID)-1;
+            ids[j] = i < unpadded ? rows.ids[i] : (ID)-1;  // DEFECT(write-padding)
             weights[j] = i < unpadded ? rows.weights[i] : (WEIGHT)0;
         }
 #pragma unroll
@@ -94,8 +100,8 @@ __device__ __forceinline__ void write_routed(const Args &args, const Rows &rows,
 
 // All that a writer does: block `writer` of them writes the rows of the first cluster's block of that number.
 __device__ __forceinline__ void write_part(const Args &args, u32 writer) {
-    Rows rows(args, writer);
-    rows.pad(args);
+    Rows rows(args, writer);  // DEFECT(writer-rows)
+    rows.pad(args);  // DEFECT(writer-padding)
     write_routed(args, rows, threadIdx.x, blockDim.x);
 }
 
@@ -105,7 +111,7 @@ __device__ __forceinline__ u32 all_tokens(const Block &b) { return CLUSTERED ? b
 // Sum all blocks' counts, in each of them, for all of its threads.
 __device__ __forceinline__ void gather(const Shared &s, Block &b) {
 #if CLUSTERED
-    sync_blocks();
+    sync_blocks();  // DEFECT(gather-sync)
     add_blocks<2 * ENTRIES>(s.loads, s.all_loads, nullptr);
     if (warp() == warps() - 1) {
         u32 tokens = lane() < blocks() ? read_block(&b.tokens, lane()) : 0;
@@ -115,8 +121,8 @@ __device__ __forceinline__ void gather(const Shared &s, Block &b) {
             b.tokens_before = before;
         }
     }
-    __syncthreads();
+    __syncthreads();  // DEFECT(gather-barrier)
 #else
-    __syncthreads();
+    __syncthreads();  // DEFECT(gather-barrier-of-one-block)
 #endif
 }

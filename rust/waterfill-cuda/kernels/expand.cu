@@ -1,5 +1,14 @@
 // One launch a call: count, post, wait for the plan (or plan from own counts), assign, expand. Where a collective
 // brings the counts it is two, with the collective between them: the first one only counts.
+//
+// In all files, `// DEFECT(name)` marks a line in which tests/emulated/defects.rs plants a defect, to see that the tests notice it.
+
+#include "types.cuh"
+#include "cluster.cuh"
+#include "count.cuh"
+#include "own.cuh"
+#include "board.cuh"
+#include "assign.cuh"
 
 // What others are to know of this call, by the first block.
 __device__ __forceinline__ void post_counts(const Args &args, const Shared &s, const Block &b) {
@@ -43,25 +52,25 @@ __device__ __forceinline__ void take_quotas(const Args &args, const Shared &s, B
 
 // What the first block took from the board, for the others.
 __device__ __forceinline__ void share_quotas(const Shared &s, Block &b) {
-    sync_blocks();
+    sync_blocks();  // DEFECT(share-sync)
     if (block() > 0) {
         u32 *words = (u32 *)(s.quotas + TAKEN);
 #pragma unroll 1
         for (u32 i = threadIdx.x; i < sizeof(Quotas) / sizeof(u32); i += blockDim.x) words[i] = read_block(words + i, 0);
         if (threadIdx.x == 0) b.quota_set = read_block(&b.quota_set, 0);
     }
-    __syncthreads();
+    __syncthreads();  // DEFECT(share-barrier)
 }
 
 __device__ __forceinline__ void clear(const Args &args) {
     uint4 *zeros = (uint4 *)shared_memory();
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < args.cleared_bytes / sizeof(uint4); i += blockDim.x) zeros[i] = uint4{0, 0, 0, 0};
+    for (u32 i = threadIdx.x; i < args.cleared_bytes / sizeof(uint4); i += blockDim.x) zeros[i] = uint4{0, 0, 0, 0};  // DEFECT(clear-bytes)
 }
 
-// The first block alone posts and waits. By a warp that most often has no rows, and once all is cleared: before that every warp
-// would wait here for its ids, even in calls that read nothing here. A warp has six scoreboards for its loads, and this
-// one would share the ids'.
+// The sequence number of this call, and whether it waits. Only the first block needs them: it alone posts and waits.
+// Read by the last thread, whose warp usually has no rows, and only after the clear. An earlier load would share one of a warp's six
+// scoreboards with the loads of the ids, so every warp would stall on its ids before clearing, even in modes that read nothing here.
 __device__ __forceinline__ void number_call(const Args &args, Block &b) {
     if (threadIdx.x < blockDim.x - 1 || block() > 0 || mode_of(args) != LIVE) return;
     b.sequence = next_sequence(args.state->last);
@@ -79,7 +88,7 @@ __device__ __forceinline__ void expand(const Args &args) {
     clear(args);
     u32 inverse = lane_inverse();
     rows.pad(args);
-    __syncthreads();
+    __syncthreads();  // DEFECT(clear-barrier)
     number_call(args, b);
 
 #pragma unroll 1
@@ -105,19 +114,19 @@ __device__ __forceinline__ void expand(const Args &args) {
         plan_own(args, s, b, inverse);
     }
     if (CLUSTERED && mode_of(args) == LIVE) share_quotas(s, b);
-    else __syncthreads();
+    else __syncthreads();  // DEFECT(plan-barrier)
 
     Quotas &quotas = s.quotas[b.quota_set];
     u32 most, last = run_rounds(args, s, b, quotas, rows, most);
-    leave_blocks();
+    leave_blocks();  // DEFECT(leave)
     place_rest(args, s, b, quotas, rows, last, most > 0);
-    end_blocks();
+    end_blocks();  // DEFECT(end)
 }
 
-extern "C" __global__ void __launch_bounds__(1024) expand_topk(const __grid_constant__ Args args) {
-    if (!CLUSTERED || blockIdx.x < blocks()) expand(args);
+extern "C" __global__ void __launch_bounds__(MOST_THREADS) expand_topk(const __grid_constant__ Args args) {
+    if (!CLUSTERED || blockIdx.x < blocks()) expand(args);  // DEFECT(first-cluster)
     // The blocks behind. A loop, though it runs once: the compiler puts a branch's instructions in front of all that the
     // others run.
 #pragma unroll 1
-    for (u32 writer = blockIdx.x - blocks(); CLUSTERED && writer < args.writers; writer += args.writers) write_part(args, writer);
+    for (u32 writer = blockIdx.x - blocks(); CLUSTERED && writer < args.writers; writer += args.writers) write_part(args, writer);  // DEFECT(writers)
 }

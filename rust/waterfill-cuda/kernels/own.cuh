@@ -1,9 +1,13 @@
 // The plan from own counts, by one warp: waterfill_core's own.rs for CostModel::Rows, number by number.
 // Entry i, of lane i % 32, is rank (source + i) % RANKS, so entry 0 is home.
 // A source has at most 2^20 rows (src/shape.rs), so their routed rows, and 1024 ranks' rooms, fit 32 bits.
+#pragma once
 
-static constexpr u32 HALF_TRUSTED = 48;
-static constexpr u32 LEAST_TRUST = 3 * 1024 / 10;
+#include "types.cuh"
+#include "token.cuh"
+#include "count.cuh"
+
+static constexpr u32 LEAST_TRUST = LEAST_TENTHS * 1024 / 10;
 
 static constexpr u32 CHUNKS = (RANKS + WARP - 1) / WARP;
 // In registers, while they last.
@@ -57,7 +61,7 @@ __device__ __forceinline__ u32 estimate(const Args &args, const Shared &s, Entri
     u32 trust = at_least(1024 - up_approximately(1024 * HALF_TRUSTED, mean + HALF_TRUSTED), LEAST_TRUST);
     return sum_of([&](u32 chunk, u32) {
         u32 load = bases[chunk], apart = load < mean ? mean - load : load - mean;
-        u32 part = (u32)(((u64)apart * trust + 512) >> 10);
+        u32 part = (u32)(((u64)apart * trust + 512) >> 10);  // DEFECT(trust-rounding)
         bases[chunk] = load < mean ? mean - part : mean + part;
         return bases[chunk];
     });
@@ -67,7 +71,7 @@ __device__ __forceinline__ u32 estimate(const Args &args, const Shared &s, Entri
 // themselves; the least of these is the level. `inverse` is `lane_inverse`: exact, because rows are below 2^26 and
 // divisors at most 32. So a base and a count of one fit a word, and their sums too.
 __device__ __forceinline__ u32 level_of_few(Entries &bases, u32 tokens, u32 inverse) {
-    static constexpr u32 ONE = 1u << 26;
+    static constexpr u32 ONE = 1u << 26;  // DEFECT(level-one)
     static_assert(TOP_K <= 32, "2^20 rows of them, and what rounding adds, are less than ONE");
     u32 mine = bases[0] + ONE, up_to_mine = 0;
 #pragma unroll
@@ -77,7 +81,7 @@ __device__ __forceinline__ u32 level_of_few(Entries &bases, u32 tokens, u32 inve
     }
     u32 below = up_to_mine / ONE;
     // Rounded up; where there is one, `inverse` has no room for it.
-    u32 last = tokens + up_to_mine % ONE - 1, down = __umulhi(last, __shfl_sync(ALL, inverse, below - 1));
+    u32 last = tokens + up_to_mine % ONE - 1, down = __umulhi(last, __shfl_sync(ALL, inverse, below - 1));  // DEFECT(level-down)
     u32 level = (below == 1 ? last : down) + 1;
     return ~warp_max(lane() < RANKS ? ~level : 0);
 }
@@ -89,19 +93,19 @@ __device__ __forceinline__ u32 level_of_many(Entries &bases, u32 tokens, u32 sum
         u32 below = sum_of([&](u32 chunk, u32) { return bases[chunk] < level ? 1u : 0u; });
         u32 under = sum_of([&](u32 chunk, u32) { return bases[chunk] < level ? bases[chunk] : 0; });
         u32 next = up(tokens + under, below);
-        if (next == level) return level;
+        if (next == level) return level;  // DEFECT(newton-end)
         level = next;
     }
 }
 
-// The first `until` of `total` rows' share of `fits`, rounded up; `ratio` is fits / total, nearly. Shares are at most 2^20. Floats
-// miss 2^-21 of one (three roundings of 2^-24, and a division that is off by two units in the last place), less than half
-// a row: from the rows that they give, cut off, the exact share is less than half a row down and one and a half up. That
-// fits 32 bits, as a total is at most 2^30.
+// ceil(fits * until / total), a share of `fits` rows, without a division; `ratio` is fits / total, nearly.
+// A share is at most 2^20 rows. The floats are off by less than 2^-21 of it: three roundings of 2^-24, and a division that is off by
+// two units in the last place. That is less than half a row. `nearly` is cut off to whole rows, so the exact share is between
+// nearly - 1/2 and nearly + 3/2. Hence `more` is between -total / 2 and 3/2 total, and fits 32 bits, as a total is at most 2^30.
 __device__ __forceinline__ u32 share(u32 fits, u32 until, u32 total, float ratio) {
     u32 nearly = (u32)((float)until * ratio);
     int more = (int)(fits * until - nearly * total);
-    return nearly + (more > 0) + (more > (int)total);
+    return nearly + (more > 0) + (more > (int)total);  // DEFECT(share)
 }
 
 // Add rows to `own` in proportion to the capacities; gives how many fitted.
@@ -128,7 +132,7 @@ __device__ __forceinline__ u32 spread(u32 rows, Entries &capacities, Entries &ow
 // Open quotas, of which `left` is there, for bids anywhere but at home. By one warp.
 __device__ __forceinline__ void open_quotas(const Args &args, Quotas &quotas) {
     u32 most = 0, left = 0;
-    __syncwarp();
+    __syncwarp();  // DEFECT(open-syncwarp)
     for_each([&](u32, u32 rank) {
         left = rank == args.rank ? 0 : quotas.left[rank];
         most = at_least(most, left);

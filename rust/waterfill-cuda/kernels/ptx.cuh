@@ -1,5 +1,7 @@
 // What only PTX can say: shared memory, a cluster's blocks, words that the host sees, the clock. The test without a
-// GPU puts its own in place of this file (src/emulated.rs).
+// GPU puts its own in place of this file (rust/cuda-emulator/src/ptx.h).
+#pragma once
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;

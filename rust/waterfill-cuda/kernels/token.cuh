@@ -1,9 +1,12 @@
 // Which ranks a token visits, and the one that it bids for.
+#pragma once
+
+#include "types.cuh"
 
 #if RANKS <= 32
 // A bit a rank.
 struct Visits {
-    static constexpr u32 WORDS = 1;
+    static constexpr u32 WORDS = 1;  // DEFECT(visit-bits)
     u32 mask = 0;
 
     // Slot k is at `rank`, or at NO_RANK. Gives whether it is the token's first slot there.
@@ -15,14 +18,14 @@ struct Visits {
     }
 
     // At NO_RANK is a bit too, while there is room.
-    __device__ __forceinline__ bool any() const { return (mask & ALL >> (WARP - RANKS)) != 0; }
+    __device__ __forceinline__ bool any() const { return (mask & ALL >> (WARP - RANKS)) != 0; }  // DEFECT(any-visit)
     __device__ __forceinline__ void store(u32 *words) const { words[0] = mask; }
     __device__ __forceinline__ void load(const u32 *words) { mask = words[0]; }
 
     // The nearest rank from `first` on and around of those above the level, else of those that are open.
     __device__ __forceinline__ u32 wanted(const Quotas &quotas, u32, u32 level, u32 first) const {
         u32 high = mask & quotas.levels[level], open = mask & quotas.levels[0];
-        u32 some = high != 0 ? high : open, after = some & ALL << first;
+        u32 some = high != 0 ? high : open, after = some & ALL << first;  // DEFECT(nearest-rank)
         u32 rank = __ffs(after != 0 ? after : some) - 1;
         return some != 0 ? rank : NO_RANK;
     }
@@ -36,7 +39,7 @@ __device__ __forceinline__ void open_levels(Quotas &quotas, u32 left, u32 most, 
     u32 first = part * LEVELS_A_PART, mine = 0;
 #pragma unroll
     for (u32 i = 0; i < LEVELS_A_PART; ++i) {
-        u32 ranks = __ballot_sync(ALL, left > (first + i) * most / BID_LEVELS);
+        u32 ranks = __ballot_sync(ALL, left > (first + i) * most / BID_LEVELS);  // DEFECT(level-of-part)
         if (lane() == i) mine = ranks;
     }
     if (lane() < LEVELS_A_PART) quotas.levels[first + lane()] = mine;
@@ -50,7 +53,7 @@ __device__ __forceinline__ void open_levels(Quotas &quotas, u32 left, u32 most) 
     }
     // Of fewer ranks each level is made by a lane, from all ranks' rows.
     static_assert(BID_LEVELS == WARP, "a lane a level");
-    u32 above = lane() * most / BID_LEVELS, ranks = 0;
+    u32 above = lane() * most / BID_LEVELS, ranks = 0;  // DEFECT(level-of-lane)
     // Whether one is more than the other by the difference's sign: comparisons are more predicates than there are.
 #pragma unroll
     for (u32 rank = 0; rank < RANKS; ++rank) ranks |= (above - __shfl_sync(ALL, left, rank)) >> 31 << rank;
@@ -64,7 +67,7 @@ struct Visits {
 
     __device__ __forceinline__ bool add(u32 k, u32 added) {
         rank[k] = added;
-        bool visit = true;
+        bool visit = true;  // DEFECT(first-visit)
 #pragma unroll
         for (u32 before = 0; before < k; ++before) visit &= rank[before] != added;
         return visit;

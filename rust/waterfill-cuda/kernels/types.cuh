@@ -1,11 +1,17 @@
-// Compile-time: CLUSTERED (0: one block), OWN_ONLY (1: for calls of mode OWN alone), RANKS, TOP_K, ID and UNSIGNED_ID (int or
-// long long), WEIGHT (unsigned or unsigned short: bits are copied, never computed with), MOVE_THREADS (of a block of move_up),
-// BLOCK_BYTES, LEAST_WARPS (of a block), ROUNDS, BID_LEVELS, STEP_LEVEL, STEP_TURN, ROUND_LEVEL, ROUND_TURN (waterfill_core::bids).
-static constexpr u32 WARP = 32;
+// Values, states, arguments and arrays of the kernels.
+//
+// The host defines (src/source.rs): CLUSTERED (0: one block), OWN_ONLY (1: for calls of mode OWN alone), RANKS, TOP_K, ID and
+// UNSIGNED_ID (int or long long), WEIGHT (unsigned or unsigned short: bits are copied, never computed with), and the constants
+// that the kernels have in common with other crates. Behind the kernels it asserts that structs and arrays are as it has them.
+#pragma once
+
+#include "ptx.cuh"
+
 static constexpr u32 ALL = 0xffffffffu;
 // Ranks are below 1024. A slot without an expert, or a token without a destination, has rank NO_RANK, at which no quota
 // has rows: so nobody has to ask.
 static constexpr u32 RANK_BITS = 10;
+static_assert(RANKS <= 1 << RANK_BITS, "each has a number of so many bits");
 static constexpr u32 NO_RANK = RANKS;
 // RANKS and one more, rounded up to a multiple of four: so that four are read at once.
 static constexpr u32 ENTRIES = (RANKS + 4) / 4 * 4;
@@ -13,14 +19,22 @@ static constexpr u32 ENTRIES = (RANKS + 4) / 4 * 4;
 static constexpr u32 PENDING = 0x7ffe;
 static constexpr u32 NOBODY = 0x7fff;
 
-enum Mode : u32 { OWN = 0, LIVE = 1, GIVEN = 2, COUNT = 3 };
-enum Outcome : u32 { TALLY_LIVE = 0, TALLY_NO_PLAN = 1, TALLY_TIMED_OUT = 2, TALLY_BROKEN = 3, TALLY_TORN = 4 };
+// How a call gets its quotas.
+enum Mode : u32 { OWN = MODE_OWN, LIVE = MODE_LIVE, GIVEN = MODE_GIVEN, COUNT = MODE_COUNT };
+// How a call ended: waterfill-board's `Outcome`.
+enum Outcome : u32 {
+    TALLY_LIVE = OUTCOME_LIVE,
+    TALLY_NO_PLAN = OUTCOME_NO_PLAN,
+    TALLY_TIMED_OUT = OUTCOME_TIMED_OUT,
+    TALLY_BROKEN = OUTCOME_BROKEN,
+    TALLY_TORN = OUTCOME_TORN,
+};
 
 // What a runner keeps on the device between calls; `State` in src/args.rs.
 struct State {
-    u32 last;      // The sequence of the last call; 0 before the first.
-    u32 failures;  // Calls in a row that the planner did not answer.
-    u64 tally[5];  // Calls by Outcome.
+    u32 last;             // The sequence of the last call; 0 before the first.
+    u32 failures;         // Calls in a row that the planner did not answer.
+    u64 tally[OUTCOMES];  // Calls by Outcome.  // DEFECT(state-tally)
 };
 
 // `Args` in src/args.rs, field by field.
@@ -38,8 +52,8 @@ struct Args {
     State *state;
     u64 cap_ns;              // The longest wait for a plan.
     u32 rank_multiplier;     // id / experts_per_rank = 2 * id * multiplier >> 32.
-    u32 rows, rows_per_block;
-    u32 rank, experts, experts_per_rank;
+    u32 rows, rows_per_block;  // DEFECT(args-rows)
+    u32 rank, experts, experts_per_rank;  // DEFECT(args-rank)
     u32 shared_weight;       // Its bits.
     u32 mode;
     // The board: words from its start to this rank's counts and quotas in the first slot of the ring.
@@ -59,7 +73,7 @@ enum QuotaSet : u32 { PLANNED = 0, TAKEN = 1 };
 // Rows of quotas, open for bids.
 struct Quotas {
     u32 left[ENTRIES];       // Rows still to be met; 0 at home.
-    u32 home;                // Those of the home quota.
+    u32 home;                // Those of the home quota.  // DEFECT(quotas-home)
     u32 most;                // Most rows anywhere but at home.
     u32 levels[BID_LEVELS];  // A bit a rank, if a word has room for them: those with more left than level / BID_LEVELS of the most.
 };
@@ -78,49 +92,72 @@ struct Block {
 };
 static_assert(sizeof(Block) <= BLOCK_BYTES, "src/shape.rs leaves room for it");
 
-// A block's dynamic shared memory. An array of ENTRIES has one for NO_RANK, which anybody may write
-// and nobody counts on, but in `Quotas::left`, where it is 0, and in the first round's table, where the pending are in the end.
+// The arrays of dynamic shared memory whose length is known here, in two parts. An array of ENTRIES has one for NO_RANK, which
+// anybody may write and nobody counts on, but in `Quotas::left`, where it is 0, and in the first round's table, where the pending
+// are in the end.
+//
+// These begin as zeros.
+struct Zeros {
+    u32 loads[ENTRIES];                 // Rows routed to each rank.
+    u32 visits[ENTRIES];                // Tokens that visit each rank.  // DEFECT(zeros-visits)
+    u32 bids[ROUNDS * ENTRIES];         // Bids of each round for each rank.
+#if CLUSTERED
+    u32 all_loads[ENTRIES];             // Those of all blocks.
+    u32 all_visits[ENTRIES];
+    u32 granted_before[ENTRIES];        // How many bids of the blocks before this one were granted.
+    u32 all_bids[ROUNDS * ENTRIES];
+    u32 bids_before[ROUNDS * ENTRIES];  // Those of the blocks before this one.
+#endif
+};
+
+// These do not.
+struct PerRank {
+    u32 allowed[ENTRIES];  // How many of this block's bids of the last round are granted.
+    u32 until[ENTRIES];    // Sums of the rows left in the end.
+    Quotas quotas[2];      // By QuotaSet.
+};
+
+// A block's dynamic shared memory.
 struct Shared {
-    // These begin as zeros.
     Block *block;
-    u32 *loads;       // [ENTRIES] rows routed to each rank
-    u32 *visits;      // [ENTRIES] tokens that visit each rank
-    u32 *bids;        // [ROUNDS, ENTRIES] bids of each round for each rank
-    // Of a cluster's blocks alone, up to `bids_before`; one block's loads and visits are all.
-    u32 *all_loads;   // [ENTRIES] those of all blocks
-    u32 *all_visits;  // [ENTRIES]
-    u32 *granted_before;  // [ENTRIES] how many bids of the blocks before this one were granted
-    u32 *all_bids;    // [ROUNDS, ENTRIES] bids of all blocks
-    u32 *bids_before; // [ROUNDS, ENTRIES] those of the blocks before this one
-    u8 *table;        // [ROUNDS, ENTRIES, table_stride] bids by destination and warp's rows; in the end [0, NO_RANK] has the pending
-    u32 *counts;      // [experts + 1] rows routed to each expert, where the board has counts an expert
-    // These do not.
-    u32 *allowed;     // [ENTRIES] how many of this block's bids of the last round are granted
-    u32 *until;       // [ENTRIES] sums of the rows left in the end
-    Quotas *quotas;   // [2] by QuotaSet
-    u32 *visited;     // [rows_per_block, Visits::WORDS] the ranks that each token visits, see token.cuh
-    u16 *states;      // [rows_per_block] the state of each token, see assign.cuh
+    // Of `Zeros`. One block's loads, visits and bids are all, and it has none before it.
+    u32 *loads, *visits, *bids, *all_loads, *all_visits, *granted_before, *all_bids, *bids_before;
+    u8 *table;     // [ROUNDS, ENTRIES, table_stride] bids by destination and warp's rows; in the end [0, NO_RANK] has the pending
+    u32 *counts;   // [experts + 1] rows routed to each expert, where the board has counts an expert
+    // Of `PerRank`.
+    u32 *allowed, *until;
+    Quotas *quotas;
+    u32 *visited;  // [rows_per_block, Visits::WORDS] the ranks that each token visits, see token.cuh
+    u16 *states;   // [rows_per_block] the state of each token, see assign.cuh
 };
 
 // Pointers by offsets from the one base, each by itself: so that the compiler knows them to be shared memory.
 __device__ __forceinline__ Shared shared_arrays(const Args &args) {
     u8 *memory = shared_memory();
-    u32 *zeros = (u32 *)(memory + BLOCK_BYTES), *ranks = (u32 *)(memory + args.ranks_bytes);
+    Zeros *zeros = (Zeros *)(memory + BLOCK_BYTES);
+    PerRank *ranks = (PerRank *)(memory + args.ranks_bytes);
     Shared s;
     s.block = (Block *)memory;
-    s.loads = zeros;
-    s.visits = zeros + ENTRIES;
-    s.bids = zeros + 2 * ENTRIES;
-    s.all_loads = CLUSTERED ? zeros + (2 + ROUNDS) * ENTRIES : s.loads;
-    s.all_visits = CLUSTERED ? zeros + (3 + ROUNDS) * ENTRIES : s.visits;
-    s.granted_before = zeros + (4 + ROUNDS) * ENTRIES;
-    s.all_bids = CLUSTERED ? zeros + (5 + ROUNDS) * ENTRIES : s.bids;
-    s.bids_before = zeros + (5 + 2 * ROUNDS) * ENTRIES;
-    s.table = memory + args.table_bytes;
+    s.loads = zeros->loads;
+    s.visits = zeros->visits;
+    s.bids = zeros->bids;
+#if CLUSTERED
+    s.all_loads = zeros->all_loads;
+    s.all_visits = zeros->all_visits;
+    s.granted_before = zeros->granted_before;
+    s.all_bids = zeros->all_bids;
+    s.bids_before = zeros->bids_before;
+#else
+    s.all_loads = s.loads;
+    s.all_visits = s.visits;
+    s.all_bids = s.bids;
+    s.granted_before = s.bids_before = nullptr;
+#endif
+    s.table = memory + args.table_bytes;  // DEFECT(table-at)
     s.counts = (u32 *)(memory + args.counts_bytes);
-    s.allowed = ranks;
-    s.until = ranks + ENTRIES;
-    s.quotas = (Quotas *)(ranks + 2 * ENTRIES);
+    s.allowed = ranks->allowed;
+    s.until = ranks->until;
+    s.quotas = ranks->quotas;
     s.visited = (u32 *)(memory + args.visited_bytes);
     s.states = (u16 *)(memory + args.states_bytes);
     return s;
@@ -149,7 +186,7 @@ __device__ __forceinline__ u32 warp_sum(u32 value) {
 
 __device__ __forceinline__ u32 warp_max(u32 value) {
 #if __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(ALL, value);
+    return __reduce_max_sync(ALL, value);  // DEFECT(warp-max)
 #else
     for (u32 step = WARP / 2; step > 0; step /= 2) value = at_least(value, __shfl_xor_sync(ALL, value, step));
     return value;

@@ -8,64 +8,16 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use cudarc::nvrtc::sys;
-use waterfill_core::bids;
 
 use crate::error::{Error, Result};
 use crate::library::open_nvrtc;
-use crate::shape::{BLOCK_BYTES, IdType, LEAST_WARPS, MOVE_THREADS, Shape, Variant, WeightType};
+use crate::shape::{Shape, Variant};
+use crate::source::source;
 
 /// The kernel's name in each module.
 pub(crate) const EXPAND: &CStr = c"expand_topk";
 /// One more in the module of one block for own counts alone.
 pub(crate) const MOVE_UP: &CStr = c"move_up";
-
-/// The source of every variant: the files in the order in which they use each other.
-pub const FILES: [&str; 10] = [
-    include_str!("../kernels/ptx.cuh"),
-    include_str!("../kernels/types.cuh"),
-    include_str!("../kernels/cluster.cuh"),
-    include_str!("../kernels/token.cuh"),
-    include_str!("../kernels/move_up.cuh"),
-    include_str!("../kernels/count.cuh"),
-    include_str!("../kernels/own.cuh"),
-    include_str!("../kernels/board.cuh"),
-    include_str!("../kernels/assign.cuh"),
-    include_str!("../kernels/expand.cu"),
-];
-
-/// The source of one of a shape's kernels: its compile-time values, then the files.
-#[must_use]
-pub fn source(shape: &Shape, variant: Variant) -> String {
-    let id = match shape.id {
-        IdType::I32 => "int",
-        IdType::I64 => "long long",
-    };
-    let weight = match shape.weight {
-        WeightType::F32 => "unsigned",
-        WeightType::Bf16 => "unsigned short",
-    };
-    let (steps, more) = (bids::STEPS, bids::ROUND_STEPS);
-    let values = [
-        ("CLUSTERED", u32::from(variant.clustered).to_string()),
-        ("OWN_ONLY", u32::from(variant.own_only).to_string()),
-        ("RANKS", format!("{}u", shape.ranks)),
-        ("TOP_K", format!("{}u", shape.top_k)),
-        ("ID", id.into()),
-        ("UNSIGNED_ID", format!("unsigned {id}")),
-        ("WEIGHT", weight.into()),
-        ("MOVE_THREADS", format!("{MOVE_THREADS}u")),
-        ("BLOCK_BYTES", format!("{BLOCK_BYTES}u")),
-        ("LEAST_WARPS", format!("{LEAST_WARPS}u")),
-        ("ROUNDS", format!("{}u", bids::ROUNDS)),
-        ("BID_LEVELS", format!("{}u", bids::BID_LEVELS)),
-        ("STEP_LEVEL", format!("{}u", steps[0])),
-        ("STEP_TURN", format!("{}u", steps[1])),
-        ("ROUND_LEVEL", format!("{}u", more[0])),
-        ("ROUND_TURN", format!("{}u", more[1])),
-    ];
-    let defines = values.map(|(name, value)| format!("#define {name} {value}\n"));
-    defines.concat() + &FILES.concat()
-}
 
 /// Compiles with NVRTC, or finds what it compiled before.
 #[derive(Clone, Debug)]

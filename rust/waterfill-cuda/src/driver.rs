@@ -174,11 +174,14 @@ unsafe impl Sync for Kernel {}
 
 /// How a kernel is launched.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Launch {
+pub struct Launch {
+    /// Blocks of the grid.
     pub blocks: usize,
     /// Blocks of a cluster, of which `blocks` is a multiple; 1 for none.
     pub cluster: usize,
+    /// Threads of a block.
     pub threads: usize,
+    /// Bytes of a block's dynamic shared memory.
     pub shared_bytes: usize,
 }
 

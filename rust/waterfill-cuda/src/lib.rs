@@ -11,15 +11,27 @@
 mod args;
 mod compiler;
 mod driver;
-#[cfg(test)]
-mod emulated;
 mod error;
 mod library;
 mod runner;
 mod shape;
+mod source;
 
-pub use compiler::{Compiler, source};
+pub use compiler::Compiler;
 pub use error::{Error, Result};
 pub use library::open_nvrtc;
 pub use runner::{Call, Quotas, Runner};
 pub use shape::{IdType, Shape, Variant, WeightType};
+pub use source::source;
+
+/// With what the tests without a GPU (`tests/emulated`) launch the kernels: the runner's own. No part of the interface.
+#[doc(hidden)]
+pub mod internal {
+    pub use crate::args::{
+        Args, COUNT, GIVEN, LIVE, MoveArgs, OWN, State, common_args, launch_of, launch_of_ids,
+        move_args, weight_bits, with_board, with_cut,
+    };
+    pub use crate::driver::Launch;
+    pub use crate::shape::{Geometry, MAX_EXPERTS, MAX_ROWS, MAX_TOP_K, MOVE_THREADS};
+    pub use crate::source::{FILES, MAIN, assertions, values};
+}

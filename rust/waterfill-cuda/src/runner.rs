@@ -2,17 +2,18 @@
 
 use std::time::Duration;
 
-use waterfill_board::{Ended, RING, Region, Shape as BoardShape};
+use waterfill_board::{Ended, Region, Shape as BoardShape};
 
-use crate::args::{Args, COUNT, GIVEN, LIVE, MoveArgs, OWN, State};
+use crate::args::{
+    Args, COUNT, GIVEN, LIVE, MoveArgs, OWN, State, common_args, launch_of, launch_of_ids,
+    move_args, weight_bits, with_board, with_cut,
+};
 use crate::compiler::{Compiler, EXPAND, MOVE_UP};
 use crate::driver::{
     CurrentContext, Device, DeviceCell, Kernel, Launch, OwnStream, RelaxedCapture, Stream, register,
 };
 use crate::error::{Error, Result};
-use crate::shape::{
-    Geometry, IdType, MAX_ROWS, MOST_THREADS, MOVE_THREADS, Shape, Variant, WeightType,
-};
+use crate::shape::{Geometry, MAX_ROWS, MOST_THREADS, Shape, Variant};
 
 /// Sizes of clusters to try, largest first; more than 8 blocks only some devices can.
 const CLUSTERS: [usize; 2] = [16, 8];
@@ -338,62 +339,8 @@ impl Runner {
     }
 }
 
-pub(crate) fn launch_of(cut: &Geometry) -> Launch {
-    let (blocks, cluster) = (cut.blocks + cut.writers, cut.blocks);
-    Launch { blocks, cluster, threads: cut.threads, shared_bytes: cut.shared_bytes }
-}
-
-/// A thread an id. So many ids that a grid has too few blocks would take terabytes.
-pub(crate) fn launch_of_ids(count: usize) -> Launch {
-    Launch {
-        blocks: count.div_ceil(MOVE_THREADS),
-        cluster: 1,
-        threads: MOVE_THREADS,
-        shared_bytes: 0,
-    }
-}
-
-/// To move no ids.
-pub(crate) fn move_args(args: &Args) -> MoveArgs {
-    let Args { rank_multiplier, experts, .. } = *args;
-    MoveArgs { rank_multiplier, experts, ..MoveArgs::default() }
-}
-
 fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
-pub(crate) fn with_cut(args: Args, cut: &Geometry) -> Args {
-    Args {
-        rows_per_block: cut.rows_per_block as u32,
-        cleared_bytes: if args.posts_experts == 0 { cut.counts_at } else { cut.ranks_at } as u32,
-        table_bytes: cut.table_at as u32,
-        table_stride: cut.table_stride as u32,
-        counts_bytes: cut.counts_at as u32,
-        ranks_bytes: cut.ranks_at as u32,
-        visited_bytes: cut.visited_at as u32,
-        states_bytes: cut.states_at as u32,
-        writers: cut.writers as u32,
-        ..args
-    }
-}
-
-/// To take part in a board of this shape, whose first word the device finds at `address`.
-pub(crate) fn with_board(args: Args, shape: &waterfill_board::Shape, address: u64) -> Args {
-    let rank = args.rank as usize;
-    Args {
-        board: address,
-        counts_at: shape.counts(0, rank) as u32,
-        quotas_at: shape.quotas(0, rank) as u32,
-        slot_words: (shape.counts(1, rank) - shape.counts(0, rank)) as u32,
-        ring: RING as u32,
-        posts_experts: u32::from(!shape.has_counts_per_rank()),
-        counts_stride: shape.counts_stride() as u32,
-        tally_at: shape.calls_of(rank) as u32,
-        without_plan_at: shape.without_plan(rank) as u32,
-        deserted_at: shape.deserted(rank) as u32,
-        ..args
-    }
 }
 
 /// Kernels from the cache or from NVRTC, which compiles them side by side; anew if the driver does not take what the cache had.
@@ -442,50 +389,4 @@ fn cluster(
     let has_room = |blocks: usize| shape.geometry(blocks, 0).shared_bytes <= shared_bytes;
     let most_blocks = CLUSTERS.into_iter().find(|&blocks| has_room(blocks) && runs(blocks));
     Ok(most_blocks.map(|most_blocks| Cluster { kernels, most_blocks }))
-}
-
-pub(crate) fn common_args(shape: &Shape, rank: usize, state: u64) -> Args {
-    let experts_per_rank = shape.experts / shape.ranks;
-    Args {
-        state,
-        rank_multiplier: (1u32 << 31).div_ceil(experts_per_rank as u32),
-        rank: rank as u32,
-        experts: shape.experts as u32,
-        experts_per_rank: experts_per_rank as u32,
-        ..Args::default()
-    }
-}
-
-pub(crate) fn weight_bits(kind: WeightType, weight: f32) -> u32 {
-    match kind {
-        WeightType::F32 => weight.to_bits(),
-        WeightType::Bf16 => {
-            let bf16: waterfill_core::Bf16 = waterfill_core::Weight::from_f32(weight);
-            bf16.0.into()
-        }
-    }
-}
-
-impl IdType {
-    /// The type of ids of so many bits.
-    #[must_use]
-    pub fn of_bits(bits: usize) -> Option<Self> {
-        match bits {
-            32 => Some(Self::I32),
-            64 => Some(Self::I64),
-            _ => None,
-        }
-    }
-}
-
-impl WeightType {
-    /// The type of weights of so many bits.
-    #[must_use]
-    pub fn of_bits(bits: usize) -> Option<Self> {
-        match bits {
-            32 => Some(Self::F32),
-            16 => Some(Self::Bf16),
-            _ => None,
-        }
-    }
 }

@@ -22,6 +22,30 @@ pub enum WeightType {
     Bf16,
 }
 
+impl IdType {
+    /// The type of ids of so many bits.
+    #[must_use]
+    pub fn of_bits(bits: usize) -> Option<Self> {
+        match bits {
+            32 => Some(Self::I32),
+            64 => Some(Self::I64),
+            _ => None,
+        }
+    }
+}
+
+impl WeightType {
+    /// The type of weights of so many bits.
+    #[must_use]
+    pub fn of_bits(bits: usize) -> Option<Self> {
+        match bits {
+            32 => Some(Self::F32),
+            16 => Some(Self::Bf16),
+            _ => None,
+        }
+    }
+}
+
 /// What a runner is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
@@ -47,11 +71,11 @@ pub struct Variant {
 }
 
 /// The most routed experts of a token.
-pub(crate) const MAX_TOP_K: usize = 32;
+pub const MAX_TOP_K: usize = 32;
 /// Physical experts; the kernel's division of ids by experts a rank is exact while their square is below 2^31.
-pub(crate) const MAX_EXPERTS: usize = 1 << 15;
+pub const MAX_EXPERTS: usize = 1 << 15;
 /// Rows of one call; sums of routed rows and rooms fit 32 bits below it.
-pub(crate) const MAX_ROWS: usize = 1 << 20;
+pub const MAX_ROWS: usize = 1 << 20;
 /// Rows up to which one block takes them all, if it has room: a cluster's barriers cost more than it saves.
 const BLOCK: usize = 256;
 /// Rows of each block of a cluster, while there are blocks.
@@ -59,42 +83,52 @@ const CLUSTERED_BLOCK: usize = 128;
 const LEAST_THREADS: usize = LEAST_WARPS * WARP;
 /// Warps of the smallest block.
 pub(crate) const LEAST_WARPS: usize = 4;
+/// Threads of the largest block.
 pub(crate) const MOST_THREADS: usize = 1024;
 /// Warps beyond those with rows, while there are threads: one waits for quotas while another plans.
 const PLANNING_WARPS: usize = 2;
-const WARP: usize = 32;
+pub(crate) const WARP: usize = 32;
 /// Threads of a block that moves ids up, one id each.
-pub(crate) const MOVE_THREADS: usize = 256;
+pub const MOVE_THREADS: usize = 256;
 /// Shared memory for what the threads of a block tell each other: `Block` in kernels/types.cuh.
 pub(crate) const BLOCK_BYTES: usize = 128;
 /// Rows of a cluster's block up to which it writes their routed columns itself, as it can while it plans; a second cluster
 /// writes those of larger ones, which would take longer.
 const WRITTEN_BY_BLOCK: usize = 256;
-/// Arrays of a word a rank, and one more, in shared memory, as `shared_arrays` in the kernel has them: those that begin as
-/// zeros, those of these that only a cluster's blocks have, and the others.
+/// Arrays of a word a rank, and one more, in shared memory: those of `Zeros` in kernels/types.cuh, those of these that only a
+/// cluster's blocks have, and those of `PerRank`.
 const ZERO_ARRAYS: usize = 2 + ROUNDS;
 const CLUSTER_ARRAYS: usize = 3 + 2 * ROUNDS;
 const RANK_ARRAYS: usize = 2;
-/// Two `Quotas` of kernels/types.cuh: an array like those and some words each.
+/// Two `Quotas` of `PerRank`: an array like those and some words each.
 const QUOTAS: usize = 2;
 const QUOTA_WORDS: usize = 2 + bids::BID_LEVELS as usize;
 const ROUNDS: usize = bids::ROUNDS as usize;
 
 /// One call's blocks and their shared memory, in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Geometry {
+pub struct Geometry {
+    /// Blocks that work together.
     pub blocks: usize,
     /// Blocks of a second cluster, or none.
     pub writers: usize,
+    /// Threads of a block.
     pub threads: usize,
+    /// Rows of a block, but for the last ones.
     pub rows_per_block: usize,
+    /// The table of bids, `[ROUNDS, ENTRIES, table_stride]`.
     pub table_at: usize,
     /// Bytes of a row of the table, a column each: an odd number of 16-byte groups, so that rows meet in no bank.
     pub table_stride: usize,
+    /// Counts of rows by expert.
     pub counts_at: usize,
+    /// `PerRank` of kernels/types.cuh.
     pub ranks_at: usize,
+    /// The ranks that each token visits.
     pub visited_at: usize,
+    /// The state of each token.
     pub states_at: usize,
+    /// All of it.
     pub shared_bytes: usize,
 }
 
@@ -126,12 +160,7 @@ impl Shape {
 
     /// How `rows` rows are cut, with up to `most_blocks` blocks of `shared_bytes` each: into as few as are fast, or into
     /// more where so few have no room.
-    pub(crate) fn cut(
-        &self,
-        rows: usize,
-        most_blocks: usize,
-        shared_bytes: usize,
-    ) -> Result<Geometry> {
+    pub fn cut(&self, rows: usize, most_blocks: usize, shared_bytes: usize) -> Result<Geometry> {
         let each = if rows <= BLOCK { BLOCK } else { CLUSTERED_BLOCK };
         let fewest = rows.div_ceil(each).clamp(1, most_blocks);
         let cut_into =
@@ -147,19 +176,14 @@ impl Shape {
     }
 
     /// One block, or a cluster of them, with so many rows each.
-    pub(crate) fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
-        let (rows, entries) = (rows_per_block.max(WARP), (self.ranks + 1).next_multiple_of(4));
-        let zero_arrays = ZERO_ARRAYS + if blocks > 1 { CLUSTER_ARRAYS } else { 0 };
-        let table_at = (BLOCK_BYTES + 4 * zero_arrays * entries).next_multiple_of(16);
+    pub fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
+        let rows = rows_per_block.max(WARP);
+        let table_at = (BLOCK_BYTES + self.zero_bytes(blocks > 1)).next_multiple_of(16);
         let table_stride = ((rows / WARP).div_ceil(16) | 1) * 16;
-        let counts_at = table_at + ROUNDS * entries * table_stride;
+        let counts_at = table_at + ROUNDS * self.entries() * table_stride;
         let ranks_at = (counts_at + 4 * (self.experts + 1)).next_multiple_of(16);
-        let quota_words = entries + QUOTA_WORDS;
-        let visited_at =
-            (ranks_at + 4 * (RANK_ARRAYS * entries + QUOTAS * quota_words)).next_multiple_of(16);
-        // A bit a rank or 16 bits a slot, in whole words: `Visits` in kernels/token.cuh.
-        let visit_words = if self.ranks <= WARP { 1 } else { self.top_k.div_ceil(2) };
-        let states_at = visited_at + 4 * rows * visit_words;
+        let visited_at = (ranks_at + self.per_rank_bytes()).next_multiple_of(16);
+        let states_at = visited_at + 4 * rows * self.visit_words();
         Geometry {
             blocks,
             writers: if blocks > 1 && rows_per_block > WRITTEN_BY_BLOCK { blocks } else { 0 },
@@ -173,6 +197,26 @@ impl Shape {
             states_at,
             shared_bytes: states_at + 2 * rows,
         }
+    }
+
+    /// Entries of an array of a word a rank, and one more: `ENTRIES` in kernels/types.cuh, as which all below are asserted to be.
+    fn entries(&self) -> usize {
+        (self.ranks + 1).next_multiple_of(4)
+    }
+
+    /// Bytes of `Zeros`.
+    pub(crate) fn zero_bytes(&self, clustered: bool) -> usize {
+        4 * (ZERO_ARRAYS + if clustered { CLUSTER_ARRAYS } else { 0 }) * self.entries()
+    }
+
+    /// Bytes of `PerRank`.
+    pub(crate) fn per_rank_bytes(&self) -> usize {
+        4 * (RANK_ARRAYS * self.entries() + QUOTAS * (self.entries() + QUOTA_WORDS))
+    }
+
+    /// Words of the ranks that a token visits, a bit a rank or 16 bits a slot: `Visits::WORDS` in kernels/token.cuh.
+    pub(crate) fn visit_words(&self) -> usize {
+        if self.ranks <= WARP { 1 } else { self.top_k.div_ceil(2) }
     }
 }
 

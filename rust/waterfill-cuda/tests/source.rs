@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+use waterfill_cuda::internal::FILES;
 use waterfill_cuda::{Compiler, IdType, Shape, Variant, WeightType};
 
 /// The machines of today, and one without clusters.
@@ -90,4 +91,14 @@ fn an_error_has_the_compilers_log() {
     let Some(compiler) = compiler(None) else { return };
     let error = compiler.compile(&shape(6, IdType::I32, WeightType::F32), BLOCK, 1).unwrap_err();
     assert!(error.to_string().contains("gpu-architecture"), "{error}");
+}
+
+#[test]
+fn an_error_names_the_line_of_the_kernels_file() {
+    let Some(compiler) = compiler(None) else { return };
+    let (_, file) = FILES.iter().find(|(name, _)| *name == "own.cuh").unwrap();
+    let line =
+        1 + file.lines().position(|line| line.contains("static_assert(TOP_K <= 32")).unwrap();
+    let error = compiler.compile(&shape(33, IdType::I32, WeightType::F32), BLOCK, 90).unwrap_err();
+    assert!(error.to_string().contains(&format!("own.cuh({line})")), "{error}");
 }

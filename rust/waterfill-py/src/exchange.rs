@@ -187,4 +187,3 @@ fn exchange(
     };
     port.finish_with(posted, cap, quotas, meanwhile)
 }
-

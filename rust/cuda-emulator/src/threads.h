@@ -1,4 +1,4 @@
-// CUDA's threads on the CPU: the kernel's source is compiled behind this file by a C++ compiler (src/emulated.rs).
+// CUDA's threads on the CPU: the kernel's source is compiled behind this file by a C++ compiler (lib.rs).
 //
 // Each CUDA thread is a fiber, all of one launch on one OS thread. A fiber runs until it waits for others: for its warp,
 // its block or its cluster. Of the warps that can run, the first in an order drawn for the launch does, so that some are

@@ -6,11 +6,10 @@ use std::time::Duration;
 
 use waterfill_board::{End, Heap, Outcome, Port, Posted, Presence, Region, Sequence};
 use waterfill_core::{CostModel, Weight};
+use waterfill_cuda::internal::{Args, LIVE, State, with_board};
 
 use super::batch::{AnyId, Batch, Counted};
 use super::rank::{Checked, Rank, address, same};
-use crate::args::{Args, LIVE, State};
-use crate::runner::with_board;
 
 /// What is on the board when a rank looks for its plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,13 +2,14 @@
 
 use std::fmt::Debug;
 
+use cuda_emulator::Kernel;
 use waterfill_core::Weight;
+use waterfill_cuda::internal::{Args, COUNT, GIVEN, Geometry, OWN, State};
+use waterfill_cuda::internal::{common_args, launch_of, weight_bits, with_cut};
+use waterfill_cuda::{Shape, Variant};
 
 use super::batch::{AnyId, Batch, Counted, Random};
-use super::device::Emulated;
-use crate::args::{Args, COUNT, GIVEN, OWN, State};
-use crate::runner::{common_args, launch_of, weight_bits, with_cut};
-use crate::shape::{Geometry, Shape, Variant};
+use super::kernel::launch;
 
 /// Nothing, or what is wrong.
 pub type Checked = Result<(), String>;
@@ -23,13 +24,13 @@ const UNTOUCHED: u8 = 0x5a;
 pub struct Rank<'a> {
     pub shape: Shape,
     pub rank: usize,
-    kernels: Vec<(Variant, Emulated)>,
-    compile: &'a dyn Fn(&Shape, Variant) -> Emulated,
+    kernels: Vec<(Variant, Kernel)>,
+    compile: &'a dyn Fn(&Shape, Variant) -> Kernel,
     pub random: Random,
 }
 
 impl<'a> Rank<'a> {
-    pub fn new(shape: Shape, compile: &'a dyn Fn(&Shape, Variant) -> Emulated) -> Self {
+    pub fn new(shape: Shape, compile: &'a dyn Fn(&Shape, Variant) -> Kernel) -> Self {
         shape.check().unwrap();
         let mut random = Random(shape.ranks as u64);
         let rank = random.below(shape.ranks);
@@ -69,7 +70,7 @@ impl<'a> Rank<'a> {
         // SAFETY: every caller sets the addresses of arrays that it holds, of the lengths that the kernel is told.
         unsafe {
             kernel.launch(
-                launch_of(cut),
+                launch(launch_of(cut)),
                 &with_cut(args, cut),
                 self.random.next() as u32,
                 meanwhile,

@@ -1,8 +1,10 @@
-// Races in shared memory: two accesses to a byte, by two threads, not both reads and not both atomic, of which no barrier
-// comes between. Behind threads.h; compiled with -fsanitize=thread, for which the compiler calls a function here at each read
-// and each write. Whether the threads did meet on the CPU does not matter: only what orders them on a GPU does.
-// Every race that is said is one; some are missed. Of several atomics in a row only the last is remembered, of many readers
-// three. clang before 15 does not tell of stores and copies of 16 bytes.
+// Races in shared memory. Behind threads.h.
+//
+// A race: two accesses to one byte by different threads, at least one a write, not both atomic, with no barrier that orders memory
+// between them. Whether they collided on the CPU does not matter. The file is compiled with -fsanitize=thread: the compiler then
+// calls a function here at each read and each write.
+// Every race that is reported is one. Some are missed: the history of a byte has its last writer, of several atomics the last one,
+// and three readers. clang before 15 does not report stores and copies of 16 bytes.
 
 namespace emulated {
 
@@ -13,8 +15,8 @@ struct Access {
     Word passed_block : 16, passed_warp : 16, released : 15;
 };
 
-// Of a byte of shared memory: who wrote it last, and who read it since, but for those that a later reader is ordered behind.
-// If there are more readers than have room, launches differ in who is left away.
+// A byte's last writer, and up to three readers since. A reader is dropped once a later reader is ordered after it. If more are
+// needed a random one is evicted, so which races are found can vary between launches.
 struct Byte {
     static constexpr unsigned READERS = 3;
     Access writer, readers[READERS];

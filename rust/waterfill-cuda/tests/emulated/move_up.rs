@@ -1,12 +1,14 @@
 //! The kernel that moves ids up by themselves, against the core: all numbers of ranks, ids around every boundary.
 
+use cuda_emulator::{Edit, Kernel, compiler};
+use waterfill_cuda::internal::{Args, MAX_EXPERTS, MOVE_THREADS, MoveArgs};
+use waterfill_cuda::internal::{common_args, launch_of_ids, move_args};
+use waterfill_cuda::{IdType, Shape, Variant, WeightType};
+
 use super::batch::{AnyId, Random, STRANGE, placement};
-use super::device::{Emulated, MOVE_UP, compiler};
-use super::plant;
+use super::defects;
+use super::kernel::{self, MOVE_UP};
 use super::rank::{Checked, address, address_mut, same};
-use crate::args::{Args, MoveArgs};
-use crate::runner::{common_args, launch_of_ids, move_args};
-use crate::shape::{IdType, MAX_EXPERTS, MOVE_THREADS, Shape, Variant, WeightType};
 
 /// Both sides of a block and of two.
 const COUNTS: [usize; 8] =
@@ -36,7 +38,7 @@ fn ids<I: AnyId>(random: &mut Random, shape: &Shape, count: usize) -> Vec<I> {
 }
 
 /// One launch gives what the core gives where ids past the last expert are -1, and writes nothing behind it.
-fn moves<I: AnyId>(kernel: &mut Emulated, random: &mut Random, shape: &Shape) -> Checked {
+fn moves<I: AnyId>(kernel: &mut Kernel, random: &mut Random, shape: &Shape) -> Checked {
     let count = random.pick(&COUNTS);
     // A block more than there are, so that a kernel that goes on does so in these arrays.
     let ids = ids::<I>(random, shape, count + MOVE_THREADS);
@@ -60,22 +62,24 @@ fn moves<I: AnyId>(kernel: &mut Emulated, random: &mut Random, shape: &Shape) ->
     Ok(())
 }
 
-fn launch(kernel: &mut Emulated, random: &mut Random, mut args: MoveArgs, count: usize) -> Checked {
+fn launch(kernel: &mut Kernel, random: &mut Random, mut args: MoveArgs, count: usize) -> Checked {
     let words = address_mut(std::slice::from_mut(&mut args));
     let args = Args { mode: MOVE_UP, words, ..Args::default() };
     // SAFETY: at `words` are its arguments; the caller holds their arrays, which have room for all threads.
-    unsafe { kernel.launch(launch_of_ids(count), &args, random.next() as u32, &mut || ()) }
+    unsafe {
+        kernel.launch(kernel::launch(launch_of_ids(count)), &args, random.next() as u32, &mut || ())
+    }
 }
 
 /// The kernel knows ranks and experts from its arguments alone, so one compilation is for all of them.
-fn checks<I: AnyId>(id: IdType, edit: impl Fn(String) -> String) -> Checked {
+fn checks<I: AnyId>(id: IdType, edits: &[Edit]) -> Checked {
     let Some(compiler) = compiler() else { return Ok(()) };
     let shape = |ranks: usize, each: usize| {
         let (experts, weight) = (ranks * each, WeightType::F32);
         Shape { ranks, experts, top_k: 8, id, weight }
     };
     let variant = Variant { clustered: false, own_only: true };
-    let mut kernel = Emulated::new(&compiler, &shape(8, 32), variant, edit);
+    let mut kernel = kernel::compile(&compiler, &shape(8, 32), variant, edits);
     let mut random = Random(7);
     for ranks in 1..=waterfill_core::MAX_RANKS {
         let most = MAX_EXPERTS / ranks;
@@ -91,12 +95,12 @@ fn checks<I: AnyId>(id: IdType, edit: impl Fn(String) -> String) -> Checked {
 
 #[test]
 fn ids_of_32_bits_are_the_cores() {
-    checks::<i32>(IdType::I32, |source| source).unwrap();
+    checks::<i32>(IdType::I32, &[]).unwrap();
 }
 
 #[test]
 fn ids_of_64_bits_are_the_cores() {
-    checks::<i64>(IdType::I64, |source| source).unwrap();
+    checks::<i64>(IdType::I64, &[]).unwrap();
 }
 
 #[test]
@@ -104,26 +108,10 @@ fn notices_wrong_moves() {
     if compiler().is_none() {
         return;
     }
-    let expert = "args.rank_multiplier), (UNSIGNED_ID)id < args.experts)";
-    for (right, wrong) in [
-        (expert, "args.rank_multiplier), (u32)id < args.experts)"),
-        (expert, "args.rank_multiplier), (UNSIGNED_ID)id <= args.experts)"),
-        (expert, "args.rank_multiplier), (UNSIGNED_ID)id < args.experts - 1)"),
-        (expert, "args.rank_multiplier), id < (ID)args.experts)"),
-        (expert, "args.rank_multiplier), id > 0 && id < args.experts)"),
-        (expert, "args.rank_multiplier - 1), (UNSIGNED_ID)id < args.experts)"),
-        ("__umulhi(2 * (u32)id, multiplier)", "__umulhi((u32)id, multiplier)"),
-        ("id < 0 ? id : (ID)-1;", "id;"),
-        ("id < 0 ? id : (ID)-1;", "(ID)-1;"),
-        ("expert ? id + (ID)rank", "expert ? id + (ID)rank + 1"),
-        ("if (i >= args.count) return;", ""),
-        ("if (i >= args.count) return;", "if (i > args.count) return;"),
-        ("if (i >= args.count) return;", "if (i + 1 >= args.count) return;"),
-        ("(u64)blockIdx.x * MOVE_THREADS", "(u64)blockIdx.x * (MOVE_THREADS - 1)"),
-    ] {
-        let noticed = checks::<i64>(IdType::I64, plant(right, wrong)).is_err();
-        assert!(noticed, "not noticed: {wrong:?} in place of {right:?}");
+    for (edits, _) in defects::MOVES {
+        assert!(checks::<i64>(IdType::I64, edits).is_err(), "not noticed: {edits:?}");
     }
-    // Ids of 32 bits are written as 64.
-    assert!(checks::<i32>(IdType::I32, plant("    long long *out; ", "    ID *out; ")).is_err());
+    for (edits, _) in defects::MOVES_OF_32_BITS {
+        assert!(checks::<i32>(IdType::I32, edits).is_err(), "not noticed: {edits:?}");
+    }
 }

@@ -1,4 +1,6 @@
-// In place of kernels/ptx.cuh, over threads.h.
+// In place of waterfill-cuda's kernels/ptx.cuh, over threads.h.
+#pragma once
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;

@@ -2,8 +2,7 @@
 
 use waterfill_core::{Assigner, CostModel, Id, OwnCounts, OwnPlanner, Placement, Rows, RowsMut};
 use waterfill_core::{Weight, count};
-
-use crate::shape::Shape;
+use waterfill_cuda::Shape;
 
 /// Splitmix64.
 #[derive(Debug)]

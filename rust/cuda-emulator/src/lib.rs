@@ -1,6 +1,8 @@
-//! The kernel's source, compiled by a C++ compiler behind threads.h, and launched on the CPU.
+#![doc = include_str!("../README.md")]
 
-use std::ffi::{CStr, OsString, c_char, c_void};
+mod source;
+
+use std::ffi::{CStr, OsStr, OsString, c_char, c_void};
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
@@ -8,53 +10,29 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use libloading::Library;
 
-use crate::args::Args;
-use crate::compiler::{FILES, source};
-use crate::driver::Launch;
-use crate::shape::{Shape, Variant};
+pub use source::{Defect, Edit, Source, instead, marks, without};
 
-const THREADS: &str = include_str!("threads.h");
-const RACES: &str = include_str!("races.h");
-const PTX: &str = include_str!("ptx.h");
-/// A mode of [`CALL`] alone: a level for the bases `quotas[0..32]` and `rows` tokens goes to `words[0]`, and the share of each lane,
-/// of as many rows that fit, until there, of that total (`quotas[32..128]`), behind it.
-pub const ARITHMETIC: u32 = 99;
-/// Another: `move_up` runs with the `MoveArgs` at `words`.
-pub const MOVE_UP: u32 = 98;
-const CALL: &str = r#"
-extern "C" void call_kernel(const void *pointer) {
-    const Args &args = *(const Args *)pointer;
-#if OWN_ONLY && !CLUSTERED
-    if (args.mode == MOVE_UP) return move_up(*(const MoveArgs *)args.words);
-#endif
-    if (args.mode != ARITHMETIC) return expand_topk(args);
-    if (warp() > 0) return;
-    Entries bases;
-    bases[0] = args.quotas[lane()];
-    u32 level = level_of_few(bases, args.rows, lane_inverse());
-    if (lane() == 0) args.words[0] = level;
-    u32 fits = args.quotas[WARP + lane()], until = args.quotas[2 * WARP + lane()], total = args.quotas[3 * WARP + lane()];
-    args.words[1 + lane()] = share(fits, until, total, __fdividef((float)fits, (float)total));
+/// C++ in place of the file in which the kernels have their PTX.
+pub const PTX: &str = include_str!("ptx.h");
+const HEADERS: [(&str, &str); 2] =
+    [("threads.h", include_str!("threads.h")), ("races.h", include_str!("races.h"))];
+
+/// A launch's numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// Blocks of the grid.
+    pub blocks: usize,
+    /// Those of a cluster, of which there are two at most; else 1.
+    pub cluster: usize,
+    /// Threads of a block, whole warps.
+    pub threads: usize,
+    /// Bytes of a block's dynamic shared memory.
+    pub shared_bytes: usize,
 }
-"#;
-
-/// Those of `FILES`.
-const NAMES: [&str; FILES.len()] = [
-    "ptx.cuh",
-    "types.cuh",
-    "cluster.cuh",
-    "token.cuh",
-    "move_up.cuh",
-    "count.cuh",
-    "own.cuh",
-    "board.cuh",
-    "assign.cuh",
-    "expand.cu",
-];
 
 /// Arguments, blocks, those of a cluster, threads, shared bytes, seed, what is called meanwhile; gives null, or what went wrong.
 type Run = unsafe extern "C" fn(
-    &Args,
+    *const c_void,
     u32,
     u32,
     u32,
@@ -66,13 +44,14 @@ type Run = unsafe extern "C" fn(
 
 /// One kernel on the CPU. Its launches are one after the other: `&mut`.
 #[derive(Debug)]
-pub struct Emulated {
+pub struct Kernel {
     run: Run,
     /// `run` is in it.
     _library: Library,
 }
 
-/// `CXX`, or the one there is. gcc without g++ compiles no C++.
+/// `CXX`, or the C++ compiler there is; if there is none, standard error says SKIPPED. gcc without g++ compiles no C++.
+#[must_use]
 pub fn compiler() -> Option<OsString> {
     if let Some(named) = std::env::var_os("CXX") {
         // Named but not usable is a failure, at the first compilation.
@@ -87,47 +66,50 @@ pub fn compiler() -> Option<OsString> {
     found.map(Into::into)
 }
 
-impl Emulated {
-    /// One of a shape's kernels, from its source as `edit` gives it.
-    pub fn new(
-        compiler: &OsString,
-        shape: &Shape,
-        variant: Variant,
-        edit: impl Fn(String) -> String,
-    ) -> Self {
+impl Kernel {
+    /// A kernel from its source.
+    ///
+    /// # Errors
+    /// What the compiler says.
+    ///
+    /// # Panics
+    /// Without a folder for temporary files, or where the compiler does not start.
+    pub fn compile(compiler: &OsStr, source: &Source) -> Result<Self, String> {
         static FOLDERS: AtomicU32 = AtomicU32::new(0);
         // Relaxed: a number that nobody else gets, no more.
         let number = FOLDERS.fetch_add(1, Ordering::Relaxed);
-        let name = format!("waterfill-emulated-{}-{number}", std::process::id());
+        let name = format!("cuda-emulator-{}-{number}", std::process::id());
         let folder = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&folder).unwrap();
-        let kernel = edit(with_names(shape, variant));
-        let modes = format!("#define ARITHMETIC {ARITHMETIC}u\n#define MOVE_UP {MOVE_UP}u\n");
-        let text = format!("{THREADS}{RACES}{kernel}{modes}{CALL}");
-        std::fs::write(folder.join("kernel.cpp"), text).unwrap();
-        build(compiler, &folder, variant);
+        let built = write(&folder, source).and_then(|()| build(compiler, &folder, source));
         // SAFETY: built above; it runs nothing when it is loaded.
-        let library = unsafe { Library::new(folder.join("kernel.so")) }.unwrap();
+        let library = built.map(|()| unsafe { Library::new(folder.join("kernel.so")) }.unwrap());
         // What is loaded stays so without its file.
         std::fs::remove_dir_all(folder).unwrap();
-        // SAFETY: `launch` of threads.h, field by field.
+        let library = library?;
+        // SAFETY: `launch` of threads.h, parameter by parameter.
         let run = unsafe { *library.get::<Run>(b"launch").unwrap() };
-        Self { run, _library: library }
+        Ok(Self { run, _library: library })
     }
 
     /// One launch; threads run in an order that depends on `seed`. Whoever reads the clock calls `meanwhile` first.
     ///
+    /// # Errors
+    /// What the emulator found wrong.
+    ///
     /// # Safety
-    /// The addresses of `args` are as the runner's launches ask for, in this process's memory.
-    pub unsafe fn launch(
+    /// `args` is what the source's `call_kernel` takes, and its addresses are those of arrays in this process that are as long as
+    /// the kernel takes them to be.
+    pub unsafe fn launch<A>(
         &mut self,
         launch: Launch,
-        args: &Args,
+        args: &A,
         seed: u32,
         mut meanwhile: &mut dyn FnMut(),
     ) -> Result<(), String> {
         let numbers = [launch.blocks, launch.cluster, launch.threads, launch.shared_bytes];
         let [blocks, cluster, threads, shared_bytes] = numbers.map(|n| n as u32);
+        let args = std::ptr::from_ref(args).cast();
         let for_meanwhile = (&raw mut meanwhile).cast();
         // SAFETY: the caller's promise; `&mut self` because the library has one launch at a time; it calls
         // `call` with what it has to be called with, and not after it returned.
@@ -150,23 +132,25 @@ unsafe extern "C" fn call(meanwhile: *mut c_void) {
     meanwhile();
 }
 
-/// The kernel's source with ptx.h in place of ptx.cuh; each file has its name, for messages.
-fn with_names(shape: &Shape, variant: Variant) -> String {
-    let source = source(shape, variant).replace(FILES[0], PTX);
-    let files = FILES.into_iter().zip(NAMES).skip(1);
-    files.fold(source, |source, (file, name)| {
-        source.replace(file, &format!("#line 1 \"{name}\"\n{file}"))
-    })
+/// The files, and kernel.cpp, which includes them.
+fn write(folder: &Path, source: &Source) -> Result<(), String> {
+    let headers = HEADERS.map(|(name, text)| (name.to_string(), text.to_string()));
+    let includes = HEADERS.map(|(name, _)| format!("#include \"{name}\"\n")).concat();
+    let main = ("kernel.cpp".to_string(), includes + &source.text);
+    for (name, text) in headers.iter().chain(&source.files).chain([&main]) {
+        std::fs::write(folder.join(name), text).map_err(|error| format!("{name}: {error}"))?;
+    }
+    Ok(())
 }
 
-fn build(compiler: &OsString, folder: &Path, variant: Variant) {
-    // Reductions over a warp are written twice, for architectures with and without them.
-    let architecture = format!("-D__CUDA_ARCH__={}", if variant.clustered { 900 } else { 750 });
+fn build(compiler: &OsStr, folder: &Path, source: &Source) -> Result<(), String> {
+    let architecture = format!("-D__CUDA_ARCH__={}", source.architecture);
     let run = |arguments: &[&str]| {
         let output = Command::new(compiler).args(arguments).current_dir(folder).output();
         let output = output.unwrap_or_else(|error| panic!("{}: {error}", compiler.display()));
         let log = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{} {arguments:?}: {log}", compiler.display());
+        let failed = || format!("{} {arguments:?}: {log}", compiler.display());
+        output.status.success().then_some(()).ok_or_else(failed)
     };
     run(&[
         "-std=c++17",
@@ -179,7 +163,7 @@ fn build(compiler: &OsString, folder: &Path, variant: Variant) {
         "-w",
         "-c",
         "kernel.cpp",
-    ]);
+    ])?;
     // Linked without the sanitizers: threads.h and races.h have the functions that they call.
-    run(&["-shared", "kernel.o", "-o", "kernel.so"]);
+    run(&["-shared", "kernel.o", "-o", "kernel.so"])
 }

@@ -1,12 +1,13 @@
 //! What the kernel computes in few bits, at its largest: rows that no test could hold.
 
+use cuda_emulator::{Edit, compiler};
+use waterfill_cuda::internal::{Args, MAX_ROWS, MAX_TOP_K, launch_of};
+use waterfill_cuda::{IdType, Shape, Variant, WeightType};
+
 use super::batch::Random;
-use super::device::{ARITHMETIC, Emulated, compiler};
-use super::plant;
+use super::defects;
+use super::kernel::{self, ARITHMETIC};
 use super::rank::{address, address_mut};
-use crate::args::Args;
-use crate::runner::launch_of;
-use crate::shape::{IdType, MAX_ROWS, MAX_TOP_K, Shape, Variant, WeightType};
 
 const LANES: usize = 32;
 const LAUNCHES: usize = 4000;
@@ -67,22 +68,22 @@ impl Question {
 }
 
 /// The first question that is answered wrong.
-fn checks(edit: impl Fn(String) -> String) -> Result<(), String> {
+fn checks(edits: &[Edit]) -> Result<(), String> {
     let Some(compiler) = compiler() else { return Ok(()) };
     let (id, weight) = (IdType::I32, WeightType::F32);
     let shape = Shape { ranks: LANES, experts: LANES, top_k: MAX_TOP_K, id, weight };
     let variant = Variant { clustered: false, own_only: true };
-    let mut kernel = Emulated::new(&compiler, &shape, variant, edit);
-    let cut = shape.geometry(1, 0);
+    let mut kernel = kernel::compile(&compiler, &shape, variant, edits);
+    let launch = kernel::launch(launch_of(&shape.geometry(1, 0)));
     let mut random = Random(1);
-    for launch in 0..LAUNCHES {
+    for seed in 0..LAUNCHES {
         let question = Question::random(&mut random);
         let (asked, mut found) = (question.words(), vec![0; 1 + LANES]);
         let (quotas, words) = (address(&asked), address_mut(&mut found));
         let rows = question.tokens as u32;
         let args = Args { mode: ARITHMETIC, rows, quotas, words, ..Args::default() };
-        // SAFETY: the arrays are as long as `device.rs` says for this mode; nothing else is looked at.
-        unsafe { kernel.launch(launch_of(&cut), &args, launch as u32, &mut || ())? };
+        // SAFETY: the arrays are as long as `kernel.rs` says for this mode; nothing else is looked at.
+        unsafe { kernel.launch(launch, &args, seed as u32, &mut || ())? };
         let expected = question.answer();
         if let Some(at) = (0..=LANES).find(|&at| found[at] != expected[at]) {
             let what = at.checked_sub(1).map(|lane| question.shares[lane]);
@@ -94,7 +95,7 @@ fn checks(edit: impl Fn(String) -> String) -> Result<(), String> {
 
 #[test]
 fn levels_and_shares_are_exact() {
-    checks(|source| source).unwrap();
+    checks(&[]).unwrap();
 }
 
 #[test]
@@ -102,14 +103,7 @@ fn notices_fewer_bits_and_corrections() {
     if compiler().is_none() {
         return;
     }
-    for (right, wrong) in [
-        ("(more > 0) + (more > (int)total)", "(more > 0)"),
-        ("ONE = 1u << 26", "ONE = 1u << 25"),
-        ("__umulhi(last,", "__umulhi(last + 1,"),
-    ] {
-        assert!(
-            checks(plant(right, wrong)).is_err(),
-            "not noticed: {wrong:?} in place of {right:?}"
-        );
+    for (edits, _) in defects::ARITHMETIC {
+        assert!(checks(edits).is_err(), "not noticed: {edits:?}");
     }
 }
