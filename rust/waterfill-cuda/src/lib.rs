@@ -14,12 +14,11 @@ mod driver;
 #[cfg(test)]
 mod emulated;
 mod error;
-mod library;
+mod installed;
 mod runner;
 mod shape;
 
 pub use compiler::{Compiler, source};
 pub use error::{Error, Result};
-pub use library::open_nvrtc;
 pub use runner::{Board, Call, Quotas, Runner, Tally};
 pub use shape::{IdType, Shape, Variant, WeightType};
