@@ -87,6 +87,8 @@ lint: lint-rust lint-python ## lint-rust and lint-python
 lint-rust: ## formatting, clippy, the crates' documentation; needs Rust alone
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
+	for model in loom shuttle; do RUSTFLAGS="--cfg $$model" cargo clippy --package waterfill-board --all-targets \
+	  --target-dir target/$$model -- -D warnings; done
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --workspace
 lint-python: .venv/test .venv/lint .venv/native ## ruff, mypy, who imports whom, stubtest
 	$(BIN)/ruff check python tests benches

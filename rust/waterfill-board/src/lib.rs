@@ -21,6 +21,7 @@
 //! # Ok::<(), waterfill_board::Error>(())
 //! ```
 #![deny(unsafe_code)]
+#![cfg_attr(any(loom, shuttle), deny(clippy::disallowed_types))]
 
 mod error;
 #[cfg(all(test, not(any(loom, shuttle))))]
