@@ -54,7 +54,7 @@ run: .venv/native ## 8 live rank processes, one killed; placements compared: no 
 	@$(BIN)/waterfill-rs demo --kill 5@30 --plot out/demo.png --json out/demo.json
 test: test-rust test-kernels test-python test-packages ## all tests, with the real sglang 0.5.23
 test-rust: test-models ## the core against its oracle, the board with processes killed, its models
-	cargo test --release --package waterfill-core --all-features -- --nocapture
+	cargo test --release --package waterfill-core --package waterfill-testing --all-features -- --nocapture
 	cargo test --release --package waterfill-board
 	$(PYTHON) benches/instructions.py
 test-models: ## the board under loom (all interleavings) and shuttle (random schedules)
