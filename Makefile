@@ -55,7 +55,7 @@ run: .venv/native ## 8 live rank processes, one killed; placements compared: no 
 test: test-rust test-kernels test-python test-packages ## all tests, with the real sglang 0.5.23
 test-rust: test-models ## the core against its oracle, the board with processes killed, its models
 	cargo test --release --package waterfill-core --package waterfill-testing --all-features -- --nocapture
-	cargo test --release --package waterfill-board
+	cargo test --release --package waterfill-board --all-features
 	$(PYTHON) benches/instructions.py
 test-models: ## the board under loom (all interleavings) and shuttle (random schedules)
 	RUSTFLAGS="--cfg loom" cargo test --release --package waterfill-board --lib --test loom --target-dir target/loom
@@ -75,7 +75,7 @@ test-emulated: .venv-packages/ready ## the core's and the board's tests on aarch
 	@tests/packages/rust_target.sh aarch64
 	@tests/packages/emulator.sh target/emulator
 	$(PACKAGES) CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=$(EMULATOR) WATERFILL_TEST_EMULATOR=$(EMULATOR) \
-	  cargo-zigbuild test --profile emulated --package waterfill-core --package waterfill-board --lib --tests --features waterfill-core/oracle \
+	  cargo-zigbuild test --profile emulated --package waterfill-core --package waterfill-board --lib --tests --features waterfill-core/oracle,waterfill-board/testing \
 	  --target aarch64-unknown-linux-gnu.2.28 --target-dir target/emulated -- $(addprefix --skip ,$(NOT_EMULATED))
 test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.post1 on; renews the tables of versions
 	@rm -f out/versions.json
@@ -97,12 +97,12 @@ lint-python: .venv/test .venv/lint .venv/native ## ruff, mypy, who imports whom,
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/stubtest waterfill_rs._native
 soak: ## the board's tests with their full counts; SOAK_SECONDS=120 for 8 processes with stalls
-	WATERFILL_SOAK=1 SOAK_SECONDS=$(SOAK_SECONDS) cargo test --release --package waterfill-board --lib --tests -- --nocapture --test-threads=1
+	WATERFILL_SOAK=1 SOAK_SECONDS=$(SOAK_SECONDS) cargo test --release --package waterfill-board --all-features --lib --tests -- --nocapture --test-threads=1
 	WATERFILL_SOAK=1 RUSTFLAGS="--cfg shuttle" cargo test --release --package waterfill-board --test shuttle --target-dir target/shuttle -- --nocapture
 tsan: ## the board's threads under ThreadSanitizer
 	TSAN_OPTIONS=suppressions=$(CURDIR)/rust/waterfill-board/tests/tsan.txt RUSTC_BOOTSTRAP=1 \
-	  RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" cargo test --package waterfill-board \
-	  --lib --test exchange --target $(TARGET) --target-dir target/tsan -- --skip between_processes
+	  RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" cargo test --package waterfill-board --all-features \
+	  --lib --test exchange --test hammer --target $(TARGET) --target-dir target/tsan -- --skip between_processes
 target/tools/bin/cargo-fuzz:
 	cargo install cargo-fuzz --version 0.13.2 --locked --root target/tools --target-dir target/tools/build
 fuzz: target/tools/bin/cargo-fuzz ## a segment's bytes, a board's words, plans against the optimum; FUZZ_SECONDS=60 each
