@@ -108,6 +108,12 @@ target/tools/bin/cargo-fuzz:
 fuzz: target/tools/bin/cargo-fuzz ## a segment's bytes, a board's words, plans against the optimum; FUZZ_SECONDS=60 each
 	for target in segment board plan; do RUSTC_BOOTSTRAP=1 PATH=$(CURDIR)/target/tools/bin:$$PATH \
 	  cargo fuzz run --fuzz-dir rust/fuzz $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -verbosity=0 -print_final_stats=1; done
+safety: tsan fuzz ## ThreadSanitizer, then a minute of each fuzz target: under 10 minutes on 2 cores
+target/tools/bin/cargo-deny:
+	cargo install cargo-deny --version 0.20.2 --locked --root target/tools --target-dir target/tools/build
+deny: target/tools/bin/cargo-deny ## the crates that ours depend on: licences, sources, versions, known flaws (fetched from the network)
+	PATH=$(CURDIR)/target/tools/bin:$$PATH cargo deny check licenses bans sources
+	PATH=$(CURDIR)/target/tools/bin:$$PATH cargo deny check advisories
 gpu: wheel ## the wheel for a GPU machine, and what to run there
 	@echo "== on the GPU machine: pip install dist/*.whl pytest, then"
 	@echo "python -m pytest tests/gpu && python benches/gpu.py own && python benches/gpu.py move_up && nvidia-cuda-mps-control -d && python benches/gpu.py live"
@@ -137,4 +143,4 @@ wheels: sdist ## the same, and built from it: wheels for x86_64 and aarch64, gli
 	  --target $$each-unknown-linux-gnu --target-dir $(CURDIR)/target --out $(CURDIR)/dist/release); done
 clean: ## remove what was built
 	rm -rf .venv .venv-packages .venv-versions target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-kernels test-models test-python test-packages test-emulated test-versions lint lint-rust lint-python soak tsan fuzz gpu server-bench bench wheel wheels sdist clean
+.PHONY: help build run test test-rust test-kernels test-models test-python test-packages test-emulated test-versions lint lint-rust lint-python soak tsan fuzz safety deny gpu server-bench bench wheel wheels sdist clean
