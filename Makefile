@@ -54,8 +54,8 @@ run: .venv/native ## 8 live rank processes, one killed; placements compared: no 
 	@$(BIN)/waterfill-rs demo --kill 5@30 --plot out/demo.png --json out/demo.json
 test: test-rust test-kernels test-python test-packages ## all tests, with the real sglang 0.5.23
 test-rust: test-models ## the core against its oracle, the board with processes killed, its models
-	cargo test --release --package waterfill-core --all-features -- --nocapture
-	cargo test --release --package waterfill-board
+	cargo test --release --package waterfill-core --package waterfill-testing --all-features -- --nocapture
+	cargo test --release --package waterfill-board --all-features
 	$(PYTHON) benches/instructions.py
 test-models: ## the board under loom (all interleavings) and shuttle (random schedules)
 	RUSTFLAGS="--cfg loom" cargo test --release --package waterfill-board --lib --test loom --target-dir target/loom
@@ -75,7 +75,7 @@ test-emulated: .venv-packages/ready ## the core's and the board's tests on aarch
 	@tests/packages/rust_target.sh aarch64
 	@tests/packages/emulator.sh target/emulator
 	$(PACKAGES) CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=$(EMULATOR) WATERFILL_TEST_EMULATOR=$(EMULATOR) \
-	  cargo-zigbuild test --profile emulated --package waterfill-core --package waterfill-board --lib --tests --features waterfill-core/oracle \
+	  cargo-zigbuild test --profile emulated --package waterfill-core --package waterfill-board --lib --tests --features waterfill-core/oracle,waterfill-board/testing \
 	  --target aarch64-unknown-linux-gnu.2.28 --target-dir target/emulated -- $(addprefix --skip ,$(NOT_EMULATED))
 test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.post1 on; renews the table of versions
 	@rm -f out/versions.json
@@ -87,6 +87,8 @@ lint: lint-rust lint-docs lint-python ## lint-rust, lint-docs and lint-python
 lint-rust: ## formatting, clippy, the crates' documentation; needs Rust alone
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
+	for model in loom shuttle; do RUSTFLAGS="--cfg $$model" cargo clippy --package waterfill-board --all-targets \
+	  --target-dir target/$$model -- -D warnings; done
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --workspace
 lint-docs: ## links, paths and sentences of the pages; needs Python alone
 	$(PYTHON) tools/check_docs.py
@@ -97,17 +99,23 @@ lint-python: .venv/test .venv/lint .venv/native ## ruff, mypy, who imports whom,
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/stubtest waterfill_rs._native
 soak: ## the board's tests with their full counts; SOAK_SECONDS=120 for 8 processes with stalls
-	WATERFILL_SOAK=1 SOAK_SECONDS=$(SOAK_SECONDS) cargo test --release --package waterfill-board --lib --tests -- --nocapture --test-threads=1
+	WATERFILL_SOAK=1 SOAK_SECONDS=$(SOAK_SECONDS) cargo test --release --package waterfill-board --all-features --lib --tests -- --nocapture --test-threads=1
 	WATERFILL_SOAK=1 RUSTFLAGS="--cfg shuttle" cargo test --release --package waterfill-board --test shuttle --target-dir target/shuttle -- --nocapture
 tsan: ## the board's threads under ThreadSanitizer
 	TSAN_OPTIONS=suppressions=$(CURDIR)/rust/waterfill-board/tests/tsan.txt RUSTC_BOOTSTRAP=1 \
-	  RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" cargo test --package waterfill-board \
-	  --lib --test exchange --target $(TARGET) --target-dir target/tsan -- --skip between_processes
+	  RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" cargo test --package waterfill-board --all-features \
+	  --lib --test exchange --test hammer --target $(TARGET) --target-dir target/tsan -- --skip between_processes
 target/tools/bin/cargo-fuzz:
 	cargo install cargo-fuzz --version 0.13.2 --locked --root target/tools --target-dir target/tools/build
 fuzz: target/tools/bin/cargo-fuzz ## a segment's bytes, a board's words, plans against the optimum; FUZZ_SECONDS=60 each
 	for target in segment board plan; do RUSTC_BOOTSTRAP=1 PATH=$(CURDIR)/target/tools/bin:$$PATH \
 	  cargo fuzz run --fuzz-dir rust/fuzz $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -verbosity=0 -print_final_stats=1; done
+safety: tsan fuzz ## ThreadSanitizer, then a minute of each fuzz target: under 10 minutes on 2 cores
+target/tools/bin/cargo-deny:
+	cargo install cargo-deny --version 0.20.2 --locked --root target/tools --target-dir target/tools/build
+deny: target/tools/bin/cargo-deny ## the crates that ours depend on: licences, sources, versions, known flaws (fetched from the network)
+	PATH=$(CURDIR)/target/tools/bin:$$PATH cargo deny check licenses bans sources
+	PATH=$(CURDIR)/target/tools/bin:$$PATH cargo deny check advisories
 gpu: wheel ## the wheel for a GPU machine, and what to run there
 	@echo "== on the GPU machine: pip install dist/*.whl pytest, then"
 	@echo "python -m pytest tests/gpu && python benches/gpu.py own && python benches/gpu.py move_up && nvidia-cuda-mps-control -d && python benches/gpu.py live"
@@ -137,4 +145,4 @@ wheels: sdist ## the same, and built from it: wheels for x86_64 and aarch64, gli
 	  --target $$each-unknown-linux-gnu --target-dir $(CURDIR)/target --out $(CURDIR)/dist/release); done
 clean: ## remove what was built
 	rm -rf .venv .venv-packages .venv-versions target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-kernels test-models test-python test-packages test-emulated test-versions lint lint-rust lint-docs lint-python soak tsan fuzz gpu server-bench bench wheel wheels sdist clean
+.PHONY: help build run test test-rust test-kernels test-models test-python test-packages test-emulated test-versions lint lint-rust lint-docs lint-python soak tsan fuzz safety deny gpu server-bench bench wheel wheels sdist clean

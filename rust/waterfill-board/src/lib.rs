@@ -21,10 +21,9 @@
 //! # Ok::<(), waterfill_board::Error>(())
 //! ```
 #![deny(unsafe_code)]
+#![cfg_attr(any(loom, shuttle), deny(clippy::disallowed_types))]
 
 mod error;
-#[cfg(all(test, not(any(loom, shuttle))))]
-mod hammer;
 mod header;
 mod histogram;
 mod layout;
@@ -54,3 +53,9 @@ pub use snapshot::{Observer, SNAPSHOT_VERSION, Snapshot};
 pub use tally::{Published, Tally};
 pub use thread::{Pace, PlannerThread, PlannerWatch};
 pub use word::Sequence;
+
+/// Single words of a board, for tests that write and read nothing else. For use there is [`Port`].
+#[cfg(feature = "testing")]
+pub mod testing {
+    pub use crate::word::{load, sequence, store};
+}

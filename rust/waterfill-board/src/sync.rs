@@ -1,11 +1,12 @@
 //! The one door to atomics and to the clock, so that loom and shuttle can take their place.
+//! `make lint-rust` closes the others: it builds the crate as loom and shuttle do, where no type of clippy.toml is left.
 
 #[cfg(loom)]
-pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
+pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 #[cfg(shuttle)]
-pub(crate) use shuttle::sync::atomic::{AtomicU64, Ordering};
+pub(crate) use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 #[cfg(not(any(loom, shuttle)))]
-pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
+pub(crate) use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 #[cfg(not(any(loom, shuttle)))]
 pub(crate) use std::time::Instant;
 

@@ -1,14 +1,14 @@
 //! The planner on a thread of its own: no Python, no CUDA, no signals; it looks at the board until it is ended.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::layout::Shape;
 use crate::planner::BoardPlanner;
 use crate::presence::{End, Presence};
 use crate::region::Region;
+use crate::sync::{AtomicBool, Instant, Ordering};
 use crate::tally::Published;
 use crate::wait::pause;
 

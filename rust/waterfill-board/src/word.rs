@@ -42,7 +42,8 @@ impl Sequence {
     }
 
     /// Whether it comes after `other`, for calls less than half the numbers apart.
-    pub(crate) fn is_after(self, other: Self) -> bool {
+    #[must_use]
+    pub fn is_after(self, other: Self) -> bool {
         self != other && self.0.wrapping_sub(other.0) < 1 << 31
     }
 
@@ -54,7 +55,7 @@ impl Sequence {
 }
 
 /// Store `value` for the call `sequence`. A word has one writer.
-pub(crate) fn store(word: &AtomicU64, sequence: Sequence, value: u32) {
+pub fn store(word: &AtomicU64, sequence: Sequence, value: u32) {
     // Relaxed: the word guards nothing but itself (module documentation). Partner: `load`.
     word.store(u64::from(sequence.0) << 32 | u64::from(value), Ordering::Relaxed);
 }
@@ -80,7 +81,7 @@ pub(crate) fn sequence_first(word: &AtomicU64) -> Option<Sequence> {
 }
 
 /// The value of the call `sequence`, once it is there.
-pub(crate) fn load(word: &AtomicU64, sequence: Sequence) -> Option<u32> {
+pub fn load(word: &AtomicU64, sequence: Sequence) -> Option<u32> {
     // Relaxed: the word guards nothing but itself (module documentation). Partner: `store`.
     let word = word.load(Ordering::Relaxed);
     ((word >> 32) as u32 == sequence.0).then_some(word as u32)
@@ -108,7 +109,7 @@ pub(crate) fn load_any(word: &AtomicU64) -> Option<(Sequence, u32)> {
 }
 
 /// The call that a word is of; none for fresh memory.
-pub(crate) fn sequence(word: &AtomicU64) -> Option<Sequence> {
+pub fn sequence(word: &AtomicU64) -> Option<Sequence> {
     load_any(word).map(|(sequence, _)| sequence)
 }
 

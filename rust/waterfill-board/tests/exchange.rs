@@ -12,6 +12,7 @@ use waterfill_board::{
     BoardPlanner, End, Heap, Outcome, Pace, PlannerThread, Port, Posted, Presence, Region,
     Sequence, Shape,
 };
+use waterfill_testing::Random;
 
 use support::{Batch, COST, Watched, expected, expected_with};
 
@@ -488,13 +489,12 @@ fn whatever_stands_on_the_board_quotas_add_up_and_nobody_hangs() {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
-            let mut state = 7u64;
+            let mut random = Random(7);
             while !done.load(Ordering::Relaxed) {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                let word = (state >> 33) as usize % shape.words();
+                let word = random.below(shape.words());
                 // Tags of calls now and then, so that values get past them.
-                let tag = (state >> 20 & 0xfff) << 32;
-                board.words()[word].store(tag | state >> 40, Ordering::Relaxed);
+                let (tag, value) = (random.below(1 << 12) << 32, random.below(1 << 24));
+                board.words()[word].store((tag | value) as u64, Ordering::Relaxed);
             }
         });
         let ranks: Vec<_> = (0..2)

@@ -152,14 +152,14 @@ impl Scene {
     ) -> Tally {
         let mut port = Port::new(Arc::clone(board), self.shape(), COST, rank).unwrap();
         let mut quotas = vec![0; self.ranks];
-        for call in 0..self.calls_of(rank) {
+        for (call, plans) in plans.iter().enumerate().take(self.calls_of(rank)) {
             let batch = Batch::new(self.shape(), rank, call as u64);
             let outcome = port.exchange(batch.posted(), self.cap, &mut quotas).unwrap();
             assert_eq!(quotas.iter().sum::<u32>(), batch.tokens);
             let seen = &mut seen.lock().unwrap()[call];
             seen.ended.push(outcome);
             if outcome == Outcome::Live {
-                let fits = |&set: &usize| plans[call][set][rank] == quotas;
+                let fits = |&set: &usize| plans[set][rank] == quotas;
                 let known = seen.sets.take().unwrap_or_else(|| (0..1 << self.ranks).collect());
                 seen.sets = Some(known.into_iter().filter(fits).collect());
             }

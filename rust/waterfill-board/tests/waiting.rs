@@ -17,6 +17,7 @@ use waterfill_board::{
     Segment, Shape, Snapshot,
 };
 use waterfill_core::{OwnCounts, OwnPlanner, Placement};
+use waterfill_testing::Random;
 
 use support::process::{fork, wait};
 use support::{Batch, COST, count, expected_with};
@@ -48,9 +49,9 @@ fn signal(process: libc::pid_t, signal: i32) {
 
 /// What keeps a rank from its next call.
 fn disturb(rank: usize, call: u64) {
-    let hash = (call * 0x9e37_79b9 + rank as u64 * 0x85eb_ca6b).wrapping_mul(0x2545_f491_4f6c_dd1d);
-    if (hash >> 20).is_multiple_of(200) {
-        thread::sleep(Duration::from_micros((hash >> 33) % 50_000));
+    let mut random = Random((rank as u64) << 32 | call);
+    if random.rarely(200) {
+        thread::sleep(Duration::from_micros(random.below(50_000) as u64));
     }
     match (rank, call) {
         // As a rank that compiles a kernel.

@@ -6,19 +6,13 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use waterfill_core::{
     Assigner, CostModel, Placement, Plan, Planner, Problem, Routed, Rows, RowsMut, Table, count,
 };
-
-/// Splitmix64 of an index: the same skewed layer every time.
-fn random(index: u64) -> u64 {
-    let mut z = index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
+use waterfill_testing::Random;
 
 /// Ids `[rows, 6]` of one source; squaring makes low ids popular.
 fn ids(rows: u64, experts: u64, source: u64) -> Vec<i32> {
-    let draw = |i| (random(source << 32 | i) % 1000) as f64 / 1000.0;
-    (0..rows * 6).map(|i| (draw(i).powf(1.15) * experts as f64) as i32).collect()
+    let mut random = Random(source);
+    let mut draw = || random.below(1000) as f64 / 1000.0;
+    (0..rows * 6).map(|_| (draw().powf(1.15) * experts as f64) as i32).collect()
 }
 
 /// One layer of `ranks` sources with `rows` tokens each.

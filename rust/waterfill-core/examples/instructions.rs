@@ -5,15 +5,12 @@ use std::hint::black_box;
 use waterfill_core::{
     Assigner, CostModel, Placement, Plan, Planner, Problem, Routed, Rows, RowsMut, Table, count,
 };
+use waterfill_testing::Random;
 
 /// Ids `[rows, 6]`, low ones more popular, of one source; integers only, so that machines agree.
-fn ids(rows: u64, experts: u64, source: u64) -> Vec<i32> {
-    let mut state = source * 2 + 1;
-    let mut draw = || {
-        state =
-            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) % experts
-    };
+fn ids(rows: u64, experts: usize, source: u64) -> Vec<i32> {
+    let mut random = Random(source * 2 + 1);
+    let mut draw = || random.below(experts);
     (0..rows * 6).map(|i| if i % 4 == 0 { draw().min(draw()) } else { draw() } as i32).collect()
 }
 
@@ -22,7 +19,7 @@ fn plan(ranks: usize, experts: usize, cost: CostModel, with_visits: bool, times:
     let (mut routed, mut all_visits) = (vec![0u32; experts], Vec::new());
     let (mut counts, mut visits) = (vec![0; experts], vec![0; ranks]);
     for source in 0..ranks as u64 {
-        let ids = ids(256, experts as u64, source);
+        let ids = ids(256, experts, source);
         count(&placement, &ids, 6, &mut counts, &mut visits).unwrap();
         routed.iter_mut().zip(&counts).for_each(|(sum, rows)| *sum += rows);
         all_visits.extend_from_slice(&visits);

@@ -96,13 +96,8 @@ mod tests {
             CostModel::Roofline(Roofline::new(20e-6, 2e-6, 4).unwrap()),
             CostModel::Table(Table::new(&[(3, 5e-6), (9, 9e-6), (20, 31e-6)]).unwrap()),
         ];
-        let mut state = 1u64;
-        let mut below = |n: u64| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            (state >> 33) % n
-        };
+        let mut random = waterfill_testing::Random(1);
+        let mut below = |n| random.below(n) as u64;
         for _ in 0..3000 {
             let bases: Vec<u64> = (0..=below(9)).map(|_| below(60)).collect();
             let rows = below(80);

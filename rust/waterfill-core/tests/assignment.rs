@@ -5,16 +5,7 @@ use waterfill_core::{
     Assigner, Bf16, Error, Id, MAX_RANKS, NO_RANK, Placement, Rows, RowsMut, Weight, count, expand,
     move_up, score,
 };
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 =
-            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % n
-    }
-}
+use waterfill_testing::Random;
 
 /// Rows of ids, some slots and whole rows without an expert.
 fn batch<I: Id>(random: &mut Random, placement: &Placement, rows: usize, top_k: usize) -> Vec<I> {

@@ -2,16 +2,7 @@
 #![cfg(feature = "oracle")]
 
 use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Roofline, Routed, oracle};
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 =
-            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % n
-    }
-}
+use waterfill_testing::Random;
 
 struct Case {
     placement: Placement,
@@ -29,7 +20,7 @@ impl Case {
         let experts = 1 + random.below(physical);
         let mut logical: Vec<u32> = (0..experts as u32).collect();
         logical.extend((experts..physical).map(|_| random.below(experts) as u32));
-        (1..physical).for_each(|i| logical.swap(i, random.below(i + 1)));
+        random.shuffle(&mut logical);
         let mut eligible: Vec<bool> = (0..ranks).map(|_| random.below(6) > 0).collect();
         eligible[random.below(ranks)] = true;
         Self {

@@ -4,26 +4,12 @@
 use waterfill_core::{
     CostModel, Placement, Plan, Planner, Problem, Roofline, Routed, Table, oracle,
 };
+use waterfill_testing::Random;
 
-/// A small generator of its own (splitmix64), so that a failing seed says everything.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-    /// Mostly small, sometimes far larger: skew.
-    fn skewed(&mut self, n: u64) -> u32 {
-        let scale = 1 + self.below(n);
-        (self.below(scale) * if self.below(8) == 0 { 8 } else { 1 }) as u32
-    }
+/// Mostly small, sometimes far larger: skew.
+fn skewed(random: &mut Random, n: usize) -> u32 {
+    let scale = 1 + random.below(n);
+    (random.below(scale) * if random.rarely(8) { 8 } else { 1 }) as u32
 }
 
 struct Case {
@@ -36,26 +22,26 @@ struct Case {
 }
 
 impl Case {
-    fn random(random: &mut Random, ranks: usize, most_tokens: u64) -> Self {
-        let experts = ranks * (1 + random.below(4) as usize);
+    fn random(random: &mut Random, ranks: usize, most_tokens: usize) -> Self {
+        let experts = ranks * (1 + random.below(4));
         let cost = match random.below(4) {
             0 => CostModel::Roofline(Roofline::new(20.0, 0.08, 64).unwrap()),
             1 => CostModel::Table(Table::new(&[(4, 2.0), (9, 2.0), (40, 5.5)]).unwrap()),
             _ => CostModel::Rows,
         };
         let tokens: Vec<u32> = (0..ranks)
-            .map(|_| if random.below(5) == 0 { 0 } else { random.skewed(most_tokens) })
+            .map(|_| if random.rarely(5) { 0 } else { skewed(random, most_tokens) })
             .collect();
-        let visits = (random.below(2) == 0).then(|| {
-            let most = |s: usize| u64::from(tokens[s]) + 1;
+        let visits = random.rarely(2).then(|| {
+            let most = |s: usize| tokens[s] as usize + 1;
             (0..ranks * ranks).map(|i| random.below(most(i / ranks)) as u32).collect()
         });
-        let eligible = (random.below(3) == 0).then(|| {
+        let eligible = random.rarely(3).then(|| {
             let mut mask: Vec<bool> = (0..ranks).map(|_| random.below(4) > 0).collect();
-            mask[random.below(ranks as u64) as usize] = true;
+            mask[random.below(ranks)] = true;
             mask
         });
-        let routed = (0..experts).map(|_| random.skewed(2 * most_tokens)).collect();
+        let routed = (0..experts).map(|_| skewed(random, 2 * most_tokens)).collect();
         let placement = Placement::contiguous(ranks, experts).unwrap();
         Self { placement, cost, routed, tokens, visits, eligible }
     }
@@ -127,7 +113,7 @@ fn equals_the_oracle_on_100_000_problems() {
     for seed in 0..100_000u64 {
         let mut random = Random(seed);
         // Sizes that the oracle bears: many small problems, each size to 72 again and again.
-        let ranks = 1 + if seed % 8 == 0 { seed / 8 % 72 } else { random.below(12) } as usize;
+        let ranks = 1 + if seed % 8 == 0 { seed as usize / 8 % 72 } else { random.below(12) };
         let case = Case::random(&mut random, ranks, if ranks > 12 { 12 } else { 24 });
         planner.live(&case.problem(), &mut plan).unwrap();
         let against_flow = ranks <= 8 && seed % 4 == 1;
@@ -144,7 +130,7 @@ fn equals_the_oracle_up_to_1024_ranks() {
     let edges = [96, 100, 127, 128, 144, 255, 320, 512, 777, 1000, 1023, 1024];
     for seed in 0..150 {
         let mut random = Random(seed as u64);
-        let any = 73 + random.below(952) as usize;
+        let any = 73 + random.below(952);
         let ranks = edges.get(seed).copied().unwrap_or(any);
         let case = Case::random(&mut random, ranks, 8);
         planner.live(&case.problem(), &mut plan).unwrap();
@@ -157,7 +143,7 @@ fn the_same_problem_gives_the_same_plan_whatever_was_planned_before() {
     let (mut used, mut plan) = (Planner::new(), Plan::new());
     for seed in 0..2_000 {
         let mut random = Random(seed);
-        let ranks = 1 + random.below(20) as usize;
+        let ranks = 1 + random.below(20);
         let case = Case::random(&mut random, ranks, 30);
         used.live(&case.problem(), &mut plan).unwrap();
         let mut fresh = Plan::new();

@@ -4,6 +4,7 @@ use waterfill_core::{
     CostModel, Error, OwnCounts, OwnPlanner, Placement, Plan, Planner, Problem, Roofline, Routed,
     Table, score,
 };
+use waterfill_testing::Random;
 
 const COST: CostModel = CostModel::Rows;
 
@@ -141,13 +142,13 @@ fn costs_are_those_of_a_layer_in_which_every_rank_has_as_much() {
 #[test]
 fn tokens_that_visit_nowhere_and_find_no_room_of_their_rank_are_placed() {
     let models = [COST, CostModel::Roofline(Roofline::new(0.0, 1.0, 1).unwrap())];
-    let mut draws = Draws(3);
+    let mut random = Random(3);
     for cost in &models {
         for _ in 0..2000 {
-            let ranks = 2 + draws.below(7) as usize;
+            let ranks = 2 + random.below(7);
             let placement = Placement::contiguous(ranks, ranks).unwrap();
-            let routed: Vec<u32> = (0..ranks).map(|_| draws.below(9) as u32).collect();
-            let (source, tokens) = (draws.below(ranks as u64) as usize, draws.below(4) as u32);
+            let routed: Vec<u32> = (0..ranks).map(|_| random.below(9) as u32).collect();
+            let (source, tokens) = (random.below(ranks), random.below(4) as u32);
             let visits = &vec![0; ranks];
             let own =
                 OwnCounts { placement: &placement, cost, source, routed: &routed, visits, tokens };
@@ -158,30 +159,19 @@ fn tokens_that_visit_nowhere_and_find_no_room_of_their_rank_are_placed() {
     }
 }
 
-/// Draws in order, the same every time.
-struct Draws(u64);
-
-impl Draws {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 =
-            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % limit
-    }
-}
-
 /// Each rank's counts of 64 experts and visits: the same few experts are liked by all, others by this rank.
-fn skewed(draws: &mut Draws, placement: &Placement, tokens: u32) -> Vec<(Vec<u32>, Vec<u32>)> {
-    let liked: Vec<u64> = (0..64).map(|_| 1 + draws.below(8) * draws.below(8)).collect();
+fn skewed(random: &mut Random, placement: &Placement, tokens: u32) -> Vec<(Vec<u32>, Vec<u32>)> {
+    let liked: Vec<usize> = (0..64).map(|_| 1 + random.below(8) * random.below(8)).collect();
     (0..placement.ranks())
         .map(|_| {
-            let weights: Vec<u64> = liked.iter().map(|&all| all + draws.below(20)).collect();
+            let weights: Vec<usize> = liked.iter().map(|&all| all + random.below(20)).collect();
             let all = weights.iter().sum();
             let (mut ids, mut drawn) = (Vec::new(), [false; 64]);
             for _ in 0..tokens {
                 drawn.fill(false);
                 while drawn.iter().filter(|&&taken| taken).count() < 6 {
-                    let mut place = draws.below(all);
-                    let fits = |&weight: &u64| {
+                    let mut place = random.below(all);
+                    let fits = |&weight: &usize| {
                         let here = place < weight;
                         place = place.saturating_sub(weight);
                         here
@@ -208,10 +198,10 @@ fn whatever_rows_cost_own_counts_are_no_worse_than_home_over_many_layers() {
         roofline(1.0, 0.5, 1),
         CostModel::Table(measured),
     ];
-    let mut draws = Draws(7);
+    let mut random = Random(7);
     for (ranks, tokens) in [(8, 8), (8, 64), (8, 512), (16, 8), (16, 128), (32, 8), (32, 64)] {
         let placement = Placement::contiguous(ranks, 64).unwrap();
-        let layers: Vec<_> = (0..12).map(|_| skewed(&mut draws, &placement, tokens)).collect();
+        let layers: Vec<_> = (0..12).map(|_| skewed(&mut random, &placement, tokens)).collect();
         for cost in &models {
             let (mut home, mut own) = (0, 0);
             for sources in &layers {
@@ -257,7 +247,7 @@ fn whatever_rows_cost_every_token_is_placed_at_the_most_that_counts_and_costs_ho
         table(&[(1, 0.0001), (u64::from(u32::MAX), 1e6)]),
         table(&[(u64::from(u32::MAX), 1.0)]),
     ];
-    let mut draws = Draws(11);
+    let mut random = Random(11);
     let mut planner = OwnPlanner::new();
     for ranks in [1, 3, 8, 1024] {
         let placement = Placement::contiguous(ranks, ranks).unwrap();
@@ -265,10 +255,10 @@ fn whatever_rows_cost_every_token_is_placed_at_the_most_that_counts_and_costs_ho
             for skew in [1, 2, 1 << 31] {
                 let most = u64::from(u32::MAX) / ranks as u64;
                 let mut routed: Vec<u32> =
-                    (0..ranks).map(|_| (draws.below(most + 1) / skew) as u32).collect();
-                routed[draws.below(ranks as u64) as usize] = most as u32;
-                let visits: Vec<u32> = (0..ranks).map(|_| draws.below(1 << 32) as u32).collect();
-                let source = draws.below(ranks as u64) as usize;
+                    (0..ranks).map(|_| (random.below(most as usize + 1) / skew) as u32).collect();
+                routed[random.below(ranks)] = most as u32;
+                let visits: Vec<u32> = (0..ranks).map(|_| random.below(1 << 32) as u32).collect();
+                let source = random.below(ranks);
                 let tokens = u32::MAX;
                 let own = OwnCounts {
                     placement: &placement,

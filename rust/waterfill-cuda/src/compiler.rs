@@ -1,16 +1,17 @@
 //! Kernels from their source, by NVRTC, for the GPU at hand; kept on disk by the hash of what made them.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, c_char};
 use std::fs;
 use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use cudarc::nvrtc::result::{self, NvrtcError};
 use cudarc::nvrtc::sys;
 
 use crate::error::{Error, Result};
-use crate::library::open_nvrtc;
+use crate::installed::require_nvrtc;
 use crate::shape::{Shape, Variant};
 use crate::source::source;
 
@@ -32,10 +33,12 @@ impl Compiler {
     /// # Errors
     /// NVRTC is not there.
     pub fn new(nvrtc: Option<&Path>, cache: Option<&Path>) -> Result<Self> {
-        open_nvrtc(nvrtc)?;
+        require_nvrtc(nvrtc)?;
         let mut version = (0, 0);
-        // SAFETY: both point to an integer each.
-        check("nvrtcVersion", unsafe { sys::nvrtcVersion(&mut version.0, &mut version.1) })?;
+        // SAFETY: room for an integer each.
+        unsafe { sys::nvrtcVersion(&mut version.0, &mut version.1) }
+            .result()
+            .map_err(refused("nvrtcVersion"))?;
         Ok(Self { version, cache: cache.map(Path::to_path_buf) })
     }
 
@@ -118,64 +121,55 @@ fn hash_of(code: &[u8]) -> [u8; size_of::<u64>()] {
 }
 
 fn compile(source: &str, options: &[String]) -> Result<Vec<u8>> {
-    let c_string = |text: &str| {
-        CString::new(text)
-            .map_err(|_| Error::Argument("the kernel's source holds a zero byte".into()))
-    };
-    let source = c_string(source)?;
-    let options: Vec<CString> =
-        options.iter().map(|option| c_string(option)).collect::<Result<_>>()?;
-    let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
-    let mut program = std::ptr::null_mut();
-    let (none, name) = (std::ptr::null(), c"waterfill.cu");
-    // SAFETY: NUL-terminated strings that live through the calls; no headers; `program` is destroyed below.
-    check("nvrtcCreateProgram", unsafe {
-        sys::nvrtcCreateProgram(&mut program, source.as_ptr(), name.as_ptr(), 0, none, none)
-    })?;
-    // SAFETY: `options` holds as many strings as it says.
-    let compiled =
-        unsafe { sys::nvrtcCompileProgram(program, options.len() as i32, options.as_ptr()) };
-    let code = match check("nvrtcCompileProgram", compiled) {
-        Ok(()) => code_of(program),
-        Err(Error::Compiler { call, log }) => {
-            Err(Error::Compiler { call, log: format!("{log}\n{}", log_of(program)) })
+    let source = CString::new(source)
+        .map_err(|_| Error::Argument("the kernel's source holds a zero byte".into()))?;
+    let program = result::create_program(&source, Some(c"waterfill.cu"))
+        .map_err(refused("nvrtcCreateProgram"))?;
+    // SAFETY: created above, and destroyed below.
+    let code = match unsafe { result::compile_program(program, options) } {
+        // SAFETY: as above; it is compiled.
+        Ok(()) => unsafe { code_of(program) },
+        Err(NvrtcError(code)) => {
+            // SAFETY: as above.
+            let log = unsafe { log_of(program) };
+            Err(Error::Compiler { call: "nvrtcCompileProgram", log: format!("{code:?}\n{log}") })
         }
-        Err(error) => Err(error),
     };
-    // SAFETY: made above, and not used any more.
-    unsafe { sys::nvrtcDestroyProgram(&mut program) };
+    // SAFETY: created above, and not used any more. What cannot be destroyed is left.
+    let _ = unsafe { result::destroy_program(program) };
     code
 }
 
-fn code_of(program: sys::nvrtcProgram) -> Result<Vec<u8>> {
+/// # Safety
+/// The program is compiled, and not destroyed.
+unsafe fn code_of(program: sys::nvrtcProgram) -> Result<Vec<u8>> {
     let mut size = 0;
-    // SAFETY: a compiled program; `size` is an integer.
-    check("nvrtcGetCUBINSize", unsafe { sys::nvrtcGetCUBINSize(program, &mut size) })?;
+    // SAFETY: the caller's promise, and room for an integer.
+    unsafe { sys::nvrtcGetCUBINSize(program, &mut size) }
+        .result()
+        .map_err(refused("nvrtcGetCUBINSize"))?;
     let mut code = vec![0u8; size];
-    // SAFETY: `code` has the size that was just told.
-    check("nvrtcGetCUBIN", unsafe { sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast()) })?;
+    // SAFETY: the caller's promise, and room for as many bytes as it just said.
+    unsafe { sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast()) }
+        .result()
+        .map_err(refused("nvrtcGetCUBIN"))?;
     Ok(code)
 }
 
-fn log_of(program: sys::nvrtcProgram) -> String {
-    let mut size = 0;
-    // SAFETY: a program; `size` is an integer.
-    if check("nvrtcGetProgramLogSize", unsafe { sys::nvrtcGetProgramLogSize(program, &mut size) })
-        .is_err()
-    {
-        return String::new();
-    }
-    let mut log = vec![0u8; size];
-    // SAFETY: `log` has the size that was just told.
-    unsafe { sys::nvrtcGetProgramLog(program, log.as_mut_ptr().cast()) };
-    String::from_utf8_lossy(&log).trim_end_matches('\0').to_string()
+/// Empty if it cannot be had.
+///
+/// # Safety
+/// The program is not destroyed.
+unsafe fn log_of(program: sys::nvrtcProgram) -> String {
+    // SAFETY: the caller's promise.
+    let log = unsafe { result::get_program_log(program) }.unwrap_or_default();
+    let bytes: Vec<u8> = log.into_iter().flat_map(c_char::to_ne_bytes).collect();
+    String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_string()
 }
 
-fn check(call: &'static str, result: sys::nvrtcResult) -> Result<()> {
-    if result == sys::nvrtcResult::NVRTC_SUCCESS {
-        return Ok(());
-    }
-    Err(Error::Compiler { call, log: format!("{result:?}") })
+/// NVRTC's refusal of the function `call`.
+fn refused(call: &'static str) -> impl FnOnce(NvrtcError) -> Error {
+    move |NvrtcError(code)| Error::Compiler { call, log: format!("{code:?}") }
 }
 
 #[cfg(test)]

@@ -1,40 +1,18 @@
-//! The few driver calls that are needed, as results. Every raw call of this crate but the compiler's is here.
+//! The few driver calls that are needed. Those that cudarc has as results are called there, the others as they are.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_void};
-use std::mem::MaybeUninit;
 use std::sync::{Mutex, PoisonError};
 
+use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 use crate::error::{Error, Result};
-use crate::library::open_driver;
+use crate::installed::require_driver;
 
-fn check(call: &'static str, result: sys::CUresult) -> Result<()> {
-    if result == sys::CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    Err(Error::Driver { call, name: format!("{result:?}"), code: result as u32 })
-}
-
-/// Call a function of the driver that writes one value.
-macro_rules! ask {
-    ($function:ident, $($argument:expr),*) => {{
-        let mut value = MaybeUninit::uninit();
-        // SAFETY: the driver is there (`Device::new` asked), the first argument is room for its result, and
-        // the others are values of this crate's own.
-        let result = unsafe { sys::$function(value.as_mut_ptr(), $($argument),*) };
-        // SAFETY: the driver wrote it, if it succeeded.
-        check(stringify!($function), result).map(|()| unsafe { value.assume_init() })
-    }};
-}
-
-/// Call a function of the driver.
-macro_rules! call {
-    ($function:ident, $($argument:expr),*) => {
-        // SAFETY: the driver is there (`Device::new` asked); the caller says why the arguments are good.
-        check(stringify!($function), unsafe { sys::$function($($argument),*) })
-    };
+/// The driver's refusal of the function `call`.
+fn refused(call: &'static str) -> impl FnOnce(DriverError) -> Error {
+    move |DriverError(code)| Error::Driver { call, name: format!("{code:?}"), code: code as u32 }
 }
 
 /// A device's primary context, the one that torch uses too.
@@ -57,24 +35,34 @@ pub(crate) struct CurrentContext<'a> {
 
 impl Device {
     pub fn new(ordinal: usize) -> Result<Self> {
-        open_driver()?;
-        call!(cuInit, 0)?;
-        let device = ask!(cuDeviceGet, ordinal as i32)?;
-        let context = ask!(cuDevicePrimaryCtxRetain, device)?;
+        // Before all others: cudarc panics where there is no driver. Every other call of this module is made for a device.
+        require_driver()?;
+        result::init().map_err(refused("cuInit"))?;
+        let device = result::device::get(ordinal as i32).map_err(refused("cuDeviceGet"))?;
+        // SAFETY: a device that the driver just gave.
+        let context = unsafe { result::primary_ctx::retain(device) }
+            .map_err(refused("cuDevicePrimaryCtxRetain"))?;
         Ok(Self { device, context })
     }
 
     pub fn current(&self) -> Result<CurrentContext<'_>> {
         // Nearly always it is torch's, and the same.
-        let pushed = ask!(cuCtxGetCurrent,)? != self.context;
+        let current = result::ctx::get_current().map_err(refused("cuCtxGetCurrent"))?;
+        let pushed = current != Some(self.context);
         if pushed {
-            call!(cuCtxPushCurrent_v2, self.context)?;
+            // SAFETY: a context that lives as long as `self` retains it, which outlives what is returned.
+            unsafe { sys::cuCtxPushCurrent_v2(self.context) }
+                .result()
+                .map_err(refused("cuCtxPushCurrent_v2"))?;
         }
         Ok(CurrentContext { pushed, of: std::marker::PhantomData })
     }
 
     fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<usize> {
-        Ok(ask!(cuDeviceGetAttribute, attribute, self.device)?.max(0) as usize)
+        // SAFETY: a device that the driver gave.
+        let value = unsafe { result::device::get_attribute(self.device, attribute) }
+            .map_err(refused("cuDeviceGetAttribute"))?;
+        Ok(value.max(0) as usize)
     }
 
     /// Compute capability, `major * 10 + minor`.
@@ -96,14 +84,17 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         // A process that ends has lost its contexts already; nobody is left to be told.
-        let _ = call!(cuDevicePrimaryCtxRelease_v2, self.device);
+        // SAFETY: it was retained once, by `new`, and nothing of `self` is used any more.
+        let _ = unsafe { result::primary_ctx::release(self.device) };
     }
 }
 
 impl Drop for CurrentContext<'_> {
     fn drop(&mut self) {
         if self.pushed {
-            let _ = ask!(cuCtxPopCurrent_v2,);
+            let mut popped = std::ptr::null_mut();
+            // SAFETY: room for the context that it gives back, the one that `current` pushed.
+            let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut popped) };
         }
     }
 }
@@ -114,15 +105,18 @@ pub(crate) struct RelaxedCapture(sys::CUstreamCaptureMode);
 impl RelaxedCapture {
     pub fn new() -> Result<Self> {
         let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // The driver swaps the thread's mode with this one.
-        call!(cuThreadExchangeStreamCaptureMode, &mut mode)?;
+        // SAFETY: a mode, which the driver swaps with this thread's own.
+        unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) }
+            .result()
+            .map_err(refused("cuThreadExchangeStreamCaptureMode"))?;
         Ok(Self(mode))
     }
 }
 
 impl Drop for RelaxedCapture {
     fn drop(&mut self) {
-        let _ = call!(cuThreadExchangeStreamCaptureMode, &mut self.0);
+        // SAFETY: the mode that this thread had before.
+        let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut self.0) };
     }
 }
 
@@ -138,7 +132,8 @@ impl Stream {
     }
 
     pub fn synchronize(self) -> Result<()> {
-        call!(cuStreamSynchronize, self.0)
+        // SAFETY: a stream by the promise of `borrow`, or one of `OwnStream`, which lives.
+        unsafe { result::stream::synchronize(self.0) }.map_err(refused("cuStreamSynchronize"))
     }
 }
 
@@ -148,14 +143,15 @@ pub(crate) struct OwnStream(pub Stream);
 
 impl OwnStream {
     pub fn new() -> Result<Self> {
-        let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
-        Ok(Self(Stream(ask!(cuStreamCreate, flags)?)))
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
+        Ok(Self(Stream(stream.map_err(refused("cuStreamCreate"))?)))
     }
 }
 
 impl Drop for OwnStream {
     fn drop(&mut self) {
-        let _ = call!(cuStreamDestroy_v2, self.0.0);
+        // SAFETY: made by `new`, and not used any more: whoever copied the inner stream had it for a call alone.
+        let _ = unsafe { result::stream::destroy(self.0.0) };
     }
 }
 
@@ -188,32 +184,42 @@ pub struct Launch {
 impl Kernel {
     /// Load machine code of the current context's device, for its kernel of this name; blocks may take `shared_bytes`.
     pub fn load(code: &[u8], name: &CStr, shared_bytes: usize) -> Result<Self> {
-        // An image of an ELF tells its own size.
-        let module = ask!(cuModuleLoadData, code.as_ptr().cast())?;
-        let kernel = Self { module, function: ask!(cuModuleGetFunction, module, name.as_ptr())? };
+        // SAFETY: an ELF, as NVRTC made it and the cache checked it, which tells its own size.
+        let module = unsafe { result::module::load_data(code.as_ptr().cast()) }
+            .map_err(refused("cuModuleLoadData"))?;
+        let kernel = Self { module, function: function(module, name)? };
         use sys::CUfunction_attribute as A;
-        let most = A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        call!(cuFuncSetAttribute, kernel.function, most, shared_bytes as i32)?;
+        kernel.set(A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as i32)?;
         Ok(kernel)
     }
 
     /// Another kernel of its module, without dynamic shared memory.
     pub fn beside(&self, name: &CStr) -> Result<Self> {
-        let module = self.module;
-        Ok(Self { module, function: ask!(cuModuleGetFunction, module, name.as_ptr())? })
+        Ok(Self { module: self.module, function: function(self.module, name)? })
     }
 
     /// Let clusters be of more than 8 blocks, which not every device can.
     pub fn allow_large_clusters(&self) -> Result<()> {
         let allowed =
             sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
-        call!(cuFuncSetAttribute, self.function, allowed, 1)
+        self.set(allowed, 1)
+    }
+
+    fn set(&self, attribute: sys::CUfunction_attribute, value: i32) -> Result<()> {
+        // SAFETY: a function of a module that stays loaded.
+        unsafe { result::function::set_function_attribute(self.function, attribute, value) }
+            .map_err(refused("cuFuncSetAttribute"))
     }
 
     /// How many clusters of this launch the device can run at once.
     pub fn clusters(&self, launch: Launch) -> Result<i32> {
         with_config(launch, Stream(std::ptr::null_mut()), |config| {
-            ask!(cuOccupancyMaxActiveClusters, self.function, config)
+            let mut clusters = 0;
+            // SAFETY: room for a number, a function of a module that stays loaded, and a launch that lives through the call.
+            unsafe { sys::cuOccupancyMaxActiveClusters(&mut clusters, self.function, config) }
+                .result()
+                .map_err(refused("cuOccupancyMaxActiveClusters"))?;
+            Ok(clusters)
         })
     }
 
@@ -223,16 +229,20 @@ impl Kernel {
     pub unsafe fn launch<T>(&self, launch: Launch, stream: Stream, argument: &T) -> Result<()> {
         let mut parameters = [std::ptr::from_ref(argument).cast_mut().cast::<c_void>()];
         with_config(launch, stream, |config| {
-            // The driver copies the parameter before it returns.
-            call!(
-                cuLaunchKernelEx,
-                config,
-                self.function,
-                parameters.as_mut_ptr(),
-                std::ptr::null_mut()
-            )
+            let (parameters, none) = (parameters.as_mut_ptr(), std::ptr::null_mut());
+            // SAFETY: the one parameter is of the kernel's type, by the caller's promise, and the driver copies it before
+            // it returns. What it points to is the caller's promise too. The module stays loaded.
+            unsafe { sys::cuLaunchKernelEx(config, self.function, parameters, none) }
+                .result()
+                .map_err(refused("cuLaunchKernelEx"))
         })
     }
+}
+
+fn function(module: sys::CUmodule, name: &CStr) -> Result<sys::CUfunction> {
+    // SAFETY: a module that was loaded, and stays so.
+    unsafe { result::module::get_function(module, name.to_owned()) }
+        .map_err(refused("cuModuleGetFunction"))
 }
 
 /// The driver's form of a launch.
@@ -272,10 +282,16 @@ pub(crate) struct DeviceCell<T> {
 
 impl<T: Copy + Default> DeviceCell<T> {
     pub fn new() -> Result<Self> {
-        let cell =
-            Self { address: ask!(cuMemAlloc_v2, size_of::<T>())?, of: std::marker::PhantomData };
+        // SAFETY: what is allocated is set below, before anyone has its address.
+        let address = unsafe { result::malloc_sync(size_of::<T>()) };
+        let cell = Self {
+            address: address.map_err(refused("cuMemAlloc_v2"))?,
+            of: std::marker::PhantomData,
+        };
         let stream = OwnStream::new()?;
-        call!(cuMemsetD8Async, cell.address, 0, size_of::<T>(), stream.0.0)?;
+        // SAFETY: so many bytes were allocated, and `stream` lives until they are set.
+        unsafe { result::memset_d8_async(cell.address, 0, size_of::<T>(), stream.0.0) }
+            .map_err(refused("cuMemsetD8Async"))?;
         stream.0.synchronize()?;
         Ok(cell)
     }
@@ -287,8 +303,10 @@ impl<T: Copy + Default> DeviceCell<T> {
     /// What it holds once everything on `stream` so far has run; waits for that.
     pub fn read(&self, stream: Stream) -> Result<T> {
         let mut value = T::default();
-        let to = std::ptr::from_mut(&mut value).cast();
-        call!(cuMemcpyDtoHAsync_v2, to, self.address, size_of::<T>(), stream.0)?;
+        let to = std::slice::from_mut(&mut value);
+        // SAFETY: a `T` is at the address, never freed, and whatever its bits are is one; `value` lives until the copy is made, below.
+        unsafe { result::memcpy_dtoh_async(to, self.address, stream.0) }
+            .map_err(refused("cuMemcpyDtoHAsync_v2"))?;
         stream.synchronize()?;
         Ok(value)
     }
@@ -311,10 +329,18 @@ pub(crate) unsafe fn register(address: usize, bytes: usize) -> Result<sys::CUdev
     let host = address as *mut c_void;
     // Portable: for every context of this process; device map: at an address that kernels can use.
     let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
-    call!(cuMemHostRegister_v2, host, bytes, flags)?;
-    let device = ask!(cuMemHostGetDevicePointer_v2, host, 0).inspect_err(|_| {
-        let _ = call!(cuMemHostUnregister, host);
-    })?;
+    // SAFETY: so many mapped bytes, by the caller's promise, of which none is registered yet.
+    unsafe { sys::cuMemHostRegister_v2(host, bytes, flags) }
+        .result()
+        .map_err(refused("cuMemHostRegister_v2"))?;
+    let mut device = 0;
+    // SAFETY: room for an address, and memory that was just registered with a place on the device.
+    if let Err(error) = unsafe { sys::cuMemHostGetDevicePointer_v2(&mut device, host, 0) }.result()
+    {
+        // SAFETY: registered above, and nobody knows of it.
+        let _ = unsafe { sys::cuMemHostUnregister(host) };
+        return Err(refused("cuMemHostGetDevicePointer_v2")(error));
+    }
     all.insert(address, device);
     Ok(device)
 }

@@ -12,14 +12,13 @@ mod args;
 mod compiler;
 mod driver;
 mod error;
-mod library;
+mod installed;
 mod runner;
 mod shape;
 mod source;
 
 pub use compiler::Compiler;
 pub use error::{Error, Result};
-pub use library::open_nvrtc;
 pub use runner::{Call, Quotas, Runner};
 pub use shape::{IdType, Shape, Variant, WeightType};
 pub use source::source;

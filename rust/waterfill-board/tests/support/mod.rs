@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use waterfill_board::{End, Presence, Region};
 use waterfill_board::{Posted, Shape};
 use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed};
+use waterfill_testing::Random;
 
 pub const COST: CostModel = CostModel::Rows;
 
@@ -61,7 +62,7 @@ pub fn count(few: u32, many: u32) -> u32 {
     if std::env::var_os("WATERFILL_SOAK").is_some() { many } else { few }
 }
 
-/// What a rank posts in a call, from a hash of both; some ranks are idle now and then.
+/// What a rank posts in a call, from a generator seeded with both; some ranks are idle now and then.
 pub struct Batch {
     pub tokens: u32,
     pub visits: Vec<u32>,
@@ -70,11 +71,8 @@ pub struct Batch {
 
 impl Batch {
     pub fn new(shape: Shape, rank: usize, call: u64) -> Self {
-        let mut state = ((rank as u64 + 1) * 0x9e37_79b9) ^ (call * 0x85eb_ca6b);
-        let mut draw = |below: u32| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99991);
-            (state >> 33) as u32 % below
-        };
+        let mut random = Random((rank as u64) << 32 | call);
+        let mut draw = |below: u32| random.below(below as usize) as u32;
         let tokens = if draw(5) == 0 { 0 } else { draw(300) };
         let visits = (0..shape.ranks).map(|_| draw(tokens + 1)).collect();
         let most = tokens * 2 + 1;

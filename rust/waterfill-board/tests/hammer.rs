@@ -1,25 +1,21 @@
 //! One writes a ring of words as fast as it can, another reads them: no value is torn, stale or of another call.
 //! As threads (for ThreadSanitizer) and as two processes on a segment.
+#![cfg(not(any(loom, shuttle)))]
 
-use crate::layout::{RING, Shape};
-use crate::region::{Heap, Region};
-use crate::segment::Segment;
-use crate::sync::{AtomicU64, Ordering};
-use crate::word::{self, Sequence};
+mod support;
 
-#[allow(unsafe_code)]
-#[path = "../tests/support/process.rs"]
-mod process;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use waterfill_board::testing::{load, sequence, store};
+use waterfill_board::{Heap, RING, Region, Segment, Sequence, Shape};
+
+use support::{count, process};
 
 /// Words of one call.
 const WORDS: usize = 16;
 
 fn shape() -> Shape {
     Shape::new(2, 8).unwrap()
-}
-
-fn count(few: u64, many: u64) -> u64 {
-    if std::env::var_os("WATERFILL_SOAK").is_some() { many } else { few }
 }
 
 /// The only value that word `index` may have in the call `tag`.
@@ -52,11 +48,8 @@ fn write(words: &[AtomicU64], first: Sequence) -> u64 {
     // Relaxed: a flag that guards nothing. Partner: `Reading`.
     while done(words).load(Ordering::Relaxed) == 0 {
         for index in 0..WORDS {
-            word::store(
-                &words[place(sequence.tag(), index)],
-                sequence,
-                value(sequence.tag(), index),
-            );
+            let (tag, place) = (sequence.tag(), place(sequence.tag(), index));
+            store(&words[place], sequence, value(tag, index));
         }
         (sequence, calls) = (sequence.next(), calls + 1);
     }
@@ -64,21 +57,21 @@ fn write(words: &[AtomicU64], first: Sequence) -> u64 {
 }
 
 /// Read `reads` values at least; gives how many were another than the one before them.
-fn read(words: &[AtomicU64], reads: u64) -> u64 {
+fn read(words: &[AtomicU64], reads: u32) -> u64 {
     let _reading = Reading(words);
-    let mut newest = [Sequence::NONE; RING * WORDS];
-    let (mut taken, mut fresh) = (0, 0);
+    let mut newest = [None; RING * WORDS];
+    let (mut taken, mut fresh) = (0u32, 0u64);
     while taken < reads || fresh <= 1000 {
         for (at, newest) in newest.iter_mut().enumerate() {
             let (slot, index) = (at / WORDS, at % WORDS);
             let word = &words[place(slot as u32, index)];
-            let Some(found) = word::sequence(word) else { continue };
+            let Some(found) = sequence(word) else { continue };
             assert_eq!(found.tag() as usize % RING, slot, "of another slot");
-            assert!(found == *newest || *newest == Sequence::NONE || found.is_after(*newest));
-            fresh += u64::from(found != *newest);
-            *newest = found;
+            assert!(newest.is_none_or(|before| found == before || found.is_after(before)));
+            fresh += u64::from(*newest != Some(found));
+            *newest = Some(found);
             // The writer may have gone on since; then there is no value of that call any more.
-            if let Some(taken_value) = word::load(word, found) {
+            if let Some(taken_value) = load(word, found) {
                 assert_eq!(taken_value, value(found.tag(), index), "call {}", found.tag());
                 taken += 1;
             }
