@@ -121,6 +121,8 @@ server-bench: wheel ## the wheel for a machine with 1 to 8 GPUs and sglang, and 
 	@echo "== all three with one start: --prefill 8192 --decode 8,128 --mixed --one-start --modes off,sglang,fused,auto"
 	@echo "== without a recording: --dial 1.0,1.2,1.5; what it would do, without a GPU: --dry-run --ranks 4"
 	@echo "== tables of results: python benches/server table benches/results/server-*.json"
+routing: .venv/test .venv/native ## README's table of routing, on synthetic routing; on a recording: ROUTING=FILE.npz
+	$(BIN)/python benches/routing.py $(ROUTING)
 bench: .venv/test .venv/native ## cargo bench, and the same work in numpy
 	cargo bench
 	$(BIN)/python benches/host.py
@@ -137,4 +139,4 @@ wheels: sdist ## the same, and built from it: wheels for x86_64 and aarch64, gli
 	  --target $$each-unknown-linux-gnu --target-dir $(CURDIR)/target --out $(CURDIR)/dist/release); done
 clean: ## remove what was built
 	rm -rf .venv .venv-packages .venv-versions target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-kernels test-models test-python test-packages test-emulated test-versions lint lint-rust lint-docs lint-python soak tsan fuzz gpu server-bench bench wheel wheels sdist clean
+.PHONY: help build run test test-rust test-kernels test-models test-python test-packages test-emulated test-versions lint lint-rust lint-docs lint-python soak tsan fuzz gpu server-bench routing bench wheel wheels sdist clean

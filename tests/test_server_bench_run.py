@@ -13,7 +13,6 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("torch")
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benches"))
 
 from server import modes, results, workspace
 from server.processes import Engine, Failed, stop_all, wait_all
