@@ -66,23 +66,23 @@ test-kernels: .venv/test ## the kernel's source run on the CPU; every variant co
 test-python: .venv/test .venv/native ## the package, and sglang
 	$(BIN)/python -m pytest -W ignore --ignore tests/packages
 test-packages: .venv-packages/ready ## what would be published: each wheel, aarch64 under qemu-user, the sdist, metadata
-	@able=; for each in $(ARCHITECTURES); do if tests/packages/rust_target.sh $$each; then able="$$able $$each"; fi; done; \
+	@able=; for each in $(ARCHITECTURES); do if tools/rust_target.sh $$each; then able="$$able $$each"; fi; done; \
 	  $(MAKE) --no-print-directory wheels ARCHITECTURES="$$able"
-	@tests/packages/emulator.sh target/emulator || true
+	@tools/emulator.sh target/emulator || true
 	$(PACKAGES) python -m pytest -W ignore tests/packages
-	@if [ -e target/emulator/ready ] && tests/packages/rust_target.sh aarch64; then $(MAKE) --no-print-directory test-emulated; fi
+	@if [ -e target/emulator/ready ] && tools/rust_target.sh aarch64; then $(MAKE) --no-print-directory test-emulated; fi
 test-emulated: .venv-packages/ready ## the core's and the board's tests on aarch64 under qemu-user
-	@tests/packages/rust_target.sh aarch64
-	@tests/packages/emulator.sh target/emulator
+	@tools/rust_target.sh aarch64
+	@tools/emulator.sh target/emulator
 	$(PACKAGES) CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=$(EMULATOR) WATERFILL_TEST_EMULATOR=$(EMULATOR) \
 	  cargo-zigbuild test --profile emulated --package waterfill-core --package waterfill-board --lib --tests --features waterfill-core/oracle \
 	  --target aarch64-unknown-linux-gnu.2.28 --target-dir target/emulated -- $(addprefix --skip ,$(NOT_EMULATED))
 test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.post1 on; renews the table of versions
 	@rm -f out/versions.json
-	WATERFILL_SGLANGS="$$($(BIN)/python tests/sglang/unpack_versions.py requirements/versions.txt .venv-versions)" \
+	WATERFILL_SGLANGS="$$($(BIN)/python tools/unpack_versions.py requirements/versions.txt .venv-versions)" \
 	WATERFILL_VERSIONS_REPORT=$(CURDIR)/out/versions.json \
 	$(BIN)/python -m pytest -W ignore tests/sglang/test_versions.py
-	$(BIN)/python tests/sglang/versions_table.py out/versions.json docs/sglang.md
+	$(BIN)/python tools/versions_table.py out/versions.json docs/sglang.md
 lint: lint-rust lint-docs lint-python ## lint-rust, lint-docs and lint-python
 lint-rust: ## formatting, clippy, the crates' documentation; needs Rust alone
 	cargo fmt --all --check
@@ -134,7 +134,7 @@ sdist: .venv-packages/ready ## the source distribution into dist/release
 wheels: sdist ## the same, and built from it: wheels for x86_64 and aarch64, glibc 2.28 and newer
 	@rm -rf target/sdist && mkdir -p target/sdist
 	@tar --extract --touch --strip-components 1 --directory target/sdist --file dist/release/waterfill_rs-*.tar.gz
-	@for each in $(ARCHITECTURES); do echo "== wheel for $$each"; tests/packages/rust_target.sh $$each; \
+	@for each in $(ARCHITECTURES); do echo "== wheel for $$each"; tools/rust_target.sh $$each; \
 	  (cd target/sdist && $(PACKAGES) RUSTFLAGS="$(REMAPPED)" maturin build --release --locked --quiet --zig --compatibility manylinux_2_28 \
 	  --target $$each-unknown-linux-gnu --target-dir $(CURDIR)/target --out $(CURDIR)/dist/release); done
 clean: ## remove what was built

@@ -1,4 +1,4 @@
-"""Not a test: one rank of several, each on a GPU of its own, joined by NCCL: ``RANK RANKS FOLDER``.
+"""One rank of several, each on a GPU of its own, joined by NCCL: ``RANK RANKS FOLDER``.
 
 With ``cpu`` as a fourth argument the ranks are on the CPU, joined by gloo, as far as that goes without graphs.
 """
