@@ -121,7 +121,7 @@ server-bench: wheel ## the wheel for a machine with 1 to 8 GPUs and sglang, and 
 	@echo "== all three with one start: --prefill 8192 --decode 8,128 --mixed --one-start --modes off,sglang,fused,auto"
 	@echo "== without a recording: --dial 1.0,1.2,1.5; what it would do, without a GPU: --dry-run --ranks 4"
 	@echo "== tables of results: python benches/server table benches/results/server-*.json"
-routing: .venv/test .venv/native ## README's table of routing, on synthetic routing; on a recording: ROUTING=FILE.npz
+routing: .venv/test .venv/native ## the rows of docs/performance.md on synthetic routing; on a recording: ROUTING=FILE.npz
 	$(BIN)/python benches/routing.py $(ROUTING)
 bench: .venv/test .venv/native ## cargo bench, and the same work in numpy
 	cargo bench

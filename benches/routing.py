@@ -1,4 +1,4 @@
-"""Placements of the shared rows on routing, beside shared experts at home: the table of README, and with ``--all`` each shape.
+"""Placements of the shared rows on routing, beside shared experts at home: the headline table, and with ``--all`` each shape.
 
     routing.py                    synthetic routing, with the statistics of DeepSeek-V2-Lite's (synthetic_routing.py)
     routing.py ROUTING.npz        recorded routing: topk, integers [tokens, layers, K], and offsets [prompts + 1]
@@ -36,12 +36,8 @@ class Shape(NamedTuple):
         return f"{self.placement}, EP{self.ranks}, {self.tokens} tokens a rank{few}"
 
 
-README = (
-    Shape("packed", 8, 1024),
-    Shape("packed", 16, 256),
-    Shape("packed", 8, 1024, uneven=True),
-    Shape("packed", 8, 8),
-)
+HEADLINE = tuple(Shape("packed", ranks, tokens) for ranks in (8, 16, 32) for tokens in (64, 1024))
+"""The shapes of docs/performance.md."""
 RANKS = (8, 16, 32)
 TOKENS = (8, 32, 64, 128, 256, 1024)
 POLICIES = ("home", "sglang-static", "sglang-dynamic", "own-counts", "live")
@@ -107,7 +103,7 @@ def _arguments() -> argparse.Namespace:
 
 def _shapes(asked: argparse.Namespace) -> list[Shape]:
     if not (asked.all or asked.ep or asked.tokens or asked.uneven):
-        return list(README)
+        return list(HEADLINE)
     return [
         Shape(placement, ranks, tokens, asked.uneven)
         for placement in ("trivial", "packed")

@@ -42,7 +42,7 @@ class Statistics:
 
 LEAST_TOKENS, MOST_TOKENS = 2, 2800
 DEEPSEEK_V2_LITE = Statistics()
-SEED = 0
+SEED = 7
 
 
 def routing(

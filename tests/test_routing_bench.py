@@ -100,10 +100,10 @@ def test_packing_evens_the_ranks():
 
 REAL = {
     routing.Shape("packed", 8, 1024): (1.107, 1.045, 1.016, 1.049, 1.013),
-    routing.Shape("packed", 16, 256): (1.268, 1.193, 1.132, 1.207, 1.129),
-    routing.Shape("packed", 8, 1024, uneven=True): (1.189, 1.047, 1.125, 1.050, 1.015),
-    routing.Shape("packed", 8, 8): (1.203, 1.203, 1.203, 1.157, 1.066),
-    routing.Shape("packed", 32, 64): None,
+    routing.Shape("packed", 16, 64): (1.369, 1.282, 1.230, 1.306, 1.227),
+    routing.Shape("packed", 32, 64): (1.762, 1.671, 1.620, 1.693, 1.619),
+    routing.Shape("packed", 8, 64, uneven=True): None,
+    routing.Shape("packed", 8, 8): None,
 }
 """Rows of the slowest rank over the mean, by ``routing.POLICIES``, of recorded DeepSeek-V2-Lite routing."""
 
@@ -128,13 +128,21 @@ def test_replay_makes_of_it_about_what_it_makes_of_real_routing(shape, synthetic
     assert sum(row["extra_copies"] for row in of["live"]) / len(of["live"]) <= 0.03
     if REAL[shape]:
         mean = sum(row["mean"] for row in of["home"])
+        cost = {policy: sum(row["max"] for row in of[policy]) / mean for policy in of}
         for policy, real in zip(routing.POLICIES, REAL[shape], strict=True):
-            assert sum(row["max"] for row in of[policy]) / mean == pytest.approx(real, abs=0.03)
+            assert cost[policy] == pytest.approx(real, abs=0.05)
+        # As on the recording, each is better than the one before it.
+        ranked = ("home", "own-counts", "sglang-static", "sglang-dynamic", "live")
+        assert sorted(ranked, key=cost.get, reverse=True) == list(ranked)
 
 
-def test_without_options_the_table_of_readme_is_made(monkeypatch):
+def test_without_options_the_headline_table_is_made(monkeypatch):
     monkeypatch.setattr("sys.argv", ["routing.py"])
-    assert routing._shapes(routing._arguments()) == list(REAL)[:4]
+    assert [str(shape) for shape in routing._shapes(routing._arguments())] == [
+        f"packed, EP{ranks}, {tokens} tokens a rank"
+        for ranks in (8, 16, 32)
+        for tokens in (64, 1024)
+    ]
     monkeypatch.setattr("sys.argv", ["routing.py", "--all"])
     assert len(routing._shapes(routing._arguments())) == 2 * 3 * 6
     monkeypatch.setattr("sys.argv", ["routing.py", "--ep", "8", "--tokens", "64", "--uneven"])
