@@ -52,7 +52,7 @@ help: ## print this table
 build: .venv/native ## build the package into .venv
 run: .venv/native ## 8 live rank processes, one killed; placements compared: no GPU, no sglang
 	@$(BIN)/waterfill-rs demo --kill 5@30 --plot out/demo.png --json out/demo.json
-test: test-rust test-kernels test-python test-packages ## all tests, with the real sglang 0.5.23
+test: test-rust test-kernels test-python test-packages ## all tests but test-emulated and test-versions, with the real sglang 0.5.23
 test-rust: test-models ## the core against its oracle, the board with processes killed, its models
 	cargo test --release --package waterfill-core --all-features -- --nocapture
 	cargo test --release --package waterfill-board
@@ -63,14 +63,16 @@ test-models: ## the board under loom (all interleavings) and shuttle (random sch
 test-kernels: .venv/test ## the kernel's source run on the CPU; every variant compiled by the NVRTC of torch's wheels; no GPU
 	NVRTC=$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/nvidia/*/lib/libnvrtc.so.1[0-9] | head -n 1) \
 	  cargo test --release --package waterfill-cuda
-test-python: .venv/test .venv/native ## the package, and sglang
-	$(BIN)/python -m pytest -W ignore --ignore tests/packages
-test-packages: .venv-packages/ready ## what would be published: each wheel, aarch64 under qemu-user, the sdist, metadata
+test-python: .venv/test .venv/native ## the package, and beside it what needs sglang, whose output comes last
+	@mkdir -p out
+	@$(BIN)/python -m pytest -W ignore tests/sglang >out/test-sglang.txt 2>&1 & sglang=$$!; trap "kill $$sglang 2>/dev/null || true" EXIT; failed=0; \
+	  $(BIN)/python -m pytest -W ignore --ignore tests/packages --ignore tests/sglang || failed=$$?; \
+	  echo "== tests/sglang, which ran beside these"; wait $$sglang || failed=$$?; cat out/test-sglang.txt; exit $$failed
+test-packages: .venv-packages/ready ## what would be published: each wheel, the aarch64 one under qemu-user, the sdist, metadata
 	@able=; for each in $(ARCHITECTURES); do if tools/rust_target.sh $$each; then able="$$able $$each"; fi; done; \
 	  $(MAKE) --no-print-directory wheels ARCHITECTURES="$$able"
 	@tools/emulator.sh target/emulator || true
 	$(PACKAGES) python -m pytest -W ignore tests/packages
-	@if [ -e target/emulator/ready ] && tools/rust_target.sh aarch64; then $(MAKE) --no-print-directory test-emulated; fi
 test-emulated: .venv-packages/ready ## the core's and the board's tests on aarch64 under qemu-user
 	@tools/rust_target.sh aarch64
 	@tools/emulator.sh target/emulator
