@@ -52,7 +52,7 @@ help: ## print this table
 build: .venv/native ## build the package into .venv
 run: .venv/native ## 8 live rank processes, one killed; placements compared: no GPU, no sglang
 	@$(BIN)/waterfill-rs demo --kill 5@30 --plot out/demo.png --json out/demo.json
-test: test-rust test-kernels test-python test-packages ## all tests, with the real sglang 0.5.23
+test: test-rust test-kernels test-python test-packages ## all tests but test-emulated and test-versions, with the real sglang 0.5.23
 test-rust: test-models ## the core against its oracle, the board with processes killed, its models
 	cargo test --release --package waterfill-core --package waterfill-testing --all-features -- --nocapture
 	cargo test --release --package waterfill-board --all-features
@@ -63,26 +63,28 @@ test-models: ## the board under loom (all interleavings) and shuttle (random sch
 test-kernels: .venv/test ## the kernel's source run on the CPU; every variant compiled by the NVRTC of torch's wheels; no GPU
 	NVRTC=$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/nvidia/*/lib/libnvrtc.so.1[0-9] | head -n 1) \
 	  cargo test --release --package waterfill-cuda --package cuda-emulator
-test-python: .venv/test .venv/native ## the package, and sglang
-	$(BIN)/python -m pytest -W ignore --ignore tests/packages
-test-packages: .venv-packages/ready ## what would be published: each wheel, aarch64 under qemu-user, the sdist, metadata
-	@able=; for each in $(ARCHITECTURES); do if tests/packages/rust_target.sh $$each; then able="$$able $$each"; fi; done; \
+test-python: .venv/test .venv/native ## the package, and beside it what needs sglang, whose output comes last
+	@mkdir -p out
+	@$(BIN)/python -m pytest -W ignore tests/sglang >out/test-sglang.txt 2>&1 & sglang=$$!; trap "kill $$sglang 2>/dev/null || true" EXIT; failed=0; \
+	  $(BIN)/python -m pytest -W ignore --ignore tests/packages --ignore tests/sglang || failed=$$?; \
+	  echo "== tests/sglang, which ran beside these"; wait $$sglang || failed=$$?; cat out/test-sglang.txt; exit $$failed
+test-packages: .venv-packages/ready ## what would be published: each wheel, the aarch64 one under qemu-user, the sdist, metadata
+	@able=; for each in $(ARCHITECTURES); do if tools/rust_target.sh $$each; then able="$$able $$each"; fi; done; \
 	  $(MAKE) --no-print-directory wheels ARCHITECTURES="$$able"
-	@tests/packages/emulator.sh target/emulator || true
+	@tools/emulator.sh target/emulator || true
 	$(PACKAGES) python -m pytest -W ignore tests/packages
-	@if [ -e target/emulator/ready ] && tests/packages/rust_target.sh aarch64; then $(MAKE) --no-print-directory test-emulated; fi
 test-emulated: .venv-packages/ready ## the core's and the board's tests on aarch64 under qemu-user
-	@tests/packages/rust_target.sh aarch64
-	@tests/packages/emulator.sh target/emulator
+	@tools/rust_target.sh aarch64
+	@tools/emulator.sh target/emulator
 	$(PACKAGES) CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=$(EMULATOR) WATERFILL_TEST_EMULATOR=$(EMULATOR) \
 	  cargo-zigbuild test --profile emulated --package waterfill-core --package waterfill-board --lib --tests --features waterfill-core/oracle,waterfill-board/testing \
 	  --target aarch64-unknown-linux-gnu.2.28 --target-dir target/emulated -- $(addprefix --skip ,$(NOT_EMULATED))
 test-versions: .venv/test .venv/native ## the wiring on each sglang from 0.5.12.post1 on; renews the table of versions
 	@rm -f out/versions.json
-	WATERFILL_SGLANGS="$$($(BIN)/python tests/sglang/unpack_versions.py requirements/versions.txt .venv-versions)" \
+	WATERFILL_SGLANGS="$$($(BIN)/python tools/unpack_versions.py requirements/versions.txt .venv-versions)" \
 	WATERFILL_VERSIONS_REPORT=$(CURDIR)/out/versions.json \
 	$(BIN)/python -m pytest -W ignore tests/sglang/test_versions.py
-	$(BIN)/python tests/sglang/versions_table.py out/versions.json docs/sglang.md
+	$(BIN)/python tools/versions_table.py out/versions.json docs/sglang.md
 lint: lint-rust lint-docs lint-python ## lint-rust, lint-docs and lint-python
 lint-rust: ## formatting, clippy, the crates' documentation; needs Rust alone
 	cargo fmt --all --check
@@ -129,6 +131,8 @@ server-bench: wheel ## the wheel for a machine with 1 to 8 GPUs and sglang, and 
 	@echo "== all three with one start: --prefill 8192 --decode 8,128 --mixed --one-start --modes off,sglang,fused,auto"
 	@echo "== without a recording: --dial 1.0,1.2,1.5; what it would do, without a GPU: --dry-run --ranks 4"
 	@echo "== tables of results: python benches/server table benches/results/server-*.json"
+routing: .venv/test .venv/native ## the rows of docs/performance.md on synthetic routing; on a recording: ROUTING=FILE.npz
+	$(BIN)/python benches/routing.py $(ROUTING)
 bench: .venv/test .venv/native ## cargo bench, and the same work in numpy
 	cargo bench
 	$(BIN)/python benches/host.py
@@ -140,9 +144,9 @@ sdist: .venv-packages/ready ## the source distribution into dist/release
 wheels: sdist ## the same, and built from it: wheels for x86_64 and aarch64, glibc 2.28 and newer
 	@rm -rf target/sdist && mkdir -p target/sdist
 	@tar --extract --touch --strip-components 1 --directory target/sdist --file dist/release/waterfill_rs-*.tar.gz
-	@for each in $(ARCHITECTURES); do echo "== wheel for $$each"; tests/packages/rust_target.sh $$each; \
+	@for each in $(ARCHITECTURES); do echo "== wheel for $$each"; tools/rust_target.sh $$each; \
 	  (cd target/sdist && $(PACKAGES) RUSTFLAGS="$(REMAPPED)" maturin build --release --locked --quiet --zig --compatibility manylinux_2_28 \
 	  --target $$each-unknown-linux-gnu --target-dir $(CURDIR)/target --out $(CURDIR)/dist/release); done
 clean: ## remove what was built
 	rm -rf .venv .venv-packages .venv-versions target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-kernels test-models test-python test-packages test-emulated test-versions lint lint-rust lint-docs lint-python soak tsan fuzz safety deny gpu server-bench bench wheel wheels sdist clean
+.PHONY: help build run test test-rust test-kernels test-models test-python test-packages test-emulated test-versions lint lint-rust lint-docs lint-python soak tsan fuzz safety deny gpu server-bench routing bench wheel wheels sdist clean

@@ -8,7 +8,6 @@ import secrets
 import sys
 from pathlib import Path
 
-import forked
 import pytest
 
 from waterfill_rs import _native, nvrtc
@@ -95,27 +94,6 @@ def test_a_sglang_that_loads_no_plugins(tmp_path):
     check(checks.plugin([OURS], [], {}, tmp_path), "fail", "no sglang.srt.plugins", "table")
     put(tmp_path, "srt/plugins/__init__.py", "")
     check(checks.plugin([OURS], [], {}, tmp_path), "ok", "seen once")
-
-
-AS_SGLANG_READS_IT = """
-import json, os, sys
-from sglang.srt.plugins import GENERAL_PLUGINS_GROUP, load_plugins_by_group
-loads = []
-for value in json.loads(sys.argv[1]):
-    os.environ["SGLANG_PLUGINS"] = value
-    loads.append("waterfill_rs" in load_plugins_by_group(GENERAL_PLUGINS_GROUP))
-print(json.dumps(loads))
-"""
-
-
-def test_sglang_loads_us_exactly_where_the_doctor_says_so():
-    pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
-    values = ["", " ", ",", " , ", "\n", "waterfill_rs", " waterfill_rs ,", "other,waterfill_rs"]
-    values += ["waterfill-rs", "WATERFILL_RS", "'waterfill_rs'", "waterfill_rs;other", "none"]
-    done = forked.run(AS_SGLANG_READS_IT, json.dumps(values))
-    assert done.returncode == 0, done.stderr[-2000:]
-    told = [checks.plugin([OURS], [], {"SGLANG_PLUGINS": value}).severity for value in values]
-    assert json.loads(done.stdout.splitlines()[-1]) == [level != "fail" for level in told]
 
 
 def fake_distribution(folder, name, version, entry_points):
@@ -527,32 +505,3 @@ def test_the_command_here(capsys, monkeypatch):
     assert "-> set it to one of these" in printed.out
     assert "checks failed" in printed.err and "variables" in printed.err
     assert main(["doctor", "--ranks", "0"]) == 2
-
-
-OTHER_PLUGIN = """
-def register():
-    from sglang.srt.plugins.hook_registry import HookRegistry
-    HookRegistry.apply_hooks = classmethod(lambda cls: None)
-    layer = "sglang.srt.models.deepseek_v2.DeepseekV2MoE.forward"
-    HookRegistry.register(layer, lambda forward, *args, **kwargs: forward(*args, **kwargs))
-"""
-
-
-def test_the_real_hooks_in_place_and_not(tmp_path):
-    pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
-    fake_distribution(tmp_path, "other-plugin", "1.0", "other = other_plugin:register")
-    (tmp_path / "other_plugin.py").write_text(OTHER_PLUGIN)
-    look = "import runpy; runpy.run_module('waterfill_rs.sglang.loaded_hooks', run_name='__main__')"
-    beside = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-
-    def loaded(code, **variables):
-        done = forked.run(code, SGLANG_PLUGINS="", **variables)
-        return done.returncode, done.stdout, done.stderr
-
-    ours, other = loaded(look), loaded(beside + look)
-    check(doctor.hooks(lambda: ours, enabled=True), "ok", "in place")
-    check(doctor.hooks(lambda: other, enabled=True), "fail", "WaterfillBalancer")
-    check(doctor.overlap(lambda: ours), "ok", "beside dispatch")
-    check(doctor.overlap(lambda: other), "warn", "another plugin hooks", "DeepseekV2MoE.forward")
-    wrong = loaded(look, WATERFILL_RS="none")
-    check(doctor.hooks(lambda: wrong, enabled=True), "fail", "WATERFILL_RS='none'")

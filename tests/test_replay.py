@@ -1,9 +1,6 @@
 """The replay: numbers against a plain computation, and every broken dump refused by name."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +10,6 @@ from waterfill_rs.cli import main
 from waterfill_rs.replay import command as replay
 
 RANKS, EXPERTS, TOP_K, LAYERS, TOKENS = 4, 16, 3, 3, 40
-DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def ids_of(rank, pass_id):
@@ -254,19 +250,3 @@ def test_torch_has_one_thread_while_it_works_and_its_own_after(folder, monkeypat
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.mark.skipif(not DATA.exists(), reason="the routing data of shared/data is not here")
-@pytest.mark.parametrize("shape", ["8 1024", "8 8 --decode", "16 256", "32 64"])
-def test_live_is_the_optimum_on_real_routing(shape, tmp_path):
-    ranks, tokens, *decode = shape.split()
-    make = [sys.executable, DATA / "make_dumps.py", tmp_path / "dump", "--packed", *decode]
-    subprocess.run([*make, "--ranks", ranks, "--tokens", tokens], check=True, capture_output=True)
-    out = tmp_path / "replay.json"
-    assert main(["replay", str(tmp_path / "dump"), "--json", str(out)]) == 0
-    live = [row for row in json.loads(out.read_text())["rows"] if row["policy"] == "live"]
-    assert len(live) == 26 * 4
-    assert all(row["max"] == row["optimum"] for row in live)
-    copies = sum(row["extra_copies"] for row in live) / len(live)
-    print(f"EP{shape}: {copies:.4f} extra copies a token")
-    assert copies <= 0.03

@@ -14,7 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
 
-from test_replay import DATA, LAYERS, RANKS, TOP_K, dump
+from test_replay import LAYERS, RANKS, TOP_K, dump
 from test_replay_counts import counts_of
 
 from waterfill_rs.cli import main
@@ -486,13 +486,26 @@ def test_a_folder_with_a_name_like_json_is_a_folder(tmp_path, monkeypatch, capsy
     assert "the JSON text: found list, no 'records'" in refused("[[1, 2]]", capsys, *EP)
 
 
-@pytest.mark.skipif(not (DATA / "cases").exists(), reason="the cases of shared/data are not here")
-def test_the_cases_brought_by_users(tmp_path, capsys):
-    cases = DATA / "cases"
-    found = replay(cases / "01_whole_numbers_as_floats.json", tmp_path, "--ep", "4", "--top-k", "2")
+def test_files_as_users_brought_them(tmp_path, capsys):
+    floats = tmp_path / "whole_numbers_as_floats.json"
+    rows = [[0.0] * 8, [120.0, 95.0, 310.0, 88.0, 101.0, 77.0, 140.0, 69.0]]
+    floats.write_text(json.dumps({"logical_count": rows}))
+    found = replay(floats, tmp_path, "--ep", "4", "--top-k", "2")
     assert {key: row["optimum"] for key, row in found.items()} == {(1, 0): 398}
-    found = replay(cases / "09_counts.JSON", tmp_path, "--ep", "2", "--top-k", "1")
+    counts = tmp_path / "counts.JSON"
+    counts.write_text('{"logical_count": [[1,2,3,4]]}')
+    found = replay(counts, tmp_path, "--ep", "2", "--top-k", "1")
     assert {key: row["optimum"] for key, row in found.items()} == {(0, 0): 10}
-    assert "a CSV with the columns" in refused(cases / "09_old_recorder.csv", capsys, *EP)
-    error = refused(cases / "09_class_in_a_whole_file", capsys)
-    assert "holds fwd_enum.ForwardMode, a class or function" in error
+    old_recorder = tmp_path / "old_recorder.csv"
+    old_recorder.write_text("layer_id,expert_id,count\n3,0,24\n3,1,39\n3,2,13\n3,3,18\n")
+    error = refused(old_recorder, capsys, *EP)
+    assert "a CSV with the columns layer_id, expert_id, count" in error
+    folder = tmp_path / "class_in_a_whole_file"
+    folder.mkdir()
+    for rank in range(RANKS):
+        content = dump(rank)
+        for record in content["records"]:
+            record["forward_mode"] = ForwardMode.EXTEND
+        torch.save(content, folder / f"{rank}.pt")
+    error = refused(folder, capsys)
+    assert "holds test_replay_inputs.ForwardMode, a class or function" in error

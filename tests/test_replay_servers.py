@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
 
-from test_replay import DATA, EXPERTS, LAYERS, RANKS, TOP_K, dump, ids_of
+from test_replay import EXPERTS, LAYERS, RANKS, TOP_K, dump, ids_of
 from test_replay_counts import PASSES, counts_of, per_pass, received_of
 from test_replay_inputs import level, refused, replay
 
@@ -414,11 +414,36 @@ def test_a_rank_far_out_takes_no_time(tmp_path, capsys):
     assert "[1, 2, 3, 4, 5, 6, 7, 8] and more missing" in refused(folder, capsys)
 
 
-@pytest.mark.skipif(not (DATA / "cases").exists(), reason="the cases of shared/data are not here")
-def test_the_recordings_brought_by_users(tmp_path):
-    cases = DATA / "cases"
-    tokens = every_row(cases / "02_mtp_per_token", tmp_path)
-    counts = every_row(cases / "02_mtp_per_pass", tmp_path, "--top-k", "4")
+MTP = [(41, 1), 38, 39, (42, 5), 40, 41, (43, 5), 42, 43, (44, 5), 44, 45, (45, 5), 46, 47]
+"""A server's records in the order in which sglang 0.5.23 writes them: the target's by pass and mode, and its draft's passes."""
+
+
+def as_mtp_server(rank, per_token):
+    """Of an MTP server: the draft's passes have the target's numbers, and route nothing."""
+    records = []
+    for pass_id, mode in ((p if isinstance(p, tuple) else (p, 2)) for p in MTP):
+        ids = ids_of(rank, pass_id)
+        if mode == 2:
+            ids[:] = -1
+        record = {"forward_pass_id": pass_id, "rank": rank, "gatherer_key": "primary"}
+        counts = torch.stack([torch.bincount(of[of >= 0], minlength=EXPERTS) for of in ids])
+        record["global_physical_count"] = counts.int()
+        if per_token:
+            record |= {"forward_mode": mode, "topk_ids_of_layer": ids, "misc_objects": []}
+        records.append(record)
+    return {**dump(rank), "records": records}
+
+
+def test_recordings_of_an_mtp_server(tmp_path):
+    """In both modes of the recorder they are the target's passes, and what each policy makes of them is the same."""
+    written = {
+        per_token: write(
+            tmp_path / str(per_token), [as_mtp_server(rank, per_token) for rank in range(RANKS)]
+        )
+        for per_token in (True, False)
+    }
+    tokens = every_row(written[True], tmp_path)
+    counts = every_row(written[False], tmp_path, *TOP)
     assert {row["pass"] for row in tokens["rows"]} == {41, 42, 43, 44, 45}
     keys = ("layer", "pass", "policy", "tokens", "routed_max", "max", "optimum")
     for policy in ("home", "live"):
@@ -426,12 +451,30 @@ def test_the_recordings_brought_by_users(tmp_path):
             [[row[key] for key in keys] for row in found["rows"] if row["policy"] == policy]
             for found in (tokens, counts)
         ]
-        assert of[0] == of[1] and len(of[0]) == 10
-    found = replay(cases / "02_mtp_per_token", tmp_path)
-    # Pass 41, layer 1: the sums over experts 0 to 7 and 8 to 15 of both ranks, 160 rows each.
-    routed = [83 + 94, 77 + 66]
-    assert found[1, 41]["routed_max"] == max(routed) and found[1, 41]["optimum"] == (320 + 80) // 2
-    found = replay(cases / "07_two_pipeline_stages", tmp_path)
+        assert of[0] == of[1] and len(of[0]) == 5 * (LAYERS - 1)
+    found = replay(written[True], tmp_path)
+    routed = sum(counts_of(rank, 41)[1] for rank in range(RANKS))
+    optimum, routed_max = level(routed, RANKS, TOP_K)
+    assert (found[1, 41]["optimum"], found[1, 41]["routed_max"]) == (optimum, routed_max)
+
+
+def test_a_recording_of_two_pipeline_stages_has_each_layer_once(tmp_path):
+    """Two ranks a stage, 6 tokens each, top 4 of 16, no dense layer: each stage has -1 in the other's layers."""
+    random = torch.Generator().manual_seed(7)
+    ids = torch.rand(2, 4, 6, 16, generator=random).topk(4).indices.int()  # [rank, layer, token, 4]
+    contents = []
+    for layers in (slice(0, 2), slice(2, 4)):
+        for rank in range(2):
+            own = torch.full((4, 6, 8), -1, dtype=torch.int32)
+            own[layers, :, :4] = ids[rank, layers]
+            record = {"forward_pass_id": 10, "rank": rank, "forward_mode": 1}
+            record |= {"gatherer_key": "primary", "topk_ids_of_layer": own, "misc_objects": []}
+            places = torch.arange(16).repeat(4, 1)
+            contents.append({"records": [record], "last_physical_to_logical_map": places})
+    found = replay(write(tmp_path / "stages", contents), tmp_path)
     assert set(found) == {(layer, 10) for layer in range(4)}
-    for row in found.values():
+    for (layer, _), row in found.items():
+        routed = torch.bincount(ids[:, layer].flatten().long(), minlength=16)
+        optimum, routed_max = level(routed, 2, 4)
         assert (row["tokens"], row["mean"]) == (12, 30)
+        assert (row["optimum"], row["routed_max"]) == (optimum, routed_max)

@@ -2,15 +2,12 @@
 
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
 np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 
-sys.path.append(str(Path(__file__).parents[1] / "benches"))
 
 from server import (
     dial,

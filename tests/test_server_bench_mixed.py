@@ -1,7 +1,6 @@
 """Mixed traffic in ``benches/server``: requests, accounts of calls, figures, and whole runs with a stand-in for sglang; no GPU."""
 
 import asyncio
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("torch")
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benches"))
 
 from server import accounts, cli, mixed, mixed_figures, results, table, traffic
 from server.mixed_figures import MixedRound

@@ -3,16 +3,12 @@
 import asyncio
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("numpy")
 pytest.importorskip("torch")
 
-sys.path.append(str(Path(__file__).parents[1] / "benches"))
-sys.path.append(str(Path(__file__).parent))
 
 from server import model, modes, output_figures, results, schedule
 from server.answers import Answers, bits, number

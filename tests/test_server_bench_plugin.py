@@ -17,7 +17,6 @@ import pytest
 np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 
-sys.path.append(str(Path(__file__).parents[1] / "benches"))
 
 from server import model, modes, plugin, schedule, traffic, weights
 from server.control import CLOSED, MIXED, OPEN, PROFILED, ROWS, TIMED, Control

@@ -13,7 +13,6 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("torch")
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benches"))
 
 from server import modes, results, workspace
 from server.processes import Engine, Failed, stop_all, wait_all
@@ -24,7 +23,9 @@ def stub(tmp_path):
     """The environment in which engines find the stand-in, and a recording."""
     package = tmp_path / "stub" / "sglang"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text((ROOT / "tests" / "server_stub.py").read_text())
+    (package / "__init__.py").write_text(
+        (ROOT / "tests" / "support" / "server_stub.py").read_text()
+    )
     ids = np.random.default_rng(0).permuted(np.tile(np.arange(8), (2048, 2, 1)), axis=2)[:, :, :2]
     np.savez(tmp_path / "ids.npz", topk=ids.astype(np.uint8), offsets=np.array([0, 1000, 2048]))
     path = os.pathsep.join([str(tmp_path / "stub"), str(ROOT / "python")])

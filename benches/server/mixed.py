@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from server import accounts, mixed_figures, outputs
-from server.engines import Engines
+from server import mixed_figures, outputs
 from server.modes import Plan
-from server.phase import Phase
 from server.schedule import STOPPING_S, Cell, Clock, mixed_message
 from server.traffic import requests
+from server.turns import SAYS_S, Turns
 
 WARM_ROUNDS = 2
 WARM_S = 150.0
@@ -22,22 +21,10 @@ SLOWEST, SHORTEST_S = 6.0, 20.0
 """A round that takes this many times what the first engine's took, and this many seconds, is late."""
 REPLY_S = 10.0
 """After the deadline: the engine tells what was not answered."""
-SAYS_S = 15.0
 
 
-class MixedRounds:
-    """Measures the mixed phase with engines that are up.
-
-    Args:
-        most: no more rounds than these, where there is time for more.
-        save_results: called after every round.
-    """
-
-    def __init__(
-        self, phase: Phase, engines: Engines, most: int | None, save_results: Callable[[], None]
-    ) -> None:
-        self._phase, self._engines, self._most = phase, engines, most
-        self._save = save_results
+class MixedRounds(Turns):
+    """Measures the mixed phase."""
 
     def measure(self, group: Sequence[Plan], clock: Clock, sweep: int) -> int:
         """Warm-up, outputs, then rounds until the clock ends. Gives the number of the next round."""
@@ -62,9 +49,6 @@ class MixedRounds:
         expected = 1.5 * usual * len(self._there(group))
         return self._timed(group, clock, sweep, window, deadline, expected)
 
-    def _there(self, group: Sequence[Plan]) -> list[Plan]:
-        return [plan for plan in group if plan in self._engines]
-
     def _timed(
         self,
         group: Sequence[Plan],
@@ -77,10 +61,8 @@ class MixedRounds:
         first, said = sweep, time.monotonic()
         while self._there(group) and clock.left() > STOPPING_S + longest:
             begin = time.monotonic()
-            plans = self._there(group)
-            shift = sweep % len(plans)
             cell = self._phase.cells[sweep % len(self._phase.cells)]
-            for plan in plans[shift:] + plans[:shift]:
+            for plan in self._in_turn(group, sweep):
                 self._round(plan, cell, sweep, window, deadline, clock)
             longest = max(longest, time.monotonic() - begin)
             sweep += 1
@@ -112,11 +94,7 @@ class MixedRounds:
         result = self._engines.round(plan, asked, deadline + REPLY_S)
         if result is None:
             return None
-        for rank, own in enumerate(result["ranks"]):
-            told = accounts.mismatches(own, calls=True)
-            phase.tell_mismatches(
-                plan.name, [f"round {number}, rank {rank}: {one}" for one in told]
-            )
+        self._tell_mismatches(plan, number, result["ranks"], calls=True)
         if keep:
             rounds = phase.mixed.setdefault(cell, {}).setdefault(plan.modes[0], [])
             rounds.append(mixed_figures.of_result(sweep, result))

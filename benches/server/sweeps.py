@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from server import accounts, figures, kernels, outputs
+from server import figures, kernels, outputs
 from server.control import PROFILED, ROWS, TIMED
-from server.engines import Engines
 from server.modes import LIVE, Plan
-from server.phase import Phase
 from server.schedule import Cell, Clock, message, profiled_cells, profiles_s
+from server.turns import SAYS_S, Turns
 
 ROUND_S, PROFILE_ROUND_S = 240.0, 45.0
-SAYS_S = 15.0
-"""Between tables of what was found so far."""
 CHOOSING = ("overlap", *LIVE)
 """Modes of engines whose batches are kept."""
 
 
-class Sweeps:
-    """Measures one phase with engines that are up.
-
-    Args:
-        most: no more sweeps than these, where there is time for more.
-        save_results: called after every sweep.
-    """
-
-    def __init__(
-        self, phase: Phase, engines: Engines, most: int | None, save_results: Callable[[], None]
-    ) -> None:
-        self._phase, self._engines, self._most = phase, engines, most
-        self._save = save_results
+class Sweeps(Turns):
+    """Measures prefill or decode."""
 
     def measure(self, group: Sequence[Plan], clock: Clock, sweep: int) -> int:
         """Warm-up, outputs, rows, sweeps, profiles. Gives the number of the next sweep."""
@@ -62,9 +48,6 @@ class Sweeps:
         self._save()
         return sweep
 
-    def _there(self, group: Sequence[Plan]) -> list[Plan]:
-        return [plan for plan in group if plan in self._engines]
-
     def _timed(self, group: Sequence[Plan], clock: Clock, sweep: int) -> int:
         phase = self._phase
         kept = profiles_s(len(group), phase.cells)
@@ -77,9 +60,7 @@ class Sweeps:
                 if clock.left() - kept < took.get(cell, 0.0):
                     continue
                 cell_begin = time.monotonic()
-                plans = self._there(group)
-                shift = sweep % max(1, len(plans))
-                for plan in plans[shift:] + plans[:shift]:
+                for plan in self._in_turn(group, sweep):
                     self._round(plan, cell, sweep, TIMED, clock)
                 took[cell] = time.monotonic() - cell_begin
                 measured = True
@@ -113,11 +94,7 @@ class Sweeps:
         if result is None:
             return
         ranks = result["ranks"]
-        for rank, own in enumerate(ranks):
-            told = accounts.mismatches(own, calls=False)
-            phase.tell_mismatches(
-                plan.name, [f"round {number}, rank {rank}: {one}" for one in told]
-            )
+        self._tell_mismatches(plan, number, ranks, calls=False)
         if kind == PROFILED:
             self._keep_profile(plan, cell, ranks)
             return

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deep_ep") is None,
     reason="deep_ep is not installed: this compares a layer's output over DeepEP",
 )
-RANK = Path(__file__).with_name("deepep_layer.py")
+RANK = Path(__file__).parents[1] / "support" / "deepep_layer.py"
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

@@ -88,7 +88,7 @@ def test_ranks_with_a_gpu_each_are_levelled_by_nccl(tmp_path):
         pytest.skip(
             f"{torch.cuda.device_count()} GPU here: NCCL takes one for each rank, 2 at least"
         )
-    script = Path(__file__).with_name("group_ranks.py")
+    script = Path(__file__).parents[1] / "support" / "group_ranks.py"
     started = [
         subprocess.Popen([sys.executable, script, str(rank), str(ranks), tmp_path])
         for rank in range(ranks)

@@ -17,7 +17,7 @@ PYTHON = ROOT / "target" / "emulator" / "python"
 def installed(tmp_path_factory):
     """A folder with the aarch64 wheel, installed by pip for that machine."""
     if not (PYTHON.parent / "ready").exists():
-        pytest.skip("no emulator in target/emulator: tests/packages/emulator.sh makes it")
+        pytest.skip("no emulator in target/emulator: tools/emulator.sh makes it")
     folder = tmp_path_factory.mktemp("aarch64")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-compile"]
     there = ["--platform", "manylinux_2_28_aarch64", "--only-binary", ":all:"]

@@ -9,14 +9,14 @@ from release import ROOT
 
 @pytest.fixture
 def bring(tmp_path):
-    """Run a script beside this file with programs of ours in front of the machine's."""
+    """Run a script of tools with programs of ours in front of the machine's."""
 
     def run(script, argument, **programs):
         for name, text in programs.items():
             (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
             (tmp_path / name).chmod(0o755)
         environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        command = [ROOT / "tests" / "packages" / script, argument]
+        command = [ROOT / "tools" / script, argument]
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     return run

@@ -67,7 +67,9 @@ print(json.dumps(told))
 def test_an_actor_serves_with_us_or_ends_with_the_reasons(tmp_path):
     flags = ["--use-ray", "--enable-waterfill", "--waterfill-rs", "rust"]
     flags += ["--waterfill-rs-timeout-us", "77"]
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")]
+    )
     done = forked.run(SERVER, str(tmp_path), *flags, RAY_AUTH_MODE="disabled", PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])

@@ -79,7 +79,7 @@ def probe(folder, backend):
     path = os.pathsep.join(map(str, [folder, *overlays(folder), package]))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WATERFILL_RS")}
     environment |= {"PYTHONPATH": path, "WATERFILL_RS": backend}
-    script = Path(__file__).with_name("version_probe.py")
+    script = Path(__file__).parents[1] / "support" / "version_probe.py"
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.json")
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Not a test: real MoE layers of any sglang on the CPU, for one rank of two, without DeepEP.
+"""Real MoE layers of any sglang on the CPU, for one rank of two, without DeepEP.
 
 DeepEP needs a GPU. ``Experts`` stands in for the experts' call and for their dispatcher: it computes the experts of each
 row from the layers' own stacked weights. ``clamped`` stands in for the activation of DeepSeek V4, and ``gated`` for its

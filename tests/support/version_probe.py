@@ -1,4 +1,4 @@
-"""Not a test: what the contract asks of one sglang, in a process of its own: ``REPORT.json``.
+"""What the contract asks of one sglang, in a process of its own: ``REPORT.json``.
 
 Each check is written there as "ok", as "none" or "refused" where this version has or gets no such thing, or as what
 went wrong; ``test_versions.py`` reads it.

@@ -1,4 +1,4 @@
-"""Not a test: sizes and helpers of the tests that use the real sglang."""
+"""Sizes and helpers of the tests that use the real sglang."""
 
 import os
 import types

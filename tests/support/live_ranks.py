@@ -1,4 +1,4 @@
-"""Not a test: one rank of two that prepare a model with the real sglang and run layers."""
+"""One rank of two that prepare a model with the real sglang and run layers."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Not a test: runs code in processes that have loaded what sglang builds on, and nothing of sglang or of ours.
+"""Runs code in processes that have loaded what sglang builds on, and nothing of sglang or of ours.
 
 sglang takes 20 to 40 s to import, nearly all of it for torch and other packages. One process of Python's own
 ``forkserver`` imports those once, and is forked for each run: there sglang is imported anew, in the order in which

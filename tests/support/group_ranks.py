@@ -1,4 +1,4 @@
-"""Not a test: one rank of several, each on a GPU of its own, joined by NCCL: ``RANK RANKS FOLDER``."""
+"""One rank of several, each on a GPU of its own, joined by NCCL: ``RANK RANKS FOLDER``."""
 
 from __future__ import annotations
 

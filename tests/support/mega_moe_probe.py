@@ -1,4 +1,4 @@
-"""Not a test: the part of ``version_probe.py`` that is about the backend megamoe."""
+"""The part of ``version_probe.py`` that is about the backend megamoe."""
 
 import contextlib
 import sys

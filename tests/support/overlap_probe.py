@@ -1,4 +1,4 @@
-"""Not a test: the part of the contract that is about shared experts beside dispatch: ``outcomes(SEAMS, RESOLVE)``.
+"""The part of the contract that is about shared experts beside dispatch: ``outcomes(SEAMS, RESOLVE)``.
 
 Each check runs in two processes of its own, the two ranks of one group.
 """

@@ -1,4 +1,4 @@
-"""Not a test: one rank of two that prepare a model with the real sglang, of which one cannot or may not serve."""
+"""One rank of two that prepare a model with the real sglang, of which one cannot or may not serve."""
 
 import logging
 import sys

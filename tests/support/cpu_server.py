@@ -1,4 +1,4 @@
-"""Not a test: sglang's scheduler process on the CPU, with a tiny DeepSeek V3 of random weights: ``start(FOLDER, FLAG...)``.
+"""The scheduler process of sglang on the CPU, with a tiny DeepSeek V3 of random weights: ``start(FOLDER, FLAG...)``.
 
 Without a GPU the real one ends where it builds the model: at the rotary embedding's kernel, which is CUDA's or vLLM's,
 then at DeepEP, which asks for a CUDA device. These two are stood in for, here and in no other way than as a module and
