@@ -16,4 +16,4 @@ def test_joint_is_within_a_thousandth_of_the_linear_program(ranks, redundant):
         assert one.program - 1 <= one.joint <= joint.MOST_OVER * one.program
         # The replicas, as the router splits them, leave something to gain.
         assert one.live >= one.joint
-    assert sum(one.live for one in found) > 1.02 * sum(one.joint for one in found)
+    assert sum(one.live for one in found) > 1.01 * sum(one.joint for one in found)
