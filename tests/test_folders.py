@@ -9,8 +9,6 @@ import pytest
 TESTS = Path(__file__).parent
 FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("*.py"))
 SUPPORT = [name for name in FILES if name.startswith("support/")]
-LINK = "cut_ranks.py"
-"""test_link.py's, beside it."""
 GPU = re.compile(r"""\.cuda\(\)|device=["']cuda""")
 
 
@@ -35,7 +33,7 @@ def test_helpers_are_in_support_and_tests_are_not():
     names = {name: name.rpartition("/")[2] for name in FILES}
     for name in FILES:
         is_test = names[name].startswith("test_") or names[name] == "conftest.py"
-        assert is_test != (name in SUPPORT) or name == LINK, name
+        assert is_test != (name in SUPPORT), name
     assert len(SUPPORT) > 10 and len(set(names.values()) - {"conftest.py"}) == len(FILES) - 2
 
 
