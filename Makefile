@@ -67,7 +67,7 @@ test-python: .venv/test .venv/native ## the package, and beside it what needs sg
 	@mkdir -p out
 	@$(BIN)/python -m pytest -W ignore tests/sglang >out/test-sglang.txt 2>&1 & sglang=$$!; trap "kill $$sglang 2>/dev/null || true" EXIT; failed=0; \
 	  $(BIN)/python -m pytest -W ignore --ignore tests/packages --ignore tests/sglang || failed=$$?; \
-	  echo "== tests/sglang, which ran beside these"; wait $$sglang || failed=$$?; cat out/test-sglang.txt; exit $$failed
+	  echo "== tests/sglang, which ran beside these"; wait $$sglang || failed=$$?; trap - EXIT; cat out/test-sglang.txt; exit $$failed
 test-packages: .venv-packages/ready ## what would be published: each wheel, the aarch64 one under qemu-user, the sdist, metadata
 	@able=; for each in $(ARCHITECTURES); do if tools/rust_target.sh $$each; then able="$$able $$each"; fi; done; \
 	  $(MAKE) --no-print-directory wheels ARCHITECTURES="$$able"

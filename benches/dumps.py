@@ -40,18 +40,33 @@ class Routing:
 
 
 def read(file: Path | None) -> Routing:
-    """The recorded routing of ``file``; synthetic where it is None. Experts are the least power of two above the highest id."""
+    """The recorded routing of ``file``; synthetic where it is None.
+
+    Experts are those that its entry ``experts`` says, else the highest id and one more, which has to be a power of two.
+
+    Raises:
+        ValueError: neither holds.
+    """
     if file is None:
-        topk, offsets = synthetic_routing.routing()
-    else:
-        with np.load(file) as content:
-            topk, offsets = content["topk"].astype(np.int32), content["offsets"]
+        return split(*synthetic_routing.routing())
+    with np.load(file) as content:
+        topk, offsets = content["topk"].astype(np.int32), content["offsets"]
+        if "experts" in content:
+            return split(topk, offsets, int(content["experts"]))
+    highest = int(topk.max())
+    if (highest + 1) & highest:
+        raise ValueError(
+            f"{file}: the highest id is {highest}, and {highest + 1} experts are no power of two: "
+            "add an entry 'experts' with their number"
+        )
     return split(topk, offsets)
 
 
-def split(topk: np.ndarray, offsets: np.ndarray) -> Routing:
+def split(topk: np.ndarray, offsets: np.ndarray, experts: int | None = None) -> Routing:
     prompts = [topk[offsets[i] : offsets[i + 1]] for i in range(len(offsets) - 1)]
-    return Routing(prompts[1::2], np.concatenate(prompts[::2]), 1 << int(topk.max()).bit_length())
+    return Routing(
+        prompts[1::2], np.concatenate(prompts[::2]), experts or 1 << int(topk.max()).bit_length()
+    )
 
 
 def passes(prompts: list[np.ndarray], ranks: int, tokens: int) -> list[np.ndarray]:

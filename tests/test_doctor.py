@@ -179,7 +179,7 @@ def test_a_file_system_without_room_for_a_name_is_not_one_to_be_made_writable(
         ("auto", 8, "warn", "it serves, with own counts"),
         ("board", 0, "fail", "mount a tmpfs"),
         ("group", 8, "fail", "mount a tmpfs"),
-        ("group", 0, "ok", "not needed with exchange group"),
+        ("group", 0, "warn", "exchange group is for CUDA devices"),
         ("solo", 8, "ok", "not needed with exchange solo"),
     ],
 )
@@ -190,8 +190,10 @@ def test_no_shared_memory_is_as_bad_as_what_was_asked_for(choice, gpus, level, t
     def full(_):
         raise OSError("No space left on device")
 
-    found = doctor.exchange(BoardSettings(), full, checks.without_board(choice, gpus))
-    check(found, level, "No space left")
+    without = checks.without_board(choice, gpus)
+    found = doctor.exchange(BoardSettings(), full, without)
+    check(found, without, "No space left")
+    assert without == level or choice == "group"
 
 
 def test_the_benchmark_that_measures_sglangs_own_is_told(tmp_path):
@@ -496,7 +498,7 @@ def test_the_command_here(capsys, monkeypatch):
     code = main(["doctor", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert (told["version"], told["ok"]) == (doctor.JSON_VERSION, code == 0)
-    severities = {one["check"]: one["severity"] for one in told["checks"]}
+    severities = {one["check"]: one["level"] for one in told["checks"]}
     assert severities["exchange"] == severities["variables"] == severities["python"] == "ok"
     monkeypatch.setenv("WATERFILL_RS", "none")
     assert main(["doctor"]) == 1

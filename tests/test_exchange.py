@@ -87,7 +87,8 @@ def on_ranks(ranks, run):
 
 
 def segments():
-    return sorted(path.name for path in Path("/dev/shm").glob("waterfill-rs-*"))
+    """This process's: other tests run beside these."""
+    return sorted(path.name for path in Path("/dev/shm").glob(f"waterfill-rs-{os.getpid()}-*"))
 
 
 @pytest.mark.parametrize("pace", ["inline", "park", "spin"])

@@ -29,6 +29,18 @@ def imported(text):
     return found
 
 
+def imported_by(name):
+    """The same of a test, and of the helpers that it imports."""
+    todo, seen, found = [name], set(), set()
+    while todo:
+        now = imported((TESTS / todo.pop()).read_text())
+        helpers = {f"support/{package}.py" for package in now} & set(SUPPORT)
+        todo += helpers - seen
+        seen |= helpers
+        found |= now
+    return found
+
+
 def test_helpers_are_in_support_and_tests_are_not():
     names = {name: name.rpartition("/")[2] for name in FILES}
     for name in FILES:
@@ -42,20 +54,20 @@ def test_these_checks_see_what_they_look_for():
     for text in ("import sglang.srt", within, "a = pytest.importorskip('sglang.srt', reason='')"):
         assert "sglang" in imported(text)
     assert "sglang" not in imported("def f():\n    import sglang\nimport waterfill_rs.sglang")
+    assert "sglang" in imported_by("sglang/test_live_ranks.py")
     assert GPU.search((TESTS / "gpu" / "test_live.py").read_text())
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("test_")])
 def test_without_sglang_or_a_gpu_what_is_here_can_be_imported(name):
     text = (TESTS / name).read_text()
-    assert "sglang" not in imported(text)
+    assert "sglang" not in imported_by(name)
     assert name == Path(__file__).name or not GPU.search(text)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_outside_the_repository_is_read(name):
-    to_root = name.count("/") + 1
-    for up in re.findall(
-        r"__file__\)(?:\.resolve\(\))?\.parents\[(\d+)\]", (TESTS / name).read_text()
-    ):
+    to_root, text = name.count("/") + 1, (TESTS / name).read_text()
+    for up in re.findall(r"__file__\)(?:\.resolve\(\))?\.parents\[(\d+)\]", text):
         assert int(up) <= to_root
+    assert name == Path(__file__).name or "shared/data" not in text

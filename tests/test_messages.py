@@ -8,6 +8,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "waterfill_rs"
 WORD = re.compile(r"[A-Za-z]{2}")
+OF_RUST = (
+    "waterfill-*/src/error.rs",
+    "waterfill-board/src/thread.rs",
+    "waterfill-cuda/src/installed.rs",
+    "waterfill-cuda/src/runner.rs",
+    "waterfill-cuda/src/shape.rs",
+)
 
 
 def _normal(text: str) -> str:
@@ -16,9 +23,9 @@ def _normal(text: str) -> str:
 
 
 def _is_message(text: str) -> bool:
-    """Two words or more that are no values."""
+    """Two words or more that are no values, or that something failed."""
     words = [word for word in text.split() if "{}" not in word and WORD.search(word)]
-    return len(words) >= 2
+    return len(words) >= 2 or "failed:" in words
 
 
 def _of_python(source: str) -> set[str]:
@@ -61,8 +68,9 @@ def _shown_elsewhere(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _of_rust(source: str) -> set[str]:
-    """Texts of a module of errors."""
-    source = re.sub(r"^\s*//.*$", "", source, flags=re.MULTILINE)
+    """Texts of a module, without those of its tests, and the reasons of its attributes."""
+    source = source.split("#[cfg(test)]")[0]
+    source = re.sub(r"^\s*//.*$|\.expect\(\"[^\"]*\"\)", "", source, flags=re.MULTILINE)
     texts = (
         re.sub(r"\\\n\s*", "", text)
         for text in re.findall(r'"((?:[^"\\]|\\.)*)"', source, re.DOTALL)
@@ -78,7 +86,11 @@ def _of_code() -> set[str]:
     modules = [*PACKAGE.glob("sglang/*.py"), *PACKAGE.glob("exchange/*.py"), PACKAGE / "config.py"]
     found = set().union(*(_of_python(module.read_text()) for module in modules))
     return found.union(
-        *(_of_rust(module.read_text()) for module in ROOT.glob("rust/*/src/error.rs"))
+        *(
+            _of_rust(module.read_text())
+            for pattern in OF_RUST
+            for module in (ROOT / "rust").glob(pattern)
+        )
     )
 
 

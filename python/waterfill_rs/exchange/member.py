@@ -7,7 +7,7 @@ from dataclasses import dataclass
 __all__ = ["Member"]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Member:
     """``ranks``: the EP size. ``experts``: physical routed experts over all ranks, redundant ones too. ``rank``: which one it is.
 

@@ -271,6 +271,9 @@ def shared_memory(
 ) -> Finding:
     """``mounts``: as in ``/proc/mounts``. ``free``: bytes, if the folder is there. ``choice``: the exchange asked for."""
     severity = without_board(choice, gpus)
+    if choice == "group" and not gpus:
+        text = "exchange group is for CUDA devices: with layers on the CPU the server stops"
+        return Finding("shm", "warn", text, "WATERFILL_RS_EXCHANGE=auto")
     if severity == "ok":
         return Finding("shm", "ok", f"not needed with exchange {choice}")
     others = "; until then it serves, with own counts" if severity == "warn" else ""

@@ -75,8 +75,14 @@ def _as_json(findings: Sequence[Finding]) -> dict[str, object]:
         "version": JSON_VERSION,
         "package": waterfill_rs.__version__,
         "ok": all(finding.severity != "fail" for finding in findings),
-        "checks": [asdict(finding) for finding in findings],
+        "checks": [_finding_as_json(finding) for finding in findings],
     }
+
+
+def _finding_as_json(finding: Finding) -> dict[str, str]:
+    """Under the names that version 1 has: ``level`` is the severity."""
+    told = asdict(finding)
+    return {("level" if name == "severity" else name): value for name, value in told.items()}
 
 
 def _findings(ranks: int | None, deep: bool) -> Iterator[Finding]:
