@@ -53,9 +53,16 @@ def test_each_figure_stands_in_the_pages_with_the_same_tokens():
     measured = [row for page in PAGES for row in rows((ROOT / page).read_text())]
     results = rows(section)[2:]
     assert len(results) == 9
-    for _, tokens, *figures in results:
+    for _, _, tokens, *figures, verdict in results:
         known = {cell for row in measured if tokens in row for cell in row}
         assert set(figures) - {""} <= known
+        assert verdict == _verdict(figures[-1])
+
+
+def _verdict(ratio: str) -> str:
+    """Of a ratio with its quartiles in brackets."""
+    low, high = map(float, re.findall(r"[\d.]+", ratio)[1:])
+    return "faster" if high < 1 else "slower" if low > 1 else "the same"
 
 
 def test_its_releases_are_those_that_are_tested():
