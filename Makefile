@@ -8,7 +8,7 @@ FUZZ_SECONDS ?= 60
 ARCHITECTURES ?= x86_64 aarch64
 TARGET := x86_64-unknown-linux-gnu
 BIN := .venv/bin
-SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name Cargo.toml)
+SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' -o -name '*.cu*' -o -name Cargo.toml)
 
 # The tools of .venv-packages, in front of others.
 PACKAGES := VIRTUAL_ENV=$(CURDIR)/.venv-packages PATH=$(CURDIR)/.venv-packages/bin:$$PATH
@@ -65,9 +65,10 @@ test-kernels: .venv/test ## the kernel's source run on the CPU; every variant co
 	  cargo test --release --package waterfill-cuda --package cuda-emulator
 test-python: .venv/test .venv/native ## the package, and beside it what needs sglang, whose output comes last
 	@mkdir -p out
-	@$(BIN)/python -m pytest -W ignore tests/sglang >out/test-sglang.txt 2>&1 & sglang=$$!; trap "kill $$sglang 2>/dev/null || true" EXIT; failed=0; \
-	  $(BIN)/python -m pytest -W ignore --ignore tests/packages --ignore tests/sglang || failed=$$?; \
-	  echo "== tests/sglang, which ran beside these"; wait $$sglang || failed=$$?; trap - EXIT; cat out/test-sglang.txt; exit $$failed
+	@$(BIN)/python -m pytest -W ignore -p no:cacheprovider tests/sglang >out/test-sglang.txt 2>&1 & sglang=$$!; trap "kill $$sglang 2>/dev/null || true" EXIT; failed=0; \
+	  $(BIN)/python -m pytest -W ignore --ignore tests/packages --ignore tests/sglang || failed=$$?; [ $$failed != 2 ] || exit 2; \
+	  echo "== tests/sglang, which runs beside these"; tail -n +1 -f --pid=$$sglang out/test-sglang.txt; \
+	  wait $$sglang || failed=$$?; trap - EXIT; exit $$failed
 test-packages: .venv-packages/ready ## what would be published: each wheel, the aarch64 one under qemu-user, the sdist, metadata
 	@able=; for each in $(ARCHITECTURES); do if tools/rust_target.sh $$each; then able="$$able $$each"; fi; done; \
 	  $(MAKE) --no-print-directory wheels ARCHITECTURES="$$able"
@@ -121,7 +122,7 @@ deny: target/tools/bin/cargo-deny ## the crates that ours depend on: licences, s
 gpu: wheel ## the wheel for a GPU machine, and what to run there
 	@echo "== on the GPU machine: pip install dist/*.whl pytest, then"
 	@echo "python -m pytest tests/gpu && python benches/gpu.py own && python benches/gpu.py move_up && nvidia-cuda-mps-control -d && python benches/gpu.py live"
-	@echo "== where sglang 0.5.13 or newer is: python benches/gpu.py sglang; where two GPUs are: python benches/gpu_group.py"
+	@echo "== where sglang 0.5.16 or newer is: python benches/gpu.py sglang; where two GPUs are: python benches/gpu_group.py"
 server-bench: wheel ## the wheel for a machine with 1 to 8 GPUs and sglang, and what to run there
 	@echo "== needed there: sglang 0.5.13 or newer with DeepEP, NVLink between the GPUs, matplotlib for the picture; pip install dist/*.whl, then"
 	@echo "python benches/server --recording FOLDER_OF_DUMPS --prefill 1024,4096,8192 --limit 540"

@@ -47,16 +47,25 @@ def test_its_example_gives_what_it_says():
         assert eval(expression, known) == ast.literal_eval(value)
 
 
-def test_each_figure_stands_in_the_pages_with_the_same_tokens():
+def test_each_figure_stands_in_the_page_of_its_server():
     section = README.split("## Results")[1].split("\n## ")[0]
     assert set(PAGES) <= set(re.findall(r"\]\(([^)]*)\)", section))
-    measured = [row for page in PAGES for row in rows((ROOT / page).read_text())]
+    default, fused = (rows((ROOT / page).read_text()) for page in PAGES)
     results = rows(section)[2:]
     assert len(results) == 9
-    for _, _, tokens, *figures, verdict in results:
-        known = {cell for row in measured if tokens in row for cell in row}
-        assert set(figures) - {""} <= known
-        assert verdict == _verdict(figures[-1])
+    for server, shared, tokens, off, sglangs, ours, ratio, verdict in results:
+        machine, step, *placement = server.split(", ")
+        assert verdict == _verdict(ratio)
+        if machine == "2 H100":
+            assert (sglangs, shared) == ("", "unfused" if step == "decode" else "fused")
+            assert [[step, tokens, off, ours, ratio]] == [
+                [*row[:4], row[6]] for row in default if row[:2] == [step, tokens]
+            ]
+            continue
+        assert machine == "4 H200"
+        of = {row[2]: row for row in fused if row[:2] == [tokens, (placement or ["trivial"])[0]]}
+        assert [of[mode][6] for mode in ("off", "sglang", "auto")] == [off, sglangs, ours]
+        assert of["auto"][4] == ratio
 
 
 def _verdict(ratio: str) -> str:

@@ -138,7 +138,12 @@ class BoardEnd:
 
         Raises:
             ValueError: an id at or above the number of experts, with its place. The others learn no counts then.
+                An array of another type, or of a length that is no multiple of ``top_k``.
         """
+        if ids.typecode not in "il" or ids.itemsize != 4 or top_k < 1 or len(ids) % top_k:
+            raise ValueError(
+                f"{len(ids)} ids of type {ids.typecode!r}, top_k {top_k}: give int32 ids, a multiple of top_k"
+            )
         rows = len(ids) // top_k
         weights = array("f", [1 / top_k]) * (rows * top_k)
         out_ids, out_weights = (array(code, [0]) * (rows * (top_k + 1)) for code in "if")

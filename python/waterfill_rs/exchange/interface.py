@@ -25,7 +25,8 @@ class Exchange(Protocol):
     def expand(self, ids: Tensor, weights: Tensor, shared_weight: float) -> tuple[Tensor, Tensor]:
         """One call: count, exchange, and widen ids and weights ``[N, K]`` to ``[N, K + 1]``; N may be 0.
 
-        See ``waterfill_rs.torch.expand_topk`` for what is in them.
+        See ``waterfill_rs.torch.expand_topk`` for what is in them. On the CPU nobody may write them until it returns: it waits
+        for other ranks between counting the ids and using them.
 
         Raises:
             ValueError: tensors that do not fit, or on the CPU an id at or above the number of experts, with its place.

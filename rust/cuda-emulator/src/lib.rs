@@ -109,6 +109,9 @@ impl Kernel {
     ) -> Result<(), String> {
         let numbers = [launch.blocks, launch.cluster, launch.threads, launch.shared_bytes];
         let [blocks, cluster, threads, shared_bytes] = numbers.map(|n| n as u32);
+        // What threads.h has room for.
+        assert!(threads.is_multiple_of(32) && blocks * threads / 32 <= 2048, "{launch:?}");
+        assert!(cluster == 1 || blocks <= 2 * cluster, "at most two clusters: {launch:?}");
         let args = std::ptr::from_ref(args).cast();
         let for_meanwhile = (&raw mut meanwhile).cast();
         // SAFETY: the caller's promise; `&mut self` because the library has one launch at a time; it calls

@@ -16,7 +16,6 @@ pub struct Expander {
     placement: Placement,
     cost: CostModel,
     rank: usize,
-    tokens: u32,
     /// `[R]`
     visits: Vec<u32>,
     /// `[P]`
@@ -36,7 +35,7 @@ impl Expander {
         check_rank("rank", rank as i64, ranks)?;
         let (visits, routed) = (vec![0; ranks], vec![0; placement.physical_experts()]);
         let (quotas, assigner) = (vec![0; ranks], Assigner::new());
-        Ok(Self { placement, cost, rank, tokens: 0, visits, routed, quotas, assigner })
+        Ok(Self { placement, cost, rank, visits, routed, quotas, assigner })
     }
 
     /// One call. `learn` is given the rank's own counts and writes its quotas, `[R]`, which it asks a board for or plans
@@ -54,15 +53,15 @@ impl Expander {
     ) -> std::result::Result<T, E> {
         check_expansion(routed, &out)?;
         let Self { placement, cost, rank, visits, quotas, assigner, .. } = self;
-        self.tokens = count(placement, routed.ids, routed.top_k, &mut self.routed, visits)?;
-        let (source, tokens) = (*rank, self.tokens);
+        let tokens = count(placement, routed.ids, routed.top_k, &mut self.routed, visits)?;
+        let source = *rank;
         let own = OwnCounts { placement, cost, source, routed: &self.routed, visits, tokens };
         let learned = learn(&own, quotas)?;
         assigner.expand_counted(placement, source, routed, quotas, shared_weight, out)?;
         Ok(learned)
     }
 
-    /// `[R]` the quotas of the last call; none, all 0, before the first.
+    /// `[R]` the quotas of the last call that was not refused; none, all 0, before the first.
     #[must_use]
     pub fn quotas(&self) -> &[u32] {
         &self.quotas

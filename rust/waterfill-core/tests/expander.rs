@@ -4,17 +4,19 @@ use waterfill_core::{
     Assigner, Bf16, CostModel, Error, Expander, Id, OwnCounts, OwnPlanner, Placement, Rows,
     RowsMut, Weight, count,
 };
+use waterfill_testing::Random;
 
 const TOP_K: usize = 6;
 
-/// Rows of ids with empty slots and padding, by a hash of their place and `seed`.
+/// Rows of ids with empty slots and padding.
 fn batch<I: Id>(placement: &Placement, rows: usize, seed: u32) -> Vec<I> {
-    let place = |at: usize| {
-        let hash = (at as u32 + seed).wrapping_mul(0x9e37_79b9) >> 7;
-        let none = hash.is_multiple_of(11) || (at / TOP_K + seed as usize).is_multiple_of(9);
-        if none { I::NONE } else { I::from_low(hash % placement.physical_experts() as u32) }
+    let mut random = Random(seed.into());
+    let mut place = |at: usize| {
+        let none = random.rarely(11) || (at / TOP_K + seed as usize).is_multiple_of(9);
+        let id = random.below(placement.physical_experts()) as u32;
+        if none { I::NONE } else { I::from_low(id) }
     };
-    (0..rows * TOP_K).map(place).collect()
+    (0..rows * TOP_K).map(&mut place).collect()
 }
 
 fn is_the_sum_of_its_parts<I: Id + std::fmt::Debug, W: Weight + std::fmt::Debug + PartialEq>() {

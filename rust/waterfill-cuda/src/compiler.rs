@@ -125,7 +125,7 @@ fn compile(source: &str, options: &[String]) -> Result<Vec<u8>> {
         .map_err(|_| Error::Argument("the kernel's source holds a zero byte".into()))?;
     let program = result::create_program(&source, Some(c"waterfill.cu"))
         .map_err(refused("nvrtcCreateProgram"))?;
-    // SAFETY: created above, and destroyed below.
+    // SAFETY: created above, and destroyed below; `source`, which it was created from, lives until then.
     let code = match unsafe { result::compile_program(program, options) } {
         // SAFETY: as above; it is compiled.
         Ok(()) => unsafe { code_of(program) },
@@ -135,8 +135,10 @@ fn compile(source: &str, options: &[String]) -> Result<Vec<u8>> {
             Err(Error::Compiler { call: "nvrtcCompileProgram", log: format!("{code:?}\n{log}") })
         }
     };
-    // SAFETY: created above, and not used any more. What cannot be destroyed is left.
-    let _ = unsafe { result::destroy_program(program) };
+    let mut program = program;
+    // SAFETY: created above, and not used any more; NVRTC writes null to it, which cudarc's `destroy_program` takes by a shared
+    // reference. What cannot be destroyed is left.
+    let _ = unsafe { sys::nvrtcDestroyProgram(&mut program) };
     code
 }
 

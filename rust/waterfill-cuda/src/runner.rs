@@ -148,15 +148,14 @@ impl Runner {
                 shape.ranks, shape.experts, self.shape.experts
             )));
         }
-        let (found, expected) = (region.words().len(), shape.words());
-        if found != expected {
-            return Err(waterfill_core::Error::Length { name: "region", found, expected }.into());
-        }
+        waterfill_core::check_length("region", region.words().len(), shape.words())?;
         let region: &'static R = Box::leak(Box::new(region));
-        let words = region.words();
+        // `Region` is a safe trait: these words, which the kernel will use, are asked for once and checked themselves.
+        let words: &'static [_] = region.words();
+        waterfill_core::check_length("region", words.len(), shape.words())?;
         let _current = self.device.current()?;
         let _relaxed = RelaxedCapture::new()?;
-        // SAFETY: these words stay where they are, for the region is never dropped as of the lines above.
+        // SAFETY: `words` is borrowed for as long as the process lives, so they stay where they are.
         let address = unsafe { register(words.as_ptr() as usize, size_of_val(words))? };
         self.args = with_board(self.args, &shape, address);
         self.has_board = true;

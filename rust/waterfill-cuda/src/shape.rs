@@ -160,6 +160,10 @@ impl Shape {
 
     /// How `rows` rows are cut, with up to `most_blocks` blocks of `shared_bytes` each: into as few as are fast, or into
     /// more where so few have no room.
+    ///
+    /// # Errors
+    /// More rows than any number of blocks has room for.
+    #[doc(hidden)]
     pub fn cut(&self, rows: usize, most_blocks: usize, shared_bytes: usize) -> Result<Geometry> {
         let each = if rows <= BLOCK { BLOCK } else { CLUSTERED_BLOCK };
         let fewest = rows.div_ceil(each).clamp(1, most_blocks);
@@ -176,6 +180,7 @@ impl Shape {
     }
 
     /// One block, or a cluster of them, with so many rows each.
+    #[doc(hidden)]
     pub fn geometry(&self, blocks: usize, rows_per_block: usize) -> Geometry {
         let rows = rows_per_block.max(WARP);
         let table_at = (BLOCK_BYTES + self.zero_bytes(blocks > 1)).next_multiple_of(16);

@@ -52,7 +52,7 @@ impl PySolo {
         py.detach(|| {
             with_rows!(call, I, W => {
                 // SAFETY: `waterfill_rs.exchange` gives live contiguous arrays of these shapes and types, the outputs
-                // freshly made and shared with nobody.
+                // freshly made and shared with nobody. Its caller waits for this call, and nobody else writes the inputs.
                 let (routed, out) = unsafe { call.rows::<I, W>() }?;
                 guarded(|| {
                     self.expander.expand(routed, shared_weight, out, |own, quotas| {
@@ -127,7 +127,7 @@ impl PyPort {
         py.detach(|| {
             with_rows!(call, I, W => {
                 // SAFETY: `waterfill_rs.exchange` gives live contiguous arrays of these shapes and types, the outputs
-                // freshly made and shared with nobody.
+                // freshly made and shared with nobody. Its caller waits for this call, and nobody else writes the inputs.
                 let (routed, out) = unsafe { call.rows::<I, W>() }?;
                 let Self { inner, planner, expander, .. } = self;
                 let learn = |own: &OwnCounts, quotas: &mut [u32]| {
