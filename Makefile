@@ -90,7 +90,7 @@ lint: lint-rust lint-docs lint-python ## lint-rust, lint-docs and lint-python
 lint-rust: ## formatting, clippy, the crates' documentation; needs Rust alone
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
-	for model in loom shuttle; do RUSTFLAGS="--cfg $$model" cargo clippy --package waterfill-board --all-targets \
+	for model in loom shuttle; do RUSTFLAGS="--cfg $$model" cargo clippy --package waterfill-board --lib --tests \
 	  --target-dir target/$$model -- -D warnings; done
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --workspace
 lint-docs: ## links, paths and sentences of the pages; needs Python alone
