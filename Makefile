@@ -52,7 +52,13 @@ help: ## print this table
 build: .venv/native ## build the package into .venv
 run: .venv/native ## 8 live rank processes, one killed; placements compared: no GPU, no sglang
 	@$(BIN)/waterfill-rs demo --kill 5@30 --plot out/demo.png --json out/demo.json
-test: test-rust test-kernels test-python test-packages ## all tests but test-emulated and test-versions, with the real sglang 0.5.23
+test: test-rust test-kernels .venv/test .venv/native .venv-packages/ready ## all tests but test-emulated and test-versions; test-sglang runs beside others
+	@mkdir -p out
+	@$(MAKE) --no-print-directory test-sglang >out/test-sglang.txt 2>&1 & sglang=$$!; failed=0; \
+	  trap "kill $$sglang 2>/dev/null || true" EXIT; trap "exit 130" INT; \
+	  $(MAKE) --no-print-directory test-python test-packages || failed=$$?; \
+	  echo "== make test-sglang, which runs beside these"; tail -n +1 -f --pid=$$sglang out/test-sglang.txt; \
+	  wait $$sglang || failed=$$?; trap - EXIT; exit $$failed
 test-rust: test-models ## the core against its oracle, the board with processes killed, its models
 	cargo test --release --package waterfill-core --package waterfill-testing --all-features -- --nocapture
 	cargo test --release --package waterfill-board --all-features
@@ -63,12 +69,10 @@ test-models: ## the board under loom (all interleavings) and shuttle (random sch
 test-kernels: .venv/test ## the kernel's source run on the CPU; every variant compiled by the NVRTC of torch's wheels; no GPU
 	NVRTC=$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/nvidia/*/lib/libnvrtc.so.1[0-9] | head -n 1) \
 	  cargo test --release --package waterfill-cuda --package cuda-emulator
-test-python: .venv/test .venv/native ## the package, and beside it what needs sglang, whose output comes last
-	@mkdir -p out
-	@$(BIN)/python -m pytest -W ignore -p no:cacheprovider tests/sglang >out/test-sglang.txt 2>&1 & sglang=$$!; trap "kill $$sglang 2>/dev/null || true" EXIT; failed=0; \
-	  $(BIN)/python -m pytest -W ignore --ignore tests/packages --ignore tests/sglang || failed=$$?; [ $$failed != 2 ] || exit 2; \
-	  echo "== tests/sglang, which runs beside these"; tail -n +1 -f --pid=$$sglang out/test-sglang.txt; \
-	  wait $$sglang || failed=$$?; trap - EXIT; exit $$failed
+test-python: .venv/test .venv/native ## the package without sglang
+	$(BIN)/python -m pytest -W ignore --ignore tests/packages --ignore tests/sglang
+test-sglang: .venv/test .venv/native ## the package in the real sglang 0.5.23
+	$(BIN)/python -m pytest -W ignore -p no:cacheprovider tests/sglang
 test-packages: .venv-packages/ready ## what would be published: each wheel, the aarch64 one under qemu-user, the sdist, metadata
 	@able=; for each in $(ARCHITECTURES); do if tools/rust_target.sh $$each; then able="$$able $$each"; fi; done; \
 	  $(MAKE) --no-print-directory wheels ARCHITECTURES="$$able"
@@ -150,4 +154,4 @@ wheels: sdist ## the same, and built from it: wheels for x86_64 and aarch64, gli
 	  --target $$each-unknown-linux-gnu --target-dir $(CURDIR)/target --out $(CURDIR)/dist/release); done
 clean: ## remove what was built
 	rm -rf .venv .venv-packages .venv-versions target dist out python/waterfill_rs/_native*.so
-.PHONY: help build run test test-rust test-kernels test-models test-python test-packages test-emulated test-versions lint lint-rust lint-docs lint-python soak tsan fuzz safety deny gpu server-bench routing bench wheel wheels sdist clean
+.PHONY: help build run test test-rust test-kernels test-models test-python test-sglang test-packages test-emulated test-versions lint lint-rust lint-docs lint-python soak tsan fuzz safety deny gpu server-bench routing bench wheel wheels sdist clean
