@@ -42,6 +42,8 @@ mod placement;
 mod plan;
 mod problem;
 pub mod score;
+mod single;
+mod split;
 mod transport;
 
 pub use assign::{Assigner, NO_RANK};

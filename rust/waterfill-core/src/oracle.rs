@@ -72,3 +72,80 @@ pub fn joint_optimum(jobs: &[(u64, u32)], fixed: &[u64]) -> u64 {
     };
     (1..1 << fixed.len()).map(mean).max().unwrap_or(0)
 }
+
+/// The same for any number of ranks: the least level at which a maximum flow takes every row to a rank (Edmonds and
+/// Karp, 1972), by bisection. A job's ranks are listed.
+#[must_use]
+pub fn joint_optimum_by_flow(jobs: &[(u64, Vec<usize>)], fixed: &[u64]) -> u64 {
+    let rows: u64 = jobs.iter().map(|job| job.0).sum();
+    let mut least = fixed.iter().copied().max().unwrap_or(0);
+    let mut enough = least + rows;
+    while least < enough {
+        let middle = least + (enough - least) / 2;
+        if rows_that_fit(jobs, fixed, middle) == rows {
+            enough = middle;
+        } else {
+            least = middle + 1;
+        }
+    }
+    enough
+}
+
+/// Rows of jobs that find room under `level`. Nodes: the jobs, the ranks, a source and a sink.
+fn rows_that_fit(jobs: &[(u64, Vec<usize>)], fixed: &[u64], level: u64) -> u64 {
+    let (source, sink) = (jobs.len() + fixed.len(), jobs.len() + fixed.len() + 1);
+    let mut capacity = vec![vec![0; sink + 1]; sink + 1];
+    for (job, (rows, allowed)) in jobs.iter().enumerate() {
+        capacity[source][job] = *rows;
+        allowed.iter().for_each(|&rank| capacity[job][jobs.len() + rank] = *rows);
+    }
+    for (rank, held) in fixed.iter().enumerate() {
+        capacity[jobs.len() + rank][sink] = level - held;
+    }
+    let mut flow = 0;
+    loop {
+        let mut from = vec![usize::MAX; sink + 1];
+        let mut queue = std::collections::VecDeque::from([source]);
+        while let Some(node) = queue.pop_front() {
+            for to in (0..=sink).filter(|&to| to != source) {
+                if from[to] == usize::MAX && capacity[node][to] > 0 {
+                    from[to] = node;
+                    queue.push_back(to);
+                }
+            }
+        }
+        if from[sink] == usize::MAX {
+            return flow;
+        }
+        let path: Vec<_> = std::iter::successors(Some(sink), |&node| Some(from[node]))
+            .take_while(|&node| node != source)
+            .map(|node| (from[node], node))
+            .collect();
+        let most = path.iter().map(|&(a, b)| capacity[a][b]).min().unwrap_or(0);
+        for (a, b) in path {
+            capacity[a][b] -= most;
+            capacity[b][a] += most;
+        }
+        flow += most;
+    }
+}
+
+/// One rank for each job, all ways tried: first the fewest jobs on the fullest rank, then the least cost of the costliest.
+///
+/// A job is its cost and the set of ranks (a bit each) that may run it; `fixed` (`[R]`) are `(jobs, cost)` that stay.
+/// Gives both. O(R^jobs).
+#[must_use]
+pub fn single_replica_optimum(jobs: &[(u64, u32)], fixed: &[(u64, u64)]) -> (u64, u64) {
+    let Some((&(cost, allowed), others)) = jobs.split_first() else {
+        let most = |of: fn(&(u64, u64)) -> u64| fixed.iter().map(of).max().unwrap_or(0);
+        return (most(|each| each.0), most(|each| each.1));
+    };
+    let mut held = fixed.to_vec();
+    let mut least = (u64::MAX, u64::MAX);
+    for rank in (0..fixed.len()).filter(|&rank| allowed >> rank & 1 == 1) {
+        held[rank] = (held[rank].0 + 1, held[rank].1 + cost);
+        least = least.min(single_replica_optimum(others, &held));
+        held[rank] = fixed[rank];
+    }
+    least
+}

@@ -19,6 +19,8 @@ pub struct Placement {
     experts_per_rank: usize,
     logical_experts: usize,
     jobs: Vec<Vec<u32>>,
+    /// `[R]` the replicas on each rank, and the place of each in `jobs`.
+    replicated: Vec<Vec<(u32, u32)>>,
     /// `[P + 1]` the bit of each physical expert's rank in its word of 64 ranks; the last is of no expert.
     rank_bits: Vec<u64>,
 }
@@ -35,6 +37,7 @@ impl Placement {
             experts_per_rank,
             logical_experts: physical_experts,
             jobs: Vec::new(),
+            replicated: vec![Vec::new(); ranks],
             rank_bits: rank_bits(ranks, experts_per_rank),
         })
     }
@@ -47,11 +50,14 @@ impl Placement {
         let physical_experts = physical_to_logical.len();
         let experts_per_rank = experts_per_rank(ranks, physical_experts)?;
         let replicas = replicas_by_logical(physical_to_logical)?;
+        let logical_experts = replicas.len();
+        let jobs: Vec<_> = replicas.into_iter().filter(|r| r.len() > 1).collect();
         Ok(Self {
             ranks,
             experts_per_rank,
-            logical_experts: replicas.len(),
-            jobs: replicas.into_iter().filter(|r| r.len() > 1).collect(),
+            logical_experts,
+            replicated: replicated(ranks, experts_per_rank, &jobs),
+            jobs,
             rank_bits: rank_bits(ranks, experts_per_rank),
         })
     }
@@ -101,6 +107,16 @@ impl Placement {
     pub fn jobs(&self) -> impl ExactSizeIterator<Item = &[u32]> + Clone {
         self.jobs.iter().map(Vec::as_slice)
     }
+
+    /// The physical replicas of the replicated expert at place `job` of [`jobs`](Self::jobs).
+    pub(crate) fn replicas_of(&self, job: u32) -> &[u32] {
+        &self.jobs[job as usize]
+    }
+
+    /// The replicas on `rank`, and the place of each in [`jobs`](Self::jobs).
+    pub(crate) fn replicated_on(&self, rank: usize) -> &[(u32, u32)] {
+        &self.replicated[rank]
+    }
 }
 
 fn experts_per_rank(ranks: usize, physical_experts: usize) -> Result<usize> {
@@ -124,6 +140,16 @@ fn rank_bits(ranks: usize, experts_per_rank: usize) -> Vec<u64> {
     }
     bits.push(0);
     bits
+}
+
+fn replicated(ranks: usize, experts_per_rank: usize, jobs: &[Vec<u32>]) -> Vec<Vec<(u32, u32)>> {
+    let mut on_ranks = vec![Vec::new(); ranks];
+    for (job, replicas) in jobs.iter().enumerate() {
+        for &replica in replicas {
+            on_ranks[replica as usize / experts_per_rank].push((replica, job as u32));
+        }
+    }
+    on_ranks
 }
 
 fn replicas_by_logical(physical_to_logical: &[u32]) -> Result<Vec<Vec<u32>>> {

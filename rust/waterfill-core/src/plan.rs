@@ -1,10 +1,13 @@
 //! The plan: how many shared rows each source sends to each rank, so that the slowest rank is as fast as can be.
 
 use crate::check::{check_length, check_rank};
+use crate::cost::CostModel;
 use crate::error::{Error, Result};
 use crate::joint::Sweeps;
 use crate::level::{level, room};
 use crate::problem::{Problem, Routed};
+use crate::single::Chooser;
+use crate::split::Splitter;
 use crate::transport::{Transfer, Transport};
 
 /// What [`Planner`] decided for one layer and step.
@@ -71,6 +74,8 @@ pub struct Planner {
     bases: Vec<u64>,
     eligible_bases: Vec<u64>,
     transport: Transport,
+    splitter: Splitter,
+    chooser: Chooser,
     sweeps: Sweeps,
 }
 
@@ -118,12 +123,38 @@ impl Planner {
         plan.replica_rows.clear();
         plan.replica_rows.extend_from_slice(routed);
         problem.base_costs(&mut self.bases);
+        if matches!(problem.cost, CostModel::Rows) {
+            self.splitter.run(problem, &mut self.bases, &mut plan.replica_rows);
+            self.place_shared(problem, plan);
+            return Ok(());
+        }
         let as_routed = self.optimum(problem);
         self.sweeps.run(problem, &mut self.bases, &mut plan.replica_rows);
         // Where a row's cost depends on the rows beside it, a split can cost more than it levels.
         if self.optimum(problem) > as_routed && problem.is_everyone_eligible() {
             return self.live(problem, plan);
         }
+        self.place_shared(problem, plan);
+        Ok(())
+    }
+
+    /// Put each replicated expert's rows on one of its replicas, and place the shared rows: for decode, where an
+    /// expert's weights take longer than its rows.
+    ///
+    /// First the rank with the most active experts has as few as can be, exactly. Then, with that many, the slowest
+    /// rank costs as little as a local search finds.
+    ///
+    /// # Errors
+    /// As [`joint`](Self::joint).
+    pub fn single_replica(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
+        problem.check()?;
+        let Routed::PerExpert(routed) = problem.routed else {
+            return Err(Error::NeedsExpertCounts);
+        };
+        plan.replica_rows.clear();
+        plan.replica_rows.extend_from_slice(routed);
+        problem.base_costs(&mut self.bases);
+        self.chooser.run(problem, &mut self.bases, &mut plan.replica_rows);
         self.place_shared(problem, plan);
         Ok(())
     }

@@ -69,6 +69,7 @@ fn second_calls_allocate_nothing() {
                     eligible: None,
                 };
                 planner.joint(&problem, &mut plan).unwrap();
+                planner.single_replica(&problem, &mut plan).unwrap();
                 planner.live(&problem, &mut plan).unwrap();
                 let own = OwnCounts {
                     placement: &placement,

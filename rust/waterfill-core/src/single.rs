@@ -1,0 +1,156 @@
+//! One replica for each replicated expert: what decode wants, where an expert's weights take longer than its rows.
+//!
+//! A rank reads the weights of each of its *active* experts, those with rows, once a layer. A second replica in use is
+//! a second set of weights to be read. So every expert runs on one replica, and first the rank with the most active
+//! experts has as few as can be: exact, by the same paths as rows are split (`split.rs`), an expert being one unit.
+//! Then, with that many, ranks are made cheaper than the costliest is, for as long as a search finds how: it takes an
+//! expert off a rank that is too costly or has too many, and then one off the rank that took it where need be, depth
+//! first, fewest moves first. With no bound on its tries it would find every such way of up to [`MOST_MOVES`] moves.
+
+use std::cmp::Reverse;
+
+use crate::problem::{Problem, cost_of_experts};
+use crate::split::Splitter;
+
+/// Experts that change their rank in one step of the search, at most.
+const MOST_MOVES: usize = 8;
+/// Moves that are tried in one plan, at most: about ten microseconds. What was found until then stays.
+const MOST_TRIES: u32 = 512;
+
+/// Workspace; reused, it allocates nothing.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Chooser {
+    splitter: Splitter,
+    /// `[P]` 1 where a replicated expert with rows runs.
+    chosen: Vec<u32>,
+    /// `[R]` active experts.
+    active: Vec<u64>,
+    /// Those of the fullest rank.
+    most: u64,
+    /// `[jobs]` whether the step at hand has moved each.
+    moved: Vec<bool>,
+    /// Ranks to be made cheaper, and those that took an expert in this step.
+    touched: Vec<usize>,
+    tries_left: u32,
+}
+
+/// What the search works on.
+struct State<'a> {
+    problem: &'a Problem<'a>,
+    bases: &'a mut [u64],
+    replica_rows: &'a mut [u32],
+    /// What all ranks are to end below.
+    limit: u64,
+}
+
+impl Chooser {
+    /// Put the rows of each replicated expert (`replica_rows`, `[P]`, as routed) on one replica; `bases` (`[R]`, the cost
+    /// of each rank's routed rows) follows.
+    pub(crate) fn run(&mut self, problem: &Problem, bases: &mut [u64], replica_rows: &mut [u32]) {
+        self.gather(problem, replica_rows);
+        self.most = self.splitter.level(problem, 0, &mut self.active, &mut self.chosen);
+        self.put_rows(problem, bases, replica_rows);
+        self.tries_left = MOST_TRIES;
+        let mut state = State { problem, bases, replica_rows, limit: 0 };
+        while self.improve(&mut state) {}
+    }
+
+    /// All rows of an expert on the eligible replica that has most of them, the first of equals.
+    fn gather(&mut self, problem: &Problem, replica_rows: &mut [u32]) {
+        let placement = problem.placement;
+        self.chosen.clear();
+        self.chosen.resize(replica_rows.len(), 0);
+        for replicas in placement.jobs() {
+            let rows: u32 = replicas.iter().map(|&r| replica_rows[r as usize]).sum();
+            let eligible =
+                replicas.iter().filter(|&&r| problem.is_eligible(placement.rank_of(r as usize)));
+            let most = eligible.max_by_key(|&&r| (replica_rows[r as usize], Reverse(r)));
+            if let (Some(&most), true) = (most, rows > 0) {
+                replicas.iter().for_each(|&r| replica_rows[r as usize] = 0);
+                replica_rows[most as usize] = rows;
+                self.chosen[most as usize] = 1;
+            }
+        }
+        self.active.clear();
+        let per_rank = replica_rows.chunks_exact(placement.experts_per_rank());
+        self.active.extend(per_rank.map(|rows| rows.iter().filter(|&&n| n > 0).count() as u64));
+        self.moved.clear();
+        self.moved.resize(placement.jobs().len(), false);
+    }
+
+    /// The rows follow the units.
+    fn put_rows(&mut self, problem: &Problem, bases: &mut [u64], replica_rows: &mut [u32]) {
+        for replicas in problem.placement.jobs() {
+            if let Some(&taken) = replicas.iter().find(|&&r| self.chosen[r as usize] == 1) {
+                let all = replicas.iter().map(|&r| std::mem::take(&mut replica_rows[r as usize]));
+                replica_rows[taken as usize] = all.sum();
+            }
+        }
+        let per_rank = replica_rows.chunks_exact(problem.placement.experts_per_rank());
+        for (base, rows) in bases.iter_mut().zip(per_rank) {
+            *base = cost_of_experts(problem.cost, rows);
+        }
+    }
+
+    /// Make every rank cheaper than the costliest is, by as few moves as that takes; gives whether it could.
+    fn improve(&mut self, state: &mut State) -> bool {
+        state.limit = state.bases.iter().copied().max().unwrap_or(0);
+        self.touched.clear();
+        self.touched
+            .extend((0..state.bases.len()).filter(|&rank| state.bases[rank] == state.limit));
+        (1..=MOST_MOVES).any(|moves| self.relieve(state, moves))
+    }
+
+    /// Take experts off ranks that are too costly or have too many, each expert once, until none is; or undo it all.
+    fn relieve(&mut self, state: &mut State, moves_left: usize) -> bool {
+        let is_over =
+            |&&rank: &&usize| state.bases[rank] >= state.limit || self.active[rank] > self.most;
+        let Some(&rank) = self.touched.iter().find(is_over) else {
+            return true;
+        };
+        if moves_left == 0 {
+            return false;
+        }
+        let placement = state.problem.placement;
+        for &(given, job) in placement.replicated_on(rank) {
+            if self.chosen[given as usize] == 0 || self.moved[job as usize] {
+                continue;
+            }
+            for &taken in placement.replicas_of(job) {
+                let to = placement.rank_of(taken as usize);
+                if to == rank || !state.problem.is_eligible(to) {
+                    continue;
+                }
+                if self.tries_left == 0 {
+                    return false;
+                }
+                self.tries_left -= 1;
+                self.moved[job as usize] = true;
+                self.touched.push(to);
+                self.shift(state, given, taken);
+                let done = self.relieve(state, moves_left - 1);
+                self.moved[job as usize] = false;
+                if done {
+                    return true;
+                }
+                self.touched.pop();
+                self.shift(state, taken, given);
+            }
+        }
+        false
+    }
+
+    /// One expert from a replica of its to another.
+    fn shift(&mut self, state: &mut State, given: u32, taken: u32) {
+        let rank_of = |replica: u32| state.problem.placement.rank_of(replica as usize);
+        let rows = std::mem::take(&mut state.replica_rows[given as usize]);
+        state.replica_rows[taken as usize] = rows;
+        let cost = state.problem.cost.cost(rows.into());
+        state.bases[rank_of(given)] -= cost;
+        state.bases[rank_of(taken)] += cost;
+        self.active[rank_of(given)] -= 1;
+        self.active[rank_of(taken)] += 1;
+        self.chosen[given as usize] = 0;
+        self.chosen[taken as usize] = 1;
+    }
+}
