@@ -48,6 +48,23 @@ def test_joint_levels_what_shared_rows_alone_cannot():
     assert joint.replica_rows[1:5] == routed[1:5]
 
 
+def test_single_replica_reads_the_fewest_weights_and_then_costs_least():
+    # Experts 0 and 1 are on both ranks. Split, each rank has three active experts; the fewest is two on each.
+    mapping = [0, 1, 2, 0, 1, 3]
+    model = waterfill_rs.CostModel.roofline(10.0, 1.0, 1)
+    plan = waterfill_rs.plan(
+        [4, 3, 30, 4, 3, 2],
+        [0, 0],
+        ranks=2,
+        physical_to_logical=mapping,
+        policy="single_replica",
+        cost_model=model,
+    )
+    # Rank 0 has the 30 rows of expert 2, so it takes the fewer rows: expert 1's.
+    assert plan.replica_rows == [0, 6, 30, 8, 0, 2]
+    assert plan.optimum == model.cost(30) + model.cost(6)
+
+
 def test_costs_are_those_of_a_count_by_hand():
     routed, placements = [3, 0, 70, 1], [[5, 0], [0, 5]]
     rows = waterfill_rs.CostModel.rows()

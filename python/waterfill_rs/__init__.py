@@ -40,7 +40,7 @@ def plan(
     visits: Integers | None = None,
     eligible: Sequence[bool] | None = None,
     cost_model: CostModel | None = None,
-    policy: Literal["live", "joint"] = "live",
+    policy: Literal["live", "joint", "single_replica"] = "live",
 ) -> Plan:
     """Plan where shared rows run: the slowest rank's exact optimum, then the fewest extra copies that counts can tell.
 
@@ -50,12 +50,15 @@ def plan(
         ranks: EP size, 1 to 1024, a power of two or not.
         physical_experts: routed experts over all ranks, redundant ones included; the length of
             ``physical_to_logical`` or of ``routed`` if not given.
-        physical_to_logical: ``[physical_experts]``, which logical expert each one computes; for ``joint``.
+        physical_to_logical: ``[physical_experts]``, which logical expert each one computes; for policies that move
+            replicated experts' rows.
         visits: ``[ranks, ranks]``, how many of source s's tokens have a routed expert on rank d.
-        eligible: ``[ranks]``, ranks that may take shared rows and, in ``joint``, replicated experts' rows; all
+        eligible: ``[ranks]``, ranks that may take shared rows, and replicated experts' rows where the policy moves them; all
             if not given. Leave a rank of which nothing is known out: its missing counts would make it look empty.
         cost_model: what rows cost; rows themselves if not given.
-        policy: ``live`` places the shared rows, ``joint`` splits replicated experts' rows too.
+        policy: ``live`` places the shared rows. ``joint`` splits replicated experts' rows too: in rows, the slowest rank
+            has as few as can be. ``single_replica`` puts all rows of an expert on one replica: first the most active experts
+            of a rank are as few as can be, then the slowest rank's cost is as little as a search finds.
 
     Raises:
         ValueError: with the offending numbers, for lengths or values that do not fit.

@@ -1,17 +1,14 @@
-//! Replicas and shared rows in one plan: the water-fill job by job, swept until nothing moves.
+//! Replicas and shared rows in one plan, for costs that are not rows: the water-fill job by job, swept until nothing moves.
 //!
 //! Each replicated logical expert is a job whose rows may run on its replicas' eligible ranks; the shared
 //! rows are a job that may run on any eligible rank. A sweep takes one job off, fills it anew, and goes on.
-//! With [`CostModel::Rows`] the fixed point in fractions of rows is the balanced allocation, which no
-//! allocation beats at the slowest rank (`docs/algorithm.md`).
-//!
-//! [`CostModel::Rows`]: crate::cost::CostModel::Rows
+//! It is a heuristic: rows themselves have an exact way (`split.rs`, `docs/algorithm.md`).
 
 use crate::cost::CostModel;
 use crate::level::{level, room};
 use crate::problem::Problem;
 
-/// Enough for 0.1% at 64 ranks with 64 redundant experts; fewer are made when nothing moves.
+/// At most: fewer are made when nothing moves.
 const MOST_SWEEPS: usize = 32;
 
 /// Workspace of the sweeps; reused, it allocates nothing.

@@ -107,9 +107,9 @@ impl Planner {
 
     /// Split every replicated expert's rows over its replicas and place the shared rows, as one plan.
     ///
-    /// Counts of one expert's replicas are added up and split anew over the eligible ranks among theirs.
-    /// Within a fraction of a percent of the optimum for [`CostModel::Rows`] (see `docs/algorithm.md`); the
-    /// shared rows are optimal for the split. Where all ranks are eligible it is never slower than `live`.
+    /// Counts of one expert's replicas are added up and split anew over the eligible ranks among theirs. For
+    /// [`CostModel::Rows`] it is the optimum, in whole rows (`docs/algorithm.md`). For other cost models it is a
+    /// heuristic, and the shared rows are optimal for the split. Where all ranks are eligible it is never slower than `live`.
     ///
     /// [`CostModel::Rows`]: crate::CostModel::Rows
     ///

@@ -124,10 +124,14 @@ fn plan(
     cost_model: &PyCostModel,
     policy: &str,
 ) -> PyResult<PyPlan> {
-    let joint = match policy {
-        "live" => false,
-        "joint" => true,
-        other => return Err(refused(format!("policy '{other}': give 'live' or 'joint'"))),
+    let make = match policy {
+        "live" => Planner::live,
+        "joint" => Planner::joint,
+        "single_replica" => Planner::single_replica,
+        other => {
+            let text = format!("policy '{other}': give 'live', 'joint' or 'single_replica'");
+            return Err(refused(text));
+        }
     };
     let cost = &cost_model.inner;
     // A plan for 1024 ranks takes tens of microseconds: others may run meanwhile, for the arguments own their memory.
@@ -143,12 +147,7 @@ fn plan(
             let (tokens, visits, eligible) = (&tokens[..], visits.as_deref(), eligible.as_deref());
             let problem = Problem { placement: &placement, cost, routed, tokens, visits, eligible };
             let mut inner = waterfill_core::Plan::new();
-            let mut planner = Planner::new();
-            if joint {
-                planner.joint(&problem, &mut inner)
-            } else {
-                planner.live(&problem, &mut inner)
-            }?;
+            make(&mut Planner::new(), &problem, &mut inner)?;
             Ok(PyPlan { ranks, inner })
         })
     })
