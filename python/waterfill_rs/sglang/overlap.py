@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from waterfill_rs.sglang import routed_groups
 from waterfill_rs.sglang.compat import resolve
 from waterfill_rs.sglang.shared_expert import Unfused
 from waterfill_rs.sglang_versions import Seams
@@ -90,6 +91,7 @@ class OverlappedLayer:
         self.runs = False
         """Within a call whose shared expert is unfused: the routers' balancer asks."""
         self._unfused, self._fields = unfused, moe.__dict__
+        self._slots = int(moe.experts.num_local_experts)
         self._install(moe)
 
     def _install(self, moe: Any) -> None:
@@ -116,11 +118,12 @@ class OverlappedLayer:
             if not overlaps:
                 return call(*args, **kwargs)
             fused, self._fields[FUSED] = self._fields[FUSED], 0
-            self.runs = True
+            self.runs, routed_groups.slots.number = True, self._slots
             try:
                 return call(*args, **kwargs)
             finally:
                 self._fields[FUSED], self.runs = fused, False
+                routed_groups.slots.number = 0
 
         return run
 

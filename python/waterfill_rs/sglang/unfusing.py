@@ -5,13 +5,14 @@ All layers of a model can, or none: and all ranks, or none.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs.config import MACHINE_VARIABLE, Config
 from waterfill_rs.machine import Machine
-from waterfill_rs.sglang import compat, metrics, refusal
+from waterfill_rs.sglang import compat, metrics, refusal, routed_groups
 from waterfill_rs.sglang.compat import resolve
 from waterfill_rs.sglang.overlap import Choice, OverlappedLayer
 from waterfill_rs.sglang.prefill_rule import PrefillRule
@@ -103,6 +104,14 @@ def unfuse(
     return layers
 
 
+def _deep_gemm() -> Any:
+    """sglang's module of DeepGEMM; None where it has another name, or none can be imported."""
+    try:
+        return importlib.import_module("sglang.srt.layers.deep_gemm_wrapper")
+    except ImportError:
+        return None
+
+
 class Share:
     """Where one model's shared experts run."""
 
@@ -140,6 +149,8 @@ class Share:
             return f"fused in every batch, because {'; '.join(reasons)}"
         choice = Choice(self._seams, ranks, data_parallel_groups(self._arguments), rule)
         metrics.watch_shared(choice.tally)
+        if (wrapper := _deep_gemm()) is not None:
+            routed_groups.install(wrapper)
         for moe, router, unfused in layers:
             getattr(router, self._seams.holder).overlap = OverlappedLayer(moe, unfused, choice)
         return f"beside dispatch in decode, {rule.text}"
