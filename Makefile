@@ -15,8 +15,9 @@ PACKAGES := VIRTUAL_ENV=$(CURDIR)/.venv-packages PATH=$(CURDIR)/.venv-packages/b
 # Messages of a panic name source files. What is published names none of the machine that built it.
 REMAPPED := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=cargo --remap-path-prefix=$(CURDIR)=waterfill-rs
 EMULATOR := $(CURDIR)/target/emulator/qemu-aarch64
-# What qemu-user has not: ptrace, limits of address space, and /proc's view of a thread.
-NOT_EMULATED := killed_at_any_system_call limits_of_the_process the_planners_thread_takes_no_signal dropping_it_ends_the_thread
+# What qemu-user has not: ptrace, limits of address space, /proc's view of a thread, and a fork beside threads that is sure not to hang.
+NOT_EMULATED := killed_at_any_system_call limits_of_the_process the_planners_thread_takes_no_signal dropping_it_ends_the_thread \
+  a_process_ends_at_once a_forks_child the_child_of_a_fork
 
 help: ## print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
