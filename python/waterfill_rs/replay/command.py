@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from waterfill_rs.replay.dumps import Counts, Tokens
     from waterfill_rs.replay.what_if import Places
 
-__all__ = ["add_command"]
+__all__ = ["add_command", "given_path"]
 
 
 def add_command(commands: Any) -> None:
@@ -31,7 +31,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "paths",
         nargs="+",
-        type=_path,
+        type=given_path,
         help="files of one recording, of any mode, or their folder, or JSON text",
     )
     parser.add_argument(
@@ -62,12 +62,12 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument(
         "--placement",
-        type=_path,
+        type=given_path,
         help="what if experts stood as in sglang's default ('trivial'), as its EPLB places them ('eplb'), or as a file "
         "says that --init-expert-location takes",
     )
     parser.add_argument(
-        "--beside", type=_path, help="another recording, in one table with this one"
+        "--beside", type=given_path, help="another recording, in one table with this one"
     )
     parser.add_argument("--cost-model", default="rows", help=cost_models.HELP)
     parser.add_argument("--json", type=Path, help="write every layer, pass and policy")
@@ -78,7 +78,8 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(run=_run)
 
 
-def _path(text: str) -> Path:
+def given_path(text: str) -> Path:
+    """An option's or argument's path, which may be JSON text."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: give a file or a folder")
     return Path(text)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from waterfill_rs.replay import dump_files, logical_counts, recordings
-from waterfill_rs.replay.recorded import Counts, Dump, Tokens
+from waterfill_rs.replay.recorded import ANY_TOP_K, Counts, Dump, Tokens
 
-__all__ = ["Counts", "Dump", "Tokens", "read", "read_map"]
+__all__ = ["ANY_TOP_K", "Counts", "Dump", "Tokens", "read", "read_map"]
 
 
 def read(
@@ -26,7 +26,7 @@ def read(
         paths: its files, or their folder, or JSON text; beside ``logical_count`` one file with
             ``physical_to_logical_map``.
         ranks: EP size; None for the number of ranks that recorded.
-        top_k: routed experts a token; None where the tokens tell.
+        top_k: routed experts a token; None where the tokens tell; ANY_TOP_K where rows alone matter.
         placed_anew: its experts will be placed for other ranks, so counts over all ranks are read as of one.
 
     Raises:

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Counts", "Dump", "Tokens", "given_top_k", "replicated", "top_k_doubts"]
+__all__ = ["ANY_TOP_K", "Counts", "Dump", "Tokens", "given_top_k", "replicated", "top_k_doubts"]
+
+ANY_TOP_K = 0
+"""Where rows alone matter and tokens do not: counts are read as of one expert a token."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Counts(Dump):
 
 def given_top_k(top_k: int | None, experts: int) -> int:
     """``--top-k``, which counts need."""
+    if top_k == ANY_TOP_K:
+        return 1
     if top_k is None:
         raise ValueError("counts do not tell how many experts a token has: give --top-k")
     if top_k > experts:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from waterfill_rs.replay import rank_files, whole_numbers
 from waterfill_rs.replay.rank_files import RankFile, routed
-from waterfill_rs.replay.recorded import Counts, Tokens, given_top_k, replicated, top_k_doubts
+from waterfill_rs.replay.recorded import (
+    ANY_TOP_K,
+    Counts,
+    Tokens,
+    given_top_k,
+    replicated,
+    top_k_doubts,
+)
 
 __all__ = ["read"]
 
@@ -418,7 +425,7 @@ def _columns(passes: dict[int, list[Tensor]], given: int | None) -> int:
     if top_k == 0:
         raise ValueError("no record holds a single routed id: record while the server serves")
     _check_last_differs(passes, top_k)
-    if given not in (None, top_k):
+    if given not in (None, ANY_TOP_K, top_k):
         raise ValueError(f"--top-k {given}: the dump's tokens have {top_k} experts")
     return top_k
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from waterfill_rs.replay import dump_files, dumps, placements
 from waterfill_rs.replay.dumps import Counts, Tokens
 
-__all__ = ["Places"]
+__all__ = ["Places", "logical_sums"]
 
 
 class Places:
@@ -28,7 +28,7 @@ class Places:
 
     def __init__(self, dump: Tokens | Counts, redundant: int | None, placement: Path) -> None:
         self._dump = dump
-        sums = _logical_sums(dump)
+        sums = logical_sums(dump)
         self._layers, self._logical = sums.shape
         self._redundant = redundant or 0
         self._map: Tensor | None = None
@@ -55,7 +55,7 @@ class Places:
             )
         given = dumps.read_map(path)
         if given is None:
-            self._counts = _logical_sums(
+            self._counts = logical_sums(
                 dumps.read([path], None, self._dump.top_k, placed_anew=True)
             )
             layers, logical = self._counts.shape
@@ -146,7 +146,7 @@ def _layers(dump: Tokens | Counts) -> int:
     return next(iter(dump.passes.values())).shape[1]
 
 
-def _logical_sums(dump: Tokens | Counts) -> Tensor:
+def logical_sums(dump: Tokens | Counts) -> Tensor:
     """``[L, E]`` int64, over all passes and ranks."""
     mapping = _logical_of(dump, _layers(dump))
     sums = torch.zeros(mapping.shape[0], int(mapping.max()) + 1, dtype=torch.int64)
