@@ -14,6 +14,7 @@ from waterfill_rs.calibrate import command as calibrate
 from waterfill_rs.demo import command as demo
 from waterfill_rs.operate import doctor, status
 from waterfill_rs.replay import command as replay
+from waterfill_rs.replay import place_command as place
 
 __all__ = ["main"]
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
     demo.add_command(commands)
     replay.add_command(commands)
+    place.add_command(commands)
     status.add_commands(commands)
     doctor.add_command(commands)
     calibrate.add_command(commands)
