@@ -105,10 +105,10 @@ def unfuse(
 
 
 def _deep_gemm() -> Any:
-    """sglang's module of DeepGEMM; None where it has another name, or none can be imported."""
+    """sglang's module of DeepGEMM; None where it has another name, or cannot be imported: GEMMs stay as they are."""
     try:
         return importlib.import_module("sglang.srt.layers.deep_gemm_wrapper")
-    except ImportError:
+    except Exception:  # Of sglang's, and it need not end a server that serves without.
         return None
 
 
