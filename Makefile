@@ -53,11 +53,11 @@ help: ## print this table
 build: .venv/native ## build the package into .venv
 run: .venv/native ## 8 live rank processes, one killed; placements compared: no GPU, no sglang
 	@$(BIN)/waterfill-rs demo --kill 5@30 --plot out/demo.png --json out/demo.json
-test: test-rust test-kernels .venv/test .venv/native .venv-packages/ready ## all tests but test-emulated and test-versions; test-sglang runs beside others
+test: test-rust .venv/test .venv/native .venv-packages/ready ## all tests but test-emulated and test-versions; test-sglang runs beside others
 	@mkdir -p out
 	@$(MAKE) --no-print-directory test-sglang >out/test-sglang.txt 2>&1 & sglang=$$!; failed=0; \
 	  trap "kill $$sglang 2>/dev/null || true" EXIT; trap "exit 130" INT; \
-	  $(MAKE) --no-print-directory test-python test-packages || failed=$$?; \
+	  $(MAKE) --no-print-directory test-kernels test-python test-packages || failed=$$?; \
 	  echo "== make test-sglang, which runs beside these"; tail -n +1 -f --pid=$$sglang out/test-sglang.txt; \
 	  wait $$sglang || failed=$$?; trap - EXIT; exit $$failed
 test-rust: test-models ## the core against its oracle, the board with processes killed, its models
