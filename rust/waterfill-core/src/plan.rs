@@ -116,12 +116,7 @@ impl Planner {
     /// # Errors
     /// As [`live`](Self::live), and [`Error::NeedsExpertCounts`] for counts per rank.
     pub fn joint(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
-        problem.check()?;
-        let Routed::PerExpert(routed) = problem.routed else {
-            return Err(Error::NeedsExpertCounts);
-        };
-        plan.replica_rows.clear();
-        plan.replica_rows.extend_from_slice(routed);
+        start_from_routed(problem, plan)?;
         problem.base_costs(&mut self.bases);
         if matches!(problem.cost, CostModel::Rows) {
             self.splitter.run(problem, &mut self.bases, &mut plan.replica_rows);
@@ -147,13 +142,7 @@ impl Planner {
     /// # Errors
     /// As [`joint`](Self::joint).
     pub fn single_replica(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
-        problem.check()?;
-        let Routed::PerExpert(routed) = problem.routed else {
-            return Err(Error::NeedsExpertCounts);
-        };
-        plan.replica_rows.clear();
-        plan.replica_rows.extend_from_slice(routed);
-        problem.base_costs(&mut self.bases);
+        start_from_routed(problem, plan)?;
         self.chooser.run(problem, &mut self.bases, &mut plan.replica_rows);
         self.place_shared(problem, plan);
         Ok(())
@@ -187,4 +176,15 @@ impl Planner {
             plan.shared_rows[usize::from(t.destination)] += t.rows;
         }
     }
+}
+
+/// The rows of each physical expert as routed, for a plan that moves them.
+fn start_from_routed(problem: &Problem, plan: &mut Plan) -> Result<()> {
+    problem.check()?;
+    let Routed::PerExpert(routed) = problem.routed else {
+        return Err(Error::NeedsExpertCounts);
+    };
+    plan.replica_rows.clear();
+    plan.replica_rows.extend_from_slice(routed);
+    Ok(())
 }

@@ -9,7 +9,7 @@
 
 use std::cmp::Reverse;
 
-use crate::problem::{Problem, cost_of_experts};
+use crate::problem::{Problem, base_costs};
 use crate::split::Splitter;
 
 /// Experts that change their rank in one step of the search, at most.
@@ -44,12 +44,18 @@ struct State<'a> {
 }
 
 impl Chooser {
-    /// Put the rows of each replicated expert (`replica_rows`, `[P]`, as routed) on one replica; `bases` (`[R]`, the cost
-    /// of each rank's routed rows) follows.
-    pub(crate) fn run(&mut self, problem: &Problem, bases: &mut [u64], replica_rows: &mut [u32]) {
+    /// Put the rows of each replicated expert (`replica_rows`, `[P]`, as routed) on one replica; `bases` becomes `[R]`, the
+    /// cost of each rank's routed rows then.
+    pub(crate) fn run(
+        &mut self,
+        problem: &Problem,
+        bases: &mut Vec<u64>,
+        replica_rows: &mut [u32],
+    ) {
         self.gather(problem, replica_rows);
         self.most = self.splitter.level(problem, 0, &mut self.active, &mut self.chosen);
-        self.put_rows(problem, bases, replica_rows);
+        self.put_rows(problem, replica_rows);
+        base_costs(problem.placement, problem.cost, replica_rows, bases);
         self.tries_left = MOST_TRIES;
         let mut state = State { problem, bases, replica_rows, limit: 0 };
         while self.improve(&mut state) {}
@@ -79,16 +85,12 @@ impl Chooser {
     }
 
     /// The rows follow the units.
-    fn put_rows(&mut self, problem: &Problem, bases: &mut [u64], replica_rows: &mut [u32]) {
+    fn put_rows(&self, problem: &Problem, replica_rows: &mut [u32]) {
         for replicas in problem.placement.jobs() {
             if let Some(&taken) = replicas.iter().find(|&&r| self.chosen[r as usize] == 1) {
                 let all = replicas.iter().map(|&r| std::mem::take(&mut replica_rows[r as usize]));
                 replica_rows[taken as usize] = all.sum();
             }
-        }
-        let per_rank = replica_rows.chunks_exact(problem.placement.experts_per_rank());
-        for (base, rows) in bases.iter_mut().zip(per_rank) {
-            *base = cost_of_experts(problem.cost, rows);
         }
     }
 
