@@ -1,0 +1,358 @@
+//! Which replica runs each routed row of a replicated expert: the table of a layer's replicas, and the choice by quotas.
+
+use crate::check::check_length;
+use crate::error::Result;
+use crate::ids::{Id, check_rows};
+use crate::placement::Placement;
+
+/// In a table: a physical expert that is its expert's only one, or a slot that no replica has.
+pub const NO_JOB: u32 = u32::MAX;
+/// Rows whose slots are numbered together: those of a warp of the kernel.
+const GROUP: usize = 32;
+
+/// The replicas of one layer, as ranks, planner and kernel know them.
+///
+/// A *job* is a replicated logical expert, in order of the logical experts; a *slot* is one of its replicas, job by job,
+/// ascending. There are at most as many jobs as redundant experts, and twice as many slots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaTable {
+    placement: Placement,
+    fingerprint: u32,
+    /// `[P]` the job of each physical expert, or [`NO_JOB`].
+    job_of: Vec<u32>,
+    /// `[jobs + 1]` the first slot of each job; the last is their number.
+    first: Vec<u32>,
+    /// `[slots]` the physical expert of each.
+    replicas: Vec<u32>,
+}
+
+impl ReplicaTable {
+    /// Physical expert `p` computes logical expert `physical_to_logical[p]`.
+    ///
+    /// # Errors
+    /// What [`Placement::replicated`] refuses.
+    pub fn new(ranks: usize, physical_to_logical: &[u32]) -> Result<Self> {
+        let placement = Placement::replicated(ranks, physical_to_logical)?;
+        let mut job_of = vec![NO_JOB; physical_to_logical.len()];
+        let (mut first, mut replicas) = (vec![0], Vec::new());
+        for (job, of_job) in placement.jobs().enumerate() {
+            of_job.iter().for_each(|&replica| job_of[replica as usize] = job as u32);
+            replicas.extend_from_slice(of_job);
+            first.push(replicas.len() as u32);
+        }
+        let fingerprint = fingerprint(physical_to_logical);
+        Ok(Self { placement, fingerprint, job_of, first, replicas })
+    }
+
+    /// Where the experts are.
+    #[must_use]
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// A number of the map's content, never 0: equal maps have equal ones, and others nearly always another.
+    #[must_use]
+    pub fn fingerprint(&self) -> u32 {
+        self.fingerprint
+    }
+
+    /// Physical experts beyond one for each logical expert.
+    #[must_use]
+    pub fn redundant(&self) -> usize {
+        self.job_of.len() - self.placement.logical_experts()
+    }
+
+    /// Replicated experts.
+    #[must_use]
+    pub fn jobs(&self) -> usize {
+        self.first.len() - 1
+    }
+
+    /// Replicas of replicated experts.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        self.replicas.len()
+    }
+
+    /// The physical expert of each slot, job by job.
+    #[must_use]
+    pub fn replicas(&self) -> &[u32] {
+        &self.replicas
+    }
+
+    /// The slots of a job.
+    #[must_use]
+    pub fn slots_of(&self, job: usize) -> std::ops::Range<usize> {
+        self.first[job] as usize..self.first[job + 1] as usize
+    }
+
+    /// The job of a physical expert, if its expert is replicated.
+    #[must_use]
+    pub fn job_of(&self, physical: usize) -> Option<usize> {
+        self.job_of.get(physical).filter(|&&job| job != NO_JOB).map(|&job| job as usize)
+    }
+
+    /// Words of [`words`](Self::words), for so many physical and redundant experts: the same whatever the map.
+    #[must_use]
+    pub fn words_of(physical_experts: usize, redundant: usize) -> usize {
+        2 + physical_experts + redundant + 1 + 2 * redundant
+    }
+
+    /// As the kernel reads it: the fingerprint, the number of jobs, the job of each physical expert `[P]`, the first slot
+    /// of each job `[redundant + 1]` (past the last job: the number of slots), the physical expert of each slot
+    /// `[2 * redundant]` (past the last: [`NO_JOB`]).
+    #[must_use]
+    pub fn words(&self) -> Vec<u32> {
+        let redundant = self.redundant();
+        let mut words = vec![self.fingerprint, self.jobs() as u32];
+        words.extend_from_slice(&self.job_of);
+        words.extend_from_slice(&self.first);
+        words.resize(2 + self.job_of.len() + redundant + 1, self.slots() as u32);
+        words.extend_from_slice(&self.replicas);
+        words.resize(Self::words_of(self.job_of.len(), redundant), NO_JOB);
+        words
+    }
+}
+
+/// FNV-1a (Fowler, Noll, Vo) of the words, 32 bits; 1 where that is 0.
+fn fingerprint(map: &[u32]) -> u32 {
+    let bytes = map.iter().flat_map(|word| word.to_le_bytes());
+    let hash = bytes
+        .fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    hash.max(1)
+}
+
+/// Names replicas by quotas; reused, it allocates nothing.
+#[derive(Clone, Debug, Default)]
+pub struct ReplicaAssigner {
+    /// `[slots]` sums of the quotas of a job's slots up to and with each.
+    until: Vec<u32>,
+    /// `[jobs]` rows of each job numbered so far.
+    numbered: Vec<u32>,
+    /// `[jobs]` whether its quotas add up to its rows.
+    fits: Vec<bool>,
+}
+
+impl ReplicaAssigner {
+    /// One whose workspace grows to the largest table it meets.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Name in `ids` (`[N, top_k]` physical) the replica that the quotas (`[slots]`) say for each slot of a replicated expert.
+    ///
+    /// A job's rows are numbered by groups of 32 rows, then by column, then by row. Number `n` goes to the first replica
+    /// whose running sum of quotas is above `n`. A job whose quotas do not add up to its rows stays as it is, as do ids
+    /// that name no physical expert.
+    ///
+    /// # Errors
+    /// Arrays of other lengths. Nothing is written then.
+    pub fn assign<I: Id>(
+        &mut self,
+        table: &ReplicaTable,
+        quotas: &[u32],
+        ids: &mut [I],
+        top_k: usize,
+    ) -> Result<()> {
+        check_rows(ids.len(), top_k)?;
+        check_length("replica quotas", quotas.len(), table.slots())?;
+        self.sum(table, quotas);
+        self.check(table, ids);
+        for group in ids.chunks_mut(GROUP * top_k) {
+            for column in 0..top_k {
+                for row in group.chunks_exact_mut(top_k) {
+                    if let Some(replica) = self.next(table, row[column]) {
+                        row[column] = I::from_low(replica);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn sum(&mut self, table: &ReplicaTable, quotas: &[u32]) {
+        self.until.clear();
+        for job in 0..table.jobs() {
+            let sum = |sum: &mut u32, &quota: &u32| {
+                *sum = sum.saturating_add(quota);
+                Some(*sum)
+            };
+            self.until.extend(quotas[table.slots_of(job)].iter().scan(0, sum));
+        }
+    }
+
+    fn check<I: Id>(&mut self, table: &ReplicaTable, ids: &[I]) {
+        self.numbered.clear();
+        self.numbered.resize(table.jobs(), 0);
+        for job in ids.iter().filter_map(|id| table.job_of(id.low() as usize)) {
+            self.numbered[job] += 1;
+        }
+        self.fits.clear();
+        let until = &self.until;
+        let fits = |(job, &rows): (usize, &u32)| until[table.slots_of(job).end - 1] == rows;
+        self.fits.extend(self.numbered.iter().enumerate().map(fits));
+        self.numbered.fill(0);
+    }
+
+    /// The replica of the next row of an id's job.
+    fn next<I: Id>(&mut self, table: &ReplicaTable, id: I) -> Option<u32> {
+        let job = table.job_of(id.low() as usize).filter(|&job| self.fits[job])?;
+        let number = self.numbered[job];
+        self.numbered[job] += 1;
+        let slots = table.slots_of(job);
+        let slot = slots.start + self.until[slots].iter().position(|&until| until > number)?;
+        Some(table.replicas[slot])
+    }
+}
+
+/// [`ReplicaAssigner::assign`] with a workspace of its own.
+///
+/// # Errors
+/// As there.
+pub fn choose_replicas<I: Id>(
+    table: &ReplicaTable,
+    quotas: &[u32],
+    ids: &mut [I],
+    top_k: usize,
+) -> Result<()> {
+    ReplicaAssigner::new().assign(table, quotas, ids, top_k)
+}
+
+/// Each source's part of each replica's rows; reused, it allocates nothing.
+#[derive(Clone, Debug, Default)]
+pub struct ReplicaQuotas {
+    slots: usize,
+    /// `[R, slots]`
+    quotas: Vec<u32>,
+    /// `[R]` what each source has left of the job at hand.
+    left: Vec<u32>,
+}
+
+impl ReplicaQuotas {
+    /// One whose workspace grows to the largest table it meets.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Divide a plan's rows of each replica (`replica_rows`, `[P]`) over the sources that have them (`counts`, `[R, P]`).
+    ///
+    /// A source's rows go to the replica on its own rank first, because that needs no copy; the rest in order. Each source's
+    /// quotas of a job add up to its rows of it.
+    ///
+    /// # Errors
+    /// Arrays of other lengths.
+    pub fn divide(
+        &mut self,
+        table: &ReplicaTable,
+        counts: &[u32],
+        replica_rows: &[u32],
+    ) -> Result<()> {
+        let placement = table.placement();
+        let (ranks, experts) = (placement.ranks(), placement.physical_experts());
+        check_length("counts", counts.len(), ranks * experts)?;
+        check_length("replica rows", replica_rows.len(), experts)?;
+        self.slots = table.slots();
+        self.quotas.clear();
+        self.quotas.resize(ranks * self.slots, 0);
+        for job in 0..table.jobs() {
+            let replicas = &table.replicas[table.slots_of(job)];
+            self.left.clear();
+            self.left.extend(
+                counts
+                    .chunks_exact(experts)
+                    .map(|of_source| replicas.iter().map(|&r| of_source[r as usize]).sum::<u32>()),
+            );
+            self.divide_job(table, job, replica_rows);
+        }
+        Ok(())
+    }
+
+    fn divide_job(&mut self, table: &ReplicaTable, job: usize, replica_rows: &[u32]) {
+        let slots = table.slots_of(job);
+        for slot in slots.clone() {
+            let replica = table.replicas[slot] as usize;
+            let source = table.placement.rank_of(replica);
+            let rows = replica_rows[replica].min(self.left[source]);
+            self.left[source] -= rows;
+            self.quotas[source * self.slots + slot] = rows;
+        }
+        let mut slot = slots.start;
+        let room = |quotas: &[u32], slot: usize| {
+            let given: u32 = quotas.iter().skip(slot).step_by(self.slots).sum();
+            replica_rows[table.replicas[slot] as usize].saturating_sub(given)
+        };
+        let mut open = room(&self.quotas, slot);
+        for source in 0..self.left.len() {
+            while self.left[source] > 0 {
+                let rows = open.min(self.left[source]);
+                self.quotas[source * self.slots + slot] += rows;
+                self.left[source] -= rows;
+                open -= rows;
+                if self.left[source] > 0 {
+                    slot += 1;
+                    if slot == slots.end {
+                        return; // Rows that no replica has: then the source's quotas do not add up, and it refuses them.
+                    }
+                    open = room(&self.quotas, slot);
+                }
+            }
+        }
+    }
+
+    /// `[slots]` of one source.
+    #[must_use]
+    pub fn of(&self, source: usize) -> &[u32] {
+        &self.quotas[source * self.slots..][..self.slots]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_has_the_words_that_the_kernel_reads() {
+        // Two ranks of three: logical 0 on both, 1 twice on the second.
+        let table = ReplicaTable::new(2, &[0, 2, 3, 0, 1, 1]).unwrap();
+        assert_eq!((table.redundant(), table.jobs(), table.slots()), (2, 2, 4));
+        let no = NO_JOB;
+        let fingerprint = table.fingerprint();
+        let expected = vec![fingerprint, 2, 0, no, no, 0, 1, 1, 0, 2, 4, 0, 3, 4, 5];
+        assert_eq!(table.words(), expected);
+        assert_eq!(table.words().len(), ReplicaTable::words_of(6, 2));
+        // One expert three times: one job, and words to spare.
+        let table = ReplicaTable::new(2, &[0, 0, 1, 0, 2, 3]).unwrap();
+        let expected = vec![table.fingerprint(), 1, 0, 0, no, 0, no, no, 0, 3, 3, 0, 1, 3, no];
+        assert_eq!(table.words(), expected);
+        assert_ne!(table.fingerprint(), fingerprint);
+    }
+
+    #[test]
+    fn rows_are_numbered_by_group_column_and_row() {
+        let table = ReplicaTable::new(2, &[0, 1, 0, 2]).unwrap();
+        // 33 rows of two columns, all of expert 0: the first 32 rows' first column, their second, then the last row.
+        let mut ids = vec![0i32; 66];
+        choose_replicas(&table, &[33, 33], &mut ids, 2).unwrap();
+        let expected: Vec<i32> = (0..66)
+            .map(|i| {
+                let (row, column) = (i / 2, i % 2);
+                let number = row / 32 * 64 + if row < 32 { column * 32 + row } else { column };
+                if number < 33 { 0 } else { 2 }
+            })
+            .collect();
+        assert_eq!(ids, expected);
+    }
+
+    #[test]
+    fn quotas_that_do_not_add_up_and_ids_of_no_expert_change_nothing() {
+        let table = ReplicaTable::new(2, &[0, 1, 0, 1]).unwrap();
+        let given = [0i64, 1, -1, 2, 4, i64::MIN];
+        let mut ids = given;
+        choose_replicas(&table, &[3, 0, 0, 1], &mut ids, 2).unwrap();
+        assert_eq!(ids, [0, 3, -1, 2, 4, i64::MIN], "the first job has two rows, not three");
+        choose_replicas(&table, &[u32::MAX, 3, 0, 1], &mut ids, 2).unwrap();
+        assert_eq!(ids, [0, 3, -1, 2, 4, i64::MIN]);
+    }
+}
