@@ -40,7 +40,7 @@ def plan(
     visits: Integers | None = None,
     eligible: Sequence[bool] | None = None,
     cost_model: CostModel | None = None,
-    policy: Literal["live", "joint", "single_replica"] = "live",
+    policy: Literal["live", "joint", "single_replica", "replicas"] = "live",
 ) -> Plan:
     """Plan where shared rows run: the slowest rank's exact optimum, then the fewest extra copies that counts can tell.
 
@@ -58,7 +58,9 @@ def plan(
         cost_model: what rows cost; rows themselves if not given.
         policy: ``live`` places the shared rows. ``joint`` splits replicated experts' rows too: in rows, the slowest rank
             has as few as can be. ``single_replica`` puts all rows of an expert on one replica: first the most active experts
-            of a rank are as few as can be, then the slowest rank's cost is as little as a search finds.
+            of a rank are as few as can be, then the slowest rank's cost is as little as a search finds. ``replicas``: one of
+            these two, as a server does: the one under which the slowest rank's routed rows take less, where an active expert
+            costs its rows or its weights, 184 rows, whichever is more.
 
     Raises:
         ValueError: with the offending numbers, for lengths or values that do not fit.

@@ -217,6 +217,8 @@ class PlannerSnapshot(TypedDict):
     """The slowest rank's cost as planned."""
     mean: int
     """The mean cost of the ranks."""
+    replicas: int
+    """Plans that chose replicas too."""
     missed: list[int]
     """``[ranks]`` calls that ended without each rank's counts."""
 
@@ -228,6 +230,8 @@ class Snapshot(TypedDict):
     """``SNAPSHOT_VERSION``."""
     ranks: int
     experts: int
+    redundant: int
+    """Physical experts beyond one for each logical expert, where plans choose among replicas; else 0."""
     by_rank: list[RankSnapshot]
     planner: PlannerSnapshot
 
@@ -246,15 +250,17 @@ class Board:
     """A segment in POSIX shared memory on which ranks of one host exchange counts."""
 
     @staticmethod
-    def create(name: str, ranks: int, experts: int, run: int) -> Board:
+    def create(name: str, ranks: int, experts: int, run: int, redundant: int = 0) -> Board:
         """Make the segment ``name`` for all who know ``run``, 128 random bits.
+
+        ``redundant``: physical experts beyond one for each logical expert, where plans choose among replicas.
 
         Raises:
             OSError: there is one of that name, or the memory is not to be had.
             ValueError: ranks or experts that do not fit.
         """
     @staticmethod
-    def attach(name: str, ranks: int, experts: int, run: int) -> Board:
+    def attach(name: str, ranks: int, experts: int, run: int, redundant: int = 0) -> Board:
         """Attach to what another process made with the same arguments.
 
         Raises:
@@ -293,6 +299,8 @@ class PlannerThread:
     @property
     def unwatched(self) -> str | None:
         """Why the ranks cannot see whether this process lives, if they can't."""
+    def set_map(self, layer: int, table: ReplicaTable) -> None:
+        """The planner's map of ``layer``, from the next call that is posted on."""
     def wake(self) -> None:
         """Before a call: if the thread sleeps, it is awake by the time that the counts come."""
     def stop(self) -> None: ...
@@ -314,11 +322,51 @@ class DeviceEnd:
 def leave_boards_in_child() -> None:
     """In the child of a fork: no longer seem to be the parent at its boards."""
 
-def board_bytes(ranks: int, experts: int) -> int:
+def board_bytes(ranks: int, experts: int, redundant: int = 0) -> int:
     """What a board of this shape takes of the shared memory.
 
     Raises:
         ValueError: experts that do not divide over the ranks.
+    """
+
+@final
+class ReplicaTable:
+    """The replicas of one layer: ``physical_to_logical`` ``[P]`` says which logical expert each physical expert computes.
+
+    A *job* is a replicated logical expert, a *slot* one of its replicas.
+
+    Raises:
+        ValueError: experts that do not divide over the ranks, a logical expert without a physical one.
+    """
+
+    def __new__(cls, ranks: int, physical_to_logical: Sequence[int]) -> ReplicaTable: ...
+    @property
+    def fingerprint(self) -> int:
+        """A number of the map's content, never 0: maps that differ have another one."""
+    @property
+    def redundant(self) -> int:
+        """Physical experts beyond one for each logical expert."""
+    @property
+    def jobs(self) -> int:
+        """Replicated experts."""
+    @property
+    def slots(self) -> int:
+        """Replicas of replicated experts."""
+    @property
+    def words(self) -> list[int]:
+        """As the kernel reads it, for an int32 tensor ``[2 + P + redundant + 1 + 2 * redundant]``.
+
+        The fingerprint; the jobs; the job of each physical expert or -1; the first slot of each job; the physical expert of
+        each slot or -1.
+        """
+
+def choose_replicas(
+    table: ReplicaTable, quotas: Sequence[int], ids: Sequence[int], top_k: int
+) -> list[int]:
+    """Physical ids ``[N * top_k]`` with the replicas that one source's quotas ``[slots]`` say.
+
+    Raises:
+        ValueError: arrays of other lengths.
     """
 
 @final
@@ -368,6 +416,29 @@ class Port:
         Raises:
             ValueError: ids that are no experts: nothing is posted or written, and the call does not count.
             RuntimeError: this process is a fork of the one that made the object.
+        """
+    def unsafe_choose_ptr(
+        self,
+        ids: tuple[int, int, int, int],
+        out: int,
+        cap_us: int,
+        table: ReplicaTable | None,
+        moved: bool,
+    ) -> str:
+        """One call on a board with redundant experts: count, post, wait for the plan, and name replicas as it says.
+
+        Ids ``[rows, top_k]`` go to ``out``: of the type given; or, ``moved`` up past the shared experts, int64. Moved ids are
+        of a batch whose shared rows are not routed. Without a table no replica is chosen. Gives how the call ended.
+
+        Raises:
+            ValueError: as ``unsafe_expand_ptr``, or a table of another shape than the board's.
+            RuntimeError: as there.
+        """
+    def set_map(self, layer: int, table: ReplicaTable) -> None:
+        """The planner's map of ``layer`` from now on.
+
+        Raises:
+            ValueError: this port has no planner.
         """
     @property
     def quotas(self) -> list[int]:

@@ -14,6 +14,13 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Error {
     /// A shape, counts or lengths that the core refuses, in its words.
     Core(waterfill_core::Error),
+    /// More redundant experts than there can be.
+    Redundant {
+        /// The number given.
+        redundant: usize,
+        /// Number of physical experts.
+        experts: usize,
+    },
     /// A segment's header or file that does not fit.
     Foreign {
         /// Where the segment is.
@@ -40,6 +47,11 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Core(error) => error.fmt(f),
+            Self::Redundant { redundant, experts } => write!(
+                f,
+                "{redundant} redundant of {experts} physical experts: give fewer, as each logical expert has one \
+                 that is not redundant"
+            ),
             Self::Foreign { path, field, found, expected } => write!(
                 f,
                 "{}: {field} is {found:#x}, not {expected:#x}: not this server's board; \

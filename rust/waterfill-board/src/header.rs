@@ -7,9 +7,10 @@ use crate::layout::{HEADER, Shape};
 use crate::sync::{AtomicU64, Ordering};
 
 /// "wfboard" and the layout's version: raised whenever a word means something else.
-pub(crate) const MAGIC: u64 = u64::from_be_bytes(*b"wfboard\x03");
+pub(crate) const MAGIC: u64 = u64::from_be_bytes(*b"wfboard\x04");
 /// The header's words, in order.
-const FIELDS: [&str; 5] = ["ranks", "experts", "words", "run token, low", "run token, high"];
+const FIELDS: [&str; 6] =
+    ["ranks", "experts", "redundant", "words", "run token, low", "run token, high"];
 
 /// Write the header of a fresh segment, for everybody who knows `run`.
 pub(crate) fn write(words: &[AtomicU64], shape: Shape, run: u128) {
@@ -31,7 +32,7 @@ pub(crate) fn shape_of(words: &[AtomicU64], path: &Path) -> Result<Shape> {
     check_field(path, "magic and version", words[0].load(Ordering::Acquire), MAGIC)?;
     // Relaxed: ordered by the acquire above.
     let field = |word: usize| words[word].load(Ordering::Relaxed) as usize;
-    let shape = Shape::new(field(1), field(2))?;
+    let shape = Shape::with_redundant(field(1), field(2), field(3))?;
     check_field(path, "size in bytes", bytes_there, shape.bytes() as u64)?;
     check(words, shape, None, path)?;
     Ok(shape)
@@ -57,5 +58,8 @@ pub(crate) fn check(
 
 fn fields(shape: Shape, run: u128) -> [u64; FIELDS.len()] {
     const { assert!(FIELDS.len() < HEADER) };
-    [shape.ranks as u64, shape.experts as u64, shape.words() as u64, run as u64, (run >> 64) as u64]
+    let Shape { ranks, experts, redundant } = shape;
+    let sizes = [ranks, experts, redundant, shape.words()].map(|size| size as u64);
+    let [ranks, experts, redundant, words] = sizes;
+    [ranks, experts, redundant, words, run as u64, (run >> 64) as u64]
 }

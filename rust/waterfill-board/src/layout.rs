@@ -5,7 +5,7 @@
 //! Every block has one writer and starts a cache line of its own, so that a rank (or its GPU) polls a
 //! line that nobody else reads.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::presence::End;
 
 /// Words in a cache line.
@@ -20,6 +20,8 @@ pub struct Shape {
     pub ranks: usize,
     /// Physical experts over all ranks, or as many as ranks: the counts that a rank posts.
     pub experts: usize,
+    /// Physical experts beyond one for each logical expert, where plans choose among replicas; else 0.
+    pub redundant: usize,
 }
 
 impl Shape {
@@ -29,14 +31,26 @@ impl Shape {
     /// What [`waterfill_core::Placement::contiguous`] refuses.
     pub fn new(ranks: usize, experts: usize) -> Result<Self> {
         waterfill_core::Placement::contiguous(ranks, experts)?;
-        Ok(Self { ranks, experts })
+        Ok(Self { ranks, experts, redundant: 0 })
+    }
+
+    /// A shape whose plans choose among the replicas of `redundant` experts too.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), or no expert that is not redundant.
+    pub fn with_redundant(ranks: usize, experts: usize, redundant: usize) -> Result<Self> {
+        let shape = Self::new(ranks, experts)?;
+        if redundant >= experts {
+            return Err(Error::Redundant { redundant, experts });
+        }
+        Ok(Self { redundant, ..shape })
     }
 
     /// Whether ranks post one count for each rank, the rows of its experts together. Where each rank has one expert that
     /// is one for each expert too: the same words, whoever reads them.
     #[must_use]
     pub fn has_counts_per_rank(&self) -> bool {
-        self.experts == self.ranks
+        self.experts == self.ranks && self.redundant == 0
     }
 
     /// Words of the whole board.
@@ -103,10 +117,11 @@ impl Shape {
         self.waits_seen(self.ranks)
     }
 
-    /// Words that a rank posts: its tokens, its visits `[R]`, its counts `[P]`, and whether it waits for a plan.
+    /// Words that a rank posts: its tokens, its visits `[R]`, its counts `[P]`, the fingerprint of its map where plans choose
+    /// among replicas, and whether it waits for a plan.
     #[must_use]
     pub fn posted(&self) -> usize {
-        1 + self.ranks + self.experts + 1
+        1 + self.ranks + self.experts + usize::from(self.redundant > 0) + 1
     }
 
     /// The first word of the counts that `rank` posts for a call with this tag.
@@ -124,13 +139,26 @@ impl Shape {
     /// The first word of the quotas of `rank` for a call with this tag, `[R]`.
     #[must_use]
     pub fn quotas(&self, tag: u32, rank: usize) -> usize {
-        self.counts(tag, self.ranks) + rank * lines(self.ranks)
+        self.counts(tag, self.ranks) + rank * lines(self.planned())
+    }
+
+    /// Behind them, where plans choose among replicas: the fingerprint of the map that the plan is made for, or 0 if it chose
+    /// none; then the quota of each slot of the layer's table, at most twice as many as redundant experts.
+    #[must_use]
+    pub fn replica_quotas(&self, tag: u32, rank: usize) -> usize {
+        self.quotas(tag, rank) + self.ranks
+    }
+
+    /// Words of one rank's part of a plan.
+    #[must_use]
+    pub fn planned(&self) -> usize {
+        self.ranks + if self.redundant > 0 { 1 + 2 * self.redundant } else { 0 }
     }
 
     /// Words of one slot of the ring.
     #[must_use]
     pub fn slot(&self) -> usize {
-        self.ranks * (self.counts_stride() + lines(self.ranks))
+        self.ranks * (self.counts_stride() + lines(self.planned()))
     }
 }
 
@@ -154,8 +182,17 @@ mod tests {
 
     #[test]
     fn blocks_are_lines_of_their_own_and_fill_the_board() {
-        for (ranks, experts) in [(1, 1), (2, 6), (8, 256), (12, 12), (72, 288)] {
-            let shape = Shape::new(ranks, experts).unwrap();
+        for (ranks, experts, redundant) in [
+            (1, 1, 0),
+            (2, 6, 0),
+            (2, 6, 3),
+            (8, 256, 0),
+            (8, 288, 32),
+            (12, 12, 0),
+            (72, 288, 0),
+            (72, 360, 72),
+        ] {
+            let shape = Shape::with_redundant(ranks, experts, redundant).unwrap();
             let mut taken = vec![false; shape.words()];
             taken[..HEADER].fill(true);
             for rank in 0..ranks {
@@ -165,7 +202,7 @@ mod tests {
             for tag in 1..=RING as u32 {
                 for rank in 0..ranks {
                     let counts = (shape.counts(tag, rank), shape.posted());
-                    let quotas = (shape.quotas(tag, rank), ranks);
+                    let quotas = (shape.quotas(tag, rank), shape.planned());
                     for (start, words) in [counts, quotas] {
                         assert_eq!(start % LINE, 0);
                         for word in &mut taken[start..start + lines(words)] {
@@ -174,7 +211,7 @@ mod tests {
                     }
                 }
             }
-            assert!(taken.into_iter().all(|word| word), "{ranks} ranks, {experts} experts");
+            assert!(taken.into_iter().all(|word| word), "{shape:?}");
         }
     }
 }

@@ -27,6 +27,7 @@ mod error;
 mod header;
 mod histogram;
 mod layout;
+mod maps;
 mod outcome;
 mod planner;
 mod port;

@@ -2,11 +2,17 @@
 
 use std::time::Duration;
 
-use waterfill_core::{CostModel, Placement, Plan, Planner, Problem, Routed, check_length, score};
+use std::sync::Arc;
+
+use waterfill_core::{
+    CostModel, Placement, Plan, Planner, Problem, ReplicaQuotas, ReplicaTable, Routed,
+    check_length, score,
+};
 
 use crate::error::Result;
 use crate::histogram::Waits;
 use crate::layout::{RING, Shape};
+use crate::maps::Maps;
 use crate::presence::{End, Held, Presence};
 use crate::region::Region;
 use crate::sync::Instant;
@@ -75,6 +81,10 @@ pub struct BoardPlanner<R> {
     planner: Planner,
     plan: Plan,
     quotas: Vec<u32>,
+    /// `[R]` the fingerprints that ranks posted, where plans choose among replicas; else 0.
+    fingerprints: Vec<u32>,
+    maps: Maps,
+    replica_quotas: ReplicaQuotas,
     published: Published,
     watched: Result<Option<Held>>,
 }
@@ -116,6 +126,9 @@ impl<R: Region> BoardPlanner<R> {
             planner: Planner::new(),
             plan: Plan::new(),
             quotas: vec![0; ranks],
+            fingerprints: vec![0; ranks],
+            maps: Maps::default(),
+            replica_quotas: ReplicaQuotas::new(),
             published,
             watched,
         })
@@ -129,6 +142,12 @@ impl<R: Region> BoardPlanner<R> {
     /// What was published so far.
     pub fn published(&self) -> &Published {
         &self.published
+    }
+
+    /// From now on the replicas of `layer` are those of this table, in which ranks have to agree with the planner by its
+    /// fingerprint. A table of another shape than the board's is never used.
+    pub fn set_map(&mut self, layer: usize, table: Arc<ReplicaTable>) {
+        self.maps.set(layer, table);
     }
 
     /// Go on at another call than the first.
@@ -317,11 +336,17 @@ impl<R: Region> BoardPlanner<R> {
         let (tokens, words) = words.split_at(1);
         let (visits, words) = words.split_at(ranks);
         // The last word, whether it waits, may change later: it is looked at when all others are there.
-        let (counts, _) = words.split_at(experts);
+        let (counts, words) = words.split_at(experts);
+        let (fingerprint, _) = words.split_at(words.len() - 1);
         // Every word is looked at, whatever the last one tells: nothing orders them.
         word::load_all(tokens, self.next, &mut self.tokens[rank..=rank])
             && word::load_all(visits, self.next, &mut self.visits[rank * ranks..][..ranks])
             && word::load_all(counts, self.next, &mut self.counts[rank * experts..][..experts])
+            && word::load_all(
+                fingerprint,
+                self.next,
+                &mut self.fingerprints[rank..][..fingerprint.len()],
+            )
     }
 
     /// Nobody posted the next call: if a later one stands in the ring, all went on without us (this
@@ -385,28 +410,31 @@ impl<R: Region> BoardPlanner<R> {
                 *sum = sum.saturating_add(rows);
             }
         }
+        let table = self.table();
         let problem = Problem {
-            placement: &self.placement,
+            placement: table.as_deref().map_or(&self.placement, ReplicaTable::placement),
             cost: &self.cost,
             routed: Routed::PerExpert(&self.routed),
             tokens: &self.tokens,
             visits: Some(&self.visits),
             eligible: (!all).then_some(&self.arrived),
         };
+        let planned = match &table {
+            Some(table) => self.planner.replicas(&problem, &mut self.plan).and_then(|()| {
+                self.replica_quotas.divide(table, &self.counts, self.plan.replica_rows())
+            }),
+            None => self.planner.live(&problem, &mut self.plan),
+        };
         // Counts that are no counts can only come from a foreign writer; then nobody gets a plan.
-        if self.planner.live(&problem, &mut self.plan).is_err() {
+        if planned.is_err() {
             return self.refuse(Why::Refused);
         }
         for rank in (0..ranks).filter(|&rank| self.arrived[rank]) {
-            if self.plan.quotas_of(rank, &mut self.quotas).is_err() {
-                continue;
-            }
-            let start = self.shape.quotas(self.next.tag(), rank);
-            let words = &self.region.words()[start..start + ranks];
-            for (word, &quota) in words.iter().zip(&self.quotas) {
-                word::store(word, self.next, quota);
+            if self.plan.quotas_of(rank, &mut self.quotas).is_ok() {
+                self.write(rank, table.as_deref());
             }
         }
+        self.published.replicas += u64::from(table.is_some());
         if all {
             self.published.whole += 1
         } else {
@@ -415,10 +443,44 @@ impl<R: Region> BoardPlanner<R> {
         self.weigh();
     }
 
-    /// The ranks' costs with shared rows at home and under the plan, for those who look from outside.
+    /// Write `rank`'s part of the plan: `self.quotas`, and those of its replicas.
+    fn write(&self, rank: usize, table: Option<&ReplicaTable>) {
+        let start = self.shape.quotas(self.next.tag(), rank);
+        let words = &self.region.words()[start..start + self.shape.planned()];
+        let (quotas, words) = words.split_at(self.shape.ranks);
+        word::store_all(quotas, self.next, &self.quotas);
+        let Some((fingerprint, words)) = words.split_first() else { return };
+        if let Some(table) = table {
+            let replica_quotas = self.replica_quotas.of(rank);
+            word::store_all(&words[..replica_quotas.len()], self.next, replica_quotas);
+            word::store(fingerprint, self.next, table.fingerprint());
+        } else {
+            word::store(fingerprint, self.next, 0);
+        }
+    }
+
+    /// The replicas of this call's layer, if all ranks whose counts are there have the same map, and it is known here.
+    fn table(&mut self) -> Option<Arc<ReplicaTable>> {
+        let mut posted =
+            self.fingerprints.iter().zip(&self.arrived).filter(|&(_, &arrived)| arrived);
+        let (&fingerprint, _) = posted.next()?;
+        if fingerprint == 0 || posted.any(|(&other, _)| other != fingerprint) {
+            return None;
+        }
+        let shape = self.shape;
+        self.maps.find(fingerprint).filter(|table| {
+            let placement = table.placement();
+            let sizes = (placement.ranks(), placement.physical_experts(), table.redundant());
+            sizes == (shape.ranks, shape.experts, shape.redundant)
+        })
+    }
+
+    /// The ranks' costs with shared rows at home and replicas as routed, and under the plan, for those who look from outside.
     fn weigh(&mut self) {
-        let costs = |shared| score::max_and_mean(&self.placement, &self.cost, &self.routed, shared);
-        if let (Ok(home), Ok(planned)) = (costs(&self.tokens), costs(self.plan.shared_rows())) {
+        let costs = |rows, shared| score::max_and_mean(&self.placement, &self.cost, rows, shared);
+        let home = costs(&self.routed, &self.tokens);
+        let planned = costs(self.plan.replica_rows(), self.plan.shared_rows());
+        if let (Ok(home), Ok(planned)) = (home, planned) {
             self.published.home = self.published.home.saturating_add(home.max);
             self.published.planned = self.published.planned.saturating_add(planned.max);
             self.published.mean = self.published.mean.saturating_add(planned.mean as u64);

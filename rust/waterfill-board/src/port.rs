@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use waterfill_core::{CostModel, OwnCounts, OwnPlanner, Placement, check_length, check_rank};
+use waterfill_core::{
+    CostModel, OwnCounts, OwnPlanner, Placement, ReplicaTable, check_length, check_rank,
+};
 
 use crate::error::Result;
 use crate::layout::Shape;
@@ -50,6 +52,12 @@ pub struct Port<R> {
     /// Whether the call that was posted last waits for its plan.
     waits: bool,
     taken: Vec<u32>,
+    /// Of the table of the call at hand: its fingerprint, 0 without one, and its slots.
+    map: (u32, usize),
+    /// `[2 * redundant]` the quotas of its slots.
+    replica_quotas: Vec<u32>,
+    /// Whether the last call's plan has such quotas for that table.
+    has_replica_quotas: bool,
     watched: Result<Option<Held>>,
 }
 
@@ -77,6 +85,9 @@ impl<R: Region> Port<R> {
             failures: 0,
             waits: false,
             taken: vec![0; shape.ranks],
+            map: (0, 0),
+            replica_quotas: vec![0; 2 * shape.redundant],
+            has_replica_quotas: false,
             watched,
         })
     }
@@ -90,6 +101,29 @@ impl<R: Region> Port<R> {
     /// How the calls so far ended.
     pub fn tally(&self) -> &Tally {
         &self.tally
+    }
+
+    /// The replicas of the layer whose call comes next; none where replicas are not chosen. All ranks have to say the same.
+    ///
+    /// # Errors
+    /// A table of other numbers of ranks, physical or redundant experts than the board's.
+    pub fn set_table(&mut self, table: Option<&ReplicaTable>) -> Result<()> {
+        if let Some(table) = table {
+            let placement = table.placement();
+            check_length("ranks of the table", placement.ranks(), self.shape.ranks)?;
+            let experts = placement.physical_experts();
+            check_length("experts of the table", experts, self.shape.experts)?;
+            let redundant = table.redundant();
+            check_length("redundant experts of the table", redundant, self.shape.redundant)?;
+        }
+        self.map = table.map_or((0, 0), |table| (table.fingerprint(), table.slots()));
+        Ok(())
+    }
+
+    /// `[slots]` this rank's rows for each replica in the last call, if its plan chose replicas of the table that was set.
+    #[must_use]
+    pub fn replica_quotas(&self) -> Option<&[u32]> {
+        self.has_replica_quotas.then(|| &self.replica_quotas[..self.map.1])
     }
 
     /// Go on after another call than none: tests of wrap-around do, and a rank that joins late.
@@ -161,8 +195,10 @@ impl<R: Region> Port<R> {
         meanwhile: impl FnMut(),
     ) -> Result<Outcome> {
         check_length("quotas", quotas.len(), self.shape.ranks)?;
+        self.has_replica_quotas = false;
         let begun = Instant::now();
         let outcome = self.wait(begun, cap, posted.tokens, quotas, meanwhile);
+        self.has_replica_quotas &= outcome == Outcome::Live;
         self.count(outcome, posted.tokens, begun.elapsed());
         if outcome != Outcome::Live {
             let mut own = std::mem::take(&mut self.own);
@@ -197,7 +233,9 @@ impl<R: Region> Port<R> {
         let start = self.shape.counts(sequence.tag(), self.rank);
         let mut words = &self.region.words()[start..start + self.shape.posted()];
         // Not one chained iterator: it takes a few branches a word.
-        for values in [&[posted.tokens], posted.visits, posted.counts, &[self.waits.into()]] {
+        let fingerprint = if self.shape.redundant > 0 { &[self.map.0][..] } else { &[] };
+        let last = &[self.waits.into()];
+        for values in [&[posted.tokens], posted.visits, posted.counts, fingerprint, last] {
             let (these, rest) = words.split_at(values.len());
             word::store_all(these, sequence, values);
             words = rest;
@@ -264,10 +302,20 @@ impl<R: Region> Port<R> {
         Outcome::Live
     }
 
-    /// Read this rank's quotas of a call into `taken`; false as long as any is missing.
+    /// Read this rank's part of a plan into `taken` and `replica_quotas`; false as long as any of it is missing.
     fn take(&mut self, sequence: Sequence) -> bool {
         let start = self.shape.quotas(sequence.tag(), self.rank);
-        let words = &self.region.words()[start..start + self.shape.ranks];
-        word::load_all(words, sequence, &mut self.taken)
+        let words = &self.region.words()[start..start + self.shape.planned()];
+        let (quotas, words) = words.split_at(self.shape.ranks);
+        if !word::load_all(quotas, sequence, &mut self.taken) {
+            return false;
+        }
+        let Some((fingerprint, words)) = words.split_first() else { return true };
+        let Some(fingerprint) = word::load(fingerprint, sequence) else { return false };
+        let (own, slots) = self.map;
+        // Of another map than this rank's: its quotas say nothing here.
+        self.has_replica_quotas = fingerprint != 0 && fingerprint == own;
+        !self.has_replica_quotas
+            || word::load_all(&words[..slots], sequence, &mut self.replica_quotas[..slots])
     }
 }

@@ -17,7 +17,7 @@ use crate::sync::AtomicU64;
 use crate::tally::{Published, Tally};
 
 /// What a snapshot's fields mean; raised whenever one changes.
-pub const SNAPSHOT_VERSION: u32 = 2;
+pub const SNAPSHOT_VERSION: u32 = 3;
 
 /// What ranks and planner counted until now.
 #[derive(Clone, Debug, PartialEq, Eq)]

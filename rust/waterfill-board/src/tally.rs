@@ -44,6 +44,8 @@ pub struct Published {
     pub planned: u64,
     /// The mean rank's cost under the plan, summed.
     pub mean: u64,
+    /// Plans that chose replicas too.
+    pub replicas: u64,
     /// `[R]` calls that were ended without a rank's counts, planned or not.
     pub missed: Vec<u64>,
 }
@@ -132,6 +134,7 @@ impl Published {
             self.home,
             self.planned,
             self.mean,
+            self.replicas,
         ];
         show(&words[start..], own);
         show(&words[start + PLANNER_TALLY..], self.missed.iter().copied());
@@ -140,8 +143,19 @@ impl Published {
     /// As it stands on a board.
     pub(crate) fn read(words: &[AtomicU64], shape: Shape) -> Self {
         let words = &words[shape.planner_tally()..][..PLANNER_TALLY + shape.ranks];
-        let [process, whole, partial, late, silent, given_up, refused, home, planned, mean] =
-            std::array::from_fn(|field| look(&words[field]));
+        let [
+            process,
+            whole,
+            partial,
+            late,
+            silent,
+            given_up,
+            refused,
+            home,
+            planned,
+            mean,
+            replicas,
+        ] = std::array::from_fn(|field| look(&words[field]));
         let missed = words[PLANNER_TALLY..].iter().map(look).collect();
         Self {
             process,
@@ -154,6 +168,7 @@ impl Published {
             home,
             planned,
             mean,
+            replicas,
             missed,
         }
     }

@@ -1,8 +1,11 @@
 //! The planner on a thread of its own: no Python, no CUDA, no signals; it looks at the board until it is ended.
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use waterfill_core::ReplicaTable;
 
 use crate::layout::Shape;
 use crate::planner::BoardPlanner;
@@ -36,6 +39,7 @@ const WATCH: Duration = Duration::from_millis(5);
 pub struct PlannerThread {
     thread: Background<Published>,
     woken: Arc<AtomicBool>,
+    maps: Sender<(usize, Arc<ReplicaTable>)>,
 }
 
 /// A thread that tells this rank's kernel when the planner's process is gone, which a kernel cannot ask; it ends when
@@ -63,6 +67,7 @@ impl PlannerThread {
         let woken = Arc::new(AtomicBool::new(false));
         let wakes = Arc::clone(&woken);
         let (tell, told) = std::sync::mpsc::sync_channel(1);
+        let (maps, new_maps) = std::sync::mpsc::channel();
         let run = move |stop: &AtomicBool| {
             let ready = pin(pace);
             let failed = ready.is_err();
@@ -71,11 +76,11 @@ impl PlannerThread {
             if failed {
                 planner.published().clone()
             } else {
-                plan_until(planner, pace, stop, &wakes)
+                plan_until(planner, pace, stop, &wakes, &new_maps)
             }
         };
         let thread = Background::spawn("waterfill-planner", run)?;
-        let started = Self { thread, woken };
+        let started = Self { thread, woken, maps };
         told.recv().unwrap_or_else(|_| Err(std::io::Error::other("the planner's thread ended")))?;
         Ok(started)
     }
@@ -87,6 +92,12 @@ impl PlannerThread {
         if let Some(thread) = &self.thread.thread {
             thread.thread().unpark();
         }
+    }
+
+    /// [`BoardPlanner::set_map`], before the next call that is posted afterwards.
+    pub fn set_map(&self, layer: usize, table: Arc<ReplicaTable>) {
+        // The receiver is gone only with the thread, whose plans nobody waits for then.
+        let _ = self.maps.send((layer, table));
     }
 
     /// End the thread; gives what it published, nothing if it panicked.
@@ -161,10 +172,15 @@ fn plan_until<R: Region>(
     pace: Pace,
     stop: &AtomicBool,
     woken: &AtomicBool,
+    new_maps: &Receiver<(usize, Arc<ReplicaTable>)>,
 ) -> Published {
     let (mut polls, mut last) = (0u32, Instant::now());
     // Relaxed: a flag that guards nothing; partner: `Background::join`. The join orders the rest.
     while !stop.load(Ordering::Relaxed) {
+        // Before the look at the board: a map was sent before the counts that name it were posted.
+        for (layer, table) in new_maps.try_iter() {
+            planner.set_map(layer, table);
+        }
         if planner.poll() {
             (polls, last) = (0, Instant::now());
             // Relaxed: as below. Whoever woke it has its answer.

@@ -214,8 +214,15 @@ fn a_segment_is_refused_by_the_field_that_does_not_fit() {
     assert!(refusal(Shape::new(2, 64).unwrap(), RUN).contains("size in bytes"));
     assert!(refusal(shape(), RUN ^ 1).contains("run token, low"));
     assert!(refusal(shape(), RUN ^ 1 << 100).contains("run token, high"));
-    let fields =
-        ["magic and version", "ranks", "experts", "words", "run token, low", "run token, high"];
+    let fields = [
+        "magic and version",
+        "ranks",
+        "experts",
+        "redundant",
+        "words",
+        "run token, low",
+        "run token, high",
+    ];
     for (word, field) in fields.into_iter().enumerate() {
         for byte in 0..8 {
             let at = word * 8 + byte;

@@ -52,13 +52,34 @@ impl Expander {
         learn: impl FnOnce(&OwnCounts, &mut [u32]) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
         check_expansion(routed, &out)?;
-        let Self { placement, cost, rank, visits, quotas, assigner, .. } = self;
-        let tokens = count(placement, routed.ids, routed.top_k, &mut self.routed, visits)?;
+        let learned = self.learn(routed.ids, routed.top_k, true, learn)?;
+        let Self { placement, rank, quotas, assigner, .. } = self;
+        assigner.expand_counted(placement, *rank, routed, quotas, shared_weight, out)?;
+        Ok(learned)
+    }
+
+    /// The first half of a call: count, and let `learn` write the quotas as in [`expand`](Self::expand). Without
+    /// `routes_shared` the shared rows are not routed: `learn` is told of no token and no visit.
+    ///
+    /// # Errors
+    /// Arrays of other lengths, or an id at or above the number of physical experts: `learn` is not called then. What `learn`
+    /// refuses.
+    pub fn learn<I: Id, T, E: From<Error>>(
+        &mut self,
+        ids: &[I],
+        top_k: usize,
+        routes_shared: bool,
+        learn: impl FnOnce(&OwnCounts, &mut [u32]) -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
+        let Self { placement, cost, rank, visits, quotas, .. } = self;
+        let mut tokens = count(placement, ids, top_k, &mut self.routed, visits)?;
+        if !routes_shared {
+            tokens = 0;
+            visits.fill(0);
+        }
         let source = *rank;
         let own = OwnCounts { placement, cost, source, routed: &self.routed, visits, tokens };
-        let learned = learn(&own, quotas)?;
-        assigner.expand_counted(placement, source, routed, quotas, shared_weight, out)?;
-        Ok(learned)
+        learn(&own, quotas)
     }
 
     /// `[R]` the quotas of the last call that was not refused; none, all 0, before the first.

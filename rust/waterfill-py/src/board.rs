@@ -13,6 +13,7 @@ use waterfill_board::{
 
 use crate::error::{board_guarded, refused};
 use crate::plan::PyCostModel;
+use crate::replicas::PyReplicaTable;
 
 pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("SNAPSHOT_VERSION", SNAPSHOT_VERSION)?;
@@ -37,18 +38,32 @@ pub struct PyBoard {
 impl PyBoard {
     /// Make the segment `name` for all who know `run`, 128 random bits.
     #[staticmethod]
-    fn create(name: &str, ranks: usize, experts: usize, run: u128) -> PyResult<Self> {
+    #[pyo3(signature = (name, ranks, experts, run, redundant=0))]
+    fn create(
+        name: &str,
+        ranks: usize,
+        experts: usize,
+        run: u128,
+        redundant: usize,
+    ) -> PyResult<Self> {
         board_guarded(|| {
-            let shape = Shape::new(ranks, experts)?;
+            let shape = Shape::with_redundant(ranks, experts, redundant)?;
             Ok(Self { inner: Arc::new(Segment::create(name, shape, run)?), shape })
         })
     }
 
     /// Attach to what another process made with the same arguments.
     #[staticmethod]
-    fn attach(name: &str, ranks: usize, experts: usize, run: u128) -> PyResult<Self> {
+    #[pyo3(signature = (name, ranks, experts, run, redundant=0))]
+    fn attach(
+        name: &str,
+        ranks: usize,
+        experts: usize,
+        run: u128,
+        redundant: usize,
+    ) -> PyResult<Self> {
         board_guarded(|| {
-            let shape = Shape::new(ranks, experts)?;
+            let shape = Shape::with_redundant(ranks, experts, redundant)?;
             Ok(Self { inner: Arc::new(Segment::attach(name, shape, run)?), shape })
         })
     }
@@ -78,8 +93,9 @@ fn leave_boards_in_child() {
 
 /// What a board of this shape takes of the shared memory.
 #[pyfunction]
-fn board_bytes(ranks: usize, experts: usize) -> PyResult<usize> {
-    board_guarded(|| Ok(Shape::new(ranks, experts)?.bytes()))
+#[pyo3(signature = (ranks, experts, redundant=0))]
+fn board_bytes(ranks: usize, experts: usize, redundant: usize) -> PyResult<usize> {
+    board_guarded(|| Ok(Shape::with_redundant(ranks, experts, redundant)?.bytes()))
 }
 
 /// The end of a rank whose calls a kernel makes: the others see that its process lives, and its kernel whether the
@@ -154,6 +170,15 @@ impl PyPlannerThread {
         self.unwatched.as_deref()
     }
 
+    /// The planner's map of `layer` from now on.
+    fn set_map(&self, layer: usize, table: &PyReplicaTable) {
+        if let Ok(thread) = self.inner.lock()
+            && let Some(thread) = thread.as_ref()
+        {
+            thread.set_map(layer, Arc::clone(&table.inner));
+        }
+    }
+
     /// Before a call: if the thread sleeps, it is awake by the time that the counts come.
     fn wake(&self) {
         if let Ok(thread) = self.inner.lock() {
@@ -206,6 +231,7 @@ fn snapshot_dict<'py>(py: Python<'py>, snapshot: &Snapshot) -> PyResult<Bound<'p
     dict.set_item("version", SNAPSHOT_VERSION)?;
     dict.set_item("ranks", snapshot.shape.ranks)?;
     dict.set_item("experts", snapshot.shape.experts)?;
+    dict.set_item("redundant", snapshot.shape.redundant)?;
     let ranks = snapshot.ranks.iter().zip(&snapshot.presence);
     let ranks: PyResult<Vec<_>> = ranks
         .map(|(tally, presence)| {
@@ -267,6 +293,7 @@ fn planner_dict<'py>(py: Python<'py>, published: &Published) -> PyResult<Bound<'
         ("home_max", published.home),
         ("planned_max", published.planned),
         ("mean", published.mean),
+        ("replicas", published.replicas),
     ];
     for (name, count) in counts {
         dict.set_item(name, count)?;

@@ -7,12 +7,13 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use waterfill_board::{BoardPlanner, Outcome, Port, Posted, Segment};
-use waterfill_core::{Expander, OwnCounts, OwnPlanner, Placement};
+use waterfill_core::{Expander, OwnCounts, OwnPlanner, Placement, ReplicaAssigner, move_up};
 
 use crate::board::{PyBoard, planner, tally_dict};
-use crate::error::{board_guarded, guarded};
+use crate::error::{board_guarded, guarded, refused};
 use crate::plan::PyCostModel;
-use crate::tensors::{Call, Expanded, Ids, Weights, with_rows};
+use crate::replicas::PyReplicaTable;
+use crate::tensors::{Call, Expanded, Ids, Weights, array_mut, with_ids, with_rows};
 
 pub fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PySolo>()?;
@@ -83,6 +84,10 @@ struct PyPort {
     inner: Port<Arc<Segment>>,
     planner: Option<BoardPlanner<Arc<Segment>>>,
     expander: Expander,
+    placement: Placement,
+    replicas: ReplicaAssigner,
+    /// `[rows, top_k]` ids with replicas chosen, before they are moved up.
+    chosen: Vec<i64>,
     process: u32,
 }
 
@@ -101,7 +106,10 @@ impl PyPort {
             let (region, cost) = (Arc::clone(&board.inner), &cost_model.inner);
             let placement = Placement::contiguous(board.shape.ranks, board.shape.experts)?;
             Ok(Self {
-                expander: Expander::new(placement, cost.clone(), rank)?,
+                expander: Expander::new(placement.clone(), cost.clone(), rank)?,
+                placement,
+                replicas: ReplicaAssigner::new(),
+                chosen: Vec::new(),
                 inner: Port::new(region, board.shape, cost.clone(), rank)?,
                 planner: plans_patience_us.map(|us| planner(board, cost_model, us)).transpose()?,
                 process: std::process::id(),
@@ -136,6 +144,67 @@ impl PyPort {
                 board_guarded(|| expander.expand(routed, shared_weight, out, learn)).map(Outcome::name)
             })
         })
+    }
+
+    /// One call on a board with redundant experts: count, post, wait at most `cap_us` for the plan, and name replicas as it
+    /// says. Ids `[rows, top_k]` go to `out`: of the given type, or, `moved` up past the shared experts, int64. Moved ids are
+    /// of a batch whose shared rows are not routed. Gives how the call ended.
+    fn unsafe_choose_ptr(
+        &mut self,
+        py: Python<'_>,
+        ids: Ids,
+        out: usize,
+        cap_us: u64,
+        table: Option<&PyReplicaTable>,
+        moved: bool,
+    ) -> PyResult<&'static str> {
+        self.check_process()?;
+        let cap = Duration::from_micros(cap_us);
+        let table = table.map(|table| Arc::clone(&table.inner));
+        py.detach(|| {
+            board_guarded(|| self.inner.set_table(table.as_deref()))?;
+            with_ids!(ids, I => {
+                // SAFETY: as in `unsafe_expand_ptr`.
+                let values = unsafe { ids.get::<I>() }?;
+                let Self { inner, planner, expander, replicas, chosen, placement, .. } = self;
+                let learn = |own: &OwnCounts, quotas: &mut [u32]| {
+                    exchange(inner, planner.as_mut(), own, cap, quotas)
+                };
+                let outcome =
+                    board_guarded(|| expander.learn(values, ids.top_k, !moved, learn))?;
+                let plan = table.as_deref().zip(inner.replica_quotas());
+                if moved {
+                    // SAFETY: as in `unsafe_expand_ptr`, int64 `[rows, top_k]`.
+                    let out = unsafe { array_mut("out", out, ids.rows * ids.top_k) }?;
+                    chosen.clear();
+                    chosen.extend(values.iter().map(|&id| -> i64 { id.into() }));
+                    guarded(|| {
+                        plan.map_or(Ok(()), |(table, quotas)| {
+                            replicas.assign(table, quotas, chosen, ids.top_k)
+                        })?;
+                        move_up(placement, chosen, ids.top_k, out)
+                    })?;
+                } else {
+                    // SAFETY: as in `unsafe_expand_ptr`, of the ids' type, `[rows, top_k]`.
+                    let out = unsafe { array_mut::<I>("out", out, ids.rows * ids.top_k) }?;
+                    out.copy_from_slice(values);
+                    guarded(|| {
+                        plan.map_or(Ok(()), |(table, quotas)| {
+                            replicas.assign(table, quotas, out, ids.top_k)
+                        })
+                    })?;
+                }
+                Ok(outcome.name())
+            })
+        })
+    }
+
+    /// The planner's map of `layer` from now on, where this rank plans in its waits.
+    fn set_map(&mut self, layer: usize, table: &PyReplicaTable) -> PyResult<()> {
+        let planner = self.planner.as_mut();
+        let planner = planner.ok_or_else(|| refused("this port has no planner".into()))?;
+        planner.set_map(layer, Arc::clone(&table.inner));
+        Ok(())
     }
 
     /// Quotas `[ranks]` of the last call.

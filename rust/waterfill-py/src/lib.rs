@@ -7,6 +7,7 @@ mod cuda;
 mod error;
 mod exchange;
 mod plan;
+mod replicas;
 mod tensors;
 
 #[pymodule(gil_used = false)]
@@ -16,5 +17,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     board::init(module)?;
     exchange::init(module)?;
     cuda::init(module)?;
+    replicas::init(module)?;
     tensors::init(module)
 }

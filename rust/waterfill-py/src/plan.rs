@@ -128,8 +128,10 @@ fn plan(
         "live" => Planner::live,
         "joint" => Planner::joint,
         "single_replica" => Planner::single_replica,
+        "replicas" => Planner::replicas,
         other => {
-            let text = format!("policy '{other}': give 'live', 'joint' or 'single_replica'");
+            let text =
+                format!("policy '{other}': give 'live', 'joint', 'single_replica' or 'replicas'");
             return Err(refused(text));
         }
     };

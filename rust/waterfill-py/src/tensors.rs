@@ -44,7 +44,7 @@ unsafe fn array<'a, T>(name: &str, address: usize, length: usize) -> PyResult<&'
 
 /// # Safety
 /// `address` is that of `length` elements that nobody else reads or writes for `'a`.
-unsafe fn array_mut<'a, T>(name: &str, address: usize, length: usize) -> PyResult<&'a mut [T]> {
+pub unsafe fn array_mut<'a, T>(name: &str, address: usize, length: usize) -> PyResult<&'a mut [T]> {
     check_address::<T>(name, address, length)?;
     if length == 0 {
         return Ok(&mut []);
