@@ -115,8 +115,8 @@ tsan: ## the board's threads under ThreadSanitizer
 	  --lib --test exchange --test hammer --target $(TARGET) --target-dir target/tsan -- --skip between_processes
 target/tools/bin/cargo-fuzz:
 	cargo install cargo-fuzz --version 0.13.2 --locked --root target/tools --target-dir target/tools/build
-fuzz: target/tools/bin/cargo-fuzz ## a segment's bytes, a board's words, plans against the optimum; FUZZ_SECONDS=60 each
-	for target in segment board plan; do RUSTC_BOOTSTRAP=1 PATH=$(CURDIR)/target/tools/bin:$$PATH \
+fuzz: target/tools/bin/cargo-fuzz ## a segment's bytes, a board's words, plans and replicas against the optimum; FUZZ_SECONDS=60 each
+	for target in segment board plan replicas; do RUSTC_BOOTSTRAP=1 PATH=$(CURDIR)/target/tools/bin:$$PATH \
 	  cargo fuzz run --fuzz-dir rust/fuzz $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -verbosity=0 -print_final_stats=1; done
 safety: tsan fuzz ## ThreadSanitizer, then a minute of each fuzz target: under 10 minutes on 2 cores
 target/tools/bin/cargo-deny:

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
 use waterfill_board::{BoardPlanner, End, Heap, Port, Posted, Presence, Region, Shape};
-use waterfill_core::CostModel;
+use waterfill_core::{CostModel, ReplicaTable, choose_replicas};
 
 const RANKS: usize = 2;
 const PRESENCES: [Presence; 3] = [Presence::Unwatched, Presence::Here, Presence::Gone];
@@ -34,11 +34,14 @@ impl Region for Watched {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let shape = Shape::new(RANKS, 2).unwrap();
+    // Rank 0 has experts 0 and 1, rank 1 has 0 and 2.
+    let shape = Shape::with_redundant(RANKS, 4, 1).unwrap();
+    let table = Arc::new(ReplicaTable::new(RANKS, &[0, 1, 0, 2]).unwrap());
     let board = Arc::new(Watched { heap: Heap::new(shape), presences: Default::default() });
     let planner =
         |patience| BoardPlanner::new(Arc::clone(&board), shape, CostModel::Rows, patience).unwrap();
     let mut planner = planner(Duration::ZERO);
+    planner.set_map(0, Arc::clone(&table));
     let mut ports =
         [0, 1].map(|rank| Port::new(Arc::clone(&board), shape, CostModel::Rows, rank).unwrap());
     for step in data.chunks_exact(8) {
@@ -72,8 +75,10 @@ fuzz_target!(|data: &[u8]| {
             _ => {
                 let tokens = u32::from(a);
                 let visits = [u32::from(b).min(tokens), u32::from(c).min(tokens)];
-                let posted = Posted { tokens, visits: &visits, counts: &[u32::from(d); 2] };
+                let counts = [d, e, d, 0].map(u32::from);
+                let posted = Posted { tokens, visits: &visits, counts: &counts };
                 let port = &mut ports[rank];
+                port.set_table((tag % 3 > 0).then_some(&*table)).unwrap();
                 let mut quotas = [0; 2];
                 port.post(posted).unwrap();
                 let meanwhile = || {
@@ -81,6 +86,14 @@ fuzz_target!(|data: &[u8]| {
                 };
                 port.finish_with(posted, Duration::ZERO, &mut quotas, meanwhile).unwrap();
                 assert_eq!(quotas.iter().sum::<u32>(), tokens);
+                // Whatever its replica quotas are, each id names the expert that it named.
+                if let Some(quotas) = port.replica_quotas() {
+                    let mut ids = [0, 2, 0, 1, 3, -1];
+                    choose_replicas(&table, quotas, &mut ids, 2).unwrap();
+                    assert!(
+                        ids[..3].iter().all(|id| [0, 2].contains(id)) && ids[3..] == [1, 3, -1]
+                    );
+                }
             }
         }
     }

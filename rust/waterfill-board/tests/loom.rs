@@ -10,7 +10,7 @@ use loom::sync::atomic::AtomicBool;
 use loom::sync::Arc;
 use loom::thread;
 use waterfill_board::{BoardPlanner, End, Heap, Outcome, Port, Posted, Presence, Region, Shape};
-use waterfill_core::CostModel;
+use waterfill_core::{CostModel, ReplicaTable};
 
 const COST: CostModel = CostModel::Rows;
 /// Longer than a model takes: the waits end by what the others do.
@@ -78,6 +78,37 @@ fn one_rank_and_the_planner_over_three_calls() {
             }
         }
         assert_eq!(planner.published().whole, u64::from(CALLS));
+        rank.join().unwrap();
+    });
+}
+
+#[test]
+fn replicas_are_chosen_for_the_map_that_was_posted() {
+    const CALLS: u32 = 2;
+    check("replicas", || {
+        // One rank with two replicas of one expert.
+        let shape = Shape::with_redundant(1, 2, 1).unwrap();
+        let table = std::sync::Arc::new(ReplicaTable::new(1, &[0, 0]).unwrap());
+        let board = Arc::new(Heap::new(shape));
+        let mut port = Port::new(Arc::clone(&board), shape, COST, 0).unwrap();
+        let mut planner = BoardPlanner::new(board, shape, COST, LONG).unwrap();
+        planner.set_map(0, std::sync::Arc::clone(&table));
+        let rank = thread::spawn(move || {
+            for call in 1..=CALLS {
+                let has_table = call == 1;
+                port.set_table(has_table.then_some(&*table)).unwrap();
+                let posted = Posted { tokens: 0, visits: &[0], counts: &[call, 1] };
+                assert_eq!(port.exchange(posted, LONG, &mut [0]).unwrap(), Outcome::Live);
+                let taken = port.replica_quotas().map(|quotas| quotas.iter().sum::<u32>());
+                assert_eq!(taken, has_table.then_some(call + 1));
+            }
+        });
+        for _ in 0..CALLS {
+            while !planner.poll() {
+                thread::yield_now();
+            }
+        }
+        assert_eq!((planner.published().whole, planner.published().replicas), (2, 1));
         rank.join().unwrap();
     });
 }

@@ -1,0 +1,178 @@
+//! Replicas over a board: every rank's part of the core's plan, and none where maps differ or are not known.
+#![cfg(not(any(loom, shuttle)))]
+
+mod support;
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use waterfill_board::{
+    BoardPlanner, Heap, Outcome, Pace, PlannerThread, Port, Posted, Region, Shape,
+};
+use waterfill_core::{Plan, Planner, Problem, ReplicaQuotas, ReplicaTable, Routed};
+
+use support::{Batch, COST};
+
+const LONG: Duration = Duration::from_secs(20);
+const RANKS: usize = 3;
+
+/// Two layers of three ranks with four experts each, of which three are redundant.
+fn tables() -> [Arc<ReplicaTable>; 2] {
+    [[0, 1, 2, 3, 0, 4, 5, 1, 6, 7, 8, 0], [8, 7, 6, 5, 4, 3, 2, 1, 8, 7, 6, 0]]
+        .map(|map| Arc::new(ReplicaTable::new(RANKS, &map).unwrap()))
+}
+
+fn shape() -> Shape {
+    Shape::with_redundant(RANKS, 12, 3).unwrap()
+}
+
+/// Quotas and replica quotas of `rank` in the core's plan, with shared rows or without.
+fn expected(table: &ReplicaTable, call: u64, rank: usize, shared: bool) -> (Vec<u32>, Vec<u32>) {
+    let batches: Vec<Batch> = (0..RANKS).map(|rank| Batch::new(shape(), rank, call)).collect();
+    let counts: Vec<u32> = batches.iter().flat_map(|batch| batch.counts.clone()).collect();
+    let routed: Vec<u32> = (0..12).map(|e| counts.iter().skip(e).step_by(12).sum()).collect();
+    let told = |words: &[u32]| if shared { words.to_vec() } else { vec![0; words.len()] };
+    let tokens = told(&batches.iter().map(|batch| batch.tokens).collect::<Vec<_>>());
+    let visits: Vec<u32> = batches.iter().flat_map(|batch| told(&batch.visits)).collect();
+    let (placement, routed) = (table.placement(), Routed::PerExpert(&routed));
+    let (tokens, visits) = (&tokens[..], Some(&visits[..]));
+    let problem = Problem { placement, cost: &COST, routed, tokens, visits, eligible: None };
+    let (mut plan, mut divided, mut quotas) = (Plan::new(), ReplicaQuotas::new(), vec![0; RANKS]);
+    Planner::new().replicas(&problem, &mut plan).unwrap();
+    divided.divide(table, &counts, plan.replica_rows()).unwrap();
+    plan.quotas_of(rank, &mut quotas).unwrap();
+    (quotas, divided.of(rank).to_vec())
+}
+
+fn start() -> (Arc<Heap>, PlannerThread) {
+    let board = Arc::new(Heap::new(shape()));
+    let planner = BoardPlanner::new(Arc::clone(&board), shape(), COST, LONG).unwrap();
+    (board, PlannerThread::spawn(planner, Pace::Spin(None)).unwrap())
+}
+
+/// All ranks make `calls` calls, each with the table that `table_of(rank, call)` gives.
+fn run(
+    board: &Arc<Heap>,
+    calls: u64,
+    table_of: impl Fn(usize, u64) -> Option<Arc<ReplicaTable>> + Sync,
+    check: impl Fn(usize, u64, Vec<u32>, Option<&[u32]>) + Sync,
+) {
+    thread::scope(|scope| {
+        for rank in 0..RANKS {
+            let (table_of, check) = (&table_of, &check);
+            let mut port = Port::new(Arc::clone(board), shape(), COST, rank).unwrap();
+            scope.spawn(move || {
+                for call in 0..calls {
+                    let batch = Batch::new(shape(), rank, call);
+                    // Every other call's shared rows are not routed.
+                    let visits = [0; RANKS];
+                    let posted = match call % 2 {
+                        0 => batch.posted(),
+                        _ => Posted { tokens: 0, visits: &visits, ..batch.posted() },
+                    };
+                    let mut quotas = vec![0; RANKS];
+                    port.set_table(table_of(rank, call).as_deref()).unwrap();
+                    let outcome = port.exchange(posted, LONG, &mut quotas).unwrap();
+                    assert_eq!(outcome, Outcome::Live);
+                    check(rank, call, quotas, port.replica_quotas());
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn every_rank_takes_its_part_of_the_plan() {
+    let ((board, planner), tables) = (start(), tables());
+    (0..2).for_each(|layer| planner.set_map(layer, Arc::clone(&tables[layer])));
+    let table = |call: u64| &tables[call as usize / 2 % 2];
+    run(
+        &board,
+        1000,
+        |_, call| Some(Arc::clone(table(call))),
+        |rank, call, quotas, replica_quotas| {
+            let expected = expected(table(call), call, rank, call % 2 == 0);
+            assert_eq!((quotas, replica_quotas.unwrap().to_vec()), expected, "call {call}");
+        },
+    );
+    let published = planner.finish().unwrap();
+    assert_eq!((published.whole, published.replicas), (1000, 1000));
+    assert!(published.planned < published.home);
+}
+
+#[test]
+fn maps_that_differ_or_are_not_known_leave_replicas_as_routed() {
+    let ((board, planner), tables) = (start(), tables());
+    planner.set_map(0, Arc::clone(&tables[0]));
+    let table_of = |rank: usize, call: u64| match call % 4 {
+        0 => Some(Arc::clone(&tables[usize::from(rank == 1)])), // Rank 1 has another map.
+        1 => Some(Arc::clone(&tables[1])),                      // The planner does not know it.
+        2 => (rank > 0).then(|| Arc::clone(&tables[0])),        // Rank 0 has none.
+        _ => Some(Arc::clone(&tables[0])),
+    };
+    run(&board, 400, table_of, |_, call, _, replica_quotas| {
+        assert_eq!(replica_quotas.is_some(), call % 4 == 3, "call {call}");
+    });
+    assert_eq!(planner.finish().unwrap().replicas, 100);
+}
+
+#[test]
+fn a_map_that_changes_is_followed_from_the_next_call_on() {
+    let (board, tables) = (Arc::new(Heap::new(shape())), tables());
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape(), COST, LONG).unwrap();
+    let mut ports =
+        [0, 1, 2].map(|rank| Port::new(Arc::clone(&board), shape(), COST, rank).unwrap());
+    for call in 0..20 {
+        let table = &tables[call as usize % 2];
+        planner.set_map(0, Arc::clone(table));
+        let batches = [0, 1, 2].map(|rank| Batch::new(shape(), rank, call));
+        for (port, batch) in ports.iter_mut().zip(&batches) {
+            port.set_table(Some(table)).unwrap();
+            port.post(batch.posted()).unwrap();
+        }
+        // The map is replaced with the counts on the board: then nothing is planned of the one that they name.
+        let replaced = call % 5 == 4;
+        if replaced {
+            planner.set_map(0, Arc::clone(&tables[1 - call as usize % 2]));
+        }
+        assert!(planner.poll());
+        for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
+            port.finish(batch.posted(), LONG, &mut [0; RANKS]).unwrap();
+            let (_, expected) = expected(table, call, rank, true);
+            assert_eq!(port.replica_quotas(), (!replaced).then_some(&expected[..]), "call {call}");
+        }
+    }
+}
+
+#[test]
+fn a_foreign_fingerprint_is_not_taken() {
+    let (board, table) = (Arc::new(Heap::new(shape())), &tables()[0]);
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape(), COST, LONG).unwrap();
+    planner.set_map(0, Arc::clone(table));
+    let mut ports =
+        [0, 1, 2].map(|rank| Port::new(Arc::clone(&board), shape(), COST, rank).unwrap());
+    let batches = [0, 1, 2].map(|rank| Batch::new(shape(), rank, 0));
+    for (port, batch) in ports.iter_mut().zip(&batches) {
+        port.set_table(Some(table)).unwrap();
+        port.post(batch.posted()).unwrap();
+    }
+    assert!(planner.poll());
+    let foreign = &board.words()[shape().replica_quotas(1, 1)];
+    foreign.fetch_xor(1, std::sync::atomic::Ordering::Relaxed);
+    for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
+        let outcome = port.finish(batch.posted(), LONG, &mut [0; RANKS]).unwrap();
+        assert_eq!((outcome, port.replica_quotas().is_some()), (Outcome::Live, rank != 1));
+    }
+}
+
+#[test]
+fn tables_of_other_shapes_are_refused() {
+    let board = Arc::new(Heap::new(shape()));
+    let mut port = Port::new(board, shape(), COST, 0).unwrap();
+    let other = ReplicaTable::new(3, &[0, 1, 2, 3, 4, 0, 5, 6, 7, 1, 8, 9]).unwrap();
+    let refused = port.set_table(Some(&other)).unwrap_err().to_string();
+    assert!(refused.contains("redundant experts of the table"), "{refused}");
+    let refused = Shape::with_redundant(2, 4, 4).unwrap_err().to_string();
+    assert!(refused.contains("4 redundant of 4"), "{refused}");
+}

@@ -1,0 +1,147 @@
+//! Replicas as a server chooses them: the rule, each source's part of a plan, and the ids that come of it.
+
+use waterfill_core::{
+    CostModel, Placement, Plan, Planner, Problem, ReplicaQuotas, ReplicaTable, Routed,
+    WEIGHTS_AS_ROWS, choose_replicas,
+};
+use waterfill_testing::Random;
+
+/// A layer of one step: its map, and each source's ids.
+struct Layer {
+    table: ReplicaTable,
+    logical: Vec<u32>,
+    top_k: usize,
+    /// `[R]` of `[N, top_k]`
+    ids: Vec<Vec<i32>>,
+}
+
+impl Layer {
+    fn random(random: &mut Random, most_tokens: usize) -> Self {
+        let ranks = 1 + random.below(8);
+        let physical = ranks * (1 + random.below(6));
+        let experts = 1 + random.below(physical);
+        let mut logical: Vec<u32> = (0..experts as u32).collect();
+        logical.extend((experts..physical).map(|_| random.below(experts) as u32));
+        random.shuffle(&mut logical);
+        let top_k = 1 + random.below(8);
+        let of_rank = |random: &mut Random| {
+            let slots = random.below(most_tokens) * top_k;
+            // Some experts are hot, some slots name none.
+            let id = |random: &mut Random| match random.below(8) {
+                0 => -1,
+                1..4 => random.below(1 + physical / 4) as i32,
+                _ => random.below(physical) as i32,
+            };
+            (0..slots).map(|_| id(random)).collect()
+        };
+        let ids = (0..ranks).map(|_| of_rank(random)).collect();
+        Self { table: ReplicaTable::new(ranks, &logical).unwrap(), logical, top_k, ids }
+    }
+
+    fn counts(&self) -> Vec<u32> {
+        self.ids.iter().flat_map(|ids| self.counts_of(ids)).collect()
+    }
+
+    fn counts_of(&self, ids: &[i32]) -> Vec<u32> {
+        let mut counts = vec![0; self.logical.len()];
+        ids.iter().filter(|&&id| id >= 0).for_each(|&id| counts[id as usize] += 1);
+        counts
+    }
+}
+
+fn sum_of_ranks(counts: &[u32], experts: usize) -> Vec<u32> {
+    (0..experts).map(|e| counts.iter().skip(e).step_by(experts).sum()).collect()
+}
+
+fn problem<'a>(placement: &'a Placement, routed: &'a [u32], tokens: &'a [u32]) -> Problem<'a> {
+    let (cost, routed) = (&CostModel::Rows, Routed::PerExpert(routed));
+    Problem { placement, cost, routed, tokens, visits: None, eligible: None }
+}
+
+/// The slowest rank's time and its active experts, as the rule has it, counted anew.
+fn slowest(placement: &Placement, rows: &[u32]) -> u64 {
+    let time = |rows: &u32| if *rows == 0 { 0 } else { WEIGHTS_AS_ROWS.max((*rows).into()) };
+    let of_rank = |experts: &[u32]| experts.iter().map(time).sum();
+    rows.chunks_exact(placement.experts_per_rank()).map(of_rank).max().unwrap()
+}
+
+#[test]
+fn every_rank_ends_with_the_plans_rows_and_every_token_with_its_experts() {
+    let (mut random, mut planner, mut plan) = (Random(22), Planner::new(), Plan::new());
+    let mut quotas = ReplicaQuotas::new();
+    let mut moved = 0;
+    for _ in 0..if cfg!(debug_assertions) { 300 } else { 3000 } {
+        let layer = Layer::random(&mut random, 120);
+        let placement = layer.table.placement();
+        let (counts, experts) = (layer.counts(), layer.logical.len());
+        let routed = sum_of_ranks(&counts, experts);
+        planner
+            .replicas(&problem(placement, &routed, &vec![0; placement.ranks()]), &mut plan)
+            .unwrap();
+        quotas.divide(&layer.table, &counts, plan.replica_rows()).unwrap();
+        let mut rows = vec![0; experts];
+        for (source, given) in layer.ids.iter().enumerate() {
+            let mut ids = given.clone();
+            choose_replicas(&layer.table, quotas.of(source), &mut ids, layer.top_k).unwrap();
+            for (&before, &after) in given.iter().zip(&ids) {
+                let logical = |id: i32| usize::try_from(id).map(|id| layer.logical[id]);
+                assert_eq!(logical(before).ok(), logical(after).ok());
+                moved += u32::from(before != after);
+            }
+            rows.iter_mut().zip(layer.counts_of(&ids)).for_each(|(sum, rows)| *sum += rows);
+        }
+        assert_eq!(rows, plan.replica_rows());
+    }
+    assert!(moved > 1000, "{moved}");
+}
+
+#[test]
+fn the_rule_takes_the_faster_of_both_plans() {
+    let (mut random, mut planner) = (Random(5), Planner::new());
+    let (mut plan, mut joint, mut single) = (Plan::new(), Plan::new(), Plan::new());
+    let (mut split, mut kept) = (0, 0);
+    for case in 0..2000 {
+        // From a few rows an expert to thousands.
+        let most = 4 << random.below(12);
+        let layer = Layer::random(&mut random, 2);
+        let placement = layer.table.placement();
+        let routed: Vec<u32> = layer.logical.iter().map(|_| random.below(most) as u32).collect();
+        let tokens = vec![0; placement.ranks()];
+        let problem = problem(placement, &routed, &tokens);
+        planner.replicas(&problem, &mut plan).unwrap();
+        planner.joint(&problem, &mut joint).unwrap();
+        planner.single_replica(&problem, &mut single).unwrap();
+        let [mine, joint, single] =
+            [&plan, &joint, &single].map(|plan| slowest(placement, plan.replica_rows()));
+        // Where many rows an expert decide alone, the split is not compared.
+        let best = if most > 1000 { joint } else { joint.min(single) };
+        assert!(mine <= best, "case {case}: {mine}, {joint}, {single}");
+        split += u32::from(mine < single);
+        kept += u32::from(mine < joint);
+    }
+    assert!(split > 100 && kept > 100, "{split} {kept}");
+}
+
+#[test]
+fn few_rows_stay_together_and_many_are_split() {
+    // Experts 0 and 1 on both ranks.
+    let table = ReplicaTable::new(2, &[0, 1, 2, 0, 1, 3]).unwrap();
+    let (mut planner, mut plan) = (Planner::new(), Plan::new());
+    let mut rows = |routed: &[u32]| {
+        planner.replicas(&problem(table.placement(), routed, &[0, 0]), &mut plan).unwrap();
+        plan.replica_rows().to_vec()
+    };
+    let kept = rows(&[8, 9, 5, 7, 6, 4]);
+    assert!(matches!(kept[..], [15, 0, 5, 0, 15, 4] | [0, 15, 5, 15, 0, 4]), "{kept:?}: one each");
+    assert_eq!(rows(&[4000, 1000, 3000, 0, 0, 2000]).iter().take(3).sum::<u32>(), 5000);
+}
+
+#[test]
+fn a_sources_rows_go_to_its_own_rank_first() {
+    let table = ReplicaTable::new(3, &[0, 1, 0, 2, 0, 3]).unwrap();
+    let mut quotas = ReplicaQuotas::new();
+    // Sources with 10, 20 and 30 rows of expert 0; its replicas on ranks 0 to 2 are to have 25, 15 and 20.
+    let counts = [10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 20, 0, 0, 0, 30, 0, 0, 0];
+    quotas.divide(&table, &counts, &[25, 0, 15, 0, 20, 0]).unwrap();
+    assert_eq!([quotas.of(0), quotas.of(1), quotas.of(2)], [[10, 0, 0], [5, 15, 0], [10, 0, 20]]);
+}
