@@ -2,11 +2,12 @@
 
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use waterfill_board::{BoardPlanner, Heap, Outcome, Port, Posted, Shape};
-use waterfill_core::CostModel;
+use waterfill_core::{CostModel, ReplicaTable};
+use waterfill_testing::Random;
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -40,5 +41,67 @@ fn calls(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, calls);
+/// The same with redundant experts: each rank's last ones are replicas of experts of the next rank.
+fn calls_with_replicas(criterion: &mut Criterion) {
+    for (ranks, logical, redundant, most) in [
+        (8, 256, 32, 3),
+        (8, 256, 32, 1200),
+        (32, 256, 32, 3),
+        (32, 256, 32, 1200),
+        (64, 256, 64, 3),
+        (64, 256, 64, 1200),
+    ] {
+        let experts = logical + redundant;
+        let (own, more) = (logical / ranks, redundant / ranks);
+        let expert = |physical: usize| {
+            let (rank, place) = (physical / (own + more), physical % (own + more));
+            let of = if place < own { rank } else { (rank + 1) % ranks };
+            (of * own + place % own) as u32
+        };
+        let map: Vec<u32> = (0..experts).map(expert).collect();
+        let table = Arc::new(ReplicaTable::new(ranks, &map).unwrap());
+        let shape = Shape::with_redundant(ranks, experts, redundant).unwrap();
+        let board = Arc::new(Heap::new(shape));
+        let port = |rank| Port::new(Arc::clone(&board), shape, CostModel::Rows, rank).unwrap();
+        let mut ports: Vec<_> = (0..ranks).map(port).collect();
+        let mut planner =
+            BoardPlanner::new(Arc::clone(&board), shape, CostModel::Rows, LONG).unwrap();
+        planner.set_map(0, Arc::clone(&table));
+        ports.iter_mut().for_each(|port| port.set_table(Some(&table)).unwrap());
+        // Rows of a source for an expert; low experts are popular.
+        let mut random = Random(1);
+        let counts: Vec<Vec<u32>> = (0..ranks)
+            .map(|_| {
+                let mut popular =
+                    |e: usize| random.below(most * 8 / ranks * logical / (e + 32) + 1);
+                (0..experts).map(|p| popular(map[p] as usize) as u32).collect()
+            })
+            .collect();
+        let (visits, mut quotas) = (vec![0; ranks], vec![0; ranks]);
+        let posted = |rank: usize| Posted { tokens: 0, visits: &visits, counts: &counts[rank] };
+        let kind = if most < 100 { "decode" } else { "prefill" };
+        let name = format!("call/{ranks}x{logical}+{redundant}-{kind}");
+        // The planner's part alone: a poll plans, and posting for the next call is not timed.
+        criterion.bench_function(&name, |b| {
+            b.iter_custom(|times| {
+                let mut planned = Duration::ZERO;
+                for _ in 0..times {
+                    for (rank, port) in ports.iter_mut().enumerate() {
+                        port.post(black_box(posted(rank))).unwrap();
+                    }
+                    let begun = Instant::now();
+                    assert!(planner.poll());
+                    planned += begun.elapsed();
+                    for (rank, port) in ports.iter_mut().enumerate() {
+                        let outcome = port.finish(posted(rank), LONG, &mut quotas).unwrap();
+                        assert_eq!(outcome, Outcome::Live);
+                    }
+                }
+                planned
+            });
+        });
+    }
+}
+
+criterion_group!(benches, calls, calls_with_replicas);
 criterion_main!(benches);

@@ -7,7 +7,7 @@ use crate::joint::Sweeps;
 use crate::level::{level, room};
 use crate::placement::Placement;
 use crate::problem::{Problem, Routed};
-use crate::single::Chooser;
+use crate::single::{Chooser, FEW_TRIES, MOST_TRIES, SOME_TRIES};
 use crate::split::Splitter;
 use crate::transport::{Transfer, Transport};
 
@@ -180,10 +180,7 @@ impl Planner {
     /// # Errors
     /// As [`joint`](Self::joint).
     pub fn single_replica(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
-        start_from_routed(problem, plan)?;
-        self.chooser.run(problem, &mut self.bases, &mut plan.replica_rows);
-        self.place_shared(problem, plan);
-        Ok(())
+        self.single(problem, plan, MOST_TRIES)
     }
 
     /// Choose replicas as a server does: split as by [`joint`](Self::joint), or one each as by
@@ -198,18 +195,25 @@ impl Planner {
         start_from_routed(problem, plan)?;
         match Way::of(problem, &plan.replica_rows) {
             Way::Split => return self.joint(problem, plan),
-            Way::Single => return self.single_replica(problem, plan),
+            Way::Single => return self.single(problem, plan, FEW_TRIES),
             Way::Either => {}
         }
         self.joint(problem, plan)?;
         let split = slowest(problem.placement, &plan.replica_rows);
         let mut other = std::mem::take(&mut self.other);
-        let single = self.single_replica(problem, &mut other);
+        let single = self.single(problem, &mut other, SOME_TRIES);
         if single.is_ok() && slowest(problem.placement, &other.replica_rows) <= split {
             std::mem::swap(plan, &mut other);
         }
         self.other = other;
         single
+    }
+
+    fn single(&mut self, problem: &Problem, plan: &mut Plan, tries: u32) -> Result<()> {
+        start_from_routed(problem, plan)?;
+        self.chooser.run(problem, &mut self.bases, &mut plan.replica_rows, tries);
+        self.place_shared(problem, plan);
+        Ok(())
     }
 
     /// The least that the slowest rank can cost with the shared rows on top of `self.bases`.

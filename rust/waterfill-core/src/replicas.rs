@@ -225,8 +225,10 @@ pub struct ReplicaQuotas {
     slots: usize,
     /// `[R, slots]`
     quotas: Vec<u32>,
-    /// `[R]` what each source has left of the job at hand.
+    /// `[R, jobs]` what each source has left of each job.
     left: Vec<u32>,
+    /// `[slots]` what each replica has room for.
+    rooms: Vec<u32>,
 }
 
 impl ReplicaQuotas {
@@ -256,46 +258,49 @@ impl ReplicaQuotas {
         self.slots = table.slots();
         self.quotas.clear();
         self.quotas.resize(ranks * self.slots, 0);
-        for job in 0..table.jobs() {
-            let replicas = &table.replicas[table.slots_of(job)];
-            self.left.clear();
-            self.left.extend(
-                counts
-                    .chunks_exact(experts)
-                    .map(|of_source| replicas.iter().map(|&r| of_source[r as usize]).sum::<u32>()),
-            );
-            self.divide_job(table, job, replica_rows);
+        self.rooms.clear();
+        self.rooms.extend(table.replicas.iter().map(|&replica| replica_rows[replica as usize]));
+        self.left.clear();
+        self.left.resize(table.jobs() * ranks, 0);
+        if table.jobs() == 0 {
+            return Ok(());
         }
+        let sources = counts.chunks_exact(experts).zip(self.left.chunks_exact_mut(table.jobs()));
+        for (of_source, left) in sources {
+            for &replica in &table.replicas {
+                let left = &mut left[table.job_of[replica as usize] as usize];
+                *left = left.saturating_add(of_source[replica as usize]);
+            }
+        }
+        self.give_own_ranks(table);
+        self.give_the_rest(table);
         Ok(())
     }
 
-    fn divide_job(&mut self, table: &ReplicaTable, job: usize, replica_rows: &[u32]) {
-        let slots = table.slots_of(job);
-        for slot in slots.clone() {
-            let replica = table.replicas[slot] as usize;
-            let source = table.placement.rank_of(replica);
-            let rows = replica_rows[replica].min(self.left[source]);
-            self.left[source] -= rows;
+    fn give_own_ranks(&mut self, table: &ReplicaTable) {
+        for (slot, (&replica, room)) in table.replicas.iter().zip(&mut self.rooms).enumerate() {
+            let source = table.placement.rank_of(replica as usize);
+            let job = table.job_of[replica as usize] as usize;
+            let left = &mut self.left[source * table.jobs() + job];
+            let rows = (*room).min(*left);
+            (*left, *room) = (*left - rows, *room - rows);
             self.quotas[source * self.slots + slot] = rows;
         }
-        let mut slot = slots.start;
-        let room = |quotas: &[u32], slot: usize| {
-            let given: u32 = quotas.iter().skip(slot).step_by(self.slots).sum();
-            replica_rows[table.replicas[slot] as usize].saturating_sub(given)
-        };
-        let mut open = room(&self.quotas, slot);
-        for source in 0..self.left.len() {
-            while self.left[source] > 0 {
-                let rows = open.min(self.left[source]);
-                self.quotas[source * self.slots + slot] += rows;
-                self.left[source] -= rows;
-                open -= rows;
-                if self.left[source] > 0 {
-                    slot += 1;
-                    if slot == slots.end {
-                        return; // Rows that no replica has: then the source's quotas do not add up, and it refuses them.
+    }
+
+    fn give_the_rest(&mut self, table: &ReplicaTable) {
+        let lefts = self.left.chunks_exact_mut(table.jobs());
+        for (lefts, quotas) in lefts.zip(self.quotas.chunks_exact_mut(self.slots)) {
+            for (left, slots) in lefts.iter_mut().zip(table.first.windows(2)) {
+                // Rows that no replica has room for: then the source's quotas do not add up, and it refuses them.
+                for slot in slots[0] as usize..slots[1] as usize {
+                    if *left == 0 {
+                        break;
                     }
-                    open = room(&self.quotas, slot);
+                    let rows = self.rooms[slot].min(*left);
+                    *left -= rows;
+                    self.rooms[slot] -= rows;
+                    quotas[slot] += rows;
                 }
             }
         }

@@ -15,7 +15,11 @@ use crate::split::Splitter;
 /// Experts that change their rank in one step of the search, at most.
 const MOST_MOVES: usize = 8;
 /// Moves that are tried in one plan, at most: about ten microseconds. What was found until then stays.
-const MOST_TRIES: u32 = 512;
+pub(crate) const MOST_TRIES: u32 = 512;
+/// Those of a plan that a layer of few rows waits for: under a microsecond.
+pub(crate) const FEW_TRIES: u32 = 32;
+/// Those of a plan that a layer of more rows waits for.
+pub(crate) const SOME_TRIES: u32 = 128;
 
 /// Workspace; reused, it allocates nothing.
 #[derive(Clone, Debug, Default)]
@@ -45,18 +49,19 @@ struct State<'a> {
 
 impl Chooser {
     /// Put the rows of each replicated expert (`replica_rows`, `[P]`, as routed) on one replica; `bases` becomes `[R]`, the
-    /// cost of each rank's routed rows then.
+    /// cost of each rank's routed rows then. `tries`: moves that the search may try.
     pub(crate) fn run(
         &mut self,
         problem: &Problem,
         bases: &mut Vec<u64>,
         replica_rows: &mut [u32],
+        tries: u32,
     ) {
         self.gather(problem, replica_rows);
         self.most = self.splitter.level(problem, 0, &mut self.active, &mut self.chosen);
         self.put_rows(problem, replica_rows);
         base_costs(problem.placement, problem.cost, replica_rows, bases);
-        self.tries_left = MOST_TRIES;
+        self.tries_left = tries;
         let mut state = State { problem, bases, replica_rows, limit: 0 };
         while self.improve(&mut state) {}
     }
