@@ -336,6 +336,14 @@ inline unsigned __ballot_sync(unsigned mask, bool vote, FROM) {
     return all;
 }
 
+template <typename T>
+unsigned __match_any_sync(unsigned mask, T value, FROM) {
+    const emulated::Word *values = emulated::exchange(mask, value, SITE);
+    unsigned same = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) same |= (unsigned)((T)values[lane] == value) << lane;
+    return same;
+}
+
 inline bool __all_sync(unsigned mask, bool vote, FROM) {
     const emulated::Word *votes = emulated::exchange(mask, vote, SITE);
     bool all = true;

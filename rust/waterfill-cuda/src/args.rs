@@ -1,12 +1,12 @@
-//! What host and kernels exchange: `Args` and `State` of kernels/types.cuh and `MoveArgs` of kernels/move_up.cuh, field by field;
-//! and what a launch has of it.
+//! What host and kernels exchange: `Args` and `State` of kernels/types.cuh, `MoveArgs` of kernels/move_up.cuh and `ReplicaArgs` of
+//! kernels/replica_board.cuh, field by field; and what a launch has of it.
 
 use std::mem::offset_of;
 
 use waterfill_board::{Outcome, RING};
 
 use crate::driver::Launch;
-use crate::shape::{Geometry, MOVE_THREADS, Shape, WeightType};
+use crate::shape::{Geometry, MOVE_THREADS, ReplicaGeometry, Shape, WeightType};
 
 /// A struct that the kernels have too, under the same names.
 macro_rules! with_layout {
@@ -102,6 +102,21 @@ with_layout! {
 }
 
 with_layout! {
+    /// The one argument of `choose_replicas`.
+    struct ReplicaArgs {
+        pub args: Args,
+        pub table: u64,
+        pub logical: u64,
+        pub out: u64,
+        pub quotas: u64,
+        pub experts: u32,
+        pub moved: u32,
+        pub columns_bytes: u32,
+        pub next_bytes: u32,
+    }
+}
+
+with_layout! {
     /// What a runner keeps on the device between calls.
     struct State {
         pub last: u32,
@@ -181,6 +196,28 @@ pub fn weight_bits(kind: WeightType, weight: f32) -> u32 {
 pub fn move_args(args: &Args) -> MoveArgs {
     let Args { rank_multiplier, experts, .. } = *args;
     MoveArgs { rank_multiplier, experts, ..MoveArgs::default() }
+}
+
+/// To choose replicas in a call that is cut so, with what `args` says of the call.
+pub fn replica_args(args: Args, cut: &ReplicaGeometry) -> ReplicaArgs {
+    let experts = args.experts;
+    let args = Args {
+        // The fingerprint of the map is posted as the count of one more.
+        experts: experts + 1,
+        posts_experts: 1,
+        rows_per_block: cut.rows_per_block as u32,
+        cleared_bytes: cut.next_at as u32,
+        counts_bytes: cut.counts_at as u32,
+        ..args
+    };
+    let (columns_bytes, next_bytes) = (cut.columns_at as u32, cut.next_at as u32);
+    ReplicaArgs { args, experts, columns_bytes, next_bytes, ..ReplicaArgs::default() }
+}
+
+/// The launch of such a call.
+pub fn launch_of_replicas(cut: &ReplicaGeometry) -> Launch {
+    let ReplicaGeometry { blocks, threads, shared_bytes, .. } = *cut;
+    Launch { blocks, cluster: blocks, threads, shared_bytes }
 }
 
 /// The launch of a call that is cut so.

@@ -17,6 +17,8 @@ use crate::source::source;
 
 /// The kernel's name in each module.
 pub(crate) const EXPAND: &CStr = c"expand_topk";
+/// One more in the modules of shapes with redundant experts that are not for own counts alone.
+pub(crate) const CHOOSE: &CStr = c"choose_replicas";
 /// One more in the module of one block for own counts alone.
 pub(crate) const MOVE_UP: &CStr = c"move_up";
 

@@ -187,15 +187,23 @@ impl Kernel {
         // SAFETY: an ELF, as NVRTC made it and the cache checked it, which tells its own size.
         let module = unsafe { result::module::load_data(code.as_ptr().cast()) }
             .map_err(refused("cuModuleLoadData"))?;
-        let kernel = Self { module, function: function(module, name)? };
-        use sys::CUfunction_attribute as A;
-        kernel.set(A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as i32)?;
-        Ok(kernel)
+        Self { module, function: function(module, name)? }.with_shared(shared_bytes)
     }
 
     /// Another kernel of its module, without dynamic shared memory.
     pub fn beside(&self, name: &CStr) -> Result<Self> {
         Ok(Self { module: self.module, function: function(self.module, name)? })
+    }
+
+    /// Another kernel of its module, whose blocks may take `shared_bytes`.
+    pub fn beside_with(&self, name: &CStr, shared_bytes: usize) -> Result<Self> {
+        self.beside(name)?.with_shared(shared_bytes)
+    }
+
+    fn with_shared(self, shared_bytes: usize) -> Result<Self> {
+        use sys::CUfunction_attribute as A;
+        self.set(A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as i32)?;
+        Ok(self)
     }
 
     /// Let clusters be of more than 8 blocks, which not every device can.

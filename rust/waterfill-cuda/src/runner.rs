@@ -6,9 +6,9 @@ use waterfill_board::{Ended, Region, Shape as BoardShape};
 
 use crate::args::{
     Args, COUNT, GIVEN, LIVE, MoveArgs, OWN, State, common_args, launch_of, launch_of_ids,
-    move_args, weight_bits, with_board, with_cut,
+    launch_of_replicas, move_args, replica_args, weight_bits, with_board, with_cut,
 };
-use crate::compiler::{Compiler, EXPAND, MOVE_UP};
+use crate::compiler::{CHOOSE, Compiler, EXPAND, MOVE_UP};
 use crate::driver::{
     CurrentContext, Device, DeviceCell, Kernel, Launch, OwnStream, RelaxedCapture, Stream, register,
 };
@@ -24,27 +24,36 @@ const WITH_CLUSTERS: u32 = 90;
 #[derive(Debug)]
 pub struct Runner {
     state: DeviceCell<State>,
+    /// That of the calls that choose replicas: those on the board, so a launch of given quotas behind one counts apart.
+    pub(crate) replica_state: Option<DeviceCell<State>>,
     block: Kernels,
     move_up: Kernel,
     /// For calls of more rows than one block takes, where the device has clusters.
     cluster: Option<Cluster>,
-    device: Device,
-    has_board: bool,
-    shape: Shape,
-    shared_bytes: usize,
+    pub(crate) device: Device,
+    pub(crate) has_board: bool,
+    pub(crate) shape: Shape,
+    pub(crate) shared_bytes: usize,
     /// What every call has in common.
-    args: Args,
+    pub(crate) args: Args,
 }
 
 #[derive(Debug)]
-struct Kernels {
+pub(crate) struct Kernels {
     own_only: Kernel,
     any: Kernel,
+    /// Where experts are redundant.
+    pub choose: Option<Kernel>,
 }
 
 impl Kernels {
-    fn all(&self) -> [&Kernel; 2] {
+    /// Those that expand.
+    fn expanding(&self) -> [&Kernel; 2] {
         [&self.own_only, &self.any]
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Kernel> {
+        self.expanding().into_iter().chain(&self.choose)
     }
 
     fn of(&self, mode: u32) -> &Kernel {
@@ -122,19 +131,31 @@ impl Runner {
         let move_up = block.own_only.beside(MOVE_UP)?;
         let cluster = cluster(compiler, &shape, architecture, shared_bytes)?;
         let state = DeviceCell::new()?;
+        let replica_state = (shape.redundant > 0).then(DeviceCell::new).transpose()?;
         let args = common_args(&shape, rank, state.address());
         drop((relaxed, current));
         let has_board = false;
-        let runner =
-            Self { state, block, move_up, cluster, device, has_board, shape, shared_bytes, args };
+        let runner = Self {
+            state,
+            replica_state,
+            block,
+            move_up,
+            cluster,
+            device,
+            has_board,
+            shape,
+            shared_bytes,
+            args,
+        };
         runner.warm()?;
         Ok(runner)
     }
 
     /// Take part in a board, and say so on it: from now on [`Quotas::Live`] may be asked for. Nobody else posts for this rank.
     ///
-    /// `shape`: experts as the kernel's, or as many as ranks, for the short form of loads a rank. The memory stays as it is
-    /// until the process ends, because launches, and graphs that captured them, may outlive the runner.
+    /// `shape`: experts as the kernel's, or as many as ranks, for the short form of loads a rank; redundant experts as the
+    /// kernel's, and with any no short form. The memory stays as it is until the process ends, because launches, and graphs
+    /// that captured them, may outlive the runner.
     ///
     /// # Errors
     /// A board of another shape, or memory that the driver cannot register.
@@ -146,6 +167,12 @@ impl Runner {
                 "a board of {} ranks and {} counts: give one of {ranks} ranks with {ranks} counts, one for each rank, or {}, \
                  one for each expert",
                 shape.ranks, shape.experts, self.shape.experts
+            )));
+        }
+        if shape.redundant != self.shape.redundant {
+            return Err(Error::Argument(format!(
+                "a board with {} redundant experts: give one with {}, as the kernel has",
+                shape.redundant, self.shape.redundant
             )));
         }
         waterfill_core::check_length("region", region.words().len(), shape.words())?;
@@ -163,19 +190,28 @@ impl Runner {
         Ok(())
     }
 
-    /// Words that [`count`](Self::count) writes.
+    /// Words that [`count`](Self::count) writes, or, with redundant experts, [`count_replicas`](Self::count_replicas): one
+    /// more, the fingerprint.
     #[must_use]
     pub fn words(&self) -> usize {
-        let counts =
-            if self.args.posts_experts == 0 { self.shape.ranks } else { self.shape.experts };
+        let counts = match self.args.posts_experts {
+            _ if self.shape.redundant > 0 => self.shape.experts + 1,
+            0 => self.shape.ranks,
+            _ => self.shape.experts,
+        };
         1 + self.shape.ranks + counts
     }
 
     /// The most rows that a call may have.
     #[must_use]
     pub fn max_rows(&self) -> usize {
-        let fits =
-            |rows: &usize| self.shape.cut(*rows, self.most_blocks(), self.shared_bytes).is_ok();
+        let (shape, most_blocks, shared_bytes) =
+            (&self.shape, self.most_blocks(), self.shared_bytes);
+        let fits = |rows: &usize| {
+            let chooses = shape.redundant > 0;
+            shape.cut(*rows, most_blocks, shared_bytes).is_ok()
+                && (!chooses || shape.cut_replicas(*rows, most_blocks, shared_bytes).is_ok())
+        };
         // Fewer rows always fit too: `Shape::cut`.
         let (mut least, mut most) = (0, MAX_ROWS);
         while least < most {
@@ -190,7 +226,7 @@ impl Runner {
     /// Nothing is allocated or waited for, so a graph can capture it.
     ///
     /// # Errors
-    /// More rows than fit, [`Quotas::Live`] without a board, or what the driver refuses.
+    /// More rows than fit, [`Quotas::Live`] without a board or on one with redundant experts, or what the driver refuses.
     ///
     /// # Safety
     /// The addresses are those of arrays of the shape's types and the lengths that [`Call`] names, alive
@@ -206,11 +242,17 @@ impl Runner {
     /// collective that brings all ranks' to [`Quotas::Gathered`]. As [`launch`](Self::launch), a graph can capture it.
     ///
     /// # Errors
-    /// More rows than fit, or what the driver refuses.
+    /// More rows than fit, a shape with redundant experts, or what the driver refuses.
     ///
     /// # Safety
     /// As there, for the call's inputs and `out`; its outputs and quotas are not looked at.
     pub unsafe fn count(&self, call: &Call, out: u64, stream: usize) -> Result<()> {
+        if self.shape.redundant > 0 {
+            return Err(Error::Argument(format!(
+                "counts without a table of replicas, with {} redundant experts: count for a choice of replicas",
+                self.shape.redundant
+            )));
+        }
         let current = self.device.current()?;
         let cut =
             self.shape.cut(call.rows, self.most_blocks(), self.shared_bytes)?.without_writers();
@@ -257,6 +299,12 @@ impl Runner {
                     "live quotas without a board: attach one first".into(),
                 ));
             }
+            Quotas::Live { .. } | Quotas::Gathered { .. } if self.shape.redundant > 0 => {
+                return Err(Error::Argument(format!(
+                    "live quotas on a board with {} redundant experts: choose replicas, then give the quotas from there",
+                    self.shape.redundant
+                )));
+            }
             Quotas::Live { cap } => (args.mode, args.cap_ns) = (LIVE, nanoseconds(cap)),
             Quotas::Gathered { cap, address } => {
                 (args.mode, args.cap_ns, args.words) = (LIVE, nanoseconds(cap), address);
@@ -294,17 +342,18 @@ impl Runner {
         }
     }
 
-    fn most_blocks(&self) -> usize {
+    pub(crate) fn most_blocks(&self) -> usize {
         self.cluster.as_ref().map_or(1, |cluster| cluster.most_blocks)
     }
 
-    fn kernels(&self, blocks: usize) -> &Kernels {
+    pub(crate) fn kernels(&self, blocks: usize) -> &Kernels {
         let cluster = self.cluster.as_ref().filter(|_| blocks > 1);
         cluster.map_or(&self.block, |cluster| &cluster.kernels)
     }
 
     /// How the calls on `stream` so far ended; waits for them. Calls with [`Quotas::Own`] are not counted, and those with
-    /// [`Quotas::Given`] are live unless they are torn. Not while a graph is captured.
+    /// [`Quotas::Given`] are live unless they are torn. With redundant experts they are those that chose replicas, and no
+    /// others. Not while a graph is captured.
     ///
     /// # Errors
     /// What the driver refuses.
@@ -314,7 +363,8 @@ impl Runner {
     pub unsafe fn tally(&self, stream: usize) -> Result<Ended> {
         let _current = self.device.current()?;
         // SAFETY: the caller's promise.
-        let state = self.state.read(unsafe { Stream::borrow(stream) })?;
+        let stream = unsafe { Stream::borrow(stream) };
+        let state = self.replica_state.as_ref().unwrap_or(&self.state).read(stream)?;
         Ok(Ended(state.tally))
     }
 
@@ -327,9 +377,15 @@ impl Runner {
         for blocks in std::iter::once(1).chain(cluster) {
             let cut = self.shape.geometry(blocks, 0);
             let args = with_cut(self.args, &cut);
-            for kernel in self.kernels(blocks).all() {
+            for kernel in self.kernels(blocks).expanding() {
                 // SAFETY: the kernel's parameter is `Args`; there are no rows, so no address is read or written.
                 unsafe { kernel.launch(launch_of(&cut), stream.0, &args)? };
+            }
+            if let Some(kernel) = &self.kernels(blocks).choose {
+                let cut = self.shape.replica_geometry(blocks, 0);
+                let args = replica_args(self.args, &cut);
+                // SAFETY: the kernel's parameter is `ReplicaArgs`; in mode OWN no address is read or written.
+                unsafe { kernel.launch(launch_of_replicas(&cut), stream.0, &args)? };
             }
         }
         // SAFETY: the kernel's parameter is `MoveArgs`; there are no ids, so no address is read or written.
@@ -338,7 +394,7 @@ impl Runner {
     }
 }
 
-fn nanoseconds(time: Duration) -> u64 {
+pub(crate) fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
@@ -362,7 +418,10 @@ fn load(
             Kernel::load(&compile(own_only)?, EXPAND, shared_bytes)
         })
     };
-    Ok(Kernels { own_only: load(true, own_only?)?, any: load(false, any?)? })
+    let (own_only, any) = (load(true, own_only?)?, load(false, any?)?);
+    let choose =
+        (shape.redundant > 0).then(|| any.beside_with(CHOOSE, shared_bytes)).transpose()?;
+    Ok(Kernels { own_only, any, choose })
 }
 
 /// The kernels for clusters, and the largest that the device runs with all the shared memory they may take.
@@ -382,10 +441,14 @@ fn cluster(
     }
     let runs = |blocks: usize| {
         let launch = Launch { blocks, cluster: blocks, threads: MOST_THREADS, shared_bytes };
-        kernels.all().iter().all(|kernel| kernel.clusters(launch).is_ok_and(|count| count > 0))
+        kernels.all().all(|kernel| kernel.clusters(launch).is_ok_and(|count| count > 0))
     };
     // Where not even a cluster without rows has room, one block may.
-    let has_room = |blocks: usize| shape.geometry(blocks, 0).shared_bytes <= shared_bytes;
+    let has_room = |blocks: usize| {
+        let chooses = shape.redundant > 0;
+        shape.geometry(blocks, 0).shared_bytes <= shared_bytes
+            && (!chooses || shape.replica_geometry(blocks, 0).shared_bytes <= shared_bytes)
+    };
     let most_blocks = CLUSTERS.into_iter().find(|&blocks| has_room(blocks) && runs(blocks));
     Ok(most_blocks.map(|most_blocks| Cluster { kernels, most_blocks }))
 }

@@ -53,6 +53,8 @@ pub struct Shape {
     pub ranks: usize,
     /// Physical experts over all ranks.
     pub experts: usize,
+    /// Those beyond one for each logical expert, where plans choose among replicas; else 0.
+    pub redundant: usize,
     /// Routed experts of a token, 1 to 32.
     pub top_k: usize,
     /// Their ids.
@@ -104,6 +106,9 @@ const RANK_ARRAYS: usize = 2;
 const QUOTAS: usize = 2;
 const QUOTA_WORDS: usize = 2 + bids::BID_LEVELS as usize;
 const ROUNDS: usize = bids::ROUNDS as usize;
+/// Arrays of a word a job, and of a word a slot, of `Replicas` in kernels/replica_board.cuh.
+const JOB_ARRAYS: usize = 4;
+const SLOT_ARRAYS: usize = 4;
 
 /// One call's blocks and their shared memory, in bytes from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,6 +137,42 @@ pub struct Geometry {
     pub shared_bytes: usize,
 }
 
+/// The same for the kernel that chooses replicas.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplicaGeometry {
+    /// Blocks that work together.
+    pub blocks: usize,
+    /// Threads of a block.
+    pub threads: usize,
+    /// Rows of a block, but for the last ones.
+    pub rows_per_block: usize,
+    /// Counts of rows by expert, and the fingerprint.
+    pub counts_at: usize,
+    /// Rows of each job by warp's rows, `[rows_per_block / 32, redundant]`.
+    pub columns_at: usize,
+    /// The number of each job's next row, `[warps, redundant]`; what is before it begins as zeros.
+    pub next_at: usize,
+    /// All of it.
+    pub shared_bytes: usize,
+}
+
+/// A cut whose blocks take so much shared memory.
+trait SharedBytes {
+    fn shared_bytes(&self) -> usize;
+}
+
+impl SharedBytes for Geometry {
+    fn shared_bytes(&self) -> usize {
+        self.shared_bytes
+    }
+}
+
+impl SharedBytes for ReplicaGeometry {
+    fn shared_bytes(&self) -> usize {
+        self.shared_bytes
+    }
+}
+
 impl Geometry {
     /// The same for a call that writes no rows.
     pub fn without_writers(self) -> Self {
@@ -143,9 +184,15 @@ impl Shape {
     /// What can be refused without a device.
     ///
     /// # Errors
-    /// Ranks or experts that the core refuses, more than 32,768 experts, a top-k outside 1 to 32.
+    /// Ranks or experts that the core refuses, more than 32,768 experts, none that is not redundant, a top-k outside 1 to 32.
     pub fn check(&self) -> Result<()> {
         waterfill_core::Placement::contiguous(self.ranks, self.experts)?;
+        if self.redundant >= self.experts {
+            let Self { redundant, experts, .. } = self;
+            return Err(Error::Argument(format!(
+                "{redundant} redundant of {experts} experts: give fewer, one of each logical expert is none"
+            )));
+        }
         if self.experts > MAX_EXPERTS {
             let text = format!("{} experts: give {MAX_EXPERTS} at most", self.experts);
             return Err(Error::Argument(text));
@@ -165,16 +212,46 @@ impl Shape {
     /// More rows than any number of blocks has room for.
     #[doc(hidden)]
     pub fn cut(&self, rows: usize, most_blocks: usize, shared_bytes: usize) -> Result<Geometry> {
+        self.cut_with(rows, most_blocks, shared_bytes, |blocks, rows| self.geometry(blocks, rows))
+    }
+
+    /// The same for the kernel that chooses replicas.
+    ///
+    /// # Errors
+    /// As there.
+    #[doc(hidden)]
+    pub fn cut_replicas(
+        &self,
+        rows: usize,
+        most_blocks: usize,
+        shared_bytes: usize,
+    ) -> Result<ReplicaGeometry> {
+        self.cut_with(rows, most_blocks, shared_bytes, |blocks, rows| {
+            self.replica_geometry(blocks, rows)
+        })
+    }
+
+    fn cut_with<G: SharedBytes>(
+        &self,
+        rows: usize,
+        most_blocks: usize,
+        shared_bytes: usize,
+        geometry: impl Fn(usize, usize) -> G,
+    ) -> Result<G> {
         let each = if rows <= BLOCK { BLOCK } else { CLUSTERED_BLOCK };
         let fewest = rows.div_ceil(each).clamp(1, most_blocks);
         let cut_into =
-            |blocks: usize| self.geometry(blocks, rows.div_ceil(blocks).next_multiple_of(WARP));
-        let fits = |cut: &Geometry| rows <= MAX_ROWS && cut.shared_bytes <= shared_bytes;
+            |blocks: usize| geometry(blocks, rows.div_ceil(blocks).next_multiple_of(WARP));
+        let fits = |cut: &G| rows <= MAX_ROWS && cut.shared_bytes() <= shared_bytes;
         (fewest..=most_blocks).map(cut_into).find(fits).ok_or_else(|| {
+            let redundant = match self.redundant {
+                0 => String::new(),
+                redundant => format!(" ({redundant} of them redundant)"),
+            };
             Error::Argument(format!(
-                "{rows} rows of top {} over {} ranks and {} experts: they take {} bytes of shared memory in each of \
-                 {most_blocks} blocks, the device has {shared_bytes}; give fewer rows a call (never more than {MAX_ROWS})",
-                self.top_k, self.ranks, self.experts, cut_into(most_blocks).shared_bytes
+                "{rows} rows of top {} over {} ranks and {} experts{redundant}: they take {} bytes of shared memory in each \
+                 of {most_blocks} blocks, the device has {shared_bytes}; give fewer rows a call (never more than {MAX_ROWS})",
+                self.top_k, self.ranks, self.experts, cut_into(most_blocks).shared_bytes()
             ))
         })
     }
@@ -192,7 +269,7 @@ impl Shape {
         Geometry {
             blocks,
             writers: if blocks > 1 && rows_per_block > WRITTEN_BY_BLOCK { blocks } else { 0 },
-            threads: (rows_per_block + PLANNING_WARPS * WARP).clamp(LEAST_THREADS, MOST_THREADS),
+            threads: threads_of(rows_per_block),
             rows_per_block,
             table_at,
             table_stride,
@@ -202,6 +279,39 @@ impl Shape {
             states_at,
             shared_bytes: states_at + 2 * rows,
         }
+    }
+
+    /// The same for the kernel that chooses replicas.
+    #[doc(hidden)]
+    pub fn replica_geometry(&self, blocks: usize, rows_per_block: usize) -> ReplicaGeometry {
+        let threads = threads_of(rows_per_block);
+        let counts_at = self.replicas_at(blocks > 1) + self.replicas_bytes();
+        // The fingerprint, and what names no expert.
+        let columns_at = counts_at + 4 * (self.experts + 2);
+        let columns = rows_per_block / WARP;
+        let next_at = (columns_at + 4 * columns * self.redundant).next_multiple_of(16);
+        let shared_bytes = next_at + 4 * threads / WARP * self.redundant;
+        ReplicaGeometry {
+            blocks,
+            threads,
+            rows_per_block,
+            counts_at,
+            columns_at,
+            next_at,
+            shared_bytes,
+        }
+    }
+
+    /// Where `Replicas` of kernels/replica_board.cuh is.
+    pub(crate) fn replicas_at(&self, clustered: bool) -> usize {
+        (BLOCK_BYTES + self.zero_bytes(clustered)).next_multiple_of(16)
+    }
+
+    /// Bytes of `Replicas`.
+    pub(crate) fn replicas_bytes(&self) -> usize {
+        let of_jobs = JOB_ARRAYS * self.redundant + 1;
+        let of_slots = SLOT_ARRAYS * 2 * self.redundant;
+        4 * (of_jobs + of_slots + self.ranks + 1)
     }
 
     /// Entries of an array of a word a rank, and one more: `ENTRIES` in kernels/types.cuh, as which all below are asserted to be.
@@ -225,6 +335,10 @@ impl Shape {
     }
 }
 
+fn threads_of(rows_per_block: usize) -> usize {
+    (rows_per_block + PLANNING_WARPS * WARP).clamp(LEAST_THREADS, MOST_THREADS)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -232,7 +346,8 @@ mod tests {
     const SHARED_BYTES: usize = 227 << 10;
 
     fn shape(ranks: usize, experts: usize, top_k: usize) -> Shape {
-        Shape { ranks, experts, top_k, id: IdType::I32, weight: WeightType::F32 }
+        let (id, weight) = (IdType::I32, WeightType::F32);
+        Shape { ranks, experts, redundant: 0, top_k, id, weight }
     }
 
     #[test]

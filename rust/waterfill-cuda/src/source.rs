@@ -7,29 +7,42 @@ use std::fmt::Write;
 use waterfill_board::{BREAK_AFTER, MOST_SELDOM, Outcome};
 use waterfill_core::{HALF_TRUSTED, LEAST_TENTHS, bids};
 
-use crate::args::{Args, COUNT, GIVEN, LIVE, MoveArgs, OWN, State};
+use crate::args::{Args, COUNT, GIVEN, LIVE, MoveArgs, OWN, ReplicaArgs, State};
 use crate::shape::{
     BLOCK_BYTES, IdType, LEAST_WARPS, MOST_THREADS, MOVE_THREADS, Shape, Variant, WARP, WeightType,
 };
 
-/// The file with the kernels. It includes all others.
-pub const MAIN: &str = "expand.cu";
+/// The file with the kernels of most shapes. It includes all others that they need.
+const EXPAND: &str = "expand.cu";
+/// The file with those of a shape with redundant experts. It includes the other one.
+const CHOOSE: &str = "choose_replicas.cu";
 
 macro_rules! files {
     ($($name:literal)*) => { [$(($name, include_str!(concat!("../kernels/", $name)))),*] };
 }
 
 /// The files of kernels/: name and text.
-pub const FILES: [(&str, &str); 10] = files!(
-    "assign.cuh" "board.cuh" "cluster.cuh" "count.cuh" "expand.cu" "move_up.cuh" "own.cuh" "ptx.cuh" "token.cuh" "types.cuh"
+pub const FILES: [(&str, &str); 12] = files!(
+    "assign.cuh" "board.cuh" "choose_replicas.cu" "cluster.cuh" "count.cuh" "expand.cu" "move_up.cuh" "own.cuh" "ptx.cuh"
+    "replica_board.cuh" "token.cuh" "types.cuh"
 );
 
 /// The source of one of a shape's kernels, which needs no other file.
 #[must_use]
 pub fn source(shape: &Shape, variant: Variant) -> String {
     let mut text = values(shape, variant);
-    include(MAIN, &mut Vec::new(), &mut text);
+    include(main_file(shape, variant), &mut Vec::new(), &mut text);
     text + &assertions(shape, variant)
+}
+
+/// Whether replicas are chosen by a kernel of it. Calls with quotas from own counts choose none.
+fn chooses(shape: &Shape, variant: Variant) -> bool {
+    shape.redundant > 0 && !variant.own_only
+}
+
+/// The file of kernels/ that includes all others that the kernels need.
+pub fn main_file(shape: &Shape, variant: Variant) -> &'static str {
+    if chooses(shape, variant) { CHOOSE } else { EXPAND }
 }
 
 /// What the host decides, as macros.
@@ -78,7 +91,13 @@ pub fn values(shape: &Shape, variant: Variant) -> String {
         ("ROUND_LEVEL", bids::ROUND_STEPS[0]),
         ("ROUND_TURN", bids::ROUND_STEPS[1]),
     ];
-    let numbers = numbers.map(|(name, value)| (name, format!("{value}u")));
+    let of_replicas = [
+        ("REDUNDANT", shape.redundant as u32),
+        ("REPLICAS_BYTES", shape.replicas_at(variant.clustered) as u32),
+    ];
+    let of_replicas = if chooses(shape, variant) { &of_replicas[..] } else { &[] };
+    let numbers = numbers.iter().chain(of_replicas);
+    let numbers: Vec<_> = numbers.map(|(name, value)| (*name, format!("{value}u"))).collect();
     let lines = texts.iter().chain(&numbers);
     lines.map(|(name, value)| format!("#define {name} {value}\n")).collect()
 }
@@ -86,13 +105,18 @@ pub fn values(shape: &Shape, variant: Variant) -> String {
 /// What the compiler finds to be so, or refuses: that the structs of the kernels are those of the host, and their arrays in shared
 /// memory those that it leaves room for. NVRTC has no `offsetof`: each field is for the compiler of the tests without a GPU.
 pub fn assertions(shape: &Shape, variant: Variant) -> String {
-    let arrays = [
+    let mut arrays = vec![
         format!("sizeof(Zeros) == {}", shape.zero_bytes(variant.clustered)),
         format!("sizeof(PerRank) == {}", shape.per_rank_bytes()),
         format!("Visits::WORDS == {}", shape.visit_words()),
     ];
-    let structs = [Args::LAYOUT, MoveArgs::LAYOUT, State::LAYOUT].map(|layout| layout.claims());
-    let (structs, fields): (Vec<_>, Vec<_>) = structs.into_iter().unzip();
+    let mut structs = vec![Args::LAYOUT, MoveArgs::LAYOUT, State::LAYOUT];
+    if chooses(shape, variant) {
+        arrays.push(format!("sizeof(Replicas) == {}", shape.replicas_bytes()));
+        structs.push(ReplicaArgs::LAYOUT);
+    }
+    let structs = structs.iter().map(|layout| layout.claims());
+    let (structs, fields): (Vec<_>, Vec<_>) = structs.unzip();
     let assert = |claim: &String| format!("static_assert({claim}, \"as on the host\");\n");
     let sizes: String = structs.iter().chain(&arrays).map(assert).collect();
     let fields: String = fields.iter().flatten().map(assert).collect();
@@ -130,14 +154,34 @@ mod tests {
 
     #[test]
     fn every_file_is_in_it_once() {
-        let shape =
-            Shape { ranks: 8, experts: 16, top_k: 6, id: IdType::I32, weight: WeightType::F32 };
-        let text = source(&shape, Variant { clustered: true, own_only: false });
+        let text = source(&shape(4), Variant { clustered: true, own_only: false });
         assert!(!text.contains("#include") && !text.contains("#pragma once"));
         for (name, file) in FILES {
             assert_eq!(text.matches(&format!("#line 1 \"{name}\"\n")).count(), 1, "{name}");
             let last = file.trim_end().rsplit("\n\n").next().expect("text has a last part");
             assert_eq!(text.matches(last).count(), 1, "the last lines of {name}");
+        }
+    }
+
+    fn shape(redundant: usize) -> Shape {
+        let (id, weight) = (IdType::I32, WeightType::F32);
+        Shape { ranks: 8, experts: 16, redundant, top_k: 6, id, weight }
+    }
+
+    #[test]
+    fn what_chooses_replicas_is_where_some_are_redundant_and_nowhere_else() {
+        for clustered in [false, true] {
+            let any = |redundant| source(&shape(redundant), Variant { clustered, own_only: false });
+            let (without, with) = (any(0), any(4));
+            assert!(!without.to_lowercase().contains("redundant"));
+            assert!(!without.contains("replica") && with.contains("choose_replicas"));
+            // What is in both is the same text.
+            let kernels = |text: &str| text[text.find("#line 1").unwrap()..].to_string();
+            let expand = kernels(&without);
+            let expand = &expand[..expand.find("static_assert(sizeof(Args)").unwrap()];
+            assert!(kernels(&with).contains(expand));
+            let own = |redundant| source(&shape(redundant), Variant { clustered, own_only: true });
+            assert_eq!(own(0), own(4));
         }
     }
 }

@@ -14,8 +14,14 @@ use waterfill_cuda::{Call, Compiler, IdType, Quotas, Runner, Shape, WeightType};
 
 const ORDINAL: usize = 3;
 const STREAM: usize = 0x99;
-const SHAPE: Shape =
-    Shape { ranks: 8, experts: 256, top_k: 6, id: IdType::I32, weight: WeightType::F32 };
+const SHAPE: Shape = Shape {
+    ranks: 8,
+    experts: 256,
+    redundant: 0,
+    top_k: 6,
+    id: IdType::I32,
+    weight: WeightType::F32,
+};
 const CALL: Call = Call {
     ids: 1,
     weights: 2,

@@ -29,7 +29,7 @@ fn compiler(cache: Option<&std::path::Path>) -> Option<Compiler> {
 }
 
 fn shape(top_k: usize, id: IdType, weight: WeightType) -> Shape {
-    Shape { ranks: 8, experts: 256, top_k, id, weight }
+    Shape { ranks: 8, experts: 256, redundant: 0, top_k, id, weight }
 }
 
 #[test]
@@ -55,6 +55,13 @@ fn every_variant_compiles() {
         for (variant, top_k) in [(BLOCK, 7), (CLUSTER, 32)] {
             let shape =
                 Shape { ranks, experts: ranks, ..shape(top_k, IdType::I64, WeightType::Bf16) };
+            compiler.compile(&shape, variant, 90).unwrap();
+        }
+    }
+    for (ranks, experts, redundant, top_k) in [(8, 288, 32, 8), (2, 4, 1, 1), (64, 320, 64, 32)] {
+        for (variant, id) in [(BLOCK, IdType::I32), (CLUSTER, IdType::I64), (CLUSTER, IdType::I32)]
+        {
+            let shape = Shape { ranks, experts, redundant, ..shape(top_k, id, WeightType::Bf16) };
             compiler.compile(&shape, variant, 90).unwrap();
         }
     }

@@ -71,7 +71,7 @@ impl Question {
 fn checks(edits: &[Edit]) -> Result<(), String> {
     let Some(compiler) = compiler() else { return Ok(()) };
     let (id, weight) = (IdType::I32, WeightType::F32);
-    let shape = Shape { ranks: LANES, experts: LANES, top_k: MAX_TOP_K, id, weight };
+    let shape = Shape { ranks: LANES, experts: LANES, redundant: 0, top_k: MAX_TOP_K, id, weight };
     let variant = Variant { clustered: false, own_only: true };
     let mut kernel = kernel::compile(&compiler, &shape, variant, edits);
     let launch = kernel::launch(launch_of(&shape.geometry(1, 0)));

@@ -65,7 +65,7 @@ pub struct Batch<I, W> {
     pub shared_weight: f32,
     pub rows: usize,
     /// The ids as the core takes them: -1 where an id is past the last expert, or in padding.
-    known: Vec<I>,
+    pub known: Vec<I>,
 }
 
 /// What the core counts of a batch.

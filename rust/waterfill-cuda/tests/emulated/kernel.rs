@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 
 use cuda_emulator::{Edit, Kernel, PTX, Source};
-use waterfill_cuda::internal::{FILES, Launch, MAIN, assertions, values};
+use waterfill_cuda::internal::{FILES, Launch, assertions, main_file, values};
 use waterfill_cuda::{Shape, Variant};
 
 /// A mode of [`CALL`] alone: a level for the bases `quotas[0..32]` and `rows` tokens goes to `words[0]`, and the share of each lane,
@@ -11,11 +11,16 @@ use waterfill_cuda::{Shape, Variant};
 pub const ARITHMETIC: u32 = 99;
 /// Another: `move_up` runs with the `MoveArgs` at `words`.
 pub const MOVE_UP: u32 = 98;
+/// Another: `choose_replicas` runs with the `ReplicaArgs` at `words`.
+pub const CHOOSE: u32 = 97;
 const CALL: &str = r#"
 extern "C" void call_kernel(const void *pointer) {
     const Args &args = *(const Args *)pointer;
 #if OWN_ONLY && !CLUSTERED
     if (args.mode == MOVE_UP) return move_up(*(const MoveArgs *)args.words);
+#endif
+#ifdef REDUNDANT
+    if (args.mode == CHOOSE) return choose_replicas(*(const ReplicaArgs *)args.words);
 #endif
     if (args.mode != ARITHMETIC) return expand_topk(args);
     if (warp() > 0) return;
@@ -41,8 +46,11 @@ fn architecture(variant: Variant) -> u32 {
 
 pub fn source(shape: &Shape, variant: Variant) -> Source {
     let (values, assertions) = (values(shape, variant), assertions(shape, variant));
-    let modes = format!("#define ARITHMETIC {ARITHMETIC}u\n#define MOVE_UP {MOVE_UP}u\n");
-    let text = format!("{values}#include \"{MAIN}\"\n{assertions}{modes}{CALL}");
+    let modes = [("ARITHMETIC", ARITHMETIC), ("MOVE_UP", MOVE_UP), ("CHOOSE", CHOOSE)];
+    let modes: String =
+        modes.iter().map(|(name, mode)| format!("#define {name} {mode}u\n")).collect();
+    let main = main_file(shape, variant);
+    let text = format!("{values}#include \"{main}\"\n{assertions}{modes}{CALL}");
     Source { files: files(), text, architecture: architecture(variant) }
 }
 

@@ -39,7 +39,7 @@ pub enum Plan {
 }
 
 /// A board whose planner may be gone.
-struct Watched {
+pub struct Watched {
     heap: Heap,
     deserted: AtomicBool,
 }
@@ -60,9 +60,9 @@ impl Region for Watched {
 pub struct Live<'a, 'b> {
     pub rank: &'a mut Rank<'b>,
     shape: waterfill_board::Shape,
-    board: Heap,
+    board: Arc<Heap>,
     expected: Arc<Watched>,
-    port: Port<Arc<Watched>>,
+    pub port: Port<Arc<Watched>>,
     state: State,
     sequence: Sequence,
     /// Waits in a row that ended at the cap.
@@ -77,7 +77,8 @@ impl<'a, 'b> Live<'a, 'b> {
     /// The first call comes after `last`.
     pub fn new(rank: &'a mut Rank<'b>, by_expert: bool, last: u32) -> Self {
         let counts = if by_expert { rank.shape.experts } else { rank.shape.ranks };
-        let shape = waterfill_board::Shape::new(rank.shape.ranks, counts).unwrap();
+        let (ranks, redundant) = (rank.shape.ranks, rank.shape.redundant);
+        let shape = waterfill_board::Shape::with_redundant(ranks, counts, redundant).unwrap();
         let deserted = AtomicBool::new(false);
         let expected = Arc::new(Watched { heap: Heap::new(shape), deserted });
         let mut port = Port::new(Arc::clone(&expected), shape, CostModel::Rows, rank.rank).unwrap();
@@ -89,7 +90,7 @@ impl<'a, 'b> Live<'a, 'b> {
         Self {
             rank,
             shape,
-            board: Heap::new(shape),
+            board: Arc::new(Heap::new(shape)),
             expected,
             port,
             state,
@@ -109,15 +110,35 @@ impl<'a, 'b> Live<'a, 'b> {
     ) -> Checked {
         let batch = Batch::<I, W>::random(&mut self.rank.random, &self.rank.shape, rows);
         let counted = batch.counted(&self.rank.shape);
-        self.plant(plan, &counted);
-        let words = gathered.then(|| self.gather(&counted));
+        let right = counted.random_quotas(&mut self.rank.random, self.rank.rank);
+        let planned = if plan == Plan::Wrong { self.rank.wrong(&right) } else { right };
+        let posted = gathered.then(|| counted.posted(!self.shape.has_counts_per_rank()));
+        self.run(plan, &counted, &planned, posted.as_deref(), |live, args, (_, quotas), arrives| {
+            live.rank.expands(&batch, args, quotas, arrives)
+        })
+    }
+
+    /// A call whose plan, if it has one, is `planned`. If `posted` is given, all ranks' words come by a collective, and these
+    /// are this one's. `launch` makes the kernel's call and compares what it writes; it is told how the port's call ended, with
+    /// the quotas that it goes on with.
+    pub fn run(
+        &mut self,
+        plan: Plan,
+        counted: &Counted,
+        planned: &[u32],
+        posted: Option<&[u32]>,
+        launch: impl FnOnce(&mut Self, Args, (Outcome, &[u32]), &mut dyn FnMut()) -> Checked,
+    ) -> Checked {
+        self.plant(plan, planned);
+        let gathered = posted.is_some();
+        let words = posted.map(|posted| self.gather(posted));
         let deserted = plan == Plan::Deserted;
         // Relaxed: all in one thread.
         self.expected.deserted.store(deserted, Ordering::Relaxed);
         store(&self.board, self.shape.deserted(self.rank.rank), deserted.into());
         let cap = if deserted { Duration::MAX } else { Duration::ZERO };
         let before = self.waited;
-        let quotas = self.exchange(&counted, cap);
+        let (outcome, quotas) = self.exchange(counted, cap);
         if gathered {
             self.tell_of_others(self.waited > before);
         }
@@ -130,10 +151,10 @@ impl<'a, 'b> Live<'a, 'b> {
             mode: LIVE,
             words: words.as_ref().map_or(0, |words| address(words)),
             cap_ns,
-            ..self.rank.args(&mut self.state)
+            ..self.args()
         };
         let args = with_board(args, &self.shape, address(self.board.words()));
-        let (board, mut arriving) = (&self.board, std::mem::take(&mut self.arriving));
+        let (board, mut arriving) = (Arc::clone(&self.board), std::mem::take(&mut self.arriving));
         let mut looks = 0;
         let mut arrives = || {
             looks += 1;
@@ -142,19 +163,23 @@ impl<'a, 'b> Live<'a, 'b> {
             if plan == Plan::Arriving || looks > 32 {
                 arriving
                     .drain(..come.min(arriving.len()))
-                    .for_each(|(at, word)| store(board, at, word));
+                    .for_each(|(at, word)| store(&board, at, word));
             }
         };
-        self.rank.expands(&batch, args, &quotas, &mut arrives)?;
+        launch(self, args, (outcome, &quotas), &mut arrives)?;
         // To a rank that did not wait.
-        arriving.into_iter().for_each(|(at, word)| store(board, at, word));
+        arriving.into_iter().for_each(|(at, word)| store(&board, at, word));
         self.compares()?;
         self.sequence = self.sequence.next();
         Ok(())
     }
 
-    /// By the port: the words it posts, the quotas it goes on with.
-    fn exchange(&mut self, counted: &Counted, cap: Duration) -> Vec<u32> {
+    fn args(&mut self) -> Args {
+        self.rank.args(&mut self.state)
+    }
+
+    /// By the port: the words it posts, how it ends, the quotas it goes on with.
+    fn exchange(&mut self, counted: &Counted, cap: Duration) -> (Outcome, Vec<u32>) {
         let by_expert = !self.shape.has_counts_per_rank();
         let counts = if by_expert { &counted.counts } else { &counted.loads };
         let posted = Posted { tokens: counted.tokens, visits: &counted.visits, counts };
@@ -167,12 +192,10 @@ impl<'a, 'b> Live<'a, 'b> {
             Outcome::Broken => self.failures = self.failures.max(2),
         }
         self.waited += u64::from(outcome != Outcome::Broken);
-        quotas
+        (outcome, quotas)
     }
 
-    fn plant(&mut self, plan: Plan, counted: &Counted) {
-        let right = counted.random_quotas(&mut self.rank.random, self.rank.rank);
-        let quotas = if plan == Plan::Wrong { self.rank.wrong(&right) } else { right };
+    fn plant(&mut self, plan: Plan, planned: &[u32]) {
         let sequence = self.sequence;
         let without_plan = match plan {
             Plan::Late => Some(previous(sequence)),
@@ -190,7 +213,7 @@ impl<'a, 'b> Live<'a, 'b> {
             return;
         }
         let start = self.shape.quotas(sequence.tag(), self.rank.rank);
-        let words = quotas.iter().map(|&quota| word(sequence, quota));
+        let words = planned.iter().map(|&value| word(sequence, value));
         let mut words: Vec<_> = words.enumerate().map(|(i, word)| (start + i, word)).collect();
         self.rank.random.shuffle(&mut words);
         if plan == Plan::Partial {
@@ -205,10 +228,10 @@ impl<'a, 'b> Live<'a, 'b> {
     }
 
     /// All ranks' words, any but this one's; and at the port's board as the kernel is to post them.
-    fn gather(&mut self, counted: &Counted) -> Vec<u32> {
+    fn gather(&mut self, posted: &[u32]) -> Vec<u32> {
         let mut gathered = Vec::new();
         for rank in 0..self.shape.ranks {
-            let mut words = counted.posted(!self.shape.has_counts_per_rank());
+            let mut words = posted.to_vec();
             if rank != self.rank.rank {
                 words.fill_with(|| self.rank.random.next() as u32);
                 let start = self.shape.counts(self.sequence.tag(), rank);

@@ -10,6 +10,7 @@ mod kernel;
 mod live;
 mod move_up;
 mod rank;
+mod replicas;
 
 use std::ffi::OsStr;
 
@@ -27,6 +28,8 @@ const ROWS: [usize; 12] = [0, 1, 7, 32, 100, 128, 256, 257, 300, 700, 1000, 2500
 /// Enough of them for a kernel that is wrong.
 const FEW_ROWS: [usize; 5] = [7, 40, 256, 300, 700];
 const LIVE_ROWS: [usize; 7] = [0, 1, 7, 40, 128, 300, 600];
+/// The last in more blocks than one, or in one that has more rows than threads.
+const REPLICA_ROWS: [usize; 8] = [0, 1, 7, 40, 128, 300, 600, 1200];
 const PLANS: [Plan; 13] = [
     Plan::Whole,
     Plan::Whole,
@@ -80,10 +83,43 @@ fn checks_live<I: AnyId, W: Weight>(
     Ok(())
 }
 
+/// Calls that choose replicas.
+fn checks_replicas<I: AnyId>(rank: &mut Rank, rows: &[usize]) -> Checked {
+    for &rows in rows {
+        for moved in [false, true] {
+            rank.counts_for_replicas::<I>(rows, moved)
+                .map_err(|error| format!("{rows} rows, moved {moved}: {error}"))?;
+        }
+    }
+    for gathered in [false, true] {
+        for (last, calls, late) in SCRIPTS {
+            let mut live = Live::new(rank, true, last);
+            for call in 0..calls {
+                let random = &mut live.rank.random;
+                let (plan, rows) = match call < late {
+                    true => (Plan::Late, 1),
+                    false => (random.pick(&PLANS), random.pick(rows)),
+                };
+                live.chooses::<I>(rows, plan, gathered).map_err(|error| {
+                    format!("gathered {gathered}, call {call} after {last}, {plan:?}, {rows} rows: {error}")
+                })?;
+            }
+        }
+    }
+    rank.warms_choice()
+}
+
 /// A shape's kernel, with a defect.
 fn check(compiler: &OsStr, shape: Shape, rows: &[usize], edits: &[Edit]) -> Checked {
     let compile = |shape: &Shape, variant| kernel::compile(compiler, shape, variant, edits);
     let mut rank = Rank::new(shape, &compile);
+    if shape.redundant > 0 {
+        let checked = match shape.id {
+            IdType::I32 => checks_replicas::<i32>(&mut rank, rows),
+            IdType::I64 => checks_replicas::<i64>(&mut rank, rows),
+        };
+        return checked.map_err(|error| format!("{shape:?}, rank {}: {error}", rank.rank));
+    }
     let checked = match (shape.id, shape.weight) {
         (IdType::I32, WeightType::F32) => checks::<i32, f32>(&mut rank, rows),
         (IdType::I32, WeightType::Bf16) => checks::<i32, Bf16>(&mut rank, rows),
@@ -100,7 +136,7 @@ macro_rules! shapes {
         fn $name() {
             let Some(compiler) = compiler() else { return };
             let (id, weight) = (IdType::$id, WeightType::$weight);
-            let shape = Shape { ranks: $ranks, experts: $experts, top_k: $top_k, id, weight };
+            let shape = Shape { ranks: $ranks, experts: $experts, redundant: 0, top_k: $top_k, id, weight };
             check(&compiler, shape, &ROWS, &[]).unwrap();
         }
     )*};
@@ -122,10 +158,47 @@ shapes! {
     equals_the_core_on_257_ranks: 257, 514, 32, I64, Bf16;
 }
 
-const FEW_RANKS: Shape =
-    Shape { ranks: 8, experts: 16, top_k: 6, id: IdType::I32, weight: WeightType::F32 };
-const MANY_RANKS: Shape =
-    Shape { ranks: 33, experts: 66, top_k: 6, id: IdType::I64, weight: WeightType::Bf16 };
+/// The same with redundant experts.
+macro_rules! shapes_with_replicas {
+    ($($name:ident: $ranks:literal, $experts:literal, $redundant:literal, $top_k:literal, $id:ident;)*) => {$(
+        #[test]
+        fn $name() {
+            let Some(compiler) = compiler() else { return };
+            let (ranks, experts, redundant, top_k) = ($ranks, $experts, $redundant, $top_k);
+            let (id, weight) = (IdType::$id, WeightType::F32);
+            let shape = Shape { ranks, experts, redundant, top_k, id, weight };
+            check(&compiler, shape, &REPLICA_ROWS, &[]).unwrap();
+        }
+    )*};
+}
+
+shapes_with_replicas! {
+    chooses_as_the_core_on_1_rank: 1, 5, 2, 1, I32;
+    chooses_as_the_core_on_2_ranks: 2, 4, 1, 2, I64;
+    chooses_as_the_core_on_4_ranks: 4, 20, 16, 8, I32;
+    chooses_as_the_core_on_8_ranks: 8, 288, 32, 8, I32;
+    chooses_as_the_core_on_16_ranks: 16, 48, 16, 6, I64;
+    chooses_as_the_core_on_33_ranks: 33, 66, 40, 9, I32;
+    chooses_as_the_core_on_64_ranks: 64, 320, 64, 8, I64;
+    chooses_as_the_core_on_257_ranks: 257, 514, 100, 3, I32;
+}
+
+const FEW_RANKS: Shape = Shape {
+    ranks: 8,
+    experts: 16,
+    redundant: 0,
+    top_k: 6,
+    id: IdType::I32,
+    weight: WeightType::F32,
+};
+const MANY_RANKS: Shape = Shape {
+    ranks: 33,
+    experts: 66,
+    redundant: 0,
+    top_k: 6,
+    id: IdType::I64,
+    weight: WeightType::Bf16,
+};
 
 /// Each defect, planted by itself, is noticed.
 fn notices(shape: Shape, defects: &[Defect]) {

@@ -76,7 +76,7 @@ fn checks<I: AnyId>(id: IdType, edits: &[Edit]) -> Checked {
     let Some(compiler) = compiler() else { return Ok(()) };
     let shape = |ranks: usize, each: usize| {
         let (experts, weight) = (ranks * each, WeightType::F32);
-        Shape { ranks, experts, top_k: 8, id, weight }
+        Shape { ranks, experts, redundant: 0, top_k: 8, id, weight }
     };
     let variant = Variant { clustered: false, own_only: true };
     let mut kernel = kernel::compile(&compiler, &shape(8, 32), variant, edits);

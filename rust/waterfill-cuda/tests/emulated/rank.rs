@@ -4,12 +4,12 @@ use std::fmt::Debug;
 
 use cuda_emulator::Kernel;
 use waterfill_core::Weight;
-use waterfill_cuda::internal::{Args, COUNT, GIVEN, Geometry, OWN, State};
+use waterfill_cuda::internal::{Args, COUNT, GIVEN, Geometry, Launch, OWN, State};
 use waterfill_cuda::internal::{common_args, launch_of, weight_bits, with_cut};
 use waterfill_cuda::{Shape, Variant};
 
 use super::batch::{AnyId, Batch, Counted, Random};
-use super::kernel::launch;
+use super::kernel;
 
 /// Nothing, or what is wrong.
 pub type Checked = Result<(), String>;
@@ -62,20 +62,25 @@ impl<'a> Rank<'a> {
         meanwhile: &mut dyn FnMut(),
     ) -> Checked {
         let variant = Variant { clustered: cut.blocks > 1, own_only };
+        self.launch_variant(variant, launch_of(cut), &with_cut(args, cut), meanwhile)
+    }
+
+    /// One launch of one of the kernels.
+    pub fn launch_variant(
+        &mut self,
+        variant: Variant,
+        launch: Launch,
+        args: &Args,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Checked {
         if self.kernels.iter().all(|(compiled, _)| *compiled != variant) {
             self.kernels.push((variant, (self.compile)(&self.shape, variant)));
         }
         let mut kernels = self.kernels.iter_mut();
         let (_, kernel) = kernels.find(|(compiled, _)| *compiled == variant).unwrap();
+        let seed = self.random.next() as u32;
         // SAFETY: every caller sets the addresses of arrays that it holds, of the lengths that the kernel is told.
-        unsafe {
-            kernel.launch(
-                launch(launch_of(cut)),
-                &with_cut(args, cut),
-                self.random.next() as u32,
-                meanwhile,
-            )
-        }
+        unsafe { kernel.launch(kernel::launch(launch), args, seed, meanwhile) }
     }
 
     /// A call's outputs are those of the core with these quotas.
@@ -183,13 +188,13 @@ pub fn address_mut<T>(values: &mut [T]) -> u64 {
 }
 
 /// Plain numbers as they stand in memory: NaNs and zeros by their bits.
-fn bytes<T: Copy>(values: &[T]) -> &[u8] {
+pub fn bytes<T: Copy>(values: &[T]) -> &[u8] {
     // SAFETY: integers and floats, without padding; any byte is a u8.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
 /// An output for such values, with its guard, untouched.
-fn untouched_like<T: Copy>(values: &[T]) -> Vec<T> {
+pub fn untouched_like<T: Copy>(values: &[T]) -> Vec<T> {
     let mut out = Vec::with_capacity(values.len() + GUARD);
     // SAFETY: it has the capacity, every element is written, and any bytes are an integer or a float.
     unsafe {
@@ -200,7 +205,7 @@ fn untouched_like<T: Copy>(values: &[T]) -> Vec<T> {
 }
 
 /// The bytes of such an output once `values` are written.
-fn guarded<T: Copy>(values: &[T]) -> Vec<u8> {
+pub fn guarded<T: Copy>(values: &[T]) -> Vec<u8> {
     let mut expected = bytes(values).to_vec();
     expected.resize(size_of::<T>() * (values.len() + GUARD), UNTOUCHED);
     expected

@@ -1,0 +1,304 @@
+// A replica for each routed row of a replicated expert, as the plan says: waterfill_core's replicas.rs, for all rows at once.
+//
+// One launch a call, as in expand.cu: count, post, wait for the plan, and write the ids with replicas chosen. A second kernel
+// beside `expand_topk`, in the modules of shapes with redundant experts that are not for own counts alone. Where the shared rows
+// are routed, `expand_topk` follows, and has the quotas that this one found on the board as given ones.
+//
+// A job is a replicated expert, a slot one of its replicas. A job's rows are numbered by groups of 32 rows, which are those of a
+// warp, then by column, then by row. Number n goes to the first slot whose sum of quotas is above n. Nothing on the board or in
+// the table can change which logical expert computes a row, where the server's own map is given.
+
+#include "expand.cu"
+#include "replica_board.cuh"
+
+__device__ __forceinline__ Replicas &replicas() { return *(Replicas *)(shared_memory() + REPLICAS_BYTES); }
+
+// The ids of a row, and what becomes of them.
+struct Choice {
+    Ids ids;
+    u32 job[TOP_K];      // NO_JOB where nothing is to be chosen.
+    u32 logical[TOP_K];  // The logical expert of the id, where there is a job.
+    u32 number[TOP_K];   // Of the job's rows.
+};
+
+// Whether an id names an expert. In padding none does.
+__device__ __forceinline__ bool is_expert(const ReplicaArgs &replica, const Rows &rows, u32 row, ID id) {
+    return row < rows.unpadded && (UNSIGNED_ID)id < replica.experts;  // DEFECT(choose-expert)
+}
+
+// All loads of a row in flight at once.
+__device__ __forceinline__ void find_jobs(const ReplicaArgs &replica, const Table &table, const Rows &rows, u32 row, Choice &choice) {
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k) {
+        ID id = choice.ids.id[k];
+        choice.job[k] = is_expert(replica, rows, row, id) ? table.job_of((u32)id) : ALL;
+    }
+}
+
+// A logical expert as a number of 32 bits.
+__device__ __forceinline__ u32 logical_of(const ReplicaArgs &replica, u32 expert) {
+    if (!replica.logical) return 0;
+    u64 logical = (u64)replica.logical[expert];
+    return logical < NO_LOGICAL ? (u32)logical : NO_LOGICAL;  // DEFECT(logical-bits)
+}
+
+__device__ __forceinline__ void find_logical(const ReplicaArgs &replica, const Table &table, Choice &choice) {
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k) {
+        choice.job[k] = choice.job[k] < table.jobs ? choice.job[k] : NO_JOB;
+        choice.logical[k] = choice.job[k] != NO_JOB ? logical_of(replica, (u32)choice.ids.id[k]) : NO_LOGICAL;
+    }
+}
+
+// A warp counts its 32 rows: by expert, and where their shared rows are routed tokens and visits too.
+__device__ __forceinline__ void count_rows(const ReplicaArgs &replica, const Shared &s, Block &b, const Rows &rows, u32 row,
+                                           const Choice &choice) {
+    const Args &args = replica.args;
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k) {
+        ID id = choice.ids.id[k];
+        atomicAdd(&s.counts[is_expert(replica, rows, row, id) ? (u32)id : args.experts], 1u);  // DEFECT(choose-counts)
+    }
+    if (replica.moved) return;  // DEFECT(choose-overlapped)
+    Visits visits;
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k) {
+        ID id = choice.ids.id[k];
+        u32 rank = is_expert(replica, rows, row, id) ? rank_of_expert(id, args.rank_multiplier) : NO_RANK;
+        atomicAdd(&s.visits[visits.add(k, rank) ? rank : NO_RANK], 1u);
+    }
+    u32 tokens = __popc(__ballot_sync(ALL, visits.any()));
+    if (lane() == 0) atomicAdd(&b.tokens, tokens);  // DEFECT(choose-tokens)
+}
+
+// Rows of each job, by warp's rows: [rows_per_block / WARP, REDUNDANT].
+__device__ __forceinline__ u32 *column_of(const ReplicaArgs &replica, u32 base) {
+    return (u32 *)(shared_memory() + replica.columns_bytes) + base / WARP * REDUNDANT;
+}
+
+__device__ __forceinline__ void count_jobs(const ReplicaArgs &replica, Replicas &r, u32 base, const Choice &choice) {
+    u32 *column = column_of(replica, base);
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k) {
+        if (choice.job[k] == NO_JOB) continue;
+        atomicAdd(&column[choice.job[k]], 1u);  // DEFECT(job-columns)
+        atomicAdd(&r.rows[choice.job[k]], 1u);  // DEFECT(job-rows)
+    }
+}
+
+// Copy what all threads need of the table. A slot that names no expert is chosen for none.
+__device__ __forceinline__ void copy_table(const ReplicaArgs &replica, const Table &table, Replicas &r) {
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < SLOTS; i += blockDim.x) {
+        u32 expert = table.replica(i);
+        if (i <= REDUNDANT) r.first[i] = at_most(table.first(i), SLOTS);  // DEFECT(table-first)
+        r.replica[i] = expert;
+        r.logical[i] = expert < replica.experts ? logical_of(replica, expert) : NO_LOGICAL;  // DEFECT(table-replica)
+    }
+}
+
+// Rows of each job in all blocks, and in those before this one. All threads call it, and see all of it afterwards.
+__device__ __forceinline__ void gather_jobs(const Table &table, Replicas &r) {
+    sync_blocks();  // DEFECT(jobs-sync)
+#if CLUSTERED
+    static constexpr u32 AT_ONCE = 8;
+#pragma unroll 1
+    for (u32 job = threadIdx.x; job < table.jobs; job += blockDim.x) {
+        u32 all = 0, before = 0;
+#pragma unroll 1
+        for (u32 first = 0; first < blocks(); first += AT_ONCE) {
+            u32 rows[AT_ONCE];
+#pragma unroll
+            for (u32 j = 0; j < AT_ONCE; ++j) rows[j] = first + j < blocks() ? read_block(r.rows + job, first + j) : 0;
+#pragma unroll
+            for (u32 j = 0; j < AT_ONCE; ++j) {
+                all += rows[j];
+                before += first + j < block() ? rows[j] : 0;  // DEFECT(jobs-before)
+            }
+        }
+        r.all_rows[job] = all;
+        r.before[job] = before;
+    }
+    __syncthreads();  // DEFECT(jobs-barrier)
+#endif
+}
+
+// A warp numbers the slots of its 32 rows; `next` [REDUNDANT] is its own.
+__device__ __forceinline__ void number_rows(const ReplicaArgs &replica, const Table &table, const Replicas &r, u32 base, Choice &choice) {
+    u32 *next = (u32 *)(shared_memory() + replica.next_bytes) + warp() * REDUNDANT;
+#pragma unroll 1
+    for (u32 job = lane(); job < table.jobs; job += WARP) {
+        u32 before = r.before[job];
+#pragma unroll 4
+        for (u32 column = 0; column < base; column += WARP) before += column_of(replica, column)[job];  // DEFECT(number-columns)
+        next[job] = before;
+    }
+    __syncwarp();  // DEFECT(number-start)
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k) {
+        u32 job = choice.job[k], same = __match_any_sync(ALL, job), before = __popc(same & lanes_before());
+        u32 start = job != NO_JOB ? next[job] : 0;
+        choice.number[k] = start + before;  // DEFECT(number)
+        __syncwarp();  // DEFECT(number-read)
+        if (job != NO_JOB && before == 0) next[job] = start + __popc(same);  // DEFECT(number-next)
+        __syncwarp();  // DEFECT(number-write)
+    }
+}
+
+// Sums of the replica quotas, for those jobs whose quotas add up to their rows. By the warp that has the plan.
+__device__ __forceinline__ void open_replicas(const Table &table, Replicas &r) {
+    __syncwarp();  // DEFECT(open-replicas)
+    const u32 *quotas = r.plan + RANKS + 1;
+    // Of one block the rows are all there are.
+    const u32 *all = CLUSTERED ? r.all_rows : r.rows;
+#pragma unroll 1
+    for (u32 job = lane(); job < table.jobs; job += WARP) {
+        u32 first = r.first[job], end = r.first[job + 1], until = 0;
+        u64 sum = 0;
+#pragma unroll 1
+        for (u32 slot = first; slot < end; ++slot) sum += quotas[slot];
+        if (sum != all[job]) continue;  // DEFECT(job-torn)
+#pragma unroll 1
+        for (u32 slot = first; slot < end; ++slot) r.until[slot] = until += quotas[slot];
+    }
+}
+
+// Whether the slots of jobs follow each other: then each slot is of one job. A warp asks.
+__device__ __forceinline__ bool is_in_order(const Table &table, const Replicas &r) {
+    bool ordered = true;
+#pragma unroll 1
+    for (u32 job = lane(); job < table.jobs; job += WARP) ordered &= r.first[job] <= r.first[job + 1];  // DEFECT(table-order)
+    return __all_sync(ALL, ordered);
+}
+
+// The warp that waits, in the first block: take the plan, and hand on the quotas. Gives how the call ended.
+__device__ __forceinline__ u32 take_plan(const ReplicaArgs &replica, const Table &table, const Block &b, Replicas &r) {
+    Wanted wanted;
+    bool ordered = is_in_order(table, r);
+    wanted.fingerprint = ordered ? table.fingerprint : 0;
+    wanted.slots = ordered && table.fingerprint != 0 ? r.first[table.jobs] : 0;
+    u32 outcome = wait(replica.args, r.plan, b, wanted);
+    if (outcome == TALLY_LIVE && wanted.fits) open_replicas(table, r);  // DEFECT(choose-live)
+    if (replica.quotas) {
+#pragma unroll 1
+        for (u32 rank = lane(); rank < RANKS; rank += WARP) replica.quotas[rank] = outcome == TALLY_LIVE ? r.plan[rank] : ALL;  // DEFECT(quotas-out)
+    }
+    return outcome;
+}
+
+// What the first block took from the board, for the others, which read nothing of another block from here on.
+__device__ __forceinline__ void share_plan(Replicas &r) {
+    sync_blocks();  // DEFECT(replica-share-sync)
+#if CLUSTERED
+    if (block() > 0) {
+#pragma unroll 1
+        for (u32 slot = threadIdx.x; slot < SLOTS; slot += blockDim.x) r.until[slot] = read_block(r.until + slot, 0);  // DEFECT(replica-share)
+    }
+    __syncthreads();  // DEFECT(replica-share-barrier)
+    leave_blocks();  // DEFECT(replica-leave)
+#endif
+}
+
+// The call counts once, here: the launch of given quotas that follows counts in a state of its own.
+__device__ __forceinline__ void tally(const Args &args, u32 sequence, u32 outcome) {
+    u64 calls = args.state->tally[outcome] + 1;
+    args.state->tally[outcome] = calls;
+    args.state->last = sequence;
+    store_relaxed(args.board + args.tally_at + outcome, calls);  // DEFECT(choose-tally)
+}
+
+// The replica of a slot with a job, or the id as it is.
+__device__ __forceinline__ ID chosen(const Replicas &r, ID id, u32 job, u32 logical, u32 number) {
+    u32 slot = r.first[job], end = r.first[job + 1];
+    while (slot < end && number >= r.until[slot]) ++slot;  // DEFECT(choose-slot)
+    if (slot >= end || r.logical[slot] != logical || logical == NO_LOGICAL) return id;  // DEFECT(choose-logical)
+    return (ID)r.replica[slot];
+}
+
+__device__ __forceinline__ void write_ids(const ReplicaArgs &replica, const Replicas &r, const Rows &rows, u32 row, const Choice &choice) {
+    if (row >= rows.count) return;
+    u64 out = (u64)(rows.first + row) * TOP_K;
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k) {
+        ID id = choice.ids.id[k];
+        if (choice.job[k] != NO_JOB) id = chosen(r, id, choice.job[k], choice.logical[k], choice.number[k]);
+        bool expert = (UNSIGNED_ID)id < replica.experts;
+        if (replica.moved)
+            ((long long *)replica.out)[out + k] = moved_up(id, rank_of_expert(id, replica.args.rank_multiplier), expert);  // DEFECT(choose-moved)
+        else
+            ((ID *)replica.out)[out + k] = row < rows.unpadded ? id : (ID)-1;  // DEFECT(choose-padding)
+    }
+}
+
+__device__ __forceinline__ void choose(const ReplicaArgs &replica) {
+    const Args &args = replica.args;
+    Shared s = shared_arrays(args);
+    Block &b = *s.block;
+    Replicas &r = replicas();
+    Rows rows(args, block());
+    Choice choice;
+    choice.ids.load(rows, threadIdx.x);
+    Table table(replica);
+    clear(args);
+    rows.pad(args);
+    __syncthreads();  // DEFECT(choose-clear)
+    number_call(args, b);
+    if (block() == 0 && threadIdx.x == 0) s.counts[replica.experts] = table.fingerprint;  // DEFECT(fingerprint)
+
+    // Rows of a block that has more than threads are read anew at each step, in the same order.
+    u32 passes = at_least(up(args.rows_per_block, blockDim.x), 1);
+#pragma unroll 1
+    for (u32 pass = 0; pass < passes; ++pass) {
+        u32 row = pass * blockDim.x + threadIdx.x;
+        if (passes > 1) choice.ids.load(rows, row);
+        find_jobs(replica, table, rows, row, choice);
+        if (row - lane() < rows.count) count_rows(replica, s, b, rows, row, choice);
+    }
+    if (replica.moved) sync_blocks();  // DEFECT(choose-sync)
+    else gather(s, b);
+    if (block() == 0) post_counts(args, s, b);
+    if (mode_of(args) == COUNT) {
+        leave_blocks();
+        return end_blocks();
+    }
+
+    // All that only the choice needs is done while the plan is made.
+    copy_table(replica, table, r);
+#pragma unroll 1
+    for (u32 pass = 0; pass < passes; ++pass) {
+        u32 row = pass * blockDim.x + threadIdx.x;
+        if (passes > 1) {
+            choice.ids.load(rows, row);
+            find_jobs(replica, table, rows, row, choice);
+        }
+        find_logical(replica, table, choice);
+        if (row - lane() < rows.count) count_jobs(replica, r, row - lane(), choice);
+    }
+    gather_jobs(table, r);
+
+    u32 outcome = 0;
+    bool waits = block() == 0 && is_waiting_warp();
+#pragma unroll 1
+    for (u32 pass = 0; pass < passes; ++pass) {
+        u32 row = pass * blockDim.x + threadIdx.x;
+        if (passes > 1) {
+            choice.ids.load(rows, row);
+            find_jobs(replica, table, rows, row, choice);
+            find_logical(replica, table, choice);
+        }
+        bool has_rows = row - lane() < rows.count;
+        if (has_rows) number_rows(replica, table, r, row - lane(), choice);
+        if (pass == 0) {
+            if (waits) outcome = take_plan(replica, table, b, r);
+            share_plan(r);
+        }
+        if (has_rows) write_ids(replica, r, rows, row, choice);
+    }
+    if (waits && lane() == 0) tally(args, b.sequence, outcome);
+    end_blocks();  // DEFECT(choose-end)
+}
+
+extern "C" __global__ void __launch_bounds__(MOST_THREADS) choose_replicas(const __grid_constant__ ReplicaArgs args) {
+    // So is the launch that warms it.
+    if (mode_of(args.args) != OWN) choose(args);
+}

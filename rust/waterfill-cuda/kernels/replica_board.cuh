@@ -1,0 +1,129 @@
+// This rank's end of a board with redundant experts: board.cuh's, with the fingerprint of a layer's map posted behind the counts,
+// and with a plan that has replica quotas behind the quotas. Partner of each: waterfill-board's port.rs and planner.rs.
+#pragma once
+
+#include "types.cuh"
+#include "board.cuh"
+
+// At most so many jobs, which are replicated experts, as experts are redundant; and twice as many slots, which are their replicas.
+static constexpr u32 SLOTS = 2 * REDUNDANT;
+static constexpr u32 NO_JOB = REDUNDANT;
+// No logical expert: none has a number that does not fit.
+static constexpr u32 NO_LOGICAL = ALL;
+// Words of a rank's part of a plan: quotas [RANKS], the fingerprint of the map that it was made for or 0, replica quotas [SLOTS].
+static constexpr u32 PLAN_WORDS = RANKS + 1 + SLOTS;
+
+// `ReplicaArgs` in src/args.rs, field by field.
+struct ReplicaArgs {
+    // Of these, ids, unpadded, words, board, state, sizes and places. `experts` is one more than there are: the fingerprint is
+    // posted as the count of one more. In COUNT nothing is written but `words`; in OWN nothing at all.
+    Args args;
+    const u32 *table;          // [2 + experts + REDUNDANT + 1 + SLOTS], as waterfill_core's `ReplicaTable::words` says.
+    const long long *logical;  // [experts] the logical expert of each by the server's own map, or null.
+    void *out;                 // [rows, TOP_K] of long long if `moved`, else of ID.  // DEFECT(replica-out)
+    u32 *quotas;               // [RANKS] the board's quotas go there, or ALL for each without a plan; null if `moved`.
+    u32 experts;               // Physical ones.
+    u32 moved;                 // Whether ids go out past the shared experts, of a batch whose shared rows are not routed.
+    u32 columns_bytes, next_bytes;  // From the start of dynamic shared memory.
+};
+
+// What the threads of a block know of the layer's replicas. It begins as zeros.
+struct Replicas {
+    u32 rows[REDUNDANT];      // This block's rows of each job.
+    u32 all_rows[REDUNDANT];  // Those of all blocks.
+    u32 before[REDUNDANT];    // Those of the blocks before this one.
+    u32 until[SLOTS];         // Sums of the quotas of a job's slots, up to and with each; 0 for a job without any that add up.
+    u32 first[REDUNDANT + 1]; // The first slot of each job.
+    u32 replica[SLOTS];       // The physical expert of each slot.
+    u32 logical[SLOTS];       // Its logical one.
+    u32 plan[PLAN_WORDS];     // As it was read last.
+};
+
+// What is known of a layer's table before it is read.
+struct Table {
+    const u32 *words;
+    u32 experts, fingerprint, jobs;
+
+    // Without a fingerprint there are no replicas.
+    __device__ __forceinline__ Table(const ReplicaArgs &replica) {
+        words = replica.table;
+        experts = replica.experts;
+        fingerprint = words[0];
+        jobs = fingerprint == 0 ? 0 : at_most(words[1], REDUNDANT);  // DEFECT(table-jobs)
+    }
+
+    __device__ __forceinline__ u32 job_of(u32 expert) const { return words[2 + expert]; }
+    __device__ __forceinline__ u32 first(u32 job) const { return words[2 + experts + job]; }
+    __device__ __forceinline__ u32 replica(u32 slot) const { return words[2 + experts + REDUNDANT + 1 + slot]; }
+};
+
+// What a warp that waits asks for, and what it found.
+struct Wanted {
+    u32 fingerprint;  // Of the own table, or 0.
+    u32 slots;        // Of the own table.
+    u64 sum = 0;      // Of the quotas.
+    bool fits = false;  // Whether the plan was made for the own table.
+};
+
+// A warp reads this rank's part of a call's plan into `plan`, in one go; false as long as any of it is missing. Replica quotas
+// of another map are not waited for: the planner may have written none.
+__device__ __forceinline__ bool take(const Args &args, u32 *plan, u32 sequence, Wanted &wanted) {
+    static constexpr u32 CHUNKS_OF_PLAN = (PLAN_WORDS + WARP - 1) / WARP, AT_ONCE = CHUNKS_OF_PLAN < 8 ? CHUNKS_OF_PLAN : 8;
+    const u64 *words = in_slot(args, args.quotas_at, sequence);
+    u32 end = RANKS + 1 + wanted.slots, fingerprint = 0;
+    bool has_quotas = true, has_replicas = true;
+    u64 mine = 0;
+#pragma unroll 1
+    for (u32 first = 0; first < end; first += AT_ONCE * WARP) {
+        u64 word[AT_ONCE];
+#pragma unroll
+        for (u32 j = 0; j < AT_ONCE; ++j) {
+            u32 i = first + j * WARP + lane();
+            word[j] = i < end ? load_relaxed(words + i) : (u64)sequence << 32;
+        }
+#pragma unroll
+        for (u32 j = 0; j < AT_ONCE; ++j) {
+            u32 i = first + j * WARP + lane(), value = (u32)word[j];
+            bool there = (u32)(word[j] >> 32) == sequence;
+            if (i <= RANKS) has_quotas &= there;  // DEFECT(take-quotas)
+            else has_replicas &= there;
+            if (i < RANKS) mine += value;  // DEFECT(take-mine)
+            if (i == RANKS) fingerprint = value;
+            if (i < end) plan[i] = value;
+        }
+    }
+    if (!__all_sync(ALL, has_quotas)) return false;
+    wanted.fits = __shfl_sync(ALL, fingerprint, RANKS % WARP) == wanted.fingerprint && wanted.fingerprint != 0;  // DEFECT(take-fits)
+    if (wanted.fits && !__all_sync(ALL, has_replicas)) return false;  // DEFECT(take-replicas)
+    wanted.sum = warp_sum_long(mine);
+    return true;
+}
+
+// The planner has nothing for a late warp, whose plan was not there: how that ends its wait, if it does. As in board.cuh.
+__device__ __forceinline__ bool ends(const Args &args, u32 *plan, const Block &b, u32 stage, Wanted &wanted, u32 *outcome) {
+    bool none = __all_sync(ALL, is_without_plan(args, b.sequence));
+    bool deserted = __all_sync(ALL, load_acquire(args.board + args.deserted_at) != 0);
+    if ((none || deserted) && take(args, plan, b.sequence, wanted)) return *outcome = TALLY_LIVE, true;  // DEFECT(replica-last-look)
+    if (!none && !deserted && stage != SPENT) return false;  // DEFECT(replica-wait-on)
+    u32 failures = none ? 0 : deserted ? at_least(b.failures, BREAK_AFTER) : b.failures + (b.failures != ALL);  // DEFECT(replica-failures)
+    *outcome = none ? TALLY_NO_PLAN : deserted ? TALLY_BROKEN : TALLY_TIMED_OUT;
+    if (lane() == 0) args.state->failures = failures;
+    if (*outcome == TALLY_TIMED_OUT && lane() == args.rank % WARP)  // DEFECT(replica-take-back)
+        store_word(in_slot(args, args.counts_at, b.sequence) + posted(args), b.sequence, 0);
+    return true;
+}
+
+// A warp waits for this call's plan, at most `cap_ns`; `plan` has it if the outcome is TALLY_LIVE. As in board.cuh.
+__device__ __forceinline__ u32 wait(const Args &args, u32 *plan, const Block &b, Wanted &wanted) {
+    if (!b.waits) return TALLY_BROKEN;
+    u64 begun = now_ns();
+    u32 outcome = TALLY_LIVE;
+    while (true) {
+        u32 now = __shfl_sync(ALL, stage(args, now_ns() - begun), 0);  // DEFECT(replica-clock)
+        if (take(args, plan, b.sequence, wanted)) break;  // DEFECT(replica-look)
+        if (now != SOON && ends(args, plan, b, now, wanted, &outcome)) break;
+    }
+    if (outcome != TALLY_LIVE) return outcome;
+    if (lane() == 0) args.state->failures = 0;
+    return wanted.sum == all_tokens(b) ? TALLY_LIVE : TALLY_TORN;  // DEFECT(replica-torn)
+}
