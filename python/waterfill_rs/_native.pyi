@@ -466,8 +466,11 @@ class CudaRunner:
         board: Board | None,
         nvrtc: str | Path | None,
         cache: str | Path | None,
+        redundant: int = 0,
     ) -> CudaRunner:
         """Compile, or find in the folder ``cache``, load, and run once. ``nvrtc``: the library's file.
+
+        ``redundant``: experts beyond one for each logical expert, where plans choose among replicas.
 
         Raises:
             ValueError: a shape, rank or board that does not fit.
@@ -478,7 +481,10 @@ class CudaRunner:
         """The most rows that a call may have."""
     @property
     def words(self) -> int:
-        """Integers that ``unsafe_count_ptr`` writes: tokens, visits ``[R]``, counts as the board has them."""
+        """Integers that ``unsafe_count_ptr`` writes: tokens, visits ``[R]``, counts as the board has them.
+
+        With redundant experts those that ``unsafe_choose_replicas_ptr`` writes: counts ``[P]``, and the map's fingerprint.
+        """
     def unsafe_count_ptr(
         self, ids: int, weights: int, rows: int, unpadded: int, out: int, stream: int
     ) -> None:
@@ -499,6 +505,32 @@ class CudaRunner:
     ) -> None:
         """One launch on ``stream``. Quotas at an address unless 0; else live ones, waited for ``cap_us``, of the
         counts ``[ranks, words]`` at ``gathered`` unless 0; else own."""
+    def unsafe_choose_replicas_ptr(
+        self,
+        ids: int,
+        rows: int,
+        unpadded: int,
+        out: int,
+        moved: bool,
+        quotas: int,
+        words: int,
+        table: int,
+        logical: int,
+        gathered: int,
+        cap_us: int,
+        stream: int,
+    ) -> None:
+        """Make the board's call and choose replicas by one launch on ``stream``, or only count.
+
+        ``out``: ids ``[rows, top_k]``, int64 past the shared experts if ``moved``, else of the type given. ``quotas``: int32
+        ``[ranks]`` that the board's go to, or 0. ``words``: if not 0 it only counts, int32 ``[words]`` there. ``table``: int32,
+        ``ReplicaTable.words``. ``logical``: int64 ``[P]``, the server's own map, or 0. ``gathered``: int32 ``[ranks * words]``,
+        what all ranks counted, or 0.
+
+        Raises:
+            ValueError: no board, no redundant experts, more rows than fit.
+            RuntimeError: what the driver refuses.
+        """
     def unsafe_move_up_ptr(self, ids: int, out: int, count: int, stream: int) -> None:
         """Move ``count`` ids up past the shared experts by one launch on ``stream``: int64 ``[count]`` at ``out``."""
     def tally(self, stream: int) -> Ended:

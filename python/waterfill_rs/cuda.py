@@ -49,6 +49,8 @@ class Expander:
         weights: dtype of the weights.
         board: where ranks and planner meet. Its experts are ``physical_experts``, or ``ranks`` for loads alone. It stays
             mapped until the process ends, because graphs may.
+        redundant: experts beyond one for each logical expert, where plans choose among replicas. Then the board has as many,
+            and calls on it are made by ``choose_replicas``.
 
     Raises:
         ValueError: a shape, rank, dtype or board that does not fit.
@@ -66,6 +68,7 @@ class Expander:
         ids: torch.dtype = torch.int32,
         weights: torch.dtype = torch.float32,
         board: _native.Board | None = None,
+        redundant: int = 0,
     ) -> None:
         device = torch.device(device)
         if device.type != "cuda":
@@ -90,9 +93,13 @@ class Expander:
             board=board,
             nvrtc=next(iter(nvrtc.files()), None),
             cache=_cache(),
+            redundant=redundant,
         )
+        self.experts, self.redundant = physical_experts, redundant
+        self._table_words = 2 + physical_experts + redundant + 1 + 2 * redundant
         self._launch = self._runner.unsafe_launch_ptr
         self._move_up = self._runner.unsafe_move_up_ptr
+        self._choose = self._runner.unsafe_choose_replicas_ptr
         self.words: int = self._runner.words
         self.max_rows: int = self._runner.max_rows
 
@@ -158,36 +165,100 @@ class Expander:
         Raises:
             ValueError: a tensor that does not fit, before anything is written.
         """
-        # As in `_check`, which takes weights too.
-        shape = topk_ids.shape
-        rows = shape[0] if shape else 0
-        if not (
-            topk_ids.dtype is self._ids
-            and topk_ids.get_device() == self._index
-            and shape == (rows, self.top_k)
-            and topk_ids.is_contiguous()
-        ):
-            self._refuse("topk_ids", topk_ids, self._ids, (rows, self.top_k))
+        rows = self._check_ids(topk_ids)
         out = torch.empty_like(topk_ids, dtype=torch.int64)
         self._move_up(topk_ids.data_ptr(), out.data_ptr(), rows * self.top_k, self._stream())
         return out
 
+    def choose_replicas(
+        self,
+        topk_ids: Tensor,
+        table: Tensor,
+        logical: Tensor | None = None,
+        *,
+        moved: bool,
+        cap_us: int,
+        gathered: Tensor | None = None,
+        num_token_non_padded: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One call on a board with redundant experts: count, post, wait for the plan, and name replicas as it says.
+
+        By one launch, in the place of a call with ``cap_us``. Without a plan, or with one for another map than the table's,
+        ids stay as they are.
+
+        Args:
+            topk_ids: ``[N, K]`` physical ids.
+            table: int32 ``_native.ReplicaTable.words`` of the layer, on the device, read as the launch runs. With 0 for
+                the fingerprint no replicas are chosen.
+            logical: int64 ``[physical_experts]``, the logical expert of each by the server's own map, on the device: an id
+                is only replaced by one of the same logical expert. Without it the table is trusted.
+            moved: for a batch whose shared rows are not routed: no tokens and no visits are posted, and ids go out past the
+                shared experts, as ``move_up`` moves them.
+            cap_us: wait so long for the plan.
+            gathered: int32 ``[ranks * words]`` on the device, what ``count`` wrote on each rank; see ``__call__``.
+            num_token_non_padded: int32, one element, on the device: rows at or past it are padding. They are not counted and
+                have no replica chosen. Their ids are -1, or move up as they are if ``moved``.
+
+        Returns:
+            Ids int64 ``[N, K]`` and None if ``moved``. Else ids ``[N, K]`` of the dtype given, and int32 ``[ranks]`` quotas
+            for the ``__call__`` that follows; -1 each without a plan, and from own counts there.
+
+        Raises:
+            ValueError: tensors that do not fit, no board or no redundant experts, before anything is written.
+        """
+        rows = self._check_replicas(topk_ids, table, logical, num_token_non_padded)
+        if gathered is not None:
+            self._refuse("gathered", gathered, torch.int32, (self.ranks * self.words,))
+        quotas = None
+        if moved:
+            out = torch.empty_like(topk_ids, dtype=torch.int64)
+        else:
+            out, quotas = torch.empty_like(topk_ids), table.new_empty(self.ranks)
+        self._choose(
+            topk_ids.data_ptr(),
+            rows,
+            0 if num_token_non_padded is None else num_token_non_padded.data_ptr(),
+            out.data_ptr(),
+            moved,
+            0 if quotas is None else quotas.data_ptr(),
+            0,
+            table.data_ptr(),
+            0 if logical is None else logical.data_ptr(),
+            0 if gathered is None else gathered.data_ptr(),
+            cap_us,
+            self._stream(),
+        )
+        return out, quotas
+
     def count(
         self,
         topk_ids: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         out: Tensor,
         *,
         num_token_non_padded: Tensor | None = None,
+        table: Tensor | None = None,
+        moved: bool = False,
     ) -> None:
         """Write what a call with these tensors posts to ``out``, int32 ``[words]`` on the device, by one launch.
 
         Words are tokens, visits ``[ranks]``, and counts ``[physical_experts]``, or ``[ranks]`` without a board of
-        counts per expert. For a collective; see ``gathered``.
+        counts per expert. With redundant experts they are as many as experts, and the map's fingerprint follows: give the
+        layer's ``table``, and ``moved``, as to ``choose_replicas``; weights are not looked at. For a collective; see
+        ``gathered``.
 
         Raises:
             ValueError: tensors that do not fit, before anything is written.
         """
+        if table is not None:
+            rows = self._check_replicas(topk_ids, table, None, num_token_non_padded)
+            self._refuse("out", out, torch.int32, (self.words,))
+            unpadded = 0 if num_token_non_padded is None else num_token_non_padded.data_ptr()
+            ids, words, stream = topk_ids.data_ptr(), out.data_ptr(), self._stream()
+            self._choose(ids, rows, unpadded, 0, moved, 0, words, table.data_ptr(), 0, 0, 0, stream)
+            return
+        if topk_weights is None:
+            raise ValueError("counts without topk_weights: give them, or a table of replicas")
         rows = self._check(topk_ids, topk_weights, None, num_token_non_padded)
         self._refuse("out", out, torch.int32, (self.words,))
         self._runner.unsafe_count_ptr(
@@ -200,7 +271,10 @@ class Expander:
         )
 
     def tally(self) -> Ended:
-        """How calls with given or live quotas ended: ``live``, ``none``, ``timed_out``, ``broken``, ``torn``. Waits for them."""
+        """How calls with given or live quotas ended: ``live``, ``none``, ``timed_out``, ``broken``, ``torn``. Waits for them.
+
+        With redundant experts they are those of ``choose_replicas``.
+        """
         return self._runner.tally(self._stream())
 
     def _stream(self) -> int:
@@ -229,10 +303,41 @@ class Expander:
             self._refuse("topk_weights", weights, self._weights, (rows, self.top_k))
         if quotas is not None:
             self._refuse("quotas", quotas, torch.int32, (self.ranks,))
+        self._check_unpadded(unpadded)
+        return rows
+
+    def _check_ids(self, ids: Tensor) -> int:
+        """The rows of ids without weights, or a ValueError."""
+        shape = ids.shape
+        rows = shape[0] if shape else 0
+        if not (
+            ids.dtype is self._ids
+            and ids.get_device() == self._index
+            and shape == (rows, self.top_k)
+            and ids.is_contiguous()
+        ):
+            self._refuse("topk_ids", ids, self._ids, (rows, self.top_k))
+        return rows
+
+    def _check_replicas(
+        self, ids: Tensor, table: Tensor, logical: Tensor | None, unpadded: Tensor | None
+    ) -> int:
+        """The rows of a call that chooses replicas, or a ValueError."""
+        rows = self._check_ids(ids)
+        if self.redundant == 0:
+            raise ValueError(
+                "a table of replicas, but no redundant experts: give the Expander redundant="
+            )
+        self._refuse("table", table, torch.int32, (self._table_words,))
+        if logical is not None:
+            self._refuse("logical", logical, torch.int64, (self.experts,))
+        self._check_unpadded(unpadded)
+        return rows
+
+    def _check_unpadded(self, unpadded: Tensor | None) -> None:
         if unpadded is not None:
             one = tuple(unpadded.shape) if unpadded.numel() == 1 else (1,)
             self._refuse("num_token_non_padded", unpadded, torch.int32, one)
-        return rows
 
     def _refuse(
         self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]

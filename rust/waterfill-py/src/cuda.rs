@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use waterfill_cuda::{Call, Compiler, Quotas, Runner, Shape};
+use waterfill_cuda::{Call, Compiler, Quotas, ReplicaCall, Runner, Shape};
 
 use crate::board::PyBoard;
 use crate::error::cuda_guarded;
@@ -26,7 +26,7 @@ struct PyCudaRunner {
 impl PyCudaRunner {
     /// Compile the kernel, or find it in the folder `cache`, load it, and run it once.
     #[new]
-    #[pyo3(signature = (device, *, ranks, experts, rank, top_k, id_bits, weight_bits, board, nvrtc, cache))]
+    #[pyo3(signature = (device, *, ranks, experts, rank, top_k, id_bits, weight_bits, board, nvrtc, cache, redundant=0))]
     #[allow(clippy::too_many_arguments)] // Keyword arguments, each with a name of its own in Python.
     fn new(
         py: Python<'_>,
@@ -40,9 +40,10 @@ impl PyCudaRunner {
         board: Option<&PyBoard>,
         nvrtc: Option<PathBuf>,
         cache: Option<PathBuf>,
+        redundant: usize,
     ) -> PyResult<Self> {
         let (id, weight) = (id_type(id_bits)?, weight_type(weight_bits)?);
-        let shape = Shape { ranks, experts, top_k, id, weight };
+        let shape = Shape { ranks, experts, redundant, top_k, id, weight };
         let board = board.map(|board| (Arc::clone(&board.inner), board.shape));
         // The compiler takes a second where nothing is cached.
         py.detach(|| {
@@ -63,7 +64,7 @@ impl PyCudaRunner {
         self.inner.max_rows()
     }
 
-    /// int32 words that `unsafe_count_ptr` writes.
+    /// int32 words that `unsafe_count_ptr` writes, or, with redundant experts, `unsafe_choose_replicas_ptr`.
     #[getter]
     fn words(&self) -> usize {
         self.inner.words()
@@ -114,6 +115,39 @@ impl PyCudaRunner {
         // SAFETY: `waterfill_rs.cuda` gives contiguous tensors of the runner's device, types and top-k,
         // outputs fresh from torch's allocator, and torch's current stream; `gathered` has `ranks * words` elements.
         cuda_guarded(|| unsafe { self.inner.launch(&call, stream) })
+    }
+
+    /// One launch on `stream` that chooses replicas: the board's call, from the counts at `gathered` if that is not 0. Ids go to
+    /// `out`, int64 and past the shared experts if `moved`, else of the type given; the board's quotas go to `quotas` if that is
+    /// not 0. If `words` is not 0, it only counts: int32 `[words]` there.
+    #[allow(clippy::too_many_arguments)] // As `unsafe_launch_ptr`.
+    fn unsafe_choose_replicas_ptr(
+        &self,
+        ids: u64,
+        rows: usize,
+        unpadded: u64,
+        out: u64,
+        moved: bool,
+        quotas: u64,
+        words: u64,
+        table: u64,
+        logical: u64,
+        gathered: u64,
+        cap_us: u64,
+        stream: usize,
+    ) -> PyResult<()> {
+        let cap = Duration::from_micros(cap_us);
+        let call =
+            ReplicaCall { ids, rows, unpadded, out, moved, quotas, table, logical, gathered, cap };
+        // SAFETY: as at `unsafe_launch_ptr`; `table` has the words of `waterfill_core::ReplicaTable` for the runner's shape,
+        // `logical` an int64 for each expert, `quotas` an int32 for each rank, `words` and each rank's part of `gathered` as many
+        // as `words` says.
+        cuda_guarded(|| unsafe {
+            match words {
+                0 => self.inner.choose_replicas(&call, stream),
+                _ => self.inner.count_replicas(&call, words, stream),
+            }
+        })
     }
 
     /// Move `count` ids up past the shared experts by one launch on `stream`: int64 `[count]` at `out`.
