@@ -32,7 +32,7 @@ struct Replicas {
     u32 rows[REDUNDANT];      // This block's rows of each job.
     u32 all_rows[REDUNDANT];  // Those of all blocks.
     u32 before[REDUNDANT];    // Those of the blocks before this one.
-    u32 until[SLOTS];         // Sums of the quotas of a job's slots, up to and with each; 0 for a job without any that add up.
+    u32 until[SLOTS];         // Sums of the quotas of a job's slots, up to and with each; 0 for a job without any that add up.  // DEFECT(replica-until)
     u32 first[REDUNDANT + 1]; // The first slot of each job.
     u32 replica[SLOTS];       // The physical expert of each slot.
     u32 logical[SLOTS];       // Its logical one.
@@ -103,7 +103,7 @@ __device__ __forceinline__ bool take(const Args &args, u32 *plan, u32 sequence, 
 __device__ __forceinline__ bool ends(const Args &args, u32 *plan, const Block &b, u32 stage, Wanted &wanted, u32 *outcome) {
     bool none = __all_sync(ALL, is_without_plan(args, b.sequence));
     bool deserted = __all_sync(ALL, load_acquire(args.board + args.deserted_at) != 0);
-    if ((none || deserted) && take(args, plan, b.sequence, wanted)) return *outcome = TALLY_LIVE, true;  // DEFECT(replica-last-look)
+    if ((none || deserted) && take(args, plan, b.sequence, wanted)) return *outcome = TALLY_LIVE, true;
     if (!none && !deserted && stage != SPENT) return false;  // DEFECT(replica-wait-on)
     u32 failures = none ? 0 : deserted ? at_least(b.failures, BREAK_AFTER) : b.failures + (b.failures != ALL);  // DEFECT(replica-failures)
     *outcome = none ? TALLY_NO_PLAN : deserted ? TALLY_BROKEN : TALLY_TIMED_OUT;

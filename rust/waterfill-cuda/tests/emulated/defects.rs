@@ -178,6 +178,118 @@ pub const MOVES: &[Defect] = &[
 /// The same of 32 bits, which are written as 64.
 pub const MOVES_OF_32_BITS: &[Defect] = &[(&[instead("moved-out", "long long", "ID")], ANYTHING)];
 
+/// The choice of replicas: barriers, and what orders memory.
+pub const REPLICA_ORDER: &[Defect] = &[
+    (&[without("choose-clear")], ANYTHING),
+    (&[instead("choose-sync", "sync_blocks", "__syncthreads")], RACE),
+    (&[without("jobs-sync")], RACE),
+    (&[instead("jobs-sync", "sync_blocks", "__syncthreads")], RACE),
+    (&[without("jobs-barrier")], RACE),
+    (&[without("number-start")], RACE),
+    (&[without("number-read")], RACE),
+    (&[without("number-write")], RACE),
+    (&[without("open-replicas")], RACE),
+    (&[without("replica-share-sync")], RACE),
+    (&[without("replica-share-barrier")], RACE),
+    (&[without("replica-leave")], "without an arrival"),
+    (&[without("choose-end")], "ends without the wait"),
+    (&[instead("choose-tokens", "atomicAdd(&b.tokens, tokens)", "b.tokens += tokens")], RACE),
+    (
+        &[instead(
+            "job-columns",
+            "atomicAdd(&column[choice.job[k]], 1u)",
+            "column[choice.job[k]] += 1",
+        )],
+        RACE,
+    ),
+    (
+        &[instead(
+            "job-rows",
+            "atomicAdd(&r.rows[choice.job[k]], 1u)",
+            "r.rows[choice.job[k]] += 1",
+        )],
+        RACE,
+    ),
+];
+
+/// The choice of replicas: words and waits.
+pub const REPLICA_WORDS: &[Defect] = &[
+    (&[instead("choose-counts", "args.experts", "0")], "counts"),
+    (&[without("choose-overlapped")], "counts"),
+    (&[instead("fingerprint", "= table.fingerprint", "= 0")], "counts"),
+    (&[instead("fingerprint", "block() == 0 && ", "")], "counts"),
+    (&[instead("take-quotas", "i <= RANKS", "i < RANKS")], ANYTHING),
+    (&[instead("take-mine", "i < RANKS", "i <= RANKS")], ANYTHING),
+    (&[instead("take-fits", "== wanted.fingerprint &&", "!= 0 &&")], ANYTHING),
+    (&[without("take-replicas")], ANYTHING),
+    (&[instead("replica-wait-on", "!= SPENT", "!= LATE")], ANYTHING),
+    (&[instead("replica-failures", "none ? 0 : ", "")], "sequence and failures"),
+    (&[instead("replica-take-back", "lane() ==", "WARP ==")], "the board"),
+    (&[instead("replica-torn", " == all_tokens(b)", "")], ANYTHING),
+    (
+        &[instead(
+            "replica-clock",
+            "__shfl_sync(ALL, stage(args, now_ns() - begun), 0)",
+            "stage(args, now_ns() - begun)",
+        )],
+        ANYTHING,
+    ),
+    // The look before the clock.
+    (
+        &[
+            instead(
+                "replica-clock",
+                "u32 now",
+                "bool is_there = take(args, plan, b.sequence, wanted);\n        u32 now",
+            ),
+            instead("replica-look", "take(args, plan, b.sequence, wanted)", "is_there"),
+        ],
+        ANYTHING,
+    ),
+    (&[instead("choose-live", "outcome == TALLY_LIVE && ", "")], "ids"),
+    (&[instead("quotas-out", ": ALL", ": 0")], "quotas"),
+    (&[without("choose-tally")], "the board"),
+];
+
+/// The choice of replicas: jobs, numbers and slots.
+pub const CHOICES: &[Defect] = &[
+    (&[instead("choose-expert", "(UNSIGNED_ID)id", "(u32)id")], ANYTHING),
+    (&[instead("choose-expert", "row < rows.unpadded && ", "")], "counts"),
+    (&[instead("table-jobs", "words[1]", "words[1] / 2")], "ids"),
+    (&[instead("table-first", "first(i)", "first(i + 1)")], "ids"),
+    (&[instead("jobs-before", "< block()", "<= block()")], "ids"),
+    (&[instead("number-columns", "column < base", "column + WARP < base")], "ids"),
+    (&[instead("number", "start + before", "start")], "ids"),
+    (&[instead("number-next", "start + __popc(same)", "start + 1")], "ids"),
+    (&[instead("job-torn", "sum != all", "sum < all")], "ids"),
+    (&[instead("replica-share", "until + slot, 0", "until + slot, block()")], "ids"),
+    (&[instead("choose-slot", ">=", ">")], "ids"),
+    (&[instead("choose-moved", "replica.args.rank_multiplier", "1")], "ids"),
+    (&[instead("choose-padding", "row < rows.unpadded ? id : (ID)-1", "id")], "ids"),
+];
+
+/// What keeps a row at its logical expert, whatever is on the board and in the table.
+pub const SAFETY: &[Defect] = &[
+    (&[instead("choose-logical", "r.logical[slot] != logical || ", "")], "logical"),
+    (&[instead("choose-logical", " || logical == NO_LOGICAL", "")], "logical"),
+    (
+        &[instead(
+            "logical-bits",
+            "logical < NO_LOGICAL ? (u32)logical : NO_LOGICAL",
+            "(u32)logical",
+        )],
+        "logical",
+    ),
+    (&[instead("table-replica", ": NO_LOGICAL", ": 0")], "logical"),
+    (&[instead("table-order", "r.first[job] <= r.first[job + 1]", "true")], RACE),
+];
+
+/// Structs and arrays of the choice of replicas that are not the host's.
+pub const REPLICA_LAYOUTS: &[Defect] = &[
+    (&[instead("replica-out", "void *out", "u64 more; void *out")], "sizeof(ReplicaArgs)"),
+    (&[instead("replica-until", "SLOTS", "SLOTS + 1")], "sizeof(Replicas)"),
+];
+
 /// Structs and arrays that are not the host's: the compiler refuses them.
 pub const LAYOUTS: &[Defect] = &[
     (&[instead("args-rank", "rank, experts,", "experts, rank,")], "offsetof(Args, rank)"),
@@ -193,7 +305,7 @@ pub const LAYOUTS: &[Defect] = &[
 ];
 
 /// All of them.
-pub const ALL: [&[Defect]; 13] = [
+pub const ALL: [&[Defect]; 18] = [
     BARRIERS,
     BARRIERS_OF_MANY,
     ORDER,
@@ -207,4 +319,9 @@ pub const ALL: [&[Defect]; 13] = [
     MOVES,
     MOVES_OF_32_BITS,
     LAYOUTS,
+    REPLICA_ORDER,
+    REPLICA_WORDS,
+    CHOICES,
+    SAFETY,
+    REPLICA_LAYOUTS,
 ];

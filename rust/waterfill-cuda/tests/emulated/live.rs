@@ -155,12 +155,15 @@ impl<'a, 'b> Live<'a, 'b> {
         };
         let args = with_board(args, &self.shape, address(self.board.words()));
         let (board, mut arriving) = (Arc::clone(&self.board), std::mem::take(&mut self.arriving));
+        // A warp reads the clock 32 times between two looks at the board: so that some words of replicas come at each.
+        let each = if self.shape.redundant > 0 { 8 } else { 1 };
         let mut looks = 0;
         let mut arrives = || {
             looks += 1;
             // Each lane of a warp reads the clock when the wait begins.
             let come = if plan == Plan::AtLast && looks > 32 { arriving.len() } else { 1 };
-            if plan == Plan::Arriving || looks > 32 {
+            let comes = plan != Plan::Arriving || looks % each == 0;
+            if comes && (plan == Plan::Arriving || looks > 32) {
                 arriving
                     .drain(..come.min(arriving.len()))
                     .for_each(|(at, word)| store(&board, at, word));
@@ -216,6 +219,11 @@ impl<'a, 'b> Live<'a, 'b> {
         let words = planned.iter().map(|&value| word(sequence, value));
         let mut words: Vec<_> = words.enumerate().map(|(i, word)| (start + i, word)).collect();
         self.rank.random.shuffle(&mut words);
+        // Behind the quotas is the fingerprint of the plan's map: the last to come, or the one that does not, more often.
+        if planned.len() > self.shape.ranks && self.rank.random.rarely(3) {
+            let at = start + self.shape.ranks;
+            words.sort_by_key(|&(place, _)| place == at);
+        }
         if plan == Plan::Partial {
             words.pop();
         }

@@ -6,6 +6,7 @@
 mod arithmetic;
 mod batch;
 mod defects;
+mod fuzz;
 mod kernel;
 mod live;
 mod move_up;
@@ -48,6 +49,9 @@ const PLANS: [Plan; 13] = [
 /// Calls over one board: after which sequence, how many, and how many of them are late. From the start; over the
 /// sequence's wrap, with a breaker that is to close there; and until tries are as seldom as they get.
 const SCRIPTS: [(u32, usize, usize); 3] = [(0, 30, 0), (u32::MAX - 2, 12, 3), (128, 130, 130)];
+
+/// The same where replicas are chosen. How seldom a rank tries is the same code, so few calls are late.
+const REPLICA_SCRIPTS: [(u32, usize, usize); 2] = [(0, 50, 0), (u32::MAX - 2, 40, 3)];
 
 /// Calls without a board, then some over boards.
 fn checks<I: AnyId, W: Weight>(rank: &mut Rank, rows: &[usize]) -> Checked {
@@ -92,7 +96,7 @@ fn checks_replicas<I: AnyId>(rank: &mut Rank, rows: &[usize]) -> Checked {
         }
     }
     for gathered in [false, true] {
-        for (last, calls, late) in SCRIPTS {
+        for (last, calls, late) in REPLICA_SCRIPTS {
             let mut live = Live::new(rank, true, last);
             for call in 0..calls {
                 let random = &mut live.rank.random;
@@ -191,6 +195,14 @@ const FEW_RANKS: Shape = Shape {
     id: IdType::I32,
     weight: WeightType::F32,
 };
+const REPLICAS: Shape = Shape {
+    ranks: 4,
+    experts: 20,
+    redundant: 10,
+    top_k: 6,
+    id: IdType::I64,
+    weight: WeightType::F32,
+};
 const MANY_RANKS: Shape = Shape {
     ranks: 33,
     experts: 66,
@@ -253,6 +265,41 @@ fn notices_wrong_words_and_waits() {
     notices(FEW_RANKS, defects::WORDS);
 }
 
+const REPLICA_FEW_ROWS: [usize; 4] = [7, 40, 300, 700];
+
+#[test]
+fn notices_a_choice_of_replicas_out_of_order() {
+    notices_in(REPLICAS, &REPLICA_FEW_ROWS, defects::REPLICA_ORDER);
+}
+
+#[test]
+fn notices_wrong_words_of_replicas() {
+    notices_in(REPLICAS, &REPLICA_FEW_ROWS, defects::REPLICA_WORDS);
+}
+
+#[test]
+fn notices_wrong_choices_of_replicas() {
+    notices_in(REPLICAS, &REPLICA_FEW_ROWS, defects::CHOICES);
+}
+
+#[test]
+fn no_board_or_table_changes_a_rows_logical_expert() {
+    let Some(compiler) = compiler() else { return };
+    fuzz::checks(&compiler, REPLICAS, 5000, &[]).unwrap();
+    fuzz::checks(&compiler, Shape { id: IdType::I32, top_k: 2, ..REPLICAS }, 5000, &[]).unwrap();
+}
+
+#[test]
+fn notices_rows_at_another_logical_expert() {
+    let Some(compiler) = compiler() else { return };
+    for (edits, said) in defects::SAFETY {
+        match fuzz::checks(&compiler, REPLICAS, 5000, edits) {
+            Ok(()) => panic!("not noticed: {edits:?}"),
+            Err(error) => assert!(error.contains(said), "{edits:?}: {error}"),
+        }
+    }
+}
+
 #[test]
 fn every_marked_line_has_a_defect() {
     let mut marked: Vec<_> = FILES.iter().flat_map(|(_, text)| marks(text)).collect();
@@ -272,18 +319,25 @@ fn structs_and_arrays_that_are_not_the_hosts_do_not_compile() {
     let Some(compiler) = compiler() else { return };
     for variant in [ONE_BLOCK, CLUSTER] {
         for (edits, said) in defects::LAYOUTS {
-            let source = kernel::source(&FEW_RANKS, variant).plant(edits);
-            let error = Kernel::compile(&compiler, &source).expect_err("it compiles");
-            assert!(error.contains(said), "{edits:?}: {error}");
+            refuses(&compiler, &FEW_RANKS, variant, edits, said);
         }
     }
+    for (edits, said) in defects::REPLICA_LAYOUTS {
+        refuses(&compiler, &REPLICAS, CLUSTER, edits, said);
+    }
+}
+
+fn refuses(compiler: &OsStr, shape: &Shape, variant: Variant, edits: &[Edit], said: &str) {
+    let source = kernel::source(shape, variant).plant(edits);
+    let error = Kernel::compile(compiler, &source).expect_err("it compiles");
+    assert!(error.contains(said), "{edits:?}: {error}");
 }
 
 #[test]
 fn every_file_includes_what_it_uses() {
     let Some(compiler) = compiler() else { return };
     for (name, _) in FILES {
-        let source = kernel::alone(name, &FEW_RANKS, CLUSTER);
+        let source = kernel::alone(name, &REPLICAS, CLUSTER);
         Kernel::compile(&compiler, &source).unwrap_or_else(|error| panic!("{name}: {error}"));
     }
 }
