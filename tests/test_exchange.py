@@ -174,8 +174,8 @@ def test_a_board_that_one_rank_cannot_have_is_nobodys(monkeypatch):
         create = _native.Board.create
 
         @staticmethod
-        def attach(name, ranks, experts, run):
-            return attach(name, ranks, experts, run ^ 1)
+        def attach(name, ranks, experts, run, redundant):
+            return attach(name, ranks, experts, run ^ 1, redundant)
 
     monkeypatch.setattr(rendezvous._native, "Board", Refusing)
     found = on_ranks(2, lambda rank, store: open_exchange(store, Member(2, 24, rank)))

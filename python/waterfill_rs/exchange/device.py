@@ -12,6 +12,7 @@ from torch import Tensor
 from waterfill_rs import CostModel, _native
 from waterfill_rs.cuda import Expander
 from waterfill_rs.exchange.member import Member
+from waterfill_rs.exchange.replicas import ReplicaTables
 from waterfill_rs.exchange.settings import BoardSettings
 
 __all__ = ["DeviceExchange", "DeviceGroupExchange"]
@@ -32,7 +33,11 @@ class DeviceExchange:
     capture of a graph. With ``board`` (of ``ranks`` experts: loads a rank) plans are from live counts; without,
     from own ones.
 
+    With ``replicas`` the board has counts per expert, and each call first chooses replicas, by one launch more where
+    shared rows are routed. That launch then has the exchange in it.
+
     Args:
+        replicas: tables on the device, with as many redundant experts as the board has.
         plans: this process has the board's planner. Of ranks that share a board, rank 0 has.
         cap_us: a wait's longest, if the planner does not answer.
         patience_us: how long the planner waits for the counts of ranks that live: by default 7/8 of ``cap_us``.
@@ -50,12 +55,15 @@ class DeviceExchange:
         patience_us: int | None = None,
         pace: str = "park",
         core: int | None = None,
+        replicas: ReplicaTables | None = None,
     ) -> None:
         self.name = "solo" if board is None else "board"
         self.reason = reason
+        self.replicas = None if board is None else replicas
         self.device, self.board, self.member = device, board, member
         self._cap_us = None if board is None else cap_us
         self._expander: Expander | None = None
+        self._weights = torch.float32
         self._planner: _native.PlannerThread | None = None
         self._end: _native.DeviceEnd | None = None
         self.unwatched: str | None = None
@@ -69,8 +77,12 @@ class DeviceExchange:
                 board, CostModel.rows(), patience_us=patience_us, pace=pace, core=core
             )
             self.unwatched = self.unwatched or self._planner.unwatched
+            if self.replicas is not None:
+                self.replicas.teach(self._planner.set_map)
 
-    def expand(self, ids: Tensor, weights: Tensor, shared_weight: float) -> tuple[Tensor, Tensor]:
+    def expand(
+        self, ids: Tensor, weights: Tensor, shared_weight: float, *, layer: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Widen ids and weights ``[N, K]`` to ``[N, K + 1]``; N may be 0. See ``waterfill_rs.torch``.
 
         Raises:
@@ -78,16 +90,21 @@ class DeviceExchange:
             RuntimeError: the first call within a capture; no driver or NVRTC.
         """
         expander = self._expander or self._prepare(ids, weights)
-        if self._planner is not None:
-            self._planner.wake()
+        if self.replicas is not None:
+            chosen, quotas = self._choose(self.replicas, expander, ids, layer, moved=False)
+            return expander(chosen, weights, shared_weight, quotas=quotas)
+        self._wake()
         return expander(ids, weights, shared_weight, cap_us=self._cap_us)
 
-    def move_up(self, ids: Tensor, weights: Tensor | None = None) -> Tensor:
+    def move_up(
+        self, ids: Tensor, weights: Tensor | None = None, *, layer: int | None = None
+    ) -> Tensor:
         """Routed ids ``[N, K]`` past the shared experts, int64, for a batch whose shared rows are not routed; N may be 0.
 
-        It is no call of the board's: this rank posts nothing, waits for nothing and counts nothing, so ranks need not
-        make as many. ``weights`` ``[N, K]`` are not looked at; the first call of all takes their dtype for the kernel, and
-        float32 without them.
+        Without ``replicas`` it is no call of the board's: this rank posts nothing, waits for nothing and counts nothing, so
+        ranks need not make as many. With them all ranks make it.
+        ``weights`` ``[N, K]`` are not looked at; the first call of all takes their dtype for the kernel, and float32
+        without them.
         See ``waterfill_rs.torch.move_up``.
 
         Raises:
@@ -95,13 +112,37 @@ class DeviceExchange:
             RuntimeError: the first call within a capture; no driver or NVRTC.
         """
         expander = self._expander or self._prepare(ids, weights)
-        return expander.move_up(ids)
+        if self.replicas is None:
+            return expander.move_up(ids)
+        return self._choose(self.replicas, expander, ids, layer, moved=True)[0]
+
+    def _choose(
+        self,
+        replicas: ReplicaTables,
+        expander: Expander,
+        ids: Tensor,
+        layer: int | None,
+        *,
+        moved: bool,
+        gathered: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One launch: exchange, and name replicas. With them the quotas of shared rows, unless ids are ``moved`` up."""
+        self._wake()
+        table, logical = replicas.on_device(layer)
+        return expander.choose_replicas(
+            ids, table, logical, moved=moved, cap_us=self._cap_us, gathered=gathered
+        )
+
+    def _wake(self) -> None:
+        if self._planner is not None:
+            self._planner.wake()
 
     def _prepare(self, ids: Tensor, weights: Tensor | None) -> Expander:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "the first Waterfill call is within the capture of a CUDA graph: run the model once before"
             )
+        self._weights = torch.float32 if weights is None else weights.dtype
         self._expander = Expander(
             self.device,
             physical_experts=self.member.experts,
@@ -109,7 +150,7 @@ class DeviceExchange:
             rank=self.member.rank,
             top_k=ids.shape[1],
             ids=ids.dtype,
-            weights=torch.float32 if weights is None else weights.dtype,
+            weights=self._weights,
             board=self.board,
         )
         return self._expander
@@ -149,6 +190,7 @@ class DeviceGroupExchange(DeviceExchange):
         cap_us: int = BoardSettings.cap_us,
         patience_us: int | None = None,
         pace: str = "park",
+        replicas: ReplicaTables | None = None,
     ) -> None:
         super().__init__(
             device,
@@ -159,26 +201,56 @@ class DeviceGroupExchange(DeviceExchange):
             cap_us=cap_us,
             patience_us=patience_us,
             pace=pace,
+            replicas=replicas,
         )
         self.name = "group"
         self._group = group
-        words = 1 + 2 * member.ranks
+        counts = member.ranks if replicas is None else member.experts + 1
+        words = 1 + member.ranks + counts
         self._own = torch.zeros(words, dtype=torch.int32, device=device)
         self._all = torch.zeros(member.ranks * words, dtype=torch.int32, device=device)
 
-    def expand(self, ids: Tensor, weights: Tensor, shared_weight: float) -> tuple[Tensor, Tensor]:
+    def expand(
+        self, ids: Tensor, weights: Tensor, shared_weight: float, *, layer: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As there; a rank that refuses its tensors joins the others first, who then have own counts for this call."""
+        expander = self._count(ids, weights, layer)
+        if self.replicas is not None:
+            chosen, quotas = self._choose(
+                self.replicas, expander, ids, layer, moved=False, gathered=self._all
+            )
+            return expander(chosen, weights, shared_weight, quotas=quotas)
+        self._wake()
+        return expander(ids, weights, shared_weight, cap_us=self._cap_us, gathered=self._all)
+
+    def move_up(
+        self, ids: Tensor, weights: Tensor | None = None, *, layer: int | None = None
+    ) -> Tensor:
+        """As there."""
+        if self.replicas is None:
+            return super().move_up(ids, weights)
+        expander = self._count(ids, weights, layer, moved=True)
+        return self._choose(self.replicas, expander, ids, layer, moved=True, gathered=self._all)[0]
+
+    def _count(
+        self, ids: Tensor, weights: Tensor | None, layer: int | None, *, moved: bool = False
+    ) -> Expander:
+        """Count, and bring all ranks' counts here."""
+        table = None if self.replicas is None else self.replicas.on_device(layer)[0]
         try:
             expander = self._expander or self._prepare(ids, weights)
-            expander.count(ids, weights, self._own)
+            if weights is None:
+                weights = ids.new_empty(ids.shape, dtype=self._weights)
+            expander.count(ids, weights, self._own, table=table)
+            if moved:
+                # No shared rows are routed: no tokens, no visits.
+                self._own[: 1 + self.member.ranks].zero_()
         except ValueError:
             self._own.fill_(NO_COUNT)
             self._gather()
             raise
         self._gather()
-        if self._planner is not None:
-            self._planner.wake()
-        return expander(ids, weights, shared_weight, cap_us=self._cap_us, gathered=self._all)
+        return expander
 
     def _gather(self) -> None:
         _all_gather(self._all, self._own, group=self._group)

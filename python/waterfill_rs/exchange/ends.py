@@ -83,6 +83,7 @@ class BoardEnd:
         self._cap_us = cap_us
         self._planner: _native.PlannerThread | None = None
         leads, inline = member.rank == 0, pace in ("auto", "inline")
+        self._leads = leads
         self._end = _native.Port(
             board,
             member.rank,
@@ -132,6 +133,25 @@ class BoardEnd:
         if self._planner is not None:
             self._planner.wake()
         self._end.unsafe_expand_ptr(ids, weights, out, shared_weight, self._cap_us)
+
+    def unsafe_choose_ptr(
+        self,
+        ids: tuple[int, int, int, int],
+        out: int,
+        table: _native.ReplicaTable | None,
+        moved: bool,
+    ) -> None:
+        """One call at a board with redundant experts; see ``_native.Port.unsafe_choose_ptr``."""
+        if self._planner is not None:
+            self._planner.wake()
+        self._end.unsafe_choose_ptr(ids, out, self._cap_us, table, moved)
+
+    def learn(self, layer: int, table: _native.ReplicaTable) -> None:
+        """A layer's map, for the planner, if it is in this process."""
+        if self._planner is not None:
+            self._planner.set_map(layer, table)
+        elif self._leads:
+            self._end.set_map(layer, table)
 
     def expand_array(self, ids: array[int], top_k: int) -> array[int]:
         """One call with int32 ids ``[N * top_k]`` in a row, the weights all alike; gives int32 ids ``[N * (top_k + 1)]``.

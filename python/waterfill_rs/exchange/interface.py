@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from waterfill_rs.exchange.replicas import ReplicaTables
+
 __all__ = ["Exchange"]
 
 
@@ -16,26 +18,35 @@ class Exchange(Protocol):
     reason: str
     unwatched: str | None
     """Why the other ranks cannot see whether this process lives, if they have to and can't."""
+    replicas: ReplicaTables | None
+    """The tables that its calls choose replicas by. Without them ids keep the replicas that they are given."""
 
     @property
     def name(self) -> str:
         """``solo``, ``board`` or ``group``."""
         ...
 
-    def expand(self, ids: Tensor, weights: Tensor, shared_weight: float) -> tuple[Tensor, Tensor]:
+    def expand(
+        self, ids: Tensor, weights: Tensor, shared_weight: float, *, layer: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One call: count, exchange, and widen ids and weights ``[N, K]`` to ``[N, K + 1]``; N may be 0.
 
         See ``waterfill_rs.torch.expand_topk`` for what is in them. On the CPU nobody may write them until it returns: it waits
         for other ranks between counting the ids and using them.
+
+        Args:
+            layer: whose table of ``replicas`` it goes by; none if there is none of it. An id then names another replica of
+                the same logical expert, where the plan has rows for it.
 
         Raises:
             ValueError: tensors that do not fit, or on the CPU an id at or above the number of experts, with its place.
         """
         ...
 
-    def move_up(self, ids: Tensor) -> Tensor:
-        """Ids ``[N, K]`` past the shared experts, int64, for a batch whose shared rows are not routed. It is no call.
+    def move_up(self, ids: Tensor, *, layer: int | None = None) -> Tensor:
+        """Ids ``[N, K]`` past the shared experts, int64, for a batch whose shared rows are not routed.
 
+        It is no call, unless there are ``replicas``: then all ranks make it, and ids name the replicas that the plan has.
         See ``waterfill_rs.torch.move_up``.
         """
         ...

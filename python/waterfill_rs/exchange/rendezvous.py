@@ -23,6 +23,7 @@ from waterfill_rs.exchange.device import DeviceExchange, DeviceGroupExchange
 from waterfill_rs.exchange.host import BoardExchange, SoloExchange
 from waterfill_rs.exchange.interface import Exchange
 from waterfill_rs.exchange.member import Member
+from waterfill_rs.exchange.replicas import ReplicaTables
 from waterfill_rs.exchange.settings import CHOICES, BoardSettings, Choice
 
 __all__ = ["Store", "open_exchange"]
@@ -48,6 +49,7 @@ class _Card:
     version: str
     ranks: int
     experts: int
+    redundant: int
     choice: str
     layers_on: str
     timeout_us: int
@@ -86,6 +88,7 @@ def open_exchange(
     group: Any = None,
     cost_model: CostModel | None = None,
     device: torch.device | None = None,
+    replicas: ReplicaTables | None = None,
 ) -> Exchange:
     """Meet the other ranks and open this rank's end. All ranks call it, with keys of their own in ``store``.
 
@@ -95,9 +98,11 @@ def open_exchange(
             it, or without a device, there is no ``group``.
         device: the CUDA device on which this rank's layers run, if they do: then ranks tell loads a rank, and
             ``cost_model`` is rows.
+        replicas: choose replicas of redundant experts by these tables, which all ranks have; on ``device``, if there is
+            one. An exchange of own counts alone has none.
 
     Raises:
-        ValueError: ranks that disagree, with both sides' values; a choice that cannot be had, with the reason.
+        ValueError: tables of other sizes than the member's; ranks that disagree, with both sides' values; a choice that cannot be had, with the reason.
         RuntimeError: a rank did not come (the store's own error).
     """
     model = CostModel.rows() if cost_model is None else cost_model
@@ -108,10 +113,13 @@ def open_exchange(
         _check_group(group, member.ranks)
     if device is not None and settings.pace == "inline":
         raise ValueError("planner inline with layers on a CUDA device: give auto, park or spin")
+    if replicas is not None:
+        _check_replicas(replicas, member)
     own = _Card(
         version=__version__,
         ranks=member.ranks,
         experts=member.experts,
+        redundant=0 if replicas is None else replicas.redundant,
         choice=choice,
         layers_on="cpu" if device is None else device.type,
         timeout_us=settings.cap_us,
@@ -122,7 +130,7 @@ def open_exchange(
         user=os.getuid(),
     )
     name, reason = _decide(_meet(store, own, member.rank))
-    exchange = _open(name, reason, store, own, member, model, settings, group, device)
+    exchange = _open(name, reason, store, own, member, model, settings, group, device, replicas)
     if exchange.unwatched is not None:
         logger.warning(
             "waterfill-rs: rank %d cannot be watched (%s): should its process end, the other ranks wait up to %g s for it "
@@ -144,29 +152,40 @@ def _open(
     settings: BoardSettings,
     group: Any,
     device: torch.device | None,
+    replicas: ReplicaTables | None,
 ) -> Exchange:
     """What was decided on, or what all ranks take where one of them cannot have it."""
     choice = own.choice
     board: _native.Board | None = None
     if name == "board":
-        board, refusal = _open_board(store, member, by_expert=device is None)
+        by_expert = device is None or own.redundant > 0
+        board, refusal = _open_board(store, member, by_expert, own.redundant)
         if board is None:
             name, reason = _instead(choice, name, "group" if own.process_group else "solo", refusal)
     if name == "group":
-        board, refusal = _own_board(store, member)
+        board, refusal = _own_board(store, member, own.redundant)
         if board is None:
             name, reason = _instead(choice, name, "solo", refusal)
     if device is not None:
         joined = group if name == "group" else None
-        return _on_device(device, member, reason, board, settings, joined)
+        return _on_device(device, member, reason, board, settings, joined, replicas)
     if board is not None:
-        return BoardExchange.open(board, member, settings, reason, model)
+        exchange = BoardExchange.open(board, member, settings, reason, model)
+        if replicas is not None:
+            exchange.choose_by(replicas)
+        return exchange
     return SoloExchange(member, model, reason)
 
 
 def _check_group(group: Any, ranks: int) -> None:
     if (found := torch.distributed.get_world_size(group)) != ranks:
         raise ValueError(f"the process group has {found} ranks: give one of {ranks}")
+
+
+def _check_replicas(replicas: ReplicaTables, member: Member) -> None:
+    found, wanted = (replicas.ranks, replicas.experts), (member.ranks, member.experts)
+    if found != wanted:
+        raise ValueError(f"tables of (ranks, experts) {found}: give those of {wanted}")
 
 
 def _on_device(
@@ -176,6 +195,7 @@ def _on_device(
     board: _native.Board | None,
     settings: BoardSettings,
     group: Any,
+    replicas: ReplicaTables | None,
 ) -> DeviceExchange:
     pace = "spin" if settings.pace == "spin" else "park"
     if group is not None and board is not None:
@@ -189,6 +209,7 @@ def _on_device(
             cap_us=settings.cap_us,
             patience_us=settings.patience_us,
             pace=pace,
+            replicas=replicas,
         )
     return DeviceExchange(
         device,
@@ -200,6 +221,7 @@ def _on_device(
         patience_us=settings.patience_us,
         pace=pace,
         core=settings.core,
+        replicas=replicas,
     )
 
 
@@ -265,11 +287,11 @@ def _apart(cards: Sequence[_Card]) -> str | None:
 
 
 def _open_board(
-    store: Store, member: Member, *, by_expert: bool
+    store: Store, member: Member, by_expert: bool, redundant: int
 ) -> tuple[_native.Board | None, str]:
     """The board; or none, and why some rank could not have it. All ranks come to the same.
 
-    ``by_expert``: counts on it are of experts, else of ranks.
+    ``by_expert``: counts on it are of experts, else of ranks. ``redundant``: experts whose replicas are chosen by it.
     """
     board: _native.Board | None = None
     ranks, rank = member.ranks, member.rank
@@ -278,7 +300,7 @@ def _open_board(
         if rank == 0:
             name, run = board_name(), secrets.randbits(128)
             try:
-                board = _native.Board.create(name, ranks, experts, run)
+                board = _native.Board.create(name, ranks, experts, run, redundant)
                 store.set("board", json.dumps({"name": name, "run": f"{run:x}"}))
             except (OSError, ValueError) as error:
                 store.set("board", json.dumps({"refused": str(error)}))
@@ -288,7 +310,8 @@ def _open_board(
         word = _HAVE
         if board is None:
             try:
-                board = _native.Board.attach(told["name"], ranks, experts, int(told["run"], 16))
+                run = int(told["run"], 16)
+                board = _native.Board.attach(told["name"], ranks, experts, run, redundant)
             except (OSError, ValueError) as error:
                 word = str(error)
         refusal = _first_refusal(store, "attached", ranks, rank, word)
@@ -299,13 +322,14 @@ def _open_board(
             board.unlink()
 
 
-def _own_board(store: Store, member: Member) -> tuple[_native.Board | None, str]:
+def _own_board(store: Store, member: Member, redundant: int) -> tuple[_native.Board | None, str]:
     """A board of this process alone; or none, and why some rank could not have one. All ranks come to the same."""
     board: _native.Board | None = None
     word = _HAVE
+    experts = member.experts if redundant else member.ranks
     try:
         board = _native.Board.create(
-            board_name(), member.ranks, member.ranks, secrets.randbits(128)
+            board_name(), member.ranks, experts, secrets.randbits(128), redundant
         )
         board.unlink()
     except (OSError, ValueError) as error:

@@ -1,0 +1,417 @@
+"""Calls that choose replicas, over a board on the CPU: the plan's rows, the same logical experts, and what keeps them from it."""
+
+import os
+import threading
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed: make test installs it")
+import torch.distributed as dist
+
+import waterfill_rs
+from waterfill_rs.exchange import device as on_device
+from waterfill_rs.exchange.device import DeviceExchange, DeviceGroupExchange
+from waterfill_rs.exchange.host import SoloExchange
+from waterfill_rs.exchange.member import Member
+from waterfill_rs.exchange.rendezvous import open_exchange
+from waterfill_rs.exchange.replicas import ReplicaTables
+from waterfill_rs.exchange.settings import BoardSettings
+from waterfill_rs.torch import count, move_up
+
+RANKS, LOGICAL, REDUNDANT, TOP_K, LAYERS = 3, 20, 4, 4, 3
+EXPERTS = LOGICAL + REDUNDANT
+CALLS = 60
+PATIENT = {"cap_us": 10_000_000}
+
+
+def maps_of(seed, layers=LAYERS):
+    """``[layers, P]``: some experts have two replicas or more, in any place."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [
+        torch.cat(
+            [torch.arange(LOGICAL), torch.randint(LOGICAL, (REDUNDANT,), generator=generator)]
+        )[torch.randperm(EXPERTS, generator=generator)]
+        for _ in range(layers)
+    ]
+    return torch.stack(rows)
+
+
+def tables_of(physical_to_logical, redundant=REDUNDANT, **where):
+    return ReplicaTables(RANKS, redundant, physical_to_logical, **where)
+
+
+def ids_of(rank, call, mapping):
+    """Physical ids as sglang might choose them, uneven; some ranks are idle, some rows padding."""
+    generator = torch.Generator().manual_seed(1000 * call + rank)
+    rows = 0 if (call + rank) % 5 == 0 else int(torch.randint(1, 90, (), generator=generator))
+    liked = torch.rand(rows, LOGICAL, generator=generator) + torch.linspace(0, 0.8, LOGICAL)
+    logical = liked.argsort(1, descending=True)[:, :TOP_K]
+    first = torch.tensor([int((mapping == expert).nonzero()[0]) for expert in range(LOGICAL)])
+    ids = first[logical].int().contiguous()
+    if rows > 2:
+        ids[1] = -1
+    return ids
+
+
+def planned(call, mapping, *, shared):
+    """The plan of all ranks' counts."""
+    counted = [
+        count(ids_of(rank, call, mapping), physical_experts=EXPERTS, ranks=RANKS)
+        for rank in range(RANKS)
+    ]
+    return waterfill_rs.plan(
+        [sum(column) for column in zip(*(counts for counts, _, _ in counted), strict=True)],
+        [tokens if shared else 0 for _, _, tokens in counted],
+        ranks=RANKS,
+        physical_to_logical=mapping.tolist(),
+        visits=[visits if shared else [0] * RANKS for _, visits, _ in counted],
+        policy="replicas",
+    )
+
+
+def on_ranks(run, ranks=RANKS):
+    """``run(rank, store)`` on a thread a rank; what each gave or raised."""
+    store, found = dist.HashStore(), [None] * ranks
+
+    def one(rank):
+        try:
+            found[rank] = run(rank, store)
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+def opened(rank, store, maps, pace="inline"):
+    settings = BoardSettings(**PATIENT, pace=pace)
+    return open_exchange(
+        store, Member(RANKS, EXPERTS, rank), settings=settings, replicas=tables_of(maps)
+    )
+
+
+def call(exchange, ids, layer, *, shared):
+    """Routed ids, not moved up, and each rank's shared rows, of one call."""
+    slots = EXPERTS // RANKS + 1
+    if not shared:
+        moved = exchange.move_up(ids, layer=layer)
+        assert moved.dtype == torch.int64
+        return torch.where(moved < 0, moved, moved - moved // slots), [0] * RANKS
+    wide, weights = exchange.expand(ids, torch.ones(ids.shape), 0.4, layer=layer)
+    assert wide.dtype == ids.dtype and weights.shape == wide.shape
+    routed, to = wide[:, :-1], wide[:, -1]
+    rows = torch.bincount(to[to >= 0] // slots, minlength=RANKS).tolist()
+    return torch.where(routed < 0, routed, routed - routed // slots), rows
+
+
+def same_experts(chosen, ids, mapping):
+    valid = ids >= 0
+    return torch.equal(chosen[~valid].int(), ids[~valid]) and torch.equal(
+        mapping[chosen[valid].long()], mapping[ids[valid].long()]
+    )
+
+
+@pytest.mark.parametrize("pace", ["inline", "park"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["fused", "fused and overlapped"])
+def test_rows_are_those_of_the_plan_and_of_the_same_experts(pace, mixed):
+    maps = maps_of(1)
+
+    def run(rank, store):
+        exchange = opened(rank, store, maps, pace)
+        found = [
+            call(
+                exchange,
+                ids_of(rank, c, maps[c % LAYERS]),
+                c % LAYERS,
+                shared=not mixed or c % 2 == 0,
+            )
+            for c in range(CALLS)
+        ]
+        tally = exchange.tally()
+        exchange.close()
+        return found, tally
+
+    of_ranks = on_ranks(run)
+    moved = 0
+    for c in range(CALLS):
+        mapping, shared = maps[c % LAYERS], not mixed or c % 2 == 0
+        plan = planned(c, mapping, shared=shared)
+        rows, shared_rows = torch.zeros(EXPERTS, dtype=torch.int64), [0] * RANKS
+        for rank, (found, _) in enumerate(of_ranks):
+            ids, (chosen, sent) = ids_of(rank, c, mapping), found[c]
+            assert same_experts(chosen, ids, mapping)
+            moved += int((chosen != ids).sum())
+            rows += torch.bincount(chosen[chosen >= 0].long(), minlength=EXPERTS)
+            shared_rows = [total + own for total, own in zip(shared_rows, sent, strict=True)]
+        assert rows.tolist() == plan.replica_rows, c
+        assert shared_rows == (plan.shared_rows if shared else [0] * RANKS), c
+    assert moved > 500
+    for _, tally in of_ranks:
+        assert tally["live"] == tally["calls"] == CALLS
+
+
+@pytest.mark.parametrize("layer", [None, -1, LAYERS, 9])
+def test_a_layer_that_the_map_has_not_is_served_without_replicas(layer):
+    """As a draft model's; beside one that it has."""
+    maps = maps_of(2)
+    calls = range(1, 9)
+
+    def run(rank, store):
+        exchange = opened(rank, store, maps)
+        found = [
+            [call(exchange, ids_of(rank, c, maps[0]), one, shared=s)[0] for c in calls]
+            for one in (layer, 0)
+            for s in (True, False)
+        ]
+        exchange.close()
+        return found
+
+    moved = 0
+    for rank, found in enumerate(on_ranks(run)):
+        for c, *without, fused, overlapped in zip(calls, *found, strict=True):
+            ids = ids_of(rank, c, maps[0])
+            assert all(torch.equal(chosen.int(), ids) for chosen in without)
+            assert same_experts(fused, ids, maps[0]) and same_experts(overlapped, ids, maps[0])
+            moved += int((fused != ids).sum())
+    assert moved > 0
+
+
+def test_a_map_renewed_in_mid_traffic_is_the_plans_from_that_call_on():
+    """Rank 1 is a call late: in that call all keep what sglang chose."""
+    before, after = maps_of(3), maps_of(4)
+    at = 20
+    after[0] = before[0]
+    changed = [1, 2]
+
+    def mapping_of(c, rank=0):
+        return (before if c < at + (rank == 1) else after)[c % LAYERS]
+
+    def run(rank, store):
+        exchange, found = opened(rank, store, before), []
+        for c in range(2 * at):
+            if c == at + (rank == 1):
+                exchange.replicas.renew(changed, after)
+            ids = ids_of(rank, c, mapping_of(c, rank))
+            found.append(call(exchange, ids, c % LAYERS, shared=True))
+        exchange.close()
+        return found
+
+    assert at % LAYERS in changed
+    of_ranks = on_ranks(run)
+    for c in range(2 * at):
+        rows = torch.zeros(EXPERTS, dtype=torch.int64)
+        for rank, found in enumerate(of_ranks):
+            ids, chosen = ids_of(rank, c, mapping_of(c, rank)), found[c][0]
+            assert same_experts(chosen, ids, mapping_of(c, rank))
+            assert c != at or torch.equal(chosen, ids)
+            rows += torch.bincount(chosen[chosen >= 0].long(), minlength=EXPERTS)
+        if c != at:
+            assert rows.tolist() == planned(c, mapping_of(c), shared=True).replica_rows, c
+
+
+def test_ranks_whose_maps_differ_keep_their_replicas_and_have_live_quotas():
+    one, other = maps_of(5), maps_of(6)
+
+    def run(rank, store):
+        maps = other if rank == 2 else one
+        exchange = opened(rank, store, maps)
+        found = call(exchange, ids_of(rank, 1, maps[0]), 0, shared=True)
+        tally = exchange.tally()
+        exchange.close()
+        return found, tally
+
+    for rank, ((chosen, sent), tally) in enumerate(on_ranks(run)):
+        ids = ids_of(rank, 1, (other if rank == 2 else one)[0])
+        assert torch.equal(chosen, ids) and sum(sent) == int((ids[:, 0] >= 0).sum())
+        assert tally["live"] == 1
+
+
+def test_ranks_of_other_redundant_experts_refuse_each_other():
+    def run(rank, store):
+        # The same physical experts, of more or fewer logical ones.
+        few = torch.arange(EXPERTS).repeat(1, 1) % (LOGICAL - 1)
+        tables = [tables_of(maps_of(1)), tables_of(few, REDUNDANT + 1), None][rank]
+        return open_exchange(store, Member(RANKS, EXPERTS, rank), replicas=tables)
+
+    for error in on_ranks(run):
+        assert isinstance(error, ValueError) and "redundant is" in str(error), error
+
+
+def test_tables_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"tables of \(ranks, experts\) \(3, 24\): give those of"):
+        open_exchange(dist.HashStore(), Member(2, EXPERTS, 0), replicas=tables_of(maps_of(1)))
+
+
+def test_own_counts_choose_no_replicas():
+    lone = ReplicaTables(1, REDUNDANT, maps_of(1))
+    exchange = open_exchange(dist.HashStore(), Member(1, EXPERTS, 0), replicas=lone)
+    assert isinstance(exchange, SoloExchange) and exchange.replicas is None
+    ids = ids_of(0, 1, maps_of(1)[0])
+    moved = exchange.move_up(ids, layer=0)
+    assert torch.equal(moved, move_up(ids, physical_experts=EXPERTS, ranks=1))
+
+
+def test_what_is_refused_is_no_call():
+    def run(rank, store):
+        exchange = opened(rank, store, maps_of(1))
+        bad = torch.full((2, TOP_K), EXPERTS, dtype=torch.int32)
+        for refused in (
+            lambda: exchange.move_up(bad, layer=0),
+            lambda: exchange.expand(bad, torch.ones(bad.shape), 1.0, layer=0),
+            lambda: exchange.expand(bad - 1, torch.ones(bad.shape).double(), 1.0, layer=0),
+        ):
+            with pytest.raises(ValueError, match=r"expert id 24 in row 0|topk_weights is"):
+                refused()
+        ids = ids_of(rank, 1, maps_of(1)[0])
+        chosen, _ = call(exchange, ids, 0, shared=True)
+        return exchange.tally()["live"], same_experts(chosen, ids, maps_of(1)[0])
+
+    assert on_ranks(run) == [(1, True)] * RANKS
+
+
+# The tables
+
+
+def test_tables_on_a_device_stay_where_they_are():
+    logical, learned = maps_of(7), []
+    tables = tables_of(logical.clone(), logical=logical)
+    tables.teach(lambda layer, table: learned.append((layer, table.fingerprint)))
+    assert learned == list(enumerate(tables.fingerprints)) and len(set(tables.fingerprints)) > 1
+    (words, of_layer), before = tables.on_device(1), tables.fingerprints
+    addresses = words.data_ptr(), of_layer.data_ptr()
+    assert words.tolist() == tables.of(1).words and torch.equal(of_layer, logical[1])
+    changed = maps_of(8)
+    tables.renew([1], changed)
+    again = tables.on_device(1)
+    assert (again[0].data_ptr(), again[1].data_ptr()) == addresses
+    assert words.tolist() == waterfill_rs._native.ReplicaTable(RANKS, changed[1].tolist()).words
+    assert [a == b for a, b in zip(before, tables.fingerprints, strict=True)] == [1, 0, 1]
+    assert learned[LAYERS:] == [(1, tables.fingerprints[1])]
+    for none in (None, LAYERS, -1):
+        words, of_layer = tables.on_device(none)
+        assert words[:2].tolist() == [0, 0] and of_layer is None
+        assert words.shape == tables.on_device(0)[0].shape
+    with pytest.raises(RuntimeError, match="these tables are not on a device"):
+        tables_of(maps_of(1)).on_device(0)
+
+
+def test_a_planner_learns_a_map_before_the_device_has_it():
+    logical = maps_of(7)
+    tables = tables_of(logical.clone(), logical=logical)
+    words, seen = tables.on_device(2)[0], []
+    tables.teach(lambda layer, table: seen.append((table.fingerprint, words[0].item())))
+    seen.clear()
+    old = tables.of(2).words[0]
+    tables.renew([2], maps_of(8))
+    assert seen == [(tables.fingerprints[2], old)] and words[0].item() == tables.of(2).words[0]
+
+
+def test_a_layer_whose_map_cannot_be_used_is_named_and_has_none():
+    maps = maps_of(1)
+    maps[1][maps[1] == 3] = 4
+    maps[2] = torch.arange(EXPERTS) % (LOGICAL + 1)
+    tables = tables_of(maps)
+    assert sorted(tables.refused) == [1, 2]
+    assert "logical expert 3" in tables.refused[1]
+    assert "3 redundant experts, and the board was made for 4" in tables.refused[2]
+    assert tables.fingerprints[1:] == [0, 0] and tables.of(1) is tables.of(2) is None
+    assert tables.replicated[0] > 0 == tables.replicated[1]
+    tables.renew([1], maps_of(1))
+    assert sorted(tables.refused) == [2] and tables.of(1) is not None
+
+
+# On a device: which launches, in which order; the kernel itself is tested where there is one
+
+
+class Launches:
+    """In the place of the kernel: what was asked of it."""
+
+    words = 1 + RANKS + EXPERTS + 1
+
+    def __init__(self, *_, board, **__):
+        self.asked, self.board = [], board
+
+    def __call__(self, ids, weights, shared_weight, *, quotas=None, cap_us=None, gathered=None):
+        self.asked.append(("expand", quotas, cap_us, gathered))
+        return ids, weights
+
+    def move_up(self, ids):
+        self.asked.append(("move_up",))
+        return ids
+
+    def count(self, ids, weights, out, *, table=None):
+        out.fill_(7)
+        self.asked.append(("count", table))
+
+    def choose_replicas(self, ids, table, logical, *, moved, cap_us, gathered=None):
+        self.asked.append(("choose", table, logical, moved, cap_us, gathered))
+        return ids + 1, None if moved else "quotas"
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    monkeypatch.setattr(on_device, "Expander", Launches)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def gather(out, own, group):
+        out.copy_(own.repeat(RANKS))
+
+    monkeypatch.setattr(on_device, "_all_gather", gather)
+    name = f"waterfill-rs-{os.getpid()}-launches"
+    board = waterfill_rs._native.Board.create(name, RANKS, EXPERTS, 7, REDUNDANT)
+    board.unlink()
+    maps, settings = maps_of(1), {"reason": "a test", "board": board, "cap_us": 99}
+    device, member = torch.device("cpu"), Member(RANKS, EXPERTS, 0)
+    made = []
+
+    def make(group=None):
+        settings["replicas"] = tables_of(maps.clone(), logical=maps)
+        if group:
+            made.append(DeviceGroupExchange(device, group, member, **settings))
+        else:
+            made.append(DeviceExchange(device, member, **settings, plans=True))
+        return made[-1]
+
+    yield make
+    for exchange in made:
+        exchange.close()
+
+
+def test_on_a_device_one_launch_chooses_and_another_expands(launches):
+    exchange = launches()
+    ids, weights = torch.zeros(2, TOP_K, dtype=torch.int32), torch.ones(2, TOP_K)
+    expanded, _ = exchange.expand(ids, weights, 0.4, layer=1)
+    table, logical = exchange.replicas.on_device(1)
+    choose, expand = exchange._expander.asked
+    assert choose[1] is table and choose[2] is logical and choose[3:] == (False, 99, None)
+    assert expand == ("expand", "quotas", None, None) and torch.equal(expanded, ids + 1)
+    exchange._expander.asked.clear()
+    assert torch.equal(exchange.move_up(ids, layer=7), ids + 1)
+    (choose,) = exchange._expander.asked
+    assert choose[1] is exchange.replicas.on_device(None)[0]
+    assert choose[2:] == (None, True, 99, None)
+
+
+def test_in_a_group_the_counts_have_the_fingerprint_and_come_before(launches):
+    exchange = launches(group="a group")
+    ids, weights = torch.zeros(2, TOP_K, dtype=torch.int32), torch.ones(2, TOP_K)
+    for moved in (False, True):
+        if moved:
+            exchange.move_up(ids, layer=1)
+        else:
+            exchange.expand(ids, weights, 0.4, layer=1)
+        table, logical = exchange.replicas.on_device(1)
+        count, choose, *expand = exchange._expander.asked
+        assert count[0] == "count" and count[1] is table
+        assert choose[1] is table and choose[2] is logical and choose[3:5] == (moved, 99)
+        gathered = choose[5]
+        assert gathered.shape == (RANKS * Launches.words,)
+        shared = gathered.view(RANKS, -1)[:, : 1 + RANKS]
+        assert (shared == (0 if moved else 7)).all(), "no shared rows, no tokens and visits"
+        assert (gathered.view(RANKS, -1)[:, 1 + RANKS :] == 7).all()
+        assert expand == ([] if moved else [("expand", "quotas", None, None)])
+        exchange._expander.asked.clear()
