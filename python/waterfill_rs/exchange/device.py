@@ -61,9 +61,8 @@ class DeviceExchange:
         self.reason = reason
         self.replicas = None if board is None else replicas
         self.device, self.board, self.member = device, board, member
-        self._cap_us = None if board is None else cap_us
+        self._longest_us, self._cap_us = cap_us, None if board is None else cap_us
         self._expander: Expander | None = None
-        self._weights = torch.float32
         self._planner: _native.PlannerThread | None = None
         self._end: _native.DeviceEnd | None = None
         self.unwatched: str | None = None
@@ -130,7 +129,7 @@ class DeviceExchange:
         self._wake()
         table, logical = replicas.on_device(layer)
         return expander.choose_replicas(
-            ids, table, logical, moved=moved, cap_us=self._cap_us, gathered=gathered
+            ids, table, logical, moved=moved, cap_us=self._longest_us, gathered=gathered
         )
 
     def _wake(self) -> None:
@@ -142,7 +141,6 @@ class DeviceExchange:
             raise RuntimeError(
                 "the first Waterfill call is within the capture of a CUDA graph: run the model once before"
             )
-        self._weights = torch.float32 if weights is None else weights.dtype
         self._expander = Expander(
             self.device,
             physical_experts=self.member.experts,
@@ -150,8 +148,9 @@ class DeviceExchange:
             rank=self.member.rank,
             top_k=ids.shape[1],
             ids=ids.dtype,
-            weights=self._weights,
+            weights=torch.float32 if weights is None else weights.dtype,
             board=self.board,
+            redundant=0 if self.replicas is None else self.replicas.redundant,
         )
         return self._expander
 
@@ -239,12 +238,7 @@ class DeviceGroupExchange(DeviceExchange):
         table = None if self.replicas is None else self.replicas.on_device(layer)[0]
         try:
             expander = self._expander or self._prepare(ids, weights)
-            if weights is None:
-                weights = ids.new_empty(ids.shape, dtype=self._weights)
-            expander.count(ids, weights, self._own, table=table)
-            if moved:
-                # No shared rows are routed: no tokens, no visits.
-                self._own[: 1 + self.member.ranks].zero_()
+            expander.count(ids, weights, self._own, table=table, moved=moved)
         except ValueError:
             self._own.fill_(NO_COUNT)
             self._gather()
