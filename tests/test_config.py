@@ -9,7 +9,7 @@ from waterfill_rs.operate.checks import VARIABLES
 def test_nothing_said_is_auto_everywhere():
     config = Config.from_environment({})
     assert (config.backend, config.exchange, config.required) == ("auto", "auto", False)
-    assert config.shared == "auto"
+    assert (config.shared, config.replicas) == ("auto", "auto")
     assert (config.board.cap_us, config.board.pace) == (1_000_000, "auto")
 
 
@@ -21,9 +21,10 @@ def test_all_that_can_be_said():
             "WATERFILL_RS_TIMEOUT_US": "250",
             "WATERFILL_RS_PLANNER": "spin",
             "WATERFILL_RS_SHARED": "overlap",
+            "WATERFILL_RS_REPLICAS": "Live ",
         }
     )
-    assert config.shared == "overlap"
+    assert (config.shared, config.replicas) == ("overlap", "live")
     assert config.required and config.enabled and config.exchange == "board"
     assert (config.board.cap_us, config.board.patience_us, config.board.pace) == (250, 219, "spin")
 
@@ -77,6 +78,7 @@ def test_a_spinning_planner_may_have_a_core():
         ("WATERFILL_RS_REQUIRE", "2", "give 0 or 1"),
         ("WATERFILL_RS_EXCHANGE", "shm", "give one of auto, solo, board, group"),
         ("WATERFILL_RS_SHARED", "beside", "give one of auto, overlap, fused"),
+        ("WATERFILL_RS_REPLICAS", "on", "give one of auto, live, sglang"),
         ("WATERFILL_RS_PLANNER", "thread", "give one of auto, inline, park, spin"),
         ("WATERFILL_RS_PLANNER", "spin:x", "or spin:CORE to pin it"),
         ("WATERFILL_RS_PLANNER", "park:1", "or spin:CORE to pin it"),

@@ -483,6 +483,8 @@ def test_overlap(code, reasons, level, texts):
 
 def test_where_shared_experts_run_is_one_of_our_variables():
     check(checks.variables({"WATERFILL_RS_SHARED": "overlap"}), "ok", "shared experts overlap")
+    check(checks.variables({"WATERFILL_RS_REPLICAS": "live"}), "ok", "replicas live")
+    check(checks.variables({"WATERFILL_RS_REPLICA": "live"}), "warn", "mean WATERFILL_RS_REPLICAS")
     check(checks.variables({"WATERFILL_RS_SHARE": "overlap"}), "warn", "mean WATERFILL_RS_SHARED")
     check(checks.variables({"WATERFILL_RS_SHARED": "on"}), "fail", "auto, overlap, fused")
 

@@ -15,6 +15,8 @@ __all__ = [
     "MACHINE_VARIABLE",
     "PACES",
     "PLANNER_VARIABLE",
+    "REPLICAS",
+    "REPLICAS_VARIABLE",
     "REQUIRE_VARIABLE",
     "SHARED",
     "SHARED_VARIABLE",
@@ -31,8 +33,10 @@ TIMEOUT_VARIABLE = "WATERFILL_RS_TIMEOUT_US"
 PLANNER_VARIABLE = "WATERFILL_RS_PLANNER"
 SHARED_VARIABLE = "WATERFILL_RS_SHARED"
 MACHINE_VARIABLE = "WATERFILL_RS_MACHINE"
+REPLICAS_VARIABLE = "WATERFILL_RS_REPLICAS"
 BACKENDS = ("auto", "rust", "upstream", "off")
 SHARED = ("auto", "overlap", "fused")
+REPLICAS = ("auto", "live", "sglang")
 PACES: tuple[Pace, ...] = ("auto", "inline", "park", "spin")
 LONGEST_TIMEOUT_US = 10_000_000
 """Below the time after which DeepEP's own dispatch gives up, 100 s."""
@@ -49,7 +53,8 @@ class Config:
     asks for this package by name, so it always is. ``exchange``: how ranks learn each other's counts.
     ``board``: how, where that is a board. ``shared``: whether shared experts run beside dispatch: where that is
     faster, in every batch (and the server stops where it cannot be), or in none. ``machine``: path of
-    what ``waterfill-rs calibrate`` wrote here."""
+    what ``waterfill-rs calibrate`` wrote here. ``replicas``: who chooses those of redundant experts: live plans where
+    there are some, live plans or the server stops, or sglang."""
 
     backend: str = "auto"
     required: bool = False
@@ -57,6 +62,7 @@ class Config:
     board: BoardSettings = field(default_factory=BoardSettings)
     shared: str = "auto"
     machine: str | None = None
+    replicas: str = "auto"
 
     @property
     def enabled(self) -> bool:
@@ -82,6 +88,7 @@ class Config:
             board=BoardSettings(_microseconds(environment, default.cap_us), *_planner(environment)),
             shared=_one_of(environment, SHARED_VARIABLE, SHARED, "auto"),
             machine=environment.get(MACHINE_VARIABLE, "").strip() or None,
+            replicas=_one_of(environment, REPLICAS_VARIABLE, REPLICAS, "auto"),
         )
 
 

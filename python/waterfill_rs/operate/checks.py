@@ -21,6 +21,7 @@ from waterfill_rs.config import (
     EXCHANGE_VARIABLE,
     MACHINE_VARIABLE,
     PLANNER_VARIABLE,
+    REPLICAS_VARIABLE,
     REQUIRE_VARIABLE,
     SHARED_VARIABLE,
     TIMEOUT_VARIABLE,
@@ -59,6 +60,7 @@ VARIABLES = (
     PLANNER_VARIABLE,
     SHARED_VARIABLE,
     MACHINE_VARIABLE,
+    REPLICAS_VARIABLE,
 )
 LEAST_CAP_US = 100_000
 """Below it, ranks that are late for usual reasons cost live plans; the planner may be asleep for 8 ms of it."""
@@ -229,7 +231,8 @@ def variables(environment: Mapping[str, str]) -> Finding:
     planner = board.pace if board.core is None else f"{board.pace}:{board.core}"
     text = (
         f"{config.backend}{', required' if config.required else ''}, exchange {config.exchange}, "
-        f"a layer waits at most {board.cap_us} us, planner {planner}, shared experts {config.shared}"
+        f"a layer waits at most {board.cap_us} us, planner {planner}, shared experts {config.shared}, "
+        f"replicas {config.replicas}"
     )
     if not config.enabled:
         left = "sglang is left as it is" + (
