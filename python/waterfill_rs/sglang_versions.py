@@ -51,12 +51,19 @@ class Seams:
     """What that layer's shared expert is where it is not fused."""
     prefill_graph: str | None = None
     """Function: is a prefill's graph captured? None where DeepEP goes without such graphs."""
+    expert_location: str = "sglang.srt.eplb.expert_location"
+    """Module of the map of experts, ``ExpertLocationMetadata``."""
     mega_moe: str | None = None
     """A layer under the backend megamoe, ``(moe, hidden_states, ...)``. None where Waterfill is DeepEP's alone."""
 
     @property
     def flag(self) -> str:
         return "--" + self.switch.replace("_", "-")
+
+    @property
+    def location_update(self) -> str:
+        """The method that changes the map of some layers in place: a rebalance's."""
+        return f"{self.expert_location}.ExpertLocationMetadata.update"
 
 
 _SERVER_ARGS = "sglang.srt.server_args.get_global_server_args"

@@ -137,6 +137,15 @@ def test_shared_experts_have_a_flag_with_its_choices():
     assert "WATERFILL_RS_SHARED='beside': give one of auto, overlap, fused" in by_variable.stderr
 
 
+def test_replicas_have_a_flag_with_its_choices():
+    here, _ = parsed(HERE, "--waterfill-rs-replicas", "live", WATERFILL_RS_REPLICAS="sglang")
+    assert here["variables"] == {"WATERFILL_RS_REPLICAS": "live"}
+    by_flag = forked.run(PARSE, "--waterfill-rs-replicas", "on")
+    by_variable = forked.run(PARSE, WATERFILL_RS_REPLICAS="on")
+    assert by_flag.returncode == 2 and by_variable.returncode == 1
+    assert "WATERFILL_RS_REPLICAS='on': give one of auto, live, sglang" in by_variable.stderr
+
+
 def test_required_serves_where_it_can():
     here, _ = parsed(HERE, "--waterfill-rs-require")
     assert here["balancer"] == "waterfill_rs.sglang.balancer"

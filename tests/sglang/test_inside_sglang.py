@@ -51,7 +51,7 @@ def test_the_doctors_look_sees_every_class_that_is_ours(sglang):
 
     found = loaded_hooks.found()
     assert set(plugin.hooked) < set(found) and all(found.values())
-    assert len(found) == 10
+    assert len(found) == 11
 
 
 def test_hash_layer_refuses_to_run_before_preparation(sglang):
@@ -124,12 +124,12 @@ class OneKernel:
     def __init__(self):
         self.seen = []
 
-    def expand(self, ids, weights, shared_weight):
+    def expand(self, ids, weights, shared_weight, *, layer):
         self.seen.append((ids.dtype, weights.dtype))
         where = dict(physical_experts=EXPERTS, ranks=RANKS, rank=RANK, shared_weight=shared_weight)
         return expand_topk(ids, weights, **where)
 
-    def move_up(self, ids):
+    def move_up(self, ids, *, layer):
         self.seen.append((ids.dtype, None))
         return move_up(ids, physical_experts=EXPERTS, ranks=RANKS)
 

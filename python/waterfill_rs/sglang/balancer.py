@@ -41,13 +41,15 @@ class _NotJoined:
     def __init__(self, member: Member) -> None:
         self._member = member
 
-    def expand(self, ids: Any, weights: Any, shared_weight: float) -> tuple[Any, Any]:
+    def expand(
+        self, ids: Any, weights: Any, shared_weight: float, *, layer: int | None = None
+    ) -> tuple[Any, Any]:
         _tell_not_joined()
         ranks, experts, rank = self._member.ranks, self._member.experts, self._member.rank
         where: dict[str, Any] = {"physical_experts": experts, "ranks": ranks, "rank": rank}
         return expand_topk(ids, weights, **where, shared_weight=shared_weight)
 
-    def move_up(self, ids: Any) -> Any:
+    def move_up(self, ids: Any, *, layer: int | None = None) -> Any:
         _tell_not_joined()
         return move_up(ids, physical_experts=self._member.experts, ranks=self._member.ranks)
 
@@ -72,7 +74,8 @@ class WaterfillBalancer:
             num_routed_experts: physical routed experts over all ranks, redundant ones included.
             world_size: EP size.
             rank: this EP rank.
-            layer_id: for messages only: hash layers and draft layers share ids or have none.
+            layer_id: whose row of sglang's map of experts this layer goes by, where the exchange chooses replicas. A draft
+                model's exchange does not, so that its ids may be those of target layers.
             shared_weight: weight of a shared row.
 
         Raises:
@@ -120,8 +123,8 @@ class WaterfillBalancer:
         ids = topk_ids.to(torch.int32).contiguous()
         given = topk_output.topk_weights.contiguous()
         if self.overlap is not None and self.overlap.runs:
-            return self._expanded(topk_output, exchange.move_up(ids), given)
-        wide, weights = exchange.expand(ids, given.float(), self.shared_weight)
+            return self._expanded(topk_output, exchange.move_up(ids, layer=self.layer_id), given)
+        wide, weights = exchange.expand(ids, given.float(), self.shared_weight, layer=self.layer_id)
         return self._expanded(topk_output, wide.to(topk_ids.dtype), weights.to(given.dtype))
 
     @staticmethod

@@ -12,7 +12,14 @@ from typing import Any
 
 from waterfill_rs.sglang_versions import KNOWN, ROWS, Seams, row_of
 
-__all__ = ["against_overlap", "against_posting", "differences", "find", "resolve"]
+__all__ = [
+    "against_overlap",
+    "against_posting",
+    "against_replicas",
+    "differences",
+    "find",
+    "resolve",
+]
 
 _ROUTER = "sglang.srt.layers.moe.topk.TopK"
 
@@ -20,6 +27,7 @@ _CONSTRUCTOR = ("num_routed_experts", "world_size", "rank", "layer_id")
 _EXPAND = ("topk_output", "num_tokens")
 _MEGA_MOE = ("moe", "hidden_states")
 _EMPTY = ("self", "device", "layer_id")
+_UPDATE = ("self", "other", "update_layer_ids")
 _KEYWORDS = {"is_decode"}
 """Of ``expand_topk``, after 0.5.23: what the forward is for. It changes nothing in a plan of rows."""
 
@@ -85,6 +93,16 @@ def against_posting(row: Seams) -> list[str]:
         return [f"not known of sglang {version} is what a rank without rows does there"]
     heads = ((row.mega_moe, _MEGA_MOE), (f"{_ROUTER}.empty_topk_output", _EMPTY))
     return [reason for name, head in heads for reason in _headed(name, head)]
+
+
+def against_replicas(row: Seams) -> list[str]:
+    """Why tables of replicas cannot follow this sglang's map of experts."""
+    import sglang
+
+    version: str = sglang.__version__
+    if row_of(version) is None:
+        return [f"not known of sglang {version} is how it changes its map of experts"]
+    return _headed(row.location_update, _UPDATE)
 
 
 _ASKS = ("forward_deepep", "_forward_shared_experts", "op_shared_experts")

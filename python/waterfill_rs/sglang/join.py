@@ -13,6 +13,7 @@ from waterfill_rs.exchange.host import SoloExchange
 from waterfill_rs.exchange.interface import Exchange
 from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.rendezvous import open_exchange
+from waterfill_rs.exchange.replicas import ReplicaTables
 from waterfill_rs.sglang import live_share, metrics
 from waterfill_rs.sglang.balancer import WaterfillBalancer
 from waterfill_rs.sglang.panics import panics_are_errors
@@ -28,12 +29,14 @@ def connect(
     peers: Peers | None,
     device: torch.device,
     alone: str | None = None,
+    replicas: ReplicaTables | None = None,
 ) -> Exchange:
     """Open one exchange for these layers and give it to each. All ranks of their group call it.
 
     Args:
         device: where the layers are.
         alone: why own counts are to be taken, whatever was asked for.
+        replicas: tables that it chooses replicas by, unless own counts are taken.
 
     Raises:
         ValueError: layers of several shapes, ranks that disagree, or a choice that cannot be had.
@@ -44,7 +47,10 @@ def connect(
         shapes = sorted((each.ranks, each.experts, each.rank) for each in members)
         raise ValueError(f"layers of one model differ in (ranks, experts, rank): {shapes}")
     member = members.pop()
-    exchange = _alone(member, device, alone) if alone else _open(member, device, config, peers)
+    if alone:
+        exchange = _alone(member, device, alone)
+    else:
+        exchange = _open(member, device, config, peers, replicas)
     for balancer in balancers:
         balancer.exchange = exchange
     metrics.watch(exchange, leads=member.rank == 0)
@@ -59,7 +65,13 @@ def _alone(member: Member, device: torch.device, reason: str) -> Exchange:
     return SoloExchange(member, CostModel.rows(), reason)
 
 
-def _open(member: Member, device: torch.device, config: Config, peers: Peers | None) -> Exchange:
+def _open(
+    member: Member,
+    device: torch.device,
+    config: Config,
+    peers: Peers | None,
+    replicas: ReplicaTables | None,
+) -> Exchange:
     if peers is None:
         reason = "torch.distributed is not initialised"
         if config.exchange not in ("auto", "solo"):
@@ -73,4 +85,5 @@ def _open(member: Member, device: torch.device, config: Config, peers: Peers | N
         settings=config.board,
         group=peers.coordinator.device_group if on_device else None,
         device=device if on_device else None,
+        replicas=replicas,
     )

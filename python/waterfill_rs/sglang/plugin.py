@@ -19,6 +19,8 @@ from waterfill_rs.config import (
     MACHINE_VARIABLE,
     PACES,
     PLANNER_VARIABLE,
+    REPLICAS,
+    REPLICAS_VARIABLE,
     REQUIRE_VARIABLE,
     SHARED,
     SHARED_VARIABLE,
@@ -92,6 +94,7 @@ def _enter(seams: Seams) -> None:
     from waterfill_rs.sglang import recorder
     from waterfill_rs.sglang.mega_moe import post_without_rows
     from waterfill_rs.sglang.preparation import Preparation
+    from waterfill_rs.sglang.replicas import follow_update
 
     ours = _replacements(seams)
     originals = {name: compat.resolve(name) for name in ours}
@@ -101,11 +104,14 @@ def _enter(seams: Seams) -> None:
         f"{seams.gatherers}._SinglePassGatherer.init_new": recorder.gatherer_of_auto(seams),
     }
     layer = None if compat.against_posting(seams) else seams.mega_moe
+    follows = not compat.against_replicas(seams)
     hooked.update(replaced)
     for name, replacement in replaced.items():
         HookRegistry.register(name, replacement, HookType.REPLACE)
     for name, hook in around.items():
         HookRegistry.register(name, hook, HookType.AROUND)
+    if follows:
+        HookRegistry.register(seams.location_update, follow_update, HookType.AFTER)
     if layer:
         HookRegistry.register(layer, post_without_rows(seams), HookType.BEFORE)
 
@@ -146,6 +152,11 @@ _VALUES = {
         "Where shared experts run: 'overlap', unfused beside dispatch; 'fused', with the routed ones; 'auto', as is "
         "faster for each batch",
     ),
+    "waterfill_rs_replicas": (
+        REPLICAS_VARIABLE,
+        "Who chooses replicas of redundant experts: 'live', plans from live counts, or the server stops; 'sglang'; 'auto', "
+        "live where there are any",
+    ),
     "waterfill_rs_machine": (
         MACHINE_VARIABLE,
         "File that waterfill-rs calibrate wrote on this machine: what 'auto' goes by in prefill",
@@ -164,6 +175,7 @@ _CHOICES = {
     "waterfill_rs": BACKENDS,
     "waterfill_rs_exchange": CHOICES,
     "waterfill_rs_shared": SHARED,
+    "waterfill_rs_replicas": REPLICAS,
 }
 
 

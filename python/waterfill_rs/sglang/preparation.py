@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from waterfill_rs.sglang.peers import Peers
+    from waterfill_rs.sglang.replicas import Replicas
 
 __all__ = ["Preparation", "lend", "tell_at_preparation"]
 
@@ -106,9 +107,10 @@ class Preparation:
             share = unfusing.Share(self.seams, config, arguments)
             dtype = getattr(_model_config(args, kwargs), "dtype", None)
             where = share.decide(_model(args, kwargs), routers, dtype, device, peers)
-            self._join(
-                balancers, config, peers, eligibility.is_deterministic(arguments), device, where
-            )
+            alone = _DETERMINISTIC if eligibility.is_deterministic(arguments) else None
+            draft = _is_draft(args, kwargs) or any(getattr(r, "is_draft", False) for r in routers)
+            replicas = self._replicas(routers, config, arguments, alone, draft)
+            self._join(balancers, config, peers, alone, device, where, replicas)
         return result
 
     def _has_sglangs(self, routers: list[Any]) -> bool:
@@ -149,6 +151,15 @@ class Preparation:
         tokens = sizes.most_tokens(arguments, balancers[0].world_size)
         reasons = sizes.against_sizes(_model(args, kwargs), routers, balancers, device, tokens)
         return peers.agree(reasons, "fits") if peers else reasons
+
+    def _replicas(
+        self, routers: list[Any], config: Config, arguments: Any, alone: str | None, draft: bool
+    ) -> Replicas:
+        from waterfill_rs.sglang.replicas import Replicas
+
+        ranks = getattr(routers[0], self.seams.holder).world_size
+        top_k, tokens = sizes.routed_experts(routers[0]), sizes.most_tokens(arguments, ranks)
+        return Replicas(self.seams, config, top_k, tokens, alone=alone, draft=draft)
 
     def _tell_if_asked_in_vain(self) -> None:
         try:
@@ -210,24 +221,29 @@ class Preparation:
         balancers: list[Any],
         config: Config,
         peers: Peers | None,
-        deterministic: bool,
+        alone: str | None,
         device: torch.device,
         where: str,
+        replicas: Replicas,
     ) -> None:
-        """Join layers that were just prepared to their peers, and say how. ``where``: shared experts run."""
+        """Join layers that were just prepared to their peers, and say how.
+
+        ``alone``: why own counts are taken, if they are. ``where``: shared experts run. ``replicas``: who chooses them.
+        """
         from waterfill_rs.sglang import recorder
         from waterfill_rs.sglang.join import connect
 
         fresh = [balancer for balancer in balancers if balancer.exchange is None]
-        if deterministic and config.exchange in ("board", "group"):
+        if alone and config.exchange in ("board", "group"):
             logger.warning(
                 "waterfill-rs: exchange solo, and not %s, because of %s",
                 config.exchange,
                 _DETERMINISTIC,
             )
         try:
-            alone = _DETERMINISTIC if deterministic else None
-            exchange = connect(fresh, config, peers, device, alone)
+            tables = replicas.tables(fresh, device, peers)
+            exchange = connect(fresh, config, peers, device, alone, tables)
+            chosen = replicas.follow(exchange)
         except (OSError, RuntimeError, ValueError) as error:
             refusal.stop([str(error)])
         recorder.shared_slots_come()
@@ -236,13 +252,14 @@ class Preparation:
         told = exchange.name != "board" or fresh[0].rank == 0
         logger.log(
             logging.INFO if told else logging.DEBUG,
-            "waterfill-rs active: %d MoE layers on %s, exchange %s, because %s%s; shared experts: %s",
+            "waterfill-rs active: %d MoE layers on %s, exchange %s, because %s%s; shared experts: %s%s",
             len(fresh),
             device,
             exchange.name,
             exchange.reason,
             _waits(config, device) if exchange.name == "board" else "",
             where,
+            f"; replicas: {chosen}" if chosen else "",
         )
 
 

@@ -13,7 +13,13 @@ from waterfill_rs.sglang.panics import panics_are_errors
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["against_sizes", "data_parallel_groups", "most_tokens", "routed_experts"]
+__all__ = [
+    "against_kernel",
+    "against_sizes",
+    "data_parallel_groups",
+    "most_tokens",
+    "routed_experts",
+]
 
 
 def against_sizes(
@@ -38,7 +44,7 @@ def against_sizes(
             f"layers of one model route tokens to {top_ks} experts, and a kernel is of one number"
         )
         return [*reasons, text]
-    return reasons + _against_kernel(device, ranks, experts, rank, top_ks[0], tokens)
+    return reasons + against_kernel(device, ranks, experts, rank, top_ks[0], tokens)
 
 
 def _against_slots(model: Any, routers: Sequence[Any], counted: int) -> list[str]:
@@ -91,14 +97,26 @@ def _against_core(ranks: int, experts: int) -> list[str]:
     return []
 
 
-def _against_kernel(
-    device: torch.device, ranks: int, experts: int, rank: int, top_k: int, tokens: int
+def against_kernel(
+    device: torch.device,
+    ranks: int,
+    experts: int,
+    rank: int,
+    top_k: int,
+    tokens: int,
+    redundant: int = 0,
 ) -> list[str]:
+    """What keeps one kernel of these sizes from this device; ``redundant``: experts whose replicas it chooses."""
     from waterfill_rs.cuda import Expander
 
     try:
         expander = panics_are_errors(Expander)(
-            device, physical_experts=experts, ranks=ranks, rank=rank, top_k=top_k
+            device,
+            physical_experts=experts,
+            ranks=ranks,
+            rank=rank,
+            top_k=top_k,
+            redundant=redundant,
         )
     except (RuntimeError, ValueError) as error:
         return [f"no kernel can be made for this model: {error}"]

@@ -1,0 +1,210 @@
+"""Who chooses the replicas of a model's redundant experts: sglang, or live plans by tables of sglang's own map.
+
+The map is ``physical_to_logical_map`` of sglang's ``ExpertLocationMetadata``, which a rebalance changes in place. The
+tables follow in the same pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from waterfill_rs.config import REPLICAS_VARIABLE, Config
+from waterfill_rs.exchange.replicas import ReplicaTables
+from waterfill_rs.sglang import compat, loaded_hooks, refusal, sizes
+from waterfill_rs.sglang.compat import resolve
+from waterfill_rs.sglang.panics import panics_are_errors
+from waterfill_rs.sglang_versions import Seams
+
+if TYPE_CHECKING:
+    from waterfill_rs.exchange.interface import Exchange
+    from waterfill_rs.exchange.member import Member
+    from waterfill_rs.sglang.balancer import WaterfillBalancer
+    from waterfill_rs.sglang.peers import Peers
+
+__all__ = ["Replicas", "follow_update"]
+
+logger = logging.getLogger(__name__)
+
+_followed: list[tuple[Any, ReplicaTables]] = []
+"""sglang's metadata, and the tables made of it; the target model's alone, so one pair a process at most."""
+
+
+class Replicas:
+    """The decision for one model, all ranks alike.
+
+    Args:
+        top_k: routed experts of a token.
+        tokens: of a prefill in a rank's layer, at most.
+        alone: why own counts are to be taken, if they are.
+        draft: its layers have no row in sglang's map, or one of the target model's.
+    """
+
+    def __init__(
+        self,
+        seams: Seams,
+        config: Config,
+        top_k: int,
+        tokens: int,
+        *,
+        alone: str | None = None,
+        draft: bool = False,
+    ) -> None:
+        self._seams, self._asked, self._alone, self._draft = seams, config.replicas, alone, draft
+        self._top_k, self._tokens = top_k, tokens
+        self._metadata: Any = None
+        self._layers: list[int] = []
+        self._reasons: list[str] = []
+
+    @property
+    def _redundant(self) -> int:
+        if self._metadata is None:
+            return 0
+        return int(self._metadata.num_physical_experts - self._metadata.num_logical_experts)
+
+    @panics_are_errors
+    def tables(
+        self, balancers: Sequence[WaterfillBalancer], device: torch.device, peers: Peers | None
+    ) -> ReplicaTables | None:
+        """The tables that this model's exchange is to choose by, or None where sglang chooses.
+
+        Raises:
+            SystemExit: live plans were asked for by name and cannot be had.
+        """
+        self._metadata = resolve(f"{self._seams.expert_location}.{_GETTER}")()
+        tables, self._reasons = self._own(balancers, device)
+        if peers is not None:
+            answer = "" if tables is None else _answer(tables)
+            self._reasons = peers.agree(self._reasons, "replicas", answer)
+        if self._reasons:
+            self._stop_if_asked()
+            return None
+        return tables
+
+    def follow(self, exchange: Exchange) -> str:
+        """Have the tables follow sglang's map, if the exchange has taken them; who chooses, in words.
+
+        Raises:
+            SystemExit: as above, where the exchange is one without live counts.
+        """
+        tables = exchange.replicas
+        if tables is None:
+            if not self._reasons:
+                self._reasons = [f"exchange {exchange.name} has own counts alone"]
+                self._stop_if_asked()
+            return self._why_not()
+        _followed.append((self._metadata, tables))
+        replicated = {tables.replicated[layer] for layer in self._layers}
+        span = "-".join(map(str, sorted({min(replicated), max(replicated)})))
+        return f"live, {tables.redundant} redundant experts, {span} replicated"
+
+    def _own(
+        self, balancers: Sequence[WaterfillBalancer], device: torch.device
+    ) -> tuple[ReplicaTables | None, list[str]]:
+        """This rank's tables, or what keeps it from them."""
+        member = balancers[0].member
+        if reasons := self._against(member, device):
+            return None, reasons
+        metadata = self._metadata
+        tables = ReplicaTables(
+            member.ranks,
+            self._redundant,
+            metadata.physical_to_logical_map_cpu,
+            metadata.physical_to_logical_map if device.type == "cuda" else None,
+        )
+        named = {balancer.layer_id for balancer in balancers if balancer.layer_id is not None}
+        self._layers = sorted(layer for layer in named if layer < tables.layers)
+        if not self._layers:
+            return None, [f"sglang's map of {tables.layers} layers has none of this model's"]
+        refused = [f"layer {i}: {tables.refused[i]}" for i in self._layers if i in tables.refused]
+        return (None, refused) if refused else (tables, [])
+
+    def _against(self, member: Member, device: torch.device) -> list[str]:
+        """What keeps a model's ranks from live plans; the first, because others follow from it."""
+        if self._asked == "sglang":
+            return [f"{REPLICAS_VARIABLE}=sglang"]
+        if self._redundant <= 0:
+            return ["there are no redundant experts: give --ep-num-redundant-experts"]
+        if self._draft:
+            return ["this is a draft model, whose experts stay where they are"]
+        if self._alone is not None:
+            return [self._alone]
+        found = self._metadata.num_physical_experts
+        if found != member.experts:
+            return [
+                f"sglang's map is of {found} physical experts, and Waterfill counts {member.experts}"
+            ]
+        if reasons := compat.against_replicas(self._seams):
+            return reasons
+        update = self._seams.location_update
+        if not loaded_hooks.found().get(update):
+            return [f"{update} is not waterfill-rs's after registration"]
+        if device.type != "cuda":
+            return []
+        return _against_map(self._metadata.physical_to_logical_map, device) or (
+            sizes.against_kernel(
+                device,
+                member.ranks,
+                member.experts,
+                member.rank,
+                self._top_k,
+                self._tokens,
+                self._redundant,
+            )
+        )
+
+    def _stop_if_asked(self) -> None:
+        """A draft model's are sglang's to choose, whatever was asked for."""
+        if self._asked == "live" and not self._draft:
+            refusal.stop([f"replicas cannot be chosen live: {r}" for r in self._reasons])
+
+    def _why_not(self) -> str:
+        """Nothing, where there is nothing to choose."""
+        return f"as sglang chooses, because {'; '.join(self._reasons)}" if self._redundant else ""
+
+
+def _against_map(logical: torch.Tensor, device: torch.device) -> list[str]:
+    """What keeps a kernel on this device from reading sglang's map."""
+    fits = logical.device == device and logical.dtype is torch.int64 and logical.is_contiguous()
+    if fits:
+        return []
+    return [
+        f"sglang's map is {logical.dtype} on {logical.device} with strides {logical.stride()}, and the kernel reads "
+        f"contiguous torch.int64 on {device}"
+    ]
+
+
+def _answer(tables: ReplicaTables) -> str:
+    """The same on two ranks if their maps are; told where they are not."""
+    prints = b"".join(one.to_bytes(4, "little") for one in tables.fingerprints)
+    return f"its map of experts is another one, with fingerprint {zlib.crc32(prints):08x}"
+
+
+_GETTER = "get_global_expert_location_metadata"
+
+
+@panics_are_errors
+def follow_update(
+    _: Any, metadata: Any, other: Any = None, update_layer_ids: Sequence[int] = (), **__: Any
+) -> None:
+    """For after ``ExpertLocationMetadata.update``: tables of the layers that it changed are made anew.
+
+    sglang makes it on every rank in the same pass, and not while layers run. The planner knows the new maps first, and the
+    device's tables change on the stream that sglang changes its own on. Calls whose ranks are not all through keep the
+    replicas that sglang chose: fingerprints differ.
+    """
+    for held, tables in _followed:
+        if held is metadata:
+            layers = [int(layer) for layer in update_layer_ids]
+            tables.renew(layers, metadata.physical_to_logical_map_cpu)
+            for layer in layers:
+                if layer in tables.refused:
+                    logger.warning(
+                        "waterfill-rs: sglang chooses the replicas of layer %d from now on: %s",
+                        layer,
+                        tables.refused[layer],
+                    )

@@ -1,0 +1,208 @@
+"""Redundant experts in the real sglang: live replicas through its own maps, rebalances and routers, and why not."""
+
+import json
+import logging
+import re
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
+
+import forked
+import replica_ranks
+import torch
+from inside import EXPERTS, RANK, RANKS, hash_layer, prepare
+
+import waterfill_rs
+from waterfill_rs.exchange.replicas import ReplicaTables
+
+CODE = "import sys, replica_ranks; replica_ranks.main(int(sys.argv[1]), *sys.argv[2:4], sys.argv[4] == 'differs')"
+
+
+def two_ranks(folder, algorithm, differs="alike", **environment):
+    def run(rank):
+        environment.setdefault("WATERFILL_RS_TIMEOUT_US", "10000000")
+        return forked.run(CODE, str(rank), str(folder), algorithm, differs, **environment)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, range(2)))
+
+
+def written(folder, ranks):
+    for done in ranks:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def total(calls, name):
+    return [sum(column) for column in zip(*(call[name] for call in calls), strict=True)]
+
+
+@pytest.mark.parametrize("algorithm", ["static", "dynamic"])
+def test_live_replicas_are_the_plans_before_and_after_a_rebalance(tmp_path, algorithm):
+    ranks = two_ranks(tmp_path, algorithm)
+    found = written(tmp_path, ranks)
+    for of_rank in found:
+        assert of_rank["live"] and not of_rank["draft"]
+        assert of_rank["drafted"] == [0, 1, 2, 3], "a draft model's ids stay"
+        assert of_rank["tally"]["live"] == of_rank["tally"]["calls"] == replica_ranks.CALLS
+        assert of_rank["maps"] == replica_ranks.maps_of(3).tolist()
+        for call in of_rank["calls"]:
+            assert call["logical"]["ours"] == call["logical"]["sglangs"], "what a recorder counts"
+    other = 0
+    for calls in zip(*(of_rank["calls"] for of_rank in found), strict=True):
+        routed, rows = total(calls, "sglangs"), total(calls, "ours")
+        plan = waterfill_rs.plan(
+            routed,
+            [call["tokens"] for call in calls],
+            ranks=2,
+            physical_to_logical=calls[0]["map"],
+            policy="replicas",
+        )
+        per_rank = [sum(rows[:10]), sum(rows[10:])]
+        expected = [sum(plan.replica_rows[:10]), sum(plan.replica_rows[10:])]
+        assert max(per_rank) == max(expected)
+        other += rows != routed
+    assert other > replica_ranks.CALLS // 2
+    (told,) = (line for line in ranks[0].stderr.splitlines() if "replicas: live" in line)
+    assert "replicas: live, 4 redundant experts, " in told and told.endswith(" replicated")
+    assert "replicas: as sglang chooses, because this is a draft model" in ranks[0].stderr
+
+
+@pytest.mark.parametrize("asked", ["auto", "live"])
+def test_ranks_whose_maps_differ_are_named(tmp_path, asked):
+    ranks = two_ranks(tmp_path, "static", "differs", WATERFILL_RS_REPLICAS=asked)
+    reason = r"EP rank [01]: its map of experts is another one, with fingerprint [0-9a-f]{8}"
+    if asked == "live":
+        for done in ranks:
+            assert done.returncode == 1
+            assert re.search(f"- replicas cannot be chosen live: {reason}", done.stderr)
+    else:
+        assert not any(of_rank["live"] for of_rank in written(tmp_path, ranks))
+        assert re.search(f"replicas: as sglang chooses, because {reason}", ranks[0].stderr)
+
+
+def test_sglangs_choice_was_asked_for(tmp_path):
+    ranks = two_ranks(tmp_path, "static", WATERFILL_RS_REPLICAS="sglang")
+    for of_rank in written(tmp_path, ranks):
+        assert not of_rank["live"]
+        assert all(call["ours"] == call["sglangs"] for call in of_rank["calls"])
+    assert "replicas: as sglang chooses, because WATERFILL_RS_REPLICAS=sglang" in ranks[0].stderr
+
+
+# One rank, and what keeps its layers from it
+
+
+@pytest.fixture
+def placed(sglang, monkeypatch):
+    """sglang's map in force, of ``redundant`` experts more; none of these tests leaves it there."""
+    from sglang.srt.eplb import expert_location
+
+    def place(redundant, **fields):
+        physical = EXPERTS + redundant
+        there = types.SimpleNamespace(
+            num_physical_experts=physical,
+            num_logical_experts=EXPERTS,
+            physical_to_logical_map=torch.arange(physical).repeat(2, 1) % EXPERTS,
+        )
+        there.physical_to_logical_map_cpu = there.physical_to_logical_map
+        vars(there).update(fields)
+        monkeypatch.setattr(expert_location, "get_global_expert_location_metadata", lambda: there)
+        return there
+
+    monkeypatch.delenv("WATERFILL_RS_REPLICAS", raising=False)
+    return place
+
+
+def prepared(sglang, caplog, redundant=RANKS, layer=None):
+    layer = layer or hash_layer(sglang)
+    caplog.clear()
+    with sglang.moe.override(ep_num_redundant_experts=redundant), caplog.at_level(logging.INFO):
+        prepare(sglang, layer)
+    (told,) = (r.getMessage() for r in caplog.records if "waterfill-rs active" in r.getMessage())
+    assert layer.waterfill_balancer.exchange.replicas is None
+    return told.partition("; replicas: ")[2]
+
+
+def beyond(sglang):
+    layer = hash_layer(sglang)
+    layer.layer_id = 2
+    return layer
+
+
+WHY_NOT = {
+    "own counts": ({}, {}, "exchange solo has own counts alone"),
+    "no map of such size": (
+        {"num_physical_experts": 71},
+        {},
+        "sglang's map is of 71 physical experts, and Waterfill counts 72",
+    ),
+    "an expert without a replica": (
+        {"physical_to_logical_map_cpu": torch.arange(72).repeat(2, 1) % 63},
+        {},
+        "layer 0: the map has 9 redundant experts, and the board was made for 8",
+    ),
+    "other layers": ({}, {"layer": beyond}, "sglang's map of 2 layers has none of this model's"),
+}
+
+
+@pytest.mark.parametrize("name", WHY_NOT)
+def test_why_sglang_chooses_is_told_and_ends_a_server_that_asked(
+    sglang, placed, caplog, monkeypatch, name
+):
+    fields, made, reason = WHY_NOT[name]
+    placed(RANKS, **fields)
+    made = {key: make(sglang) for key, make in made.items()}
+    assert prepared(sglang, caplog, **made) == f"as sglang chooses, because {reason}"
+    monkeypatch.setenv("WATERFILL_RS_REPLICAS", "live")
+    again = {key: WHY_NOT[name][1][key](sglang) for key in made}
+    with pytest.raises(SystemExit, match=f"replicas cannot be chosen live: {reason}"):
+        prepared(sglang, caplog, **again)
+
+
+def test_without_redundant_experts_nothing_is_told_unless_live_was_asked_for(
+    sglang, placed, caplog, monkeypatch
+):
+    placed(0)
+    assert prepared(sglang, caplog, redundant=0) == ""
+    monkeypatch.setenv("WATERFILL_RS_REPLICAS", "live")
+    with pytest.raises(SystemExit, match="there are no redundant experts: give --ep-num-redund"):
+        prepared(sglang, caplog, redundant=0)
+
+
+def test_a_draft_model_is_sglangs_whatever_was_asked_for(sglang, placed, caplog, monkeypatch):
+    placed(RANKS)
+    monkeypatch.setenv("WATERFILL_RS_REPLICAS", "live")
+    layer = hash_layer(sglang)
+    layer.is_draft = True
+    assert prepared(sglang, caplog, layer=layer) == (
+        "as sglang chooses, because this is a draft model, whose experts stay where they are"
+    )
+
+
+def test_tables_follow_no_update_of_another_map_and_tell_of_one_that_they_cannot_use(
+    sglang, placed, monkeypatch, caplog
+):
+    from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+
+    from waterfill_rs.sglang import replicas
+
+    there = placed(RANKS)
+    tables = ReplicaTables(RANKS, RANKS, there.physical_to_logical_map_cpu)
+    before = tables.fingerprints
+    monkeypatch.setattr(replicas, "_followed", [(there, tables)])
+    there.physical_to_logical_map_cpu[1, 0] = 1
+    replicas.follow_update(None, types.SimpleNamespace(), there, [1])
+    assert tables.fingerprints == before
+    replicas.follow_update(None, there, there, update_layer_ids=[0])
+    assert tables.fingerprints == before
+    replicas.follow_update(None, there, there, update_layer_ids=[1])
+    assert 0 < tables.fingerprints[1] != before[1] and not caplog.text
+    there.physical_to_logical_map_cpu[1, EXPERTS] = 1
+    replicas.follow_update(None, there, there, update_layer_ids=[1])
+    assert tables.fingerprints[1] == 0
+    assert "sglang chooses the replicas of layer 1 from now on: logical expert 0" in caplog.text
+    assert ExpertLocationMetadata.update.__wrapped__, "the hook is in place"
+    assert RANK < RANKS

@@ -1,0 +1,163 @@
+"""One rank of two that run layers of the real sglang with redundant experts, before and after a rebalance."""
+
+import json
+import logging
+import os
+import sys
+import types
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+RANKS, LOGICAL, REDUNDANT, TOP_K, LAYERS, CALLS = 2, 16, 4, 4, 3, 9
+PHYSICAL = LOGICAL + REDUNDANT
+
+
+def maps_of(seed):
+    """``[layers, P]``; each logical expert has a physical one or more."""
+    generator = torch.Generator().manual_seed(seed)
+    more = torch.randint(LOGICAL, (LAYERS, REDUNDANT), generator=generator)
+    experts = torch.cat([torch.arange(LOGICAL).repeat(LAYERS, 1), more], dim=1)
+    shuffled = [row[torch.randperm(PHYSICAL, generator=generator)] for row in experts]
+    return torch.stack(shuffled)
+
+
+def metadata(physical_to_logical, rank):
+    """sglang's own, of such a map."""
+    from sglang.srt.eplb import expert_location
+
+    of_logical = [
+        [(row == expert).nonzero().flatten().tolist() for expert in range(LOGICAL)]
+        for row in physical_to_logical
+    ]
+    return expert_location.ExpertLocationMetadata._init_raw(
+        RANKS,
+        physical_to_logical.clone(),
+        torch.tensor(expert_location._pad_nested_array(of_logical, pad_value=-1)),
+        moe_ep_rank=rank,
+    )
+
+
+def main(rank, folder, algorithm, differs):
+    """``algorithm``: sglang's. ``differs``: rank 1 has another map. Writes what its calls gave to ``RANK.json``."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    os.environ["SGLANG_OPT_USE_FUSED_HASH_TOPK"] = "0"
+    from sglang.srt.configs.shared_experts import SharedExpertsConfig
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.runtime_context import get_context, get_exec, get_model, get_parallel
+
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    get_context().override_server_args(model_path="dummy").install()
+    shared = SharedExpertsConfig(use_waterfill=True)
+    group = types.SimpleNamespace(ranks=[0, 1])
+    parallel = {"tp_size": RANKS, "tp_rank": rank, "attn_tp_size": RANKS, "attn_tp_rank": rank}
+    parallel |= {"moe_ep_size": RANKS, "moe_ep_rank": rank, "moe_ep_group": group, "ep_size": RANKS}
+    parallel |= {"tp_group": group}
+    placed = {"ep_num_redundant_experts": REDUNDANT, "moe_a2a_backend": "deepep"}
+    placed |= {"ep_dispatch_algorithm": algorithm}
+    with (
+        get_model().override(shared_experts=shared),
+        get_parallel().override(**parallel),
+        get_exec().moe.override(**placed),
+    ):
+        found = _run(rank, differs)
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+
+
+def _run(rank, differs):
+    from sglang.srt.eplb import expert_location
+
+    before, after = maps_of(2 if differs and rank else 1), maps_of(3)
+    there = metadata(before, rank)
+    expert_location.set_global_expert_location_metadata(there)
+    layers, draft = _layers(), _layers()[:1]
+    _prepare(layers)
+    _prepare(draft, is_draft_model=True)
+    end = layers[0].waterfill_balancer.exchange
+    found = {"live": end.replicas is not None, "calls": []}
+    found["draft"] = draft[0].waterfill_balancer.exchange.replicas is not None
+    for call in range(CALLS):
+        if call == CALLS // 3:
+            there.update(metadata(after, rank), update_layer_ids=[1])
+        if call == 2 * CALLS // 3:
+            there.update(metadata(after, rank), [0, 2])
+        layer = call % LAYERS
+        mapping = there.physical_to_logical_map[layer]
+        found["calls"].append(_call(layers[layer], rank, call, mapping))
+    found["maps"] = there.physical_to_logical_map.tolist()
+    ids = torch.arange(TOP_K, dtype=torch.int32)[None]
+    given = _topk_output(ids, torch.ones(ids.shape))
+    drafted = draft[0].waterfill_balancer.expand_topk(given, 1).topk_ids[0, :-1]
+    found["drafted"] = (drafted - drafted // (PHYSICAL // RANKS + 1)).tolist()
+    found["tally"] = dict(end.tally())
+    end.close()
+    return found
+
+
+def _layers():
+    """A hash layer of V4, and two of V3."""
+    from sglang.srt.layers.moe.topk import TopK
+    from sglang.srt.model_executor.model_runner_components import moe_ep_setup
+
+    first = moe_ep_setup.HashTopK(TOP_K, LOGICAL, vocab_size=1000, layer_id=0)
+    return [first, *(TopK(TOP_K, layer_id=layer) for layer in range(1, LAYERS))]
+
+
+def _prepare(layers, **configuration):
+    from sglang.srt.model_executor.model_runner_components import moe_ep_setup
+
+    hf_config = types.SimpleNamespace(n_routed_experts=LOGICAL)
+    config = types.SimpleNamespace(hf_config=hf_config, **configuration)
+    moe_ep_setup.prepare_moe_topk(model=torch.nn.ModuleList(layers), model_config=config)
+
+
+def _topk_output(ids, weights):
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    return StandardTopKOutput(weights, ids, None)
+
+
+def _call(layer, rank, call, mapping):
+    """One call, every second one overlapped, and rank 1 idle now and then: counts by logical and by physical expert."""
+    from sglang.srt.runtime_context import get_exec
+
+    rows = 0 if rank == 1 and call % 4 == 0 else 200 + 70 * rank
+    torch.manual_seed(100 * call + rank)
+    inputs = torch.zeros(rows, 8), torch.randn(rows, LOGICAL) + torch.linspace(0, 3, LOGICAL)
+    if call % LAYERS == 0:
+        inputs += (torch.randint(0, 9, (rows,)),)
+    forward = layer if call % LAYERS == 0 else layer.forward_native
+    balancer, overlapped = layer.waterfill_balancer, call % 2 == 1
+    balancer.overlap = types.SimpleNamespace(runs=overlapped)
+    chosen = layer.empty_topk_output(torch.device("cpu")) if rows == 0 else forward(*inputs)
+    ids = chosen.topk_ids if overlapped else chosen.topk_ids[:, :-1]
+    ids = (ids - ids // (PHYSICAL // RANKS + 1)).long()
+    layer.waterfill_balancer, layer.enable_waterfill = None, False
+    sglangs = forward(*inputs).topk_ids.long() if rows else ids
+    with get_exec().moe.override(ep_dispatch_algorithm=None):
+        logical = forward(*inputs).topk_ids.long() if rows else ids
+    layer.waterfill_balancer, layer.enable_waterfill = balancer, True
+    assert torch.equal(mapping[ids], logical) and torch.equal(mapping[sglangs], logical)
+    counted = {
+        name: torch.bincount(of.flatten(), minlength=PHYSICAL)
+        for name, of in (("ours", ids), ("sglangs", sglangs))
+    }
+    return {
+        "tokens": 0 if overlapped else rows,
+        "logical": {name: _logical(counts, mapping) for name, counts in counted.items()},
+        **{name: counts.tolist() for name, counts in counted.items()},
+        "map": mapping.tolist(),
+    }
+
+
+def _logical(counts, mapping):
+    """As sglang's recorder makes logical counts of physical ones, for EPLB and its dumps."""
+    from sglang.srt.eplb import expert_distribution
+
+    convert = expert_distribution._convert_global_physical_count_to_logical_count
+    return convert(counts[None, None], 1, LOGICAL, mapping[None])[0, 0].tolist()
