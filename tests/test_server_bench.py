@@ -23,7 +23,7 @@ from server import (
     table,
     traffic,
 )
-from server.figures import Mode
+from server.figures import Mode, Sent
 from server.protocol import Closed, Late, Reader, send
 from server.recording import Recording
 
@@ -164,10 +164,22 @@ def test_only_full_forwards_count_and_the_slowest_rank():
     ]
     ranks[1]["forwards"].pop(1)
     assert [found[0] for found in figures.full_forwards(ranks, 8, 1)] == [2]
-    ranks[0]["rows"] = [(2, 1, [3, 1]), (2, 2, [0, 0]), (3, 1, [9, 0])]
-    ranks[1]["rows"] = [(2, 1, [3, 1]), (2, 2, [1, 3]), (3, 1, [9, 0])]
-    # 6 of 8 on rank 0; 3 of 4 on rank 1; forward 3 does not count.
-    assert list(figures.layers_rows(ranks, 8, 1)) == [("own", 1.5), ("own", 1.5)]
+    routed, nothing = [[1, 2], [0, 1]], [0, 0]
+    ranks[0]["rows"] = [
+        (2, 1, routed, [0, 0]),
+        (2, 2, [nothing] * 2, nothing),
+        (3, 1, routed, [9, 0]),
+    ]
+    ranks[1]["rows"] = [
+        (2, 1, routed, [2, 6]),
+        (2, 2, [[1, 0], [3, 0]], nothing),
+        (3, 1, routed, [9, 0]),
+    ]
+    # Layer 1: routed rows 6 and 2, with shared ones 8 and 8; layer 2: 1 and 3. Forward 3 does not count.
+    assert list(figures.layers_rows(ranks, 8, 1)) == [
+        ("own", Sent(1.0, 1.5, 2)),
+        ("own", Sent(1.5, 1.5, 1)),
+    ]
 
 
 def test_a_cells_figures_by_hand():
@@ -193,7 +205,7 @@ def test_a_cells_figures_by_hand():
     assert (cell["live_share"], cell["rows_max_mean"], cell["ratio_home"]) == (0.75, 1.5, 1.0)
     assert cell["quartiles"] is None and cell["tokens_per_s"] is None
     assert "(timed_out 2)" in table._row(cell)
-    live.rows = [1.0, 1.1]
+    live.rows = [Sent(1.0, 1.2, 3), Sent(1.1, 1.2, 4)]
     assert figures.cell(place, "live", of, modelled, 2)["rows_max_mean"] == 1.05
     json.dumps(cell, allow_nan=False)
 

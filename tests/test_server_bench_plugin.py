@@ -8,7 +8,6 @@ import random
 import sys
 import threading
 import time
-from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,8 +149,9 @@ def test_rows_and_calls_are_those_of_the_round(control, tmp_path):
     set_round(control, round=1, kind=ROWS)
     run_forwards(rank, [4, 4])
     found = rank.results()
-    # Slots 0 to 2 are of rank 0, 3 to 5 of rank 1.
-    assert found["rows"] == [(0, 7, [3, 2]), (1, 7, [3, 2])]
+    # Slots 0 to 2 are of rank 0, 3 to 5 of rank 1, and each one's last is its shared slot.
+    sent = [[1, 1], [1, 0]], [1, 1]
+    assert found["rows"] == [(0, 7, *sent), (1, 7, *sent)]
     # The lead's call does not count.
     assert found["calls"] == {"calls": 1, "live": 1} and found["planner"] == {"mean": 1}
     set_round(control, round=2, kind=TIMED)
@@ -195,7 +195,8 @@ def test_a_switched_engine_forces_each_forward_and_a_shipped_one_none(control, t
     assert shared.seen == ["fused", "fused", "overlap"]
     found = rank.results()
     # Of an overlapped batch the routed rows alone.
-    assert [rows for _, _, rows in found["rows"]] == [[3, 2], [3, 2], [2, 2]]
+    sums = [np.sum(routed, 1) + shared for _, _, routed, shared in found["rows"]]
+    assert np.array(sums).tolist() == [[3, 2], [3, 2], [2, 2]]
     # The lead is not among them, and what was before the round neither.
     assert found["batches"] == {"overlapped": 1, "fused": 1}
     assert found["modes"] == {"home": 1, "overlap": 1}
@@ -293,6 +294,7 @@ def test_the_plugin_switches_what_is_ours_and_refuses_what_is_not(tmp_path):
         return {
             **paths,
             "ranks": 2,
+            "experts": 4,
             "first_layer": 1,
             "mode": mode,
             "switches": switches,
@@ -356,27 +358,88 @@ def test_the_bench_looks_at_a_model_once_the_package_has_prepared_it(tmp_path, m
     assert entered == []  # No engine of the bench.
     Control(tmp_path / "control", create=True)
     paths = {"control": str(tmp_path / "control"), "folder": str(tmp_path)}
-    told = {**paths, "ranks": 1, "mode": "auto", "switches": False}
+    told = {**paths, "ranks": 1, "experts": 4, "mode": "auto", "switches": False}
     (tmp_path / "told.json").write_text(json.dumps(told))
     monkeypatch.setenv(plugin.VARIABLE, str(tmp_path / "told.json"))
     plugin.register()
     assert entered[0] == "the package" and "a.prepare" in entered
 
 
-def test_routing_is_forced_after_the_router(tmp_path):
+def a_bench(tmp_path, **more):
     Control(tmp_path / "control", create=True)
-    told = {"control": str(tmp_path / "control"), "folder": str(tmp_path), "ranks": 1}
-    bench = Bench({**told, "mode": "off", "first_layer": 1, "switches": False}, None, object)
-    output = namedtuple("Output", "topk_ids topk_weights")
-    router = output(torch.tensor([[7, 7], [7, 7]], dtype=torch.int64), "weights")
-    assert bench.force(router, layer_id=2) is router  # Before the model is loaded.
-    tables = np.arange(12, dtype=np.int16).reshape(2, 3, 2)
+    told = {"control": str(tmp_path / "control"), "folder": str(tmp_path), "ranks": 2}
+    shape = {"experts": 6, "mode": "off", "first_layer": 1, "switches": False}
+    return Bench({**told, **shape, **more}, None, object)
+
+
+def test_logical_experts_are_forced_before_sglang_chooses_replicas(tmp_path):
+    bench = a_bench(tmp_path)
+    replicas = torch.tensor([0, 1, 5, 3])  # Expert 2's rows go to its second replica.
+
+    def chooses(topk_ids, topk_weights, layer_id):
+        return replicas[topk_ids].to(topk_ids.dtype), topk_weights, "recorded"
+
+    router = torch.tensor([[3, 3], [3, 3]], dtype=torch.int32)
+    given = {"topk_ids": router, "topk_weights": "weights"}
+    # Before the model is loaded the router's own ids are.
+    assert bench.choose(chooses, **given, layer_id=2)[0].tolist() == [[3, 3], [3, 3]]
+    tables = np.array([[[0, 1], [0, 1], [0, 1]], [[2, 1], [0, 2], [3, 3]]], dtype=np.int16)
     bench.rank.forced = Forced([tables], 4, "cpu")
-    forced = bench.force(router, "states", "logits", layer_id=2)
-    # The second MoE layer's first two tokens.
-    assert forced.topk_ids.tolist() == [[6, 7], [8, 9]] and forced.topk_ids.dtype is torch.int64
-    assert forced.topk_weights == "weights" and router.topk_ids.tolist() == [[7, 7], [7, 7]]
-    assert bench.force(router, layer_id=None) is router
+    ids, *rest = bench.choose(chooses, **given, layer_id=2)
+    # The second MoE layer's first two tokens, by physical experts.
+    assert ids.tolist() == [[5, 1], [0, 5]] and ids.dtype is torch.int32
+    assert rest == ["weights", "recorded"] and router.tolist() == [[3, 3], [3, 3]]
+    assert bench.choose(chooses, **given, layer_id=None)[0].tolist() == [[3, 3], [3, 3]]
+
+
+def test_without_a_balancer_the_chosen_replicas_are_counted(control, tmp_path):
+    bench = a_bench(tmp_path)
+    rank = bench.rank
+    rank._event, rank._synchronize, rank._memory = Event, lambda: None, lambda: {}
+    graphs = []
+
+    def original(runner, batch):
+        graphs.append(runner.decode_cuda_graph_runner)
+        chosen = torch.tensor([[5, 1], [0, 5], [-1, -1]])
+        bench.choose(lambda **_: (chosen,), layer_id=4, topk_ids=chosen)
+
+    runner = SimpleNamespace(decode_cuda_graph_runner="graphs")
+    batch = SimpleNamespace(input_ids=torch.zeros(4))
+    set_round(rank.control, round=1, kind=ROWS)
+    for _ in range(2):
+        rank.forward(original, runner, batch)
+    # Two ranks of three experts; a step that counts replays no graph, and the lead's do.
+    assert rank.results()["rows"][1] == (1, 4, [[1, 1, 0], [0, 0, 2]], [0, 0])
+    assert graphs == ["graphs", None] and runner.decode_cuda_graph_runner == "graphs"
+    set_round(rank.control, round=2, kind=TIMED)
+    for _ in range(2):
+        rank.forward(original, runner, batch)
+    assert rank.results()["rows"] == [] and graphs[2:] == ["graphs", "graphs"]
+
+
+def test_sglang_maps_what_is_forced(tmp_path, monkeypatch):
+    """The installed sglang chooses replicas between the router's ids and what comes back: there it is that ids are forced."""
+    topk = pytest.importorskip("sglang.srt.layers.moe.topk")
+    from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
+
+    bench = a_bench(tmp_path)
+    bench.rank.forced = Forced([np.array([[[2, 1], [0, 2]]], dtype=np.int16)], 4, "cpu")
+    monkeypatch.setattr(topk, "_is_cuda", True)  # Only there is anything chosen.
+    after = inspect.unwrap(topk._biased_grouped_topk_postprocess)
+    monkeypatch.setattr(topk, "_biased_grouped_topk_postprocess", after)
+    original = topk._post_process_topk_ids
+    monkeypatch.setattr(
+        topk, "_post_process_topk_ids", lambda **given: bench.choose(original, **given)
+    )
+    info = ExpertLocationDispatchInfo("static", torch.tensor([3, 1, 5, 4]), None, None, 6)
+    router = lambda **_: (torch.ones(2, 2), torch.full((2, 2), 3, dtype=torch.int32))  # noqa: E731
+    config = topk.TopKConfig(top_k=2, renormalize=True, custom_routing_function=router)
+    monkeypatch.setattr(topk, "capture_routed_experts_if_allowed", lambda *_: None, raising=False)
+    found = topk.select_experts(
+        torch.zeros(2, 8), torch.rand(2, 4), config,
+        layer_id=1, expert_location_dispatch_info=info,
+    )  # fmt: skip
+    assert found.topk_ids.tolist() == [[5, 1], [3, 5]]
 
 
 def module_of(parameters):
@@ -541,7 +604,8 @@ def test_the_hooks_fit_the_installed_sglang(tmp_path):
     )
     space = workspace.Workspace(tmp_path)
     (plan,) = modes.engines("prefill", ["live", "home"])
-    told = space.told("e", plan, {"tp_size": 2}, {"routing": "r", "placements": 1, "longest": 8})
+    routing = {"routing": "r", "placements": 1, "longest": 8, "experts": 8}
+    told = space.told("e", plan, {"tp_size": 2}, routing)
     program = (
         "from sglang.srt.plugins import load_plugins; load_plugins()\n"
         "from sglang.srt.plugins.hook_registry import HookRegistry as H\n"

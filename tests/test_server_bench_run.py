@@ -199,9 +199,8 @@ def test_processes_find_the_plugin_and_auto_has_no_settings(tmp_path):
     assert kept["WATERFILL_RS_SHARED"] == "fused"
     assert kept["WATERFILL_RS_TIMEOUT_US"] == "7"
     assert kept["SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"] == "128"
-    told = space.told(
-        "e", switched, {"tp_size": 2}, {"routing": "r", "placements": 1, "longest": 8}
-    )
+    routing = {"routing": "r", "placements": 1, "longest": 8, "experts": 8}
+    told = space.told("e", switched, {"tp_size": 2}, routing)
     assert json.loads(told.read_text())["mode"] == "home"
 
 

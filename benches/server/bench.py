@@ -93,6 +93,7 @@ class Bench:
                 "routing": str(routing),
                 "placements": len(tables),
                 "longest": max(model.longest(needs), *answered),
+                "experts": first.experts,
             },
             "more": phases[0].engine_arguments,
             "meanwhile": lambda: _model_rows(phases),

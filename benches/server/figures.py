@@ -7,10 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from server.modes import REFERENCES, VERDICT_AMONG
 
 Key = tuple[int, int]
 """Round and place: forwards of all engines with this key had the same tokens and the same routing."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Rows of one layer and forward, as they were sent. ``rows``: max/mean over ranks of routed and shared rows in the grouped
+    GEMM; ``routed``: of routed ones alone; ``active``: physical experts with rows, of the rank that has most of them."""
+
+    rows: float
+    routed: float
+    active: int
 
 
 @dataclass
@@ -26,8 +38,8 @@ class Mode:
     """Sums over plans in these rounds, of the planner."""
     batches: dict[str, int] = field(default_factory=dict)
     """``overlapped`` and ``fused`` in these rounds, over all ranks; empty where the engine does not choose by batch."""
-    rows: list[float] = field(default_factory=list)
-    """Max/mean of the rows of a layer and forward, as they were sent."""
+    rows: list[Sent] = field(default_factory=list)
+    """Of each layer and forward whose rows were counted."""
     breakdown: dict[str, float] | None = None
 
 
@@ -57,20 +69,26 @@ def full_forwards(
 
 def layers_rows(
     ranks: Sequence[Mapping[str, Any]], tokens: int, lead: int
-) -> Iterable[tuple[str, float]]:
-    """Mode and max/mean of each layer of the forwards that count: rows are summed over the ranks that sent them."""
+) -> Iterable[tuple[str, Sent]]:
+    """Mode and rows of each layer of the forwards that count: rows are summed over the ranks that sent them."""
     counted = {index: mode for index, mode, *_ in full_forwards(ranks, tokens, lead)}
-    sums: dict[tuple[int, int], list[int]] = {}
-    sources: dict[tuple[int, int], int] = {}
+    found: dict[tuple[int, int], list[tuple[Any, Any]]] = {}
     for rank in ranks:
-        for index, layer, rows in rank["rows"]:
-            key = (index, layer)
-            before = sums.get(key, [0] * len(rows))
-            sums[key] = [a + b for a, b in zip(before, rows, strict=True)]
-            sources[key] = sources.get(key, 0) + 1
-    for (index, layer), rows in sorted(sums.items()):
-        if index in counted and sources[index, layer] == len(ranks) and sum(rows):
-            yield counted[index], max(rows) * len(rows) / sum(rows)
+        for index, layer, routed, shared in rank["rows"]:
+            found.setdefault((index, layer), []).append((np.array(routed), np.array(shared)))
+    for (index, _), sources in sorted(found.items(), key=lambda item: item[0]):
+        if index not in counted or len(sources) < len(ranks):
+            continue
+        by_expert = sum(routed for routed, _ in sources)
+        routed = by_expert.sum(1)
+        rows = routed + sum(shared for _, shared in sources)
+        if routed.sum():
+            active = int((by_expert > 0).sum(1).max())
+            yield counted[index], Sent(_max_mean(rows), _max_mean(routed), active)
+
+
+def _max_mean(rows: Any) -> float:
+    return float(rows.max() * len(rows) / rows.sum())
 
 
 def ratios(times: Mapping[Key, float], reference: Mapping[Key, float]) -> list[float]:
@@ -107,7 +125,7 @@ def live_share(calls: Mapping[str, int]) -> float | None:
 def rows_max_mean(name: str, mode: Mode, modelled: Mapping[str, float]) -> tuple[float | None, str]:
     """The figure, and where it is from: ``counted``, the ``planner``'s sums, or the ``model`` of the recording."""
     if mode.rows:
-        return round(statistics.fmean(mode.rows), 5), "counted"
+        return round(statistics.fmean(sent.rows for sent in mode.rows), 5), "counted"
     if mode.planner.get("mean") and "planned_max" in mode.planner:
         return round(mode.planner["planned_max"] / mode.planner["mean"], 5), "planner"
     model = {"off": "routed", "overlap": "routed", "fused": "live", "auto": "live"}.get(name, name)

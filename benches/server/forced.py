@@ -1,4 +1,7 @@
-"""Recorded routing in place of a router's: the ids of a forward's tokens, layer by layer. The router still runs; its weights stay."""
+"""Recorded routing in place of a router's: the ids of a forward's tokens, layer by layer. The router still runs; its weights stay.
+
+Ids are logical wherever sglang has a map of experts: it names a physical expert for each of them afterwards.
+"""
 
 from __future__ import annotations
 

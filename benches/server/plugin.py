@@ -40,7 +40,7 @@ def register() -> None:
     bench = Bench(told, seams, compat.resolve(seams.balancer))
     for target, hook, kind in (
         ("sglang.srt.model_loader.loader.initialize_dummy_weights", bench.load, HookType.REPLACE),
-        ("sglang.srt.layers.moe.topk.select_experts", bench.force, HookType.AFTER),
+        ("sglang.srt.layers.moe.topk._post_process_topk_ids", bench.choose, HookType.AROUND),
         (seams.prepare, bench.prepared, HookType.AFTER),
         (
             "sglang.srt.model_executor.model_runner.ModelRunner.forward",
@@ -63,11 +63,14 @@ def register() -> None:
 
 class Bench:
     """One process. ``told``: ``control``, ``folder``, ``routing``, ``placements``, ``longest``, ``ranks``, ``first_layer``,
-    ``mode`` (of graphs), ``switches`` (are balancers replaced?), ``upstream`` (are they to be sglang's own?)."""
+    ``experts`` (physical ones), ``mode`` (of graphs), ``switches`` (are balancers replaced?), ``upstream`` (are they to be
+    sglang's own?)."""
 
     def __init__(self, told: dict[str, Any], seams: Any, theirs: type) -> None:
         self.told, self._seams, self._theirs = told, seams, theirs
-        self.rank = Rank(Control(Path(told["control"])), Path(told["folder"]))
+        self.rank = Rank(
+            Control(Path(told["control"])), Path(told["folder"]), told["experts"], told["ranks"]
+        )
         self.rank.mode, self.rank.switches = told["mode"], told["switches"]
         self._gate = Gate(self.rank.control, lambda: max(0, self.rank.number), told["ranks"])
         self._made: dict[str, Any] = {}
@@ -87,13 +90,18 @@ class Bench:
             torch.device("cuda", torch.cuda.current_device()),
         )
 
-    def force(self, result: Any, *_: Any, **options: Any) -> Any:
-        """After ``select_experts``."""
-        layer = options.get("layer_id")
-        if layer is None or self.rank.forced is None or not result.topk_ids.shape[0]:
-            return result
-        ids = self.rank.forced.into(result.topk_ids, layer - self.told["first_layer"])
-        return result._replace(topk_ids=ids)
+    def choose(self, original: Any, **given: Any) -> Any:
+        """Around what sglang does with the router's logical ids: it chooses a replica for each, and masks padding.
+
+        Logical ids are forced before it, so that its choice of replicas acts, in captured graphs too.
+        """
+        layer = given["layer_id"]
+        if layer is not None and self.rank.forced is not None and given["topk_ids"].shape[0]:
+            ids = self.rank.forced.into(given["topk_ids"], layer - self.told["first_layer"])
+            given["topk_ids"] = ids
+        chosen = original(**given)
+        self.rank.count_chosen(layer, chosen[0])
+        return chosen
 
     def prepared(self, result: Any, *args: Any, **kwargs: Any) -> Any:
         """After the preparation of a model's routers: what is ours is known, and may be switched."""

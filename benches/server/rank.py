@@ -20,6 +20,8 @@ PROFILE_STARTS_S, PROFILES_S = 3.0, 0.5
 """Every rank's profiler is up after it, the first time and later: they begin the profiled forward together, as they would
 without."""
 LONGEST_KERNELS = 14
+GRAPHS = ("decode_cuda_graph_runner", "graph_runner")
+"""Attribute of sglang's runner that holds the graphs of decode: from 0.5.14 on, and before."""
 
 
 def _event() -> Any:
@@ -62,6 +64,7 @@ class Rank:
 
     Args:
         folder: where results of rounds are written.
+        experts: physical ones over all ranks, and ``ranks``: what is counted where no balancer is.
         event, synchronize, memory: torch's for CUDA, but for tests.
     """
 
@@ -69,12 +72,15 @@ class Rank:
         self,
         control: Control,
         folder: Path,
+        experts: int = 0,
+        ranks: int = 1,
         *,
         event: Callable[[], Any] = _event,
         synchronize: Callable[[], None] = _synchronize,
         memory: Callable[[], dict[str, int]] = _memory,
     ) -> None:
         self.control, self.folder = control, folder
+        self._experts, self._ranks = experts, ranks
         self.number = -1
         self.forced: Forced | None = None
         self.balancers: list[Any] = []
@@ -89,13 +95,15 @@ class Rank:
         self._ready = False
         """Was the next forward's mode set?"""
         self._wrapped: list[tuple[Any, Any]] | None = None
+        self._counts = False
+        """Are the rows of this forward counted?"""
         self._profiled_before = False
         self._frozen = False
         self._begin()
 
     def _begin(self) -> None:
         self._forwards: list[tuple[int, str, int, int, Any, Any]] = []
-        self._rows: list[tuple[int, int, Any]] = []
+        self._rows: list[tuple[int, int, Any, Any]] = []
         self._profiles: dict[str, Any] = {}
         self._modes: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
@@ -169,7 +177,10 @@ class Rank:
             return self._profiled(lambda: original(runner, *args, **kwargs))
         begin, end = self._event(), self._event()
         begin.record()
-        result = original(runner, *args, **kwargs)
+        if kind == ROWS and index >= lead:
+            result = _without_graphs(runner, lambda: original(runner, *args, **kwargs))
+        else:
+            result = original(runner, *args, **kwargs)
         end.record()
         self._forwards.append((index, self.mode, place, tokens, begin, end))
         return result
@@ -206,6 +217,7 @@ class Rank:
 
     def _count_rows(self, on: bool) -> None:
         """Wrap the balancers for rounds that count, and only for these: nothing is in the way of those that are timed."""
+        self._counts = on
         if on and self._wrapped is None:
             self._wrapped = [(b, b.__dict__.get("expand_topk")) for b in self.balancers]
             for balancer in self.balancers:
@@ -219,25 +231,28 @@ class Rank:
             self._wrapped = None
 
     def _counting_call(self, balancer: Any, expand: Callable[..., Any]) -> Callable[..., Any]:
-        """``expand`` that also counts, by rank, the rows of the grouped GEMM that its ids ``[N, K or K + 1]`` make.
+        """``expand`` that also counts the rows of the grouped GEMM that its ids ``[N, K or K + 1]`` make.
 
         Those of an overlapped batch are routed rows alone, K columns moved up past the shared slots: each token's shared
         row is at home, in a dense MLP beside dispatch, so it is no row of the grouped GEMM and is not counted.
         """
 
         def call(topk_output: Any, num_tokens: int, **options: Any) -> Any:
-            import torch
-
             expanded = expand(topk_output, num_tokens, **options)
             # Each rank's experts are followed by its shared slot.
             slots = balancer.num_routed_experts // balancer.world_size + 1
-            ids = expanded.topk_ids
-            ranks = (ids[ids >= 0] // slots).long()
-            rows = torch.bincount(ranks, minlength=balancer.world_size)
-            self._rows.append((self._index - 1, balancer.layer_id or 0, rows))
+            counts = _by_slot(expanded.topk_ids, balancer.world_size, slots)
+            routed, shared = counts[:, :-1], counts[:, -1]
+            self._rows.append((self._index - 1, balancer.layer_id or 0, routed, shared))
             return expanded
 
         return call
+
+    def count_chosen(self, layer: int, ids: Any) -> None:
+        """Count rows by physical expert where no balancer does, if they are counted. ``ids``: physical ones, ``[N, K]``."""
+        if self._counts and not self.balancers and self._experts:
+            counts = _by_slot(ids, self._ranks, self._experts // self._ranks)
+            self._rows.append((self._index - 1, layer, counts, counts.new_zeros(self._ranks)))
 
     def _tally(self) -> tuple[dict[str, Any], ...]:
         """So far: how this rank's calls ended, the planner's sums on the rank that tells them, and batches by choice."""
@@ -268,7 +283,8 @@ class Rank:
         """Of the round so far.
 
         ``forwards``: index, mode, place, tokens, GPU ms, and ms from this one's begin to the next's or None.
-        ``rows``: index, layer, and the rows that this rank sends to each rank. ``modes``: forwards that counted, by mode.
+        ``rows``: index, layer, and the rows that this rank sends: to the routed experts of each rank ``[R, P / R]``, and to its
+        shared one ``[R]``. ``modes``: forwards that counted, by mode.
         ``kinds``: forwards of a mixed round, by kind. ``calls``, ``planner``, ``batches``: what was added since the lead.
         ``layers``, ``staying``: those that are balanced, and those of them that are fused in every batch.
         ``memory``: bytes when the model was ``prepared``, and ``now``.
@@ -283,7 +299,9 @@ class Rank:
             forwards.append((index, mode, place, tokens, ms, interval))
         return {
             "forwards": forwards,
-            "rows": [(index, layer, rows.tolist()) for index, layer, rows in self._rows],
+            "rows": [
+                (at, layer, own.tolist(), shared.tolist()) for at, layer, own, shared in self._rows
+            ],
             "calls": calls,
             "planner": planner,
             "batches": batches,
@@ -294,6 +312,25 @@ class Rank:
             "memory": {"prepared": self._prepared, "now": self._memory()},
             "profiles": self._profiles,
         }
+
+
+def _by_slot(ids: Any, ranks: int, slots: int) -> Any:
+    """Rows of each rank's slots ``[ranks, slots]``; negative ids are padding."""
+    import torch
+
+    return torch.bincount(ids[ids >= 0].long(), minlength=ranks * slots).view(ranks, slots)
+
+
+def _without_graphs(runner: Any, call: Callable[[], Any]) -> Any:
+    """What is counted in Python is counted where Python runs: a step that would replay a graph does not."""
+    held = {name: value for name in GRAPHS if (value := getattr(runner, name, None)) is not None}
+    for name in held:
+        setattr(runner, name, None)
+    try:
+        return call()
+    finally:
+        for name, value in held.items():
+            setattr(runner, name, value)
 
 
 def _sort(batch: Any) -> str:

@@ -51,7 +51,8 @@ class Workspace:
     def told(
         self, name: str, plan: Plan, arguments: Mapping[str, Any], routing: Mapping[str, Any]
     ) -> Path:
-        """The file that an engine's processes read; ``routing``: ``routing``, ``placements``, ``longest``."""
+        """The file that an engine's processes read; ``routing``: ``routing``, ``placements``, ``longest``, and the logical
+        ``experts``."""
         folder = self.folder / name
         folder.mkdir()
         control = folder / "control"
@@ -67,6 +68,7 @@ class Workspace:
             "upstream": plan.upstream,
             "arguments": dict(arguments),
             **routing,
+            "experts": routing["experts"] + arguments.get("ep_num_redundant_experts", 0),
         }
         path = folder / "told.json"
         path.write_text(json.dumps(told))
