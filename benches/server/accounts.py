@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from server.modes import LIVE
+from server.modes import CHOOSE, LIVE
 from waterfill_rs._native import OUTCOMES
 
 
@@ -27,7 +27,7 @@ def mismatches(rank: Mapping[str, Any], *, calls: bool) -> list[str]:
                 f"{forwards} forwards, and {overlapped} overlapped + {fused} fused batches"
             )
         wanted = modes.get("overlap", 0)
-        if "auto" not in modes and overlapped != wanted:
+        if not modes.keys() & set(CHOOSE) and overlapped != wanted:
             found.append(f"{wanted} forwards were to overlap, and {overlapped} did")
     elif modes.get("overlap"):
         found.append(

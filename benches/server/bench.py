@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from server import model, modes, workspace
+from server import model, modes, redundant, workspace
 from server.engines import Engines
 from server.forced import save
 from server.mixed import MixedRounds
@@ -95,9 +95,21 @@ class Bench:
                 "longest": max(model.longest(needs), *answered),
                 "experts": first.experts,
             },
+            "placements": self._placements(phases),
             "more": phases[0].engine_arguments,
             "meanwhile": lambda: _model_rows(phases),
         }
+
+    def _placements(self, phases: Sequence[Phase]) -> dict[redundant.Place, Path]:
+        """Files for those that sglang does not make itself."""
+        files = {}
+        for phase in phases:
+            for (name, number), (made_by, mapping) in phase.maps.items():
+                path = self._space.folder / f"placement-{name}-{number}.json"
+                if made_by != "trivial":
+                    redundant.write(path, mapping, phase.layers)
+                    files[name, number] = path
+        return files
 
 
 def _model_rows(phases: Sequence[Phase]) -> None:

@@ -87,6 +87,26 @@ def _parser() -> argparse.ArgumentParser:
         "--modes",
         help=f"some of {','.join(modes.MODES)}; home@decode is for that phase alone; by default those that a phase is about",
     )
+    parser.add_argument(
+        "--redundant",
+        help="engines with so many redundant experts, several by commas; 0 places experts alone; --modes then says which are beside them: off",
+    )
+    parser.add_argument(
+        "--placement",
+        default="place",
+        help="with --redundant, some of place, eplb, trivial: made from other traffic than is measured, which is a recording's "
+        "first half, or a dial's other seed (place)",
+    )
+    parser.add_argument(
+        "--replicas",
+        default="live",
+        help="with --redundant, some of live, sglang: who chooses replicas where waterfill-rs is on (live)",
+    )
+    parser.add_argument(
+        "--dispatch",
+        default="static",
+        help="with --redundant, some of static, dynamic: how sglang chooses replicas without Waterfill; the first with it too (static)",
+    )
     parser.add_argument("--ranks", type=int, help="GPUs, one a rank: by default all")
     parser.add_argument(
         "--layers",
@@ -154,7 +174,8 @@ def _dry_run(options: argparse.Namespace, asked: Sequence[Phase]) -> int:
             phase.model_rows()
             for cell, values in phase.modelled.items():
                 told = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-                print(f"    {cell.tokens} tokens a rank, {cell.name}: rows max/mean: {told}")
+                where = f"{cell.name} + {cell.redundant}" if cell.placed else cell.name
+                print(f"    {cell.tokens} tokens a rank, {where}: rows max/mean: {told}")
             if phase.name == "mixed":
                 _tell_traffic(phase)
     return 0
@@ -239,6 +260,13 @@ def _found(bench: Bench, asked: Sequence[Phase]) -> dict[str, Any]:
     }
 
 
+def _held_out(options: argparse.Namespace) -> str | None:
+    """The traffic that placements were made from, where engines have redundant experts."""
+    if options.redundant is None:
+        return None
+    return "the recording's first half" if options.recording else "the dial with another seed"
+
+
 def _settings(options: argparse.Namespace, phase: Phase) -> dict[str, Any]:
     first = phase.recordings[0]
     return {
@@ -246,6 +274,7 @@ def _settings(options: argparse.Namespace, phase: Phase) -> dict[str, Any]:
         "experts": first.experts,
         "top_k": first.top_k,
         "layers": phase.layers,
+        "placements_from": _held_out(options),
         "requests": options.mixed,
         "one_start": options.one_start,
         "tokens_recorded_a_rank": first.tokens,

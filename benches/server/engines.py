@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from server import model, workspace
+from server import model, redundant, workspace
 from server.modes import Plan
 from server.processes import Engine, Failed, stop_all, wait_all
 
@@ -45,6 +45,7 @@ class Engines:
         ranks: int,
         folder: Path,
         routing: Mapping[str, Any],
+        placements: Mapping[redundant.Place, Path],
         more: Mapping[str, Any],
         seconds: float,
         meanwhile: Callable[[], None],
@@ -56,6 +57,7 @@ class Engines:
             needs: see ``model.arguments``.
             folder: the model's.
             routing: see ``Workspace.told``.
+            placements: see ``redundant.arguments``.
             more: arguments over ours.
             seconds: the longest wait.
             meanwhile: called while they start.
@@ -66,6 +68,7 @@ class Engines:
         started: list[Engine] = []
         for plan, port in zip(new, workspace.ports(len(new)) if new else [], strict=True):
             arguments = model.arguments(needs, ranks, str(folder), plan.waterfill)
+            arguments |= redundant.arguments(plan.placed, placements)
             arguments |= {"port": port, "nccl_port": port + 20} | more
             told = self._space.told(f"{name}-{plan.name}", plan, arguments, routing)
             most = max(model.graph_sizes(needs), default=0)

@@ -156,6 +156,22 @@ def verdict(modes: Mapping[str, Mode]) -> dict[str, Any] | None:
     }
 
 
+def _with_placed(
+    mode: Mode, modes: Mapping[str, Mode], modelled: Mapping[str, float]
+) -> dict[str, Any]:
+    """What an entry has beside where engines place experts."""
+    found: dict[str, Any] = {}
+    for choice in ("static", "dynamic"):
+        to = ratios(mode.ms, modes[f"off-{choice}"].ms) if f"off-{choice}" in modes else []
+        found |= {f"ratio_{choice}": median(to), f"quartiles_{choice}": quartiles(to)}
+    sent = mode.rows
+    routed = statistics.fmean(own.routed for own in sent) if sent else None
+    active = statistics.fmean(own.active for own in sent) if sent else None
+    values = {"routed_max_mean": routed, "active_experts": active}
+    values |= {name: modelled.get(name) for name in ("routed_optimum", "even", "least_active")}
+    return found | {name: None if v is None else round(v, 5) for name, v in values.items()}
+
+
 def cell(
     place: Mapping[str, Any],
     name: str,
@@ -186,6 +202,7 @@ def cell(
         "rows_max_mean": rows,
         "rows_from": source,
         "optimum": None if optimum is None else round(optimum, 5),
+        **(_with_placed(mode, modes, modelled) if place.get("placed") else {}),
         "live_share": live_share(mode.calls),
         "calls": dict(mode.calls) or None,
         "batches": dict(mode.batches) or None,

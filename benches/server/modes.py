@@ -15,18 +15,26 @@ MODES = (
     "overlap",
     "fused",
     "auto",
+    "off-static",
+    "off-dynamic",
+    "sglang-replicas",
+    "live-replicas",
 )
 """In the order of tables. ``off``: no Waterfill, the shared expert is on a stream of its own beside dispatch. ``home``:
 fused, each shared row where its token is. ``sglang``, ``sglang-dynamic``: its own placements. ``own``, ``live``: ours from
 own and from all ranks' counts, fused. ``overlap``: ours, the shared expert unfused beside dispatch in every forward.
 ``fused``: ``auto`` but for one setting, fused in every forward. ``auto``: the package with no setting at all, in an engine
-where nothing is switched."""
+where nothing is switched. The last four are those of ``WITH_REDUNDANT``; the others have no redundant experts."""
+
+WITH_REDUNDANT = MODES[-4:]
+"""``off-static``, ``off-dynamic``: no Waterfill, and sglang chooses replicas by that ``ep_dispatch_algorithm``.
+``sglang-replicas``: the package, and replicas as sglang chose them. ``live-replicas``: the package chooses them too."""
 
 SWITCHED = ("home", "sglang", "sglang-dynamic", "own", "live", "overlap")
 """What one engine with Waterfill can change between from forward to forward."""
 
 BY_DEFAULT = {
-    "prefill": tuple(mode for mode in MODES if mode != "fused"),
+    "prefill": tuple(mode for mode in MODES if mode not in ("fused", *WITH_REDUNDANT)),
     "decode": ("off", "home", "sglang", "own", "overlap", "auto"),
     "mixed": ("off", "sglang", "fused", "auto"),
 }
@@ -37,10 +45,22 @@ REFERENCES = ("off", "home")
 """What ratios are to."""
 VERDICT_AMONG = ("off", "home", "own", "live")
 """Of these, the fastest is what ``auto`` is held to."""
-LIVE = ("live", "fused", "auto")
-"""Those that ask for live plans. An engine has one of them at most."""
+LIVE = ("live", "fused", "auto", "sglang-replicas", "live-replicas")
+"""Those that ask for live plans. An engine has one of them, or both of the last two."""
+CHOOSE = ("auto", "sglang-replicas", "live-replicas")
+"""Where nothing is switched, the package chooses for each batch whether it overlaps."""
 
 BACKEND_VARIABLE, SHARED_VARIABLE = "WATERFILL_RS", "WATERFILL_RS_SHARED"
+REPLICAS_VARIABLE = "WATERFILL_RS_REPLICAS"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where an engine's experts stand: the placement's name in cells, redundant experts, sglang's ``dispatch`` algorithm."""
+
+    name: str
+    redundant: int
+    dispatch: str
 
 
 @dataclass(frozen=True)
@@ -53,10 +73,16 @@ class Plan:
     name: str
     modes: tuple[str, ...]
     switches: bool = False
+    placed: Placed | None = None
 
     @property
     def waterfill(self) -> bool:
-        return self.modes != ("off",)
+        return not self.modes[0].startswith("off")
+
+    def serves(self, placement: str, redundant: int) -> bool:
+        """Is this engine measured in the cells of that placement? One whose experts are not placed is in all."""
+        placed = self.placed
+        return placed is None or (placed.name, placed.redundant) == (placement, redundant)
 
     @property
     def upstream(self) -> bool:
@@ -75,10 +101,12 @@ class Plan:
             return {BACKEND_VARIABLE: "upstream"}
         if self.switches:
             # With overlap among its modes, each forward is told; without, no forward may overlap.
-            return {} if "overlap" in self.modes else {SHARED_VARIABLE: "fused"}
+            shared = {} if "overlap" in self.modes else {SHARED_VARIABLE: "fused"}
+            return shared | ({REPLICAS_VARIABLE: "live"} if "live-replicas" in self.modes else {})
         if self.modes[0] in ("overlap", "fused"):
             return {SHARED_VARIABLE: self.modes[0]}
-        return {}
+        who, _, of = self.modes[0].partition("-")
+        return {REPLICAS_VARIABLE: who} if of == "replicas" else {}
 
     def cycle(self, round_number: int) -> tuple[str, ...]:
         """Another mode is first in each round: none always comes after the same pause."""
@@ -95,6 +123,8 @@ def engines(phase: str, modes: Sequence[str]) -> list[Plan]:
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"mode {mode!r}: give some of {', '.join(MODES)}")
+        if mode in WITH_REDUNDANT:
+            raise ValueError(f"mode {mode!r} needs redundant experts: give --redundant instead")
     asked = [mode for mode in MODES if mode in modes]
     if phase != "prefill":
         if "sglang-dynamic" in modes:
@@ -107,6 +137,26 @@ def engines(phase: str, modes: Sequence[str]) -> list[Plan]:
             _alone("sglang") if switched == ("sglang",) else Plan("switched", switched, True)
         )
     return plans + [_alone(mode) for mode in asked if mode in ("fused", "auto")]
+
+
+def with_redundant(
+    phase: str, placement: str, redundant: int, dispatch: Sequence[str], replicas: Sequence[str]
+) -> list[Plan]:
+    """The engines whose experts are placed so: one without Waterfill for each of ``dispatch``, and those with it.
+
+    In prefill one engine takes turns with ``replicas``, forward by forward. A graph holds one choice, so there it is an
+    engine each. Without redundant experts there is no choice.
+    """
+
+    def plan(name: str, modes: tuple[str, ...], algorithm: str, switches: bool = False) -> Plan:
+        placed = Placed(placement, redundant, algorithm)
+        return Plan(f"{name}-{placement}-{redundant}", modes, switches, placed)
+
+    found = [plan(f"off-{one}", (f"off-{one}",), one) for one in dispatch]
+    asked = tuple(f"{who}-replicas" for who in replicas) if redundant else ()
+    if phase == "prefill" and len(asked) > 1:
+        return [*found, plan("replicas", asked, dispatch[0], True)]
+    return found + [plan(mode, (mode,), dispatch[0]) for mode in asked]
 
 
 def _alone(mode: str) -> Plan:
@@ -129,7 +179,8 @@ def groups(plans: Sequence[Plan], together: int) -> list[list[Plan]]:
         return [list(plans)]
     stay = [plan for plan in plans if set(plan.modes) & set(REFERENCES)]
     guests = [plan for plan in plans if plan not in stay]
-    guests.sort(key=lambda plan: plan.name != "auto")  # What matters most is first.
+    # What matters most is first.
+    guests.sort(key=lambda plan: not {"auto", "live-replicas"} & set(plan.modes))
     places = together - len(stay)
     if places < 1:
         raise ValueError(

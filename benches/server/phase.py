@@ -11,6 +11,7 @@ from server.figures import Mode
 from server.mixed_figures import MixedRound, entries
 from server.modes import Plan
 from server.recording import Placement, Recording
+from server.redundant import Map, Place
 from server.schedule import Cell
 
 MOST_PRINTED = 10
@@ -23,6 +24,7 @@ class Phase:
     """``recordings``, ``placements``: one of each for each table of the cells; a mixed cell has two, for prefill and decode.
 
     ``requests``: of a mixed round. ``first_table``: the place of the phase's tables among those that its engines read.
+    ``maps``: by placement of engines whose experts are placed, what made it and the map.
     ``outputs``: are answers compared? ``output_prompts``: of each rank, for that. ``answers``: by mode the first and second.
     """
 
@@ -35,6 +37,7 @@ class Phase:
     layers: int
     requests: int = 0
     first_table: int = 0
+    maps: dict[Place, tuple[str, Map]] = field(default_factory=dict)
     outputs: bool = False
     output_prompts: int = 0
     found: dict[tuple[Cell, str], Mode] = field(default_factory=dict)
@@ -47,6 +50,11 @@ class Phase:
     @property
     def ranks(self) -> int:
         return self.recordings[0].ranks
+
+    @property
+    def experts(self) -> int:
+        """Physical ones, of the engine that has most."""
+        return self.recordings[0].experts + max((n for _, n in self.maps), default=0)
 
     @property
     def tokens(self) -> list[int]:
@@ -73,6 +81,10 @@ class Phase:
             self.modelled[cell] = rows.modelled(
                 tables[i], places, cell.tokens, self.recordings[i].experts
             )
+            if cell.placed:
+                _, mapping = self.maps[cell.name, cell.redundant]
+                fused = self.name == "prefill"
+                self.modelled[cell] |= rows.placed(tables[i], places, cell.tokens, mapping, fused)
 
     def as_cells(self) -> list[dict[str, Any]]:
         """Entries of ``cells``, in the order of cells and modes, of what was measured until now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 
-from server import model, modes, recording, results, traffic
+from server import model, modes, recording, redundant, results, traffic
 from server.modes import Plan
 from server.phase import Phase
 from server.schedule import Cell, prompt_length
@@ -31,13 +31,25 @@ def of_options(options: argparse.Namespace) -> list[Phase]:
     if not 1 <= ranks <= 8:
         raise ValueError(f"{ranks} GPUs: 1 to 8 are needed, or --ranks")
     tokens = _tokens(options, ranks)
+    asked = redundant.of_options(options)
     plans = {name: _plans(options, name, list(tokens)) for name in tokens}
+    if asked:
+        names = [f"{recording.name_of_dial(ratio)}-" for ratio in _ratios(options)] or [""]
+        plans = {name: of + asked.plans(name, names) for name, of in plans.items()}
     if options.outputs and not any(map(_has_off, plans.values())):
         raise ValueError("--outputs compares engines with off: give it among --modes")
-    read = recording.read(options.recording, ranks, options.experts) if options.recording else None
+    hold_out = asked is not None
+    read = None
+    if options.recording:
+        read = recording.read(options.recording, ranks, options.experts, hold_out=hold_out)
     experts = read.experts if read else options.experts or EXPERTS
-    layers = options.layers or _layers(options, plans, experts, ranks)
-    recordings = [read] if read else _dials(options, ranks, experts, layers)
+    if asked:
+        redundant.check(asked, experts, ranks)
+    most = experts + max(asked.numbers if asked else [0])
+    layers = options.layers or _layers(options, plans, most, ranks)
+    recordings = [read] if read else _dials(options, ranks, experts, layers, hold_out)
+    if asked:
+        return _placed(options, asked, tokens, recordings, plans, layers)
     return [_phase(options, name, tokens[name], recordings, plans[name], layers) for name in tokens]
 
 
@@ -55,7 +67,7 @@ def together(options: argparse.Namespace, phases: Sequence[Phase]) -> int:
     first = phases[0]
     graphs = model.has_graphs(phase.name for phase in phases)
     return model.engines_that_fit(
-        min(memory) / 1024, first.layers, first.recordings[0].experts, first.ranks, graphs
+        min(memory) / 1024, first.layers, first.experts, first.ranks, graphs
     )
 
 
@@ -93,7 +105,8 @@ def _numbers(name: str, text: str) -> list[int]:
 
 def _plans(options: argparse.Namespace, name: str, phases: Sequence[str]) -> list[Plan]:
     if not options.modes:
-        return modes.engines(name, modes.BY_DEFAULT[name])
+        asked_for = modes.BY_DEFAULT[name] if options.redundant is None else ("off",)
+        return modes.engines(name, asked_for)
     asked = []
     for part in options.modes.split(","):
         mode, at, phase = part.strip().partition("@")
@@ -144,15 +157,19 @@ def _most_layers(gib: float, engines: int, shape: tuple[int, int, bool]) -> tupl
     return LAYERS, 1
 
 
-def _dials(
-    options: argparse.Namespace, ranks: int, experts: int, layers: int
-) -> list[recording.Recording]:
-    shape = (ranks, experts, options.top_k, layers, DIAL_TOKENS)
+def _ratios(options: argparse.Namespace) -> list[float]:
+    """Of dials; none where there is a recording."""
     try:
-        ratios = [float(part) for part in options.dial.split(",")]
+        return [float(part) for part in options.dial.split(",")] if options.dial else []
     except ValueError:
         raise ValueError(f"--dial {options.dial!r}: give numbers from 1.0 to 1.5") from None
-    return [recording.synthetic(ratio, *shape) for ratio in ratios]
+
+
+def _dials(
+    options: argparse.Namespace, ranks: int, experts: int, layers: int, hold_out: bool
+) -> list[recording.Recording]:
+    shape = (ranks, experts, options.top_k, layers, DIAL_TOKENS)
+    return [recording.synthetic(ratio, *shape, hold_out=hold_out) for ratio in _ratios(options)]
 
 
 def _places(text: str) -> tuple[list[str], dict[str, list[int]]]:
@@ -189,7 +206,7 @@ def _phase(
     tables = [(order, place) for one, place in places for order in orders(one)]
     a_place = len(tables) // len(places)
     cells = [
-        Cell(name, count, i * a_place, placement.name, placement.redundant)
+        Cell(name, count, i * a_place, placement.name)
         for count in tokens
         for i, (_, placement) in enumerate(places)
         if count in only.get(placement.name, tokens) or name == "mixed"
@@ -205,3 +222,33 @@ def _phase(
         requests=options.mixed or 0,
         outputs=options.outputs and _has_off(plans),
     )
+
+
+def _placed(
+    options: argparse.Namespace,
+    asked: redundant.Asked,
+    tokens: Mapping[str, list[int]],
+    recordings: list[recording.Recording],
+    plans: Mapping[str, list[Plan]],
+    layers: int,
+) -> list[Phase]:
+    """Phases whose engines place experts: ids stay logical, and a recording has one table for all placements."""
+    maps: dict[redundant.Place, tuple[str, redundant.Map]] = {}
+    places: list[tuple[int, str, int]] = []
+    for i, one in enumerate(recordings):
+        for cell_name, made_by, number in asked.places(f"{one.name}-" if one.placed else ""):
+            maps[cell_name, number] = made_by, redundant.mapping(made_by, one, number)
+            places.append((i, cell_name, number))
+    found = []
+    for name, of in tokens.items():
+        order = recording.for_decode if name == "decode" else lambda one: one
+        cells = [
+            Cell(name, count, i, cell_name, number, placed=True)
+            for count in of
+            for i, cell_name, number in places
+        ]
+        tables = [order(one) for one in recordings]
+        logical = [recording.place("trivial", one) for one in tables]
+        more = options.engine
+        found.append(Phase(name, plans[name], cells, tables, logical, more, layers, maps=maps))
+    return found

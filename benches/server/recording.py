@@ -5,7 +5,7 @@ A recording is a stream of tokens a rank, logical expert ids ``[tokens, layers, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,14 @@ LEAST_TOKENS = 64
 @dataclass(frozen=True)
 class Recording:
     """``streams``: for each rank ids ``[tokens, layers, K]``, all as long. ``placed``: its ids already are places, as
-    a dial's are."""
+    a dial's are. ``other``: rows by logical expert ``[layers, experts]`` of traffic that is not in the streams, for
+    placements; empty where none is held out."""
 
     name: str
     experts: int
     streams: list[np.ndarray]
     placed: bool = False
+    other: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
 
     @property
     def ranks(self) -> int:
@@ -43,26 +45,40 @@ class Recording:
         return len(self.streams[0])
 
 
-def read(path: Path, ranks: int, experts: int | None = None, seed: int = 3) -> Recording:
+def read(
+    path: Path, ranks: int, experts: int | None = None, seed: int = 3, hold_out: bool = False
+) -> Recording:
     """An ``.npz`` with ``topk`` and ``offsets``, or a folder of the recorder's dumps (mode per_token).
 
     Args:
         experts: how many there are, where only ids are known; by default the least power of two above the highest id.
+        hold_out: the first half, of a file's prompts or of the dumps' tokens, is for ``other`` alone.
 
     Raises:
         ValueError: naming the file, what is wrong with it, and what to give.
     """
     if path.suffix == ".npz":
         tokens, offsets = _array(path)
-        order = np.random.default_rng(seed).permutation(len(offsets) - 1)
+        first = (len(offsets) - 1) // 2 if hold_out else 0
+        order = first + np.random.default_rng(seed).permutation(len(offsets) - 1 - first)
+        held = tokens[: offsets[first]]
         stream = np.concatenate([tokens[offsets[i] : offsets[i + 1]] for i in order])
-        experts = experts or 1 << int(stream.max()).bit_length()
+        experts = experts or 1 << int(tokens.max()).bit_length()
     else:
         stream, found = _dumps(path)
+        held, stream = np.split(stream, [len(stream) // 2 if hold_out else 0])
         experts = experts or found
-    if int(stream.max()) >= experts:
-        raise ValueError(f"{path}: has expert {int(stream.max())}, and there are {experts}")
-    return Recording(path.name, experts, _split(path, stream, ranks))
+    for part in (held, stream):
+        if part.size and int(part.max()) >= experts:
+            raise ValueError(f"{path}: has expert {int(part.max())}, and there are {experts}")
+    return Recording(path.name, experts, _split(path, stream, ranks), other=counts([held], experts))
+
+
+def counts(streams: list[np.ndarray], experts: int) -> np.ndarray:
+    """Rows by expert ``[layers, experts]`` of ids ``[tokens, layers, K]``."""
+    layers = range(streams[0].shape[1])
+    by_layer = (np.concatenate([own[:, layer].ravel() for own in streams]) for layer in layers)
+    return np.array([np.bincount(ids, minlength=experts) for ids in by_layer])
 
 
 def _array(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -127,23 +143,37 @@ def _split(path: Path, stream: np.ndarray, ranks: int) -> list[np.ndarray]:
 
 
 def synthetic(
-    ratio: float, ranks: int, experts: int, top_k: int, layers: int, tokens: int, seed: int = 3
+    ratio: float,
+    ranks: int,
+    experts: int,
+    top_k: int,
+    layers: int,
+    tokens: int,
+    seed: int = 3,
+    hold_out: bool = False,
 ) -> Recording:
-    """Tokens whose routed max/mean over ranks is ``ratio`` in every layer: see ``dial``."""
-    streams = dial.streams(ratio, ranks, experts, top_k, layers, tokens, seed)
-    return Recording(f"dial-{ratio:.2f}", experts, streams, placed=True)
+    """Tokens whose routed max/mean over ranks is ``ratio`` in every layer: see ``dial``.
+
+    ``hold_out``: the other traffic is the dial's with another seed, so with other prompts and the same hot ranks.
+    """
+    shape = (ratio, ranks, experts, top_k, layers, tokens)
+    made = Recording(name_of_dial(ratio), experts, dial.streams(*shape, seed), placed=True)
+    if not hold_out:
+        return made
+    return replace(made, other=counts(dial.streams(*shape, seed + 1), experts))
+
+
+def name_of_dial(ratio: float) -> str:
+    return f"dial-{ratio:.2f}"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where experts are: ``positions`` ``[layers, experts]``, each logical expert's physical place.
-
-    ``redundant``: physical experts beyond the logical ones. There are none yet.
-    """
+    """Where experts are, without redundant ones: ``positions`` ``[layers, experts]``, each logical expert's physical place.
+    With redundant ones sglang places them, and ids stay logical: see ``redundant``."""
 
     name: str
     positions: np.ndarray
-    redundant: int = 0
 
     def tables(self, recording: Recording) -> list[np.ndarray]:
         """For each rank physical ids ``[layers, tokens, K]``."""
@@ -196,4 +226,4 @@ def for_decode(recording: Recording, seed: int = 5) -> Recording:
     if recording.placed:
         return recording
     order = np.random.default_rng(seed).permutation(recording.tokens)
-    return Recording(recording.name, recording.experts, [own[order] for own in recording.streams])
+    return replace(recording, streams=[own[order] for own in recording.streams])

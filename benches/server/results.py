@@ -22,6 +22,16 @@ NUMBERS_OR_NONE = (
     "optimum",
     "live_share",
 )
+OF_PLACED = (
+    "ratio_static",
+    "ratio_dynamic",
+    "routed_max_mean",
+    "active_experts",
+    "routed_optimum",
+    "even",
+    "least_active",
+)
+"""Of a cell whose engines place experts."""
 COUNTS = ("tokens", "redundant", "forwards")
 MIXED_NUMBERS = ("seconds", "new_tokens_per_s", "prompt_tokens_per_s", "ratio_off")
 MIXED = (
@@ -130,6 +140,9 @@ def _check_cell(where: str, cell: Any) -> None:
         raise ValueError(f"{where}: phase {cell['phase']!r} or mode {cell['mode']!r} is unknown")
     _check_counts(where, cell, COUNTS)
     _check_numbers(where, cell, NUMBERS_OR_NONE)
+    if cell.get("placed"):
+        _check_there(where, cell, OF_PLACED)
+        _check_numbers(where, cell, OF_PLACED)
     for name in ("live_share", "overlapped_share"):
         share = cell.get(name)
         if share is not None and share > 1:

@@ -18,6 +18,8 @@ CYCLES = 4
 """Forwards of each mode in a round of prefill: small ones are bound by the host, and take about as long as large ones."""
 SHORT_DECODE = 4
 """Steps that count in a round of decode that is not timed."""
+ROWS_S = 2.0
+"""About what it takes one engine to count the rows of one cell of decode."""
 PROFILE_S = 4.0
 """About what a profile of one engine takes."""
 STOPPING_S = 8.0
@@ -26,13 +28,15 @@ STOPPING_S = 8.0
 @dataclass(frozen=True)
 class Cell:
     """``placement``: its index among the phase's tables; ``name``: its name in the results. ``tokens`` of a mixed one are
-    those of a chunk."""
+    those of a chunk. ``placed``: engines' experts are placed, ``redundant`` ones among them, but for those of ``off`` and other
+    modes without."""
 
     phase: str
     tokens: int
     placement: int
     name: str
     redundant: int = 0
+    placed: bool = False
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -42,6 +46,7 @@ class Cell:
             "tokens": self.tokens,
             "placement": self.name,
             "redundant": self.redundant,
+            "placed": self.placed,
         }
 
     @property
@@ -182,9 +187,10 @@ class Clock:
         return Clock(self._now, self._now() + self.left() * share)
 
 
-def profiles_s(engines: int, cells: Sequence[Cell]) -> float:
-    """What is kept for profiles at the end: one an engine."""
-    return STOPPING_S + PROFILE_S * engines * len(profiled_cells(cells))
+def after_s(engines: int, cells: Sequence[Cell]) -> float:
+    """What is kept for the end: a profile of each engine, and rows of decode."""
+    rows = sum(cell.placed and cell.phase == "decode" for cell in cells)
+    return STOPPING_S + engines * (PROFILE_S * len(profiled_cells(cells)) + ROWS_S * rows)
 
 
 def profiled_cells(cells: Sequence[Cell]) -> list[Cell]:

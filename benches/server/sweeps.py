@@ -10,7 +10,7 @@ from typing import Any
 from server import figures, kernels, outputs
 from server.control import PROFILED, ROWS, TIMED
 from server.modes import LIVE, Plan
-from server.schedule import Cell, Clock, message, profiled_cells, profiles_s
+from server.schedule import Cell, Clock, after_s, message, profiled_cells
 from server.turns import SAYS_S, Turns
 
 ROUND_S, PROFILE_ROUND_S = 240.0, 45.0
@@ -26,7 +26,7 @@ class Sweeps(Turns):
         phase = self._phase
         begin = time.monotonic()
         for i, cell in enumerate(phase.cells):
-            for plan in self._there(group):
+            for plan in self._of(cell, self._there(group)):
                 # A number of tokens that is new compiles kernels; once more, so that nothing of it is left.
                 for _ in range(2 if cell.placement == phase.cells[0].placement else 1):
                     self._round(plan, cell, i, TIMED, clock, short=True, keep=False)
@@ -36,21 +36,30 @@ class Sweeps(Turns):
         )
         outputs.ask(phase, self._engines, self._there(group), clock)
         if phase.name == "prefill":
-            for cell in phase.cells:
-                for plan in self._there(group):
-                    if plan.waterfill:
-                        self._round(plan, cell, 0, ROWS, clock, short=True)
+            self._count_rows(group, clock)
         sweep = self._timed(group, clock, sweep)
+        if phase.name == "decode" and phase.maps:
+            # Last, because a step without its graph is nothing that a server of the bench did before.
+            self._count_rows(group, clock)
         for cell in profiled_cells(phase.cells):
-            for plan in self._there(group):
+            for plan in self._of(cell, self._there(group)):
                 if clock.left() > 2:
                     self._round(plan, cell, 0, PROFILED, clock, short=True)
         self._save()
         return sweep
 
+    def _of(self, cell: Cell, plans: Sequence[Plan]) -> list[Plan]:
+        return [plan for plan in plans if plan.serves(cell.name, cell.redundant)]
+
+    def _count_rows(self, group: Sequence[Plan], clock: Clock) -> None:
+        for cell in self._phase.cells:
+            for plan in self._of(cell, self._there(group)):
+                if (plan.waterfill or cell.placed) and clock.left() > 0:
+                    self._round(plan, cell, 0, ROWS, clock, short=True)
+
     def _timed(self, group: Sequence[Plan], clock: Clock, sweep: int) -> int:
         phase = self._phase
-        kept = profiles_s(len(group), phase.cells)
+        kept = after_s(len(group), phase.cells)
         took: dict[Cell, float] = {}
         first = sweep
         said = time.monotonic()
@@ -60,7 +69,7 @@ class Sweeps(Turns):
                 if clock.left() - kept < took.get(cell, 0.0):
                     continue
                 cell_begin = time.monotonic()
-                for plan in self._in_turn(group, sweep):
+                for plan in self._of(cell, self._in_turn(group, sweep)):
                     self._round(plan, cell, sweep, TIMED, clock)
                 took[cell] = time.monotonic() - cell_begin
                 measured = True
@@ -108,8 +117,8 @@ class Sweeps(Turns):
         if not keep:
             return
         if kind == ROWS:
-            for name, ratio in figures.layers_rows(ranks, cell.tokens, cell.lead):
-                phase.mode(cell, name).rows.append(ratio)
+            for name, sent in figures.layers_rows(ranks, cell.tokens, cell.lead):
+                phase.mode(cell, name).rows.append(sent)
             return
         for _, name, place, ms, interval in found:
             mode = phase.mode(cell, name)
@@ -119,12 +128,15 @@ class Sweeps(Turns):
         self._keep_calls(plan, cell, ranks)
 
     def _keep_calls(self, plan: Plan, cell: Cell, ranks: Sequence[dict[str, Any]]) -> None:
+        alone = sum(name in LIVE for name in plan.modes) == 1
         for name in plan.modes:
             mode = self._phase.mode(cell, name)
             for rank in ranks:
-                if name in LIVE:  # One at most in an engine: only these ask for live plans.
+                if (
+                    name in LIVE
+                ):  # Only these ask for live plans. Two in one engine have its calls in common.
                     figures.add(mode.calls, rank["calls"])
-                    figures.add(mode.planner, rank["planner"])
+                    figures.add(mode.planner, rank["planner"] if alone else None)
                 if plan.modes == (name,) and name in CHOOSING:
                     figures.add(mode.batches, rank["batches"])
 

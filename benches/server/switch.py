@@ -38,13 +38,13 @@ class Switch:
 
     def __call__(self, topk_output: Any, num_tokens: int, **options: Any) -> Any:
         mode = self._mode()
-        if mode in (
-            "live",
-            "overlap",
-        ):  # The package's own, which sees what is forced for the forward.
+        # The package's own, which sees what is forced for the forward.
+        if mode in ("live", "overlap", "live-replicas"):
             return self._expand(topk_output, num_tokens, **options)
-        if mode == "own":
-            live, self._ours.exchange = self._ours.exchange, self._own(self._ours)
+        if mode in ("own", "sglang-replicas"):
+            live = self._ours.exchange
+            other = self._own(self._ours) if mode == "own" else WithoutReplicas(live)
+            self._ours.exchange = other
             try:
                 return self._expand(topk_output, num_tokens, **options)
             finally:
@@ -56,6 +56,24 @@ class Switch:
         if mode == "home":
             return self._static._expand_local_shared(topk_output)
         raise ValueError(f"mode {mode!r} is none that a balancer can have")
+
+
+class WithoutReplicas:
+    """An exchange whose calls are of no layer that has replicas: all ranks make them, and replicas stay as sglang chose."""
+
+    def __init__(self, exchange: Any) -> None:
+        self._exchange = exchange
+
+    def expand(
+        self, ids: Any, weights: Any, shared_weight: float, *, layer: int | None = None
+    ) -> Any:
+        return self._exchange.expand(ids, weights, shared_weight, layer=None)
+
+    def move_up(self, ids: Any, *, layer: int | None = None) -> Any:
+        return self._exchange.move_up(ids, layer=None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._exchange, name)
 
 
 def _sglangs(ours: Any, theirs: type, weight: str, *, static: bool) -> Any:

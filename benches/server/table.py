@@ -14,6 +14,11 @@ HEAD = (
     "| phase | tokens a rank | placement | mode | GPU ms | to off (quartiles) | to home (quartiles) | tokens/s "
     "| rows max/mean | optimum | live calls | overlapped | forwards |"
 )
+PLACED_HEAD = (
+    "| phase | tokens a rank | placement | mode | GPU ms | to off (quartiles) | to off-static (quartiles) "
+    "| to off-dynamic (quartiles) | tokens/s | rows max/mean | optimum | routed max/mean | optimum | active experts | least "
+    "| live calls | forwards |"
+)
 VERDICT_HEAD = "| phase | tokens a rank | placement | auto to off (quartiles) | best of off, home, own, live | auto to it (quartiles) | |"
 MIXED_HEAD = (
     "| placement | mode | seconds a round | new tokens/s | prompt tokens/s | seconds to off (quartiles) | overlapped | calls "
@@ -36,9 +41,14 @@ def _parts(document: dict[str, Any]) -> list[str]:
         f"{document['date']}"
     )
     parts = [told]
-    if document["cells"] or not document.get("mixed"):
-        parts.append(_table(HEAD, map(_row, document["cells"])))
-    judged = [cell for cell in document["cells"] if cell["mode"] == "auto"]
+    cells = [cell for cell in document["cells"] if not cell.get("placed")]
+    placed = [cell for cell in document["cells"] if cell.get("placed")]
+    if cells or not (placed or document.get("mixed")):
+        parts.append(_table(HEAD, map(_row, cells)))
+    if placed:
+        about = "Experts placed by other traffic, + redundant ones; off and auto have neither:"
+        parts.append(f"{about}\n\n" + _table(PLACED_HEAD, map(_placed, placed)))
+    judged = [cell for cell in cells if cell["mode"] == "auto"]
     if judged:
         parts.append("Verdict:\n\n" + _table(VERDICT_HEAD, map(_verdict, judged)))
     if mixed := document.get("mixed"):
@@ -108,7 +118,8 @@ def _batches(batches: dict[str, int] | None) -> str:
     return f"{batches.get('overlapped', 0)} of {sum(batches.values())}"
 
 
-def _row(cell: dict[str, Any]) -> str:
+def _live(cell: dict[str, Any]) -> str:
+    """The share of live calls, and how others ended."""
     share = cell["live_share"]
     others = {
         name: count
@@ -118,10 +129,37 @@ def _row(cell: dict[str, Any]) -> str:
     live = "" if share is None else f"{share:.2%}"
     if others:
         live += " (" + ", ".join(f"{name} {count}" for name, count in others.items()) + ")"
+    return live
+
+
+def _placed(cell: dict[str, Any]) -> str:
     fields = (
         cell["phase"],
         cell["tokens"],
-        cell["placement"] + (f" + {cell['redundant']}" if cell["redundant"] else ""),
+        f"{cell['placement']} + {cell['redundant']}",
+        cell["mode"],
+        _number(cell["gpu_ms"], ".3f"),
+        _ratio(cell["ratio_off"], cell["quartiles"]),
+        _ratio(cell["ratio_static"], cell["quartiles_static"]),
+        _ratio(cell["ratio_dynamic"], cell["quartiles_dynamic"]),
+        _number(cell["tokens_per_s"], ",.0f"),
+        _number(cell["rows_max_mean"], ".4f"),
+        _number(cell["optimum"], ".4f"),
+        _number(cell["routed_max_mean"], ".4f"),
+        _number(cell["routed_optimum"], ".4f"),
+        _number(cell["active_experts"], ".2f"),
+        _number(cell["least_active"], ".2f"),
+        _live(cell),
+        cell["forwards"],
+    )
+    return "| " + " | ".join(map(str, fields)) + " |"
+
+
+def _row(cell: dict[str, Any]) -> str:
+    fields = (
+        cell["phase"],
+        cell["tokens"],
+        cell["placement"],
         cell["mode"],
         _number(cell["gpu_ms"], ".3f"),
         _ratio(cell["ratio_off"], cell["quartiles"]),
@@ -129,7 +167,7 @@ def _row(cell: dict[str, Any]) -> str:
         _number(cell["tokens_per_s"], ",.0f"),
         _number(cell["rows_max_mean"], ".4f"),
         _number(cell["optimum"], ".4f"),
-        live,
+        _live(cell),
         _number(cell.get("overlapped_share"), ".2%"),
         cell["forwards"],
     )
@@ -171,14 +209,14 @@ def picture(document: dict[str, Any], path: Path) -> bool:
     except ImportError:
         return False
     cells = [cell for cell in document["cells"] if cell["ratio_off"] is not None]
-    panels = list(dict.fromkeys((cell["phase"], cell["placement"]) for cell in cells))
+    panels = list(dict.fromkeys(map(_panel_of, cells)))
     if not panels:
         return False
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(1 + 4.2 * len(panels), 4.4), squeeze=False, constrained_layout=True
     )
     for axis, panel in zip(axes[0], panels, strict=True):
-        _panel(axis, panel, [cell for cell in cells if (cell["phase"], cell["placement"]) == panel])
+        _panel(axis, panel, [cell for cell in cells if _panel_of(cell) == panel])
     axes[0][0].set_ylabel("GPU time of a forward, ratio to Waterfill off")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
@@ -188,6 +226,11 @@ def picture(document: dict[str, Any], path: Path) -> bool:
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True
+
+
+def _panel_of(cell: dict[str, Any]) -> tuple[str, str]:
+    more = f" + {cell['redundant']}" if cell.get("placed") else ""
+    return cell["phase"], cell["placement"] + more
 
 
 def _panel(axis: Any, panel: tuple[str, str], cells: Sequence[dict[str, Any]]) -> None:

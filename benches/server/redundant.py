@@ -1,0 +1,155 @@
+"""Engines with redundant experts: what is asked for, where experts stand, and sglang's arguments for it.
+
+A placement is made from other traffic than is measured: see ``recording.Recording.other``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server import model
+from server.modes import Placed, Plan, with_redundant
+from server.recording import Recording
+
+PLACEMENTS = ("place", "eplb", "trivial")
+"""``place``: ``waterfill-rs place``. ``eplb``: sglang's own EPLB. ``trivial``: sglang's default, which knows no traffic."""
+CHOICES = {
+    "placement": PLACEMENTS,
+    "dispatch": ("static", "dynamic"),
+    "replicas": ("live", "sglang"),
+}
+Map = list[list[int]]
+"""``[L, P]``, the logical expert of each physical one."""
+Place = tuple[str, int]
+"""A cell's placement: its name and the number of redundant experts."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """``numbers`` of redundant experts. ``dispatch``: sglang's ``ep_dispatch_algorithm`` of engines without Waterfill; those
+    with it have the first. ``replicas``: who chooses them where Waterfill is on."""
+
+    numbers: list[int]
+    placement: list[str]
+    dispatch: list[str]
+    replicas: list[str]
+
+    def places(self, recorded: str) -> list[tuple[str, str, int]]:
+        """For one recording: a cell's name of the placement, ``PLACEMENTS``'s, and the number of redundant experts.
+
+        Without redundant experts trivial places are those of ``off``.
+        """
+        return [
+            (recorded + name, name, number)
+            for number in self.numbers
+            for name in self.placement
+            if number or name != "trivial"
+        ]
+
+    def plans(self, phase: str, recorded: Sequence[str]) -> list[Plan]:
+        return [
+            plan
+            for before in recorded
+            for name, _, number in self.places(before)
+            for plan in with_redundant(phase, name, number, self.dispatch, self.replicas)
+        ]
+
+
+def of_options(options: argparse.Namespace) -> Asked | None:
+    """None without ``--redundant``.
+
+    Raises:
+        ValueError: naming the option, and what to give.
+    """
+    if options.redundant is None:
+        return None
+    for name, wrong in (("mixed", options.mixed is not None), ("outputs", options.outputs)):
+        if wrong:
+            raise ValueError(f"--{name} has no redundant experts: leave it or --redundant out")
+    parts = options.redundant.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"--redundant {options.redundant!r}: give numbers, with commas between")
+    chosen = {name: _some_of(name, getattr(options, name)) for name in CHOICES}
+    return Asked(sorted({int(part) for part in parts}), **chosen)
+
+
+def _some_of(option: str, text: str) -> list[str]:
+    asked = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not set(asked) <= set(CHOICES[option]):
+        raise ValueError(f"--{option} {text!r}: give some of {', '.join(CHOICES[option])}")
+    return asked
+
+
+def check(asked: Asked, experts: int, ranks: int) -> None:
+    """
+    Raises:
+        ValueError: experts that do not divide over the ranks, naming what would.
+    """
+    from waterfill_rs.replay import place, placements
+
+    for number in asked.numbers:
+        placements.check_divides(experts, "logical", ranks, number)
+        place.check(experts, ranks, number, 1)
+
+
+def mapping(name: str, recording: Recording, redundant: int) -> Map:
+    """Where experts stand in each layer of the recording, by its other traffic; says how far it is.
+
+    Raises:
+        ValueError: sglang's EPLB cannot be imported.
+    """
+    import torch
+
+    from waterfill_rs.replay import place, placements
+
+    other = recording.other
+    if name == "trivial":
+        found: Map = placements.trivial(len(other), recording.experts, redundant).tolist()
+        return found
+    if name == "eplb":
+        from waterfill_rs.sglang.eplb import by_eplb
+
+        return by_eplb(torch.tensor(other), redundant, recording.ranks).tolist()
+    made: dict[tuple[int, ...], list[int]] = {}  # A dial repeats its layers.
+    said = time.monotonic()
+    for layer, rows in enumerate(map(tuple, other.tolist())):
+        if rows not in made:
+            made[rows] = place.place([rows], ranks=recording.ranks, redundant=redundant)
+        if time.monotonic() - said > 1:
+            said = time.monotonic()
+            print(f"place: layer {layer + 1} of {len(other)}", file=sys.stderr)
+    return [made[rows] for rows in map(tuple, other.tolist())]
+
+
+def write(path: Path, of_recording: Map, layers: int) -> None:
+    """For sglang's ``init_expert_location``: dense layers first, in trivial places, then as many MoE layers as the model has.
+
+    A recording with fewer layers is read round and round, as its ids are.
+    """
+    experts = max(of_recording[0]) + 1
+    dense = [place % experts for place in range(len(of_recording[0]))]
+    moe = [of_recording[layer % len(of_recording)] for layer in range(layers)]
+    path.write_text(json.dumps({"physical_to_logical_map": [dense] * model.DENSE_LAYERS + moe}))
+
+
+def arguments(placed: Placed | None, files: Mapping[Place, Path]) -> dict[str, Any]:
+    """sglang's, for an engine whose experts stand so; none for one without.
+
+    ``files``: what ``write`` wrote. A trivial placement has no file: sglang makes it.
+    """
+    if placed is None:
+        return {}
+    file = files.get((placed.name, placed.redundant))
+    return {
+        "ep_num_redundant_experts": placed.redundant,
+        "init_expert_location": "trivial" if file is None else str(file),
+        # Without one sglang leaves trivial places as they are, and no replica gets a row.
+        "ep_dispatch_algorithm": placed.dispatch,
+    }

@@ -1,0 +1,275 @@
+"""``benches/server`` with redundant experts: placements from other traffic, engines, switching, figures; no GPU."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from test_server_bench_run import run, stub  # noqa: F401
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("torch")
+
+from server import accounts, figures, modes, recording, redundant, results, rows, table
+from server.figures import Mode, Sent
+from server.modes import Placed
+from server.switch import Switch
+
+from waterfill_rs.replay import place
+
+EXPERTS, RANKS = 8, 2
+
+
+@pytest.fixture
+def shifted(tmp_path):
+    """A file whose first half of prompts asks for experts 0 and 1 above all, and whose second half for 6 and 7."""
+    ids = np.zeros((400, 2, 2), dtype=np.uint8)
+    ids[:200] = [0, 1]
+    ids[200:] = [6, 7]
+    ids[::4] = [2, 5]
+    np.savez(tmp_path / "ids.npz", topk=ids, offsets=np.arange(0, 401, 50))
+    return tmp_path / "ids.npz"
+
+
+def test_what_places_experts_is_not_what_is_measured(shifted):
+    one = recording.read(shifted, RANKS, EXPERTS, hold_out=True)
+    measured = np.concatenate(one.streams)
+    assert len(measured) == 200 and set(np.unique(measured)) == {2, 5, 6, 7}
+    assert one.other.tolist() == [[150, 150, 50, 0, 0, 50, 0, 0]] * 2
+    assert recording.for_decode(one).other is one.other
+    # Without redundant experts all of it is measured, and nothing is held out.
+    whole = recording.read(shifted, RANKS, EXPERTS)
+    assert whole.tokens * RANKS == 400 and not whole.other.any()
+    mapping = redundant.mapping("place", one, 2)
+    assert mapping == [place.place([one.other[0].tolist()], ranks=RANKS, redundant=2)] * 2
+    # Replicas are of the experts that the other traffic asks for.
+    assert {expert for expert in mapping[0] if mapping[0].count(expert) > 1} == {0, 1}
+    assert redundant.mapping("trivial", one, 2) == [[*range(8), 0, 1]] * 2
+
+
+def test_a_dials_other_traffic_has_other_prompts_and_the_same_hot_ranks():
+    shape = (1.3, 4, 64, 6, 2, 2048)
+    one = recording.synthetic(*shape, hold_out=True)
+    same = recording.synthetic(*shape)
+    assert all((a == b).all() for a, b in zip(one.streams, same.streams, strict=True))
+    measured = recording.counts(one.streams, 64)
+    assert one.other.shape == measured.shape and (one.other != measured).mean() > 0.9
+    hot = [counts.reshape(2, 4, 16).sum(2).argmax(1).tolist() for counts in (one.other, measured)]
+    assert hot == [[0, 1], [0, 1]]
+
+
+def test_sglangs_own_eplb_places_by_the_other_traffic(shifted):
+    pytest.importorskip("sglang.srt.eplb.eplb_algorithms")
+    one = recording.read(shifted, RANKS, EXPERTS, hold_out=True)
+    mapping = redundant.mapping("eplb", one, 2)
+    assert {expert for expert in mapping[0] if mapping[0].count(expert) > 1} <= {0, 1}
+    assert [len(of) for of in mapping] == [10, 10] and set(mapping[1]) == set(range(8))
+
+
+def test_sglang_is_told_where_experts_stand(tmp_path):
+    path = tmp_path / "placement.json"
+    redundant.write(path, [[1, 0, 1], [0, 1, 0]], 3)
+    content = json.loads(path.read_text())
+    # A dense layer, then the recording's two layers round and round.
+    assert content == {"physical_to_logical_map": [[0, 1, 0], [1, 0, 1], [0, 1, 0], [1, 0, 1]]}
+    files = {("place", 1): path}
+    assert redundant.arguments(Placed("place", 1, "dynamic"), files) == {
+        "ep_num_redundant_experts": 1,
+        "init_expert_location": str(path),
+        "ep_dispatch_algorithm": "dynamic",
+    }
+    trivial = redundant.arguments(Placed("trivial", 1, "static"), files)
+    assert trivial["init_expert_location"] == "trivial"
+    assert redundant.arguments(None, files) == {}
+
+
+def test_engines_of_a_placement():
+    both = (["static", "dynamic"], ["live", "sglang"])
+    decode = modes.with_redundant("decode", "place", 16, *both)
+    assert [plan.modes for plan in decode] == [
+        ("off-static",), ("off-dynamic",), ("live-replicas",), ("sglang-replicas",),
+    ]  # fmt: skip
+    assert [plan.waterfill for plan in decode] == [False, False, True, True]
+    assert [plan.placed.dispatch for plan in decode] == ["static", "dynamic", "static", "static"]
+    assert [plan.settings for plan in decode] == [
+        {}, {}, {"WATERFILL_RS_REPLICAS": "live"}, {"WATERFILL_RS_REPLICAS": "sglang"},
+    ]  # fmt: skip
+    assert all(plan.as_shipped == plan.waterfill for plan in decode)
+    # In prefill one engine takes turns with both.
+    *_, switched = modes.with_redundant("prefill", "place", 16, *both)
+    assert switched.modes == ("live-replicas", "sglang-replicas") and switched.switches
+    expected = {"WATERFILL_RS_SHARED": "fused", "WATERFILL_RS_REPLICAS": "live"}
+    assert switched.settings == expected
+    # Without redundant experts nobody chooses.
+    (alone,) = modes.with_redundant("prefill", "place", 0, ["static"], ["live"])
+    assert alone.modes == ("off-static",)
+    (off,) = modes.engines("decode", ["off"])
+    assert off.serves("place", 16) and off.serves("eplb", 0)
+    assert alone.serves("place", 0) and not alone.serves("place", 16)
+    assert len({plan.name for plan in (*decode, switched, alone, off)}) == 7
+    with pytest.raises(ValueError, match="give --redundant instead"):
+        modes.engines("decode", ["live-replicas"])
+
+
+def test_a_switched_layer_keeps_sglangs_replicas_in_a_call_of_all_ranks():
+    calls = []
+
+    class Exchange:
+        board = "board"
+
+        def expand(self, ids, weights, shared_weight, *, layer=None):
+            calls.append(("expand", ids, weights, shared_weight, layer))
+
+        def move_up(self, ids, *, layer=None):
+            calls.append(("move_up", ids, layer))
+
+    class Theirs:
+        def __init__(self, **_):
+            pass
+
+    class Ours:
+        num_routed_experts, world_size, rank, layer_id, shared_weight = 8, 2, 1, 3, 0.4
+        exchange = Exchange()
+
+        def expand_topk(self, topk_output, num_tokens, **options):
+            assert self.exchange.board == "board"
+            self.exchange.expand("ids", "weights", 0.4, layer=2)
+            self.exchange.move_up("ids", layer=2)
+
+    ours, mode = Ours(), ["live-replicas"]
+    exchange = ours.exchange
+    switch = Switch(ours, Theirs, "shared_weight", lambda: mode[0], lambda balancer: None)
+    for mode[0] in ("live-replicas", "sglang-replicas"):
+        switch(None, 5)
+        assert ours.exchange is exchange
+    assert calls == [
+        ("expand", "ids", "weights", 0.4, 2),
+        ("move_up", "ids", 2),
+        ("expand", "ids", "weights", 0.4, None),
+        ("move_up", "ids", None),
+    ]
+
+
+def test_what_a_placement_allows_by_hand():
+    # Two ranks of two experts and one replica each, [0, 1, 2] and [3, 0, 1]; top 1, 4 tokens a rank.
+    mapping = [[0, 1, 2, 3, 0, 1]]
+    tables = [np.array([[[0], [0], [0], [2]]]), np.array([[[0], [2], [2], [3]]])]
+    found = rows.placed(tables, [0], 4, mapping, fused=False)
+    # Expert 0 has 4 rows, 2 has 3, 3 has 1: split 1 and 3, both ranks have 4; evenly, 5 and 3.
+    assert found["optimum"] == found["routed_optimum"] == 1.0 and found["even"] == 1.25
+    assert found["least_active"] == 2.0
+    without = rows.placed(tables, [0], 4, [[0, 1, 2, 3]], fused=True)
+    # 4 and 4 routed rows, and as many shared ones.
+    assert without["optimum"] == 1.0 and without["even"] == 1.0
+
+
+def test_a_placed_cells_figures_and_its_table(tmp_path):
+    times = {
+        "off": 10.0, "off-static": 11.0, "off-dynamic": 12.0, "live-replicas": 9.0,
+    }  # fmt: skip
+    of = {name: Mode({(0, i): ms for i in range(3)}) for name, ms in times.items()}
+    live = of["live-replicas"]
+    live.rows = [Sent(1.0, 1.02, 16), Sent(1.0, 1.04, 17)]
+    place = {"phase": "decode", "tokens": 8, "placement": "place", "redundant": 16, "placed": True}
+    modelled = {"optimum": 1.0, "routed_optimum": 1.01, "even": 1.2, "least_active": 15.5}
+    cells = [figures.cell(place, name, of, modelled, 4) for name in of]
+    cell = cells[-1]
+    assert (cell["ratio_off"], cell["ratio_static"], cell["ratio_dynamic"]) == (0.9, 0.81818, 0.75)
+    assert (cell["routed_max_mean"], cell["active_experts"]) == (1.03, 16.5)
+    assert (cell["routed_optimum"], cell["even"], cell["least_active"]) == (1.01, 1.2, 15.5)
+    assert cells[0]["routed_max_mean"] is None and cells[0]["quartiles_static"] == [0.90909] * 2
+    document = {
+        "machine": "m", "date": "d", "commit": "c", "sglang": "s", "ranks": 4, "settings": {}, "cells": cells,
+    }  # fmt: skip
+    results.write(tmp_path / "r.json", document)
+    told = table.markdown([results.read(tmp_path / "r.json")])
+    assert (
+        "| decode | 8 | place + 16 | live-replicas | 9.000 | 0.9000 (0.9000, 0.9000) | 0.8182"
+        in told
+    )
+    assert table.HEAD not in told and "Verdict" not in told
+    with pytest.raises(ValueError, match="cell 3: active_experts is -1"):
+        results.check({**document, "cells": [*cells[:3], {**cell, "active_experts": -1}]})
+
+
+def test_a_shipped_engine_with_redundant_experts_chooses_by_batch():
+    rank = {"modes": {"live-replicas": 10}, "batches": {"overlapped": 10, "fused": 0}, "calls": {}}
+    assert accounts.mismatches({**rank, "layers": 2, "staying": 0}, calls=False) == []
+
+
+def test_a_decode_beside_sglangs_choice(stub, tmp_path):  # noqa: F811
+    options = ("--redundant", "2", "--dispatch", "static,dynamic", "--decode", "4", "--sweeps", "1")
+    done = run(stub, tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    document = results.read(tmp_path / "out.json")
+    cells = {cell["mode"]: cell for cell in document["cells"]}
+    assert list(cells) == ["off", "off-static", "off-dynamic", "live-replicas"]
+    live = cells["live-replicas"]
+    assert live["ratio_off"] == pytest.approx(0.6)
+    assert live["ratio_static"] == pytest.approx(6 / 11, abs=1e-5)
+    assert live["ratio_dynamic"] == pytest.approx(6 / 11.5, abs=1e-5)
+    assert (live["placement"], live["redundant"], live["placed"]) == ("place", 2, True)
+    # Both rows of each layer go to rank 0 of two: without a balancer to two experts, overlapped to one expert twice
+    assert cells["off"]["routed_max_mean"] == cells["off-static"]["routed_max_mean"] == 2.0
+    assert cells["off"]["active_experts"] == 2.0 and live["rows_from"] == "counted"
+    assert document["settings"]["placements_from"] == "the recording's first half"
+    assert document["mismatches"] == [] and document["failures"] == []
+    assert "| decode | 4 | place + 2 | live-replicas | 7.500 |" in done.stdout
+    logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    placed = logs["decode-live-replicas-place-2.log"]
+    assert (
+        "'ep_num_redundant_experts': 2" in placed and "'ep_dispatch_algorithm': 'static'" in placed
+    )
+    assert "placement-place-2.json" in placed
+    assert "'ep_dispatch_algorithm': 'dynamic'" in logs["decode-off-dynamic-place-2.log"]
+    assert "redundant" not in logs["decode-off.log"]
+
+
+def test_a_prefill_of_two_placements_in_turns(stub, tmp_path):  # noqa: F811
+    options = ("--redundant", "0,2", "--placement", "place,trivial", "--replicas", "live,sglang")
+    done = run(stub, tmp_path, *options, "--prefill", "256", "--sweeps", "2")
+    assert done.returncode == 0, done.stderr
+    cells = results.read(tmp_path / "out.json")["cells"]
+    found = [(cell["placement"], cell["redundant"], cell["mode"]) for cell in cells]
+    ours = ("off", "off-static", "sglang-replicas", "live-replicas")
+    assert found == [
+        *[("place", 0, mode) for mode in ours[:2]],
+        *[(name, 2, mode) for name in ("place", "trivial") for mode in ours],
+    ]
+    for cell in cells:
+        if cell["mode"] == "live-replicas":
+            assert cell["ratio_static"] == pytest.approx(6 / 11, abs=1e-5)
+            # Two rows for rank 0 and one for rank 1, of which the latter is shared.
+            assert cell["rows_max_mean"] == pytest.approx(4 / 3, abs=1e-5)
+            assert cell["routed_max_mean"] == 2.0 and cell["rows_from"] == "counted"
+
+
+def test_wrong_redundant_options_are_told(capsys):
+    from server.cli import main
+
+    base = ("--dial", "1.3", "--ranks", "4")
+    wrong = {
+        ("--redundant", "x"): "--redundant 'x': give numbers",
+        ("--redundant", "6"): "64 logical experts and 6 redundant ones do not divide over 4 ranks",
+        ("--redundant", "16", "--placement", "best"): "--placement 'best': give some of place, eplb, trivial",
+        ("--redundant", "16", "--dispatch", "lp"): "--dispatch 'lp': give some of static, dynamic",
+        ("--redundant", "16", "--replicas", "all"): "--replicas 'all': give some of live, sglang",
+        ("--redundant", "16", "--mixed"): "--mixed has no redundant experts",
+        ("--redundant", "16", "--outputs"): "--outputs has no redundant experts",
+        ("--modes", "off-static"): "give --redundant instead",
+    }  # fmt: skip
+    for options, text in wrong.items():
+        assert main([*base, *options]) == 2
+        assert text in capsys.readouterr().err
+
+
+def test_a_dials_placement_is_named_after_it():
+    asked = redundant.of_options(
+        SimpleNamespace(redundant="16", mixed=None, outputs=False, placement="place",
+                        dispatch="static", replicas="live")
+    )  # fmt: skip
+    assert asked.places("dial-1.30-") == [("dial-1.30-place", "place", 16)]
+    names = [plan.name for plan in asked.plans("decode", ["dial-1.00-", "dial-1.30-"])]
+    assert names == [
+        "off-static-dial-1.00-place-16", "live-replicas-dial-1.00-place-16",
+        "off-static-dial-1.30-place-16", "live-replicas-dial-1.30-place-16",
+    ]  # fmt: skip
