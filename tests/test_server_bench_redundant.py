@@ -9,7 +9,7 @@ from test_server_bench_run import run, stub  # noqa: F401
 np = pytest.importorskip("numpy")
 pytest.importorskip("torch")
 
-from server import accounts, figures, modes, recording, redundant, results, rows, table
+from server import accounts, engines, figures, modes, recording, redundant, results, rows, table
 from server.figures import Mode, Sent
 from server.modes import Placed
 from server.switch import Switch
@@ -241,6 +241,37 @@ def test_a_prefill_of_two_placements_in_turns(stub, tmp_path):  # noqa: F811
             # Two rows for rank 0 and one for rank 1, of which the latter is shared.
             assert cell["rows_max_mean"] == pytest.approx(4 / 3, abs=1e-5)
             assert cell["routed_max_mean"] == 2.0 and cell["rows_from"] == "counted"
+
+
+def test_no_engine_is_waited_for_longer_than_patience(tmp_path, monkeypatch):
+    waited = []
+
+    class Engine:
+        def __init__(self, name, command, environment, log):
+            self.name, self.ready = name, {"sglang": "s"}
+
+        def round(self, asked, seconds):
+            waited.append(seconds)
+            return {"ranks": []}
+
+    def wait_all(started, seconds):
+        waited.append(seconds)
+        return started
+
+    monkeypatch.setattr(engines, "Engine", Engine)
+    monkeypatch.setattr(engines, "wait_all", wait_all)
+    (plan,) = modes.engines("decode", ["off"])
+    routing = {"routing": "r", "placements": 1, "longest": 8, "experts": 8}
+    for patience, expected in ((12.0, [12.0, 12.0]), (None, [300.0, 99.0])):
+        folder = tmp_path / str(patience)
+        folder.mkdir()
+        space = engines.workspace.Workspace(folder)
+        of = engines.Engines(space, folder, patience)
+        needs = {"decode": [8]}
+        of.start("n", [plan], needs, 2, folder, routing, {}, {}, 300.0, lambda: None)
+        assert of.round(plan, {}, 99.0) == {"ranks": []}
+        assert waited == expected
+        waited.clear()
 
 
 def test_wrong_redundant_options_are_told(capsys):

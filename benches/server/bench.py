@@ -24,6 +24,7 @@ class Bench:
         most: no more sweeps or mixed rounds of a phase than these, where there is time for more.
         save_results: called after every one of them.
         logs: engines' logs go there.
+        patience: see ``Engines``.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class Bench:
         apart: bool,
         most: int | None,
         save_results: Callable[[], None],
+        patience: float | None = None,
     ) -> None:
         self._space, self._apart, self._most = space, apart, most
         self._save = save_results
-        self.engines = Engines(space, logs)
+        self.engines = Engines(space, logs, patience)
 
     def run(self, phases: Sequence[Phase], clock: Clock, together: int) -> None:
         """Measure until the clock ends, with one start of the engines for these phases; what was found is in them.

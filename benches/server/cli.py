@@ -119,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=6, help="of a dial")
     parser.add_argument("--limit", type=float, default=540, help="seconds for everything")
     parser.add_argument(
+        "--patience",
+        type=float,
+        help="seconds: an engine that is not up by then, or takes longer for a round, is stopped, and the others go on",
+    )
+    parser.add_argument(
         "--sweeps",
         type=int,
         help="over all cells, or mixed rounds, at most; by default as many as there is time for",
@@ -232,6 +237,7 @@ def _run(options: argparse.Namespace, asked: Sequence[Phase], begin: float) -> i
             options.apart,
             options.sweeps,
             save,
+            options.patience,
         )
         clock = Clock(time.monotonic, begin + options.limit)
         starts = phases.starts(options, asked)

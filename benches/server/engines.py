@@ -20,10 +20,14 @@ class Engines:
 
     Args:
         logs: their logs go there.
+        patience: seconds; no engine is waited for longer, neither until it is up nor for a round.
     """
 
-    def __init__(self, space: workspace.Workspace, logs: Path) -> None:
+    def __init__(
+        self, space: workspace.Workspace, logs: Path, patience: float | None = None
+    ) -> None:
         self._space, self._logs = space, logs
+        self._patience = START_S if patience is None else patience
         self._up: dict[str, Engine] = {}
         self._tried: set[tuple[str, str]] = set()
         self._number = 0
@@ -80,7 +84,7 @@ class Engines:
             print(f"{name}: starting {names}; logs in {self._logs}", flush=True)
         try:
             meanwhile()
-            running = wait_all(started, max(1.0, min(START_S, seconds)))
+            running = wait_all(started, max(1.0, min(START_S, self._patience, seconds)))
         except BaseException:
             stop_all(started)
             raise
@@ -107,7 +111,7 @@ class Engines:
         if plan not in self:
             return None
         try:
-            result = self._up[plan.name].round(asked, seconds)
+            result = self._up[plan.name].round(asked, min(seconds, self._patience))
         except Failed as failure:
             print(failure, file=sys.stderr, flush=True)
             self.failures.append(f"{self._start_name}, {str(failure).splitlines()[0]}")
