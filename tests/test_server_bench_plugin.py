@@ -17,7 +17,7 @@ np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 
 
-from server import model, modes, plugin, schedule, traffic, weights
+from server import model, modes, plugin, redundant, schedule, traffic, weights
 from server.control import CLOSED, MIXED, OPEN, PROFILED, ROWS, TIMED, Control
 from server.engine import Rounds, serve
 from server.forced import Forced, save
@@ -598,6 +598,7 @@ def test_the_hooks_fit_the_installed_sglang(tmp_path):
     known = {field.name for field in structs.fields(ServerArgs)}
     for needs in ({"prefill": [64]}, {"prefill": [64], "decode": [8], "mixed": [2048]}):
         assert set(model.arguments(needs, 2, "m", True)) <= known
+    assert set(redundant.arguments(modes.Placed("p", 16, "static"), {})) <= known
     # One can be told which rank a request is for, and asked for logprobs.
     assert {traffic.rank_argument(sglang.Engine), "return_logprob"} <= set(
         inspect.signature(sglang.Engine.async_generate).parameters
