@@ -84,7 +84,8 @@ class Phase:
             if cell.placed:
                 _, mapping = self.maps[cell.name, cell.redundant]
                 fused = self.name == "prefill"
-                self.modelled[cell] |= rows.placed(tables[i], places, cell.tokens, mapping, fused)
+                allowed = rows.placed(tables[i], places, cell.tokens, mapping, fused)
+                self.modelled[cell] = {"routed": self.modelled[cell]["routed"], **allowed}
 
     def as_cells(self) -> list[dict[str, Any]]:
         """Entries of ``cells``, in the order of cells and modes, of what was measured until now."""

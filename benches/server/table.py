@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from server import kernels, memory, output_figures
-from server.modes import MODES
+from server.modes import MODES, WITH_REDUNDANT
 from waterfill_rs._native import OUTCOMES
 
 HEAD = (
@@ -247,7 +247,7 @@ def _panel(axis: Any, panel: tuple[str, str], cells: Sequence[dict[str, Any]]) -
             x,
             y,
             yerr=errors,
-            fmt="o",
+            fmt="s" if mode in WITH_REDUNDANT else "o",
             markersize=4,
             capsize=2,
             label=mode,
