@@ -10,10 +10,8 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: make test
 from matplotlib.figure import Figure
 
 from waterfill_rs.policies import picture
-from waterfill_rs.policies.comparison import Layer, Result, compare
+from waterfill_rs.policies.comparison import POLICIES, Layer, Result, compare
 from waterfill_rs.policies.report import Compared
-
-POLICIES = ("home", "sglang-static", "sglang-dynamic", "own-counts", "live", "joint")
 
 
 def result(layer=0, pass_id=0, policy="home", most=1.2, **changes):

@@ -182,7 +182,7 @@ def test_replay_reads_the_file_and_its_table_says_what_replay_finds(two, tmp_pat
         found = [measure(content["physical_to_logical_map"][i], loads[i], 8) for i in (1, 2)]
         assert float(cell) == pytest.approx(sum(found) / 2, abs=6e-4)
     assert "2 layers, and 1 without rows" in said and "worst resampled" in said
-    assert "does not use joint plans yet" in said
+    assert "With live replicas" in said and "sglang chooses replicas itself" in said
 
 
 def test_recordings_of_tokens_need_no_top_k(tmp_path, capsys):

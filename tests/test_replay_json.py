@@ -131,8 +131,9 @@ def keys(value):
 
 def test_the_docs_name_each_key(served, capsys):  # noqa: F811
     text = (Path(__file__).parents[1] / "docs" / "replay.md").read_text()
-    named = set(re.findall("`([a-z_]+)`", text.split("## The JSON file", 1)[1]))
+    named = set(re.findall("`([a-z_-]+)`", text.split("## The JSON file", 1)[1]))
     found = keys(replay(served, capsys, "--cost-model", ROOFLINE)[0])
     found |= keys(replay(served, capsys, "--ep", "2,4")[0])
+    found |= keys(replay(served, capsys, "--redundant", "8", "--cost-model", ROOFLINE)[0])
     values = {"rows", "picoseconds", "prefill", "decode", "null"} | set(POLICIES)
     assert named - values == found - values

@@ -10,10 +10,14 @@ from typing import Any
 
 import waterfill_rs
 from waterfill_rs import CostModel, _native
+from waterfill_rs.policies import live_replicas
 
-__all__ = ["POLICIES", "Batch", "Layer", "Result", "compare"]
+__all__ = ["MOVE_ROUTED", "POLICIES", "Batch", "Layer", "Result", "compare"]
 
-POLICIES = ("home", "sglang-static", "sglang-dynamic", "own-counts", "live", "joint")
+MOVE_ROUTED = ("joint", "single-replica", "replicas")
+"""Those that choose replicas too, so routed rows move: a bound of those that leave routed rows where they are is not theirs."""
+
+POLICIES = ("home", "sglang-static", "sglang-dynamic", "own-counts", "live", *MOVE_ROUTED)
 """In the order of tables. Each is there only where what it needs is known: see ``compare``."""
 
 
@@ -84,7 +88,7 @@ class Result:
 
     ``routed_max``, ``max``, ``mean``, ``home_mean`` and ``optimum`` are in the cost model's unit. ``home_mean`` is the mean of
     shared experts at home, the same for all policies: under a cost model each has a ``mean`` of its own, so what is divided
-    by it cannot be compared. For ``joint`` the routed rows are split anew, and the optimum is its own. ``extra_copies`` a
+    by it cannot be compared. Under policies of ``MOVE_ROUTED`` routed rows move, and the optimum is their own. ``extra_copies`` a
     token: None where no tokens are known. ``loads`` ``[R]``: each rank's cost in the same unit, of routed and
     shared rows; ``max`` is its most, ``mean`` its mean.
     """
@@ -126,7 +130,8 @@ def compare(
 ) -> Iterator[Result]:
     """The policies asked for, as far as they can be known.
 
-    ``own-counts`` needs each rank's counts, sglang's modes its tokens and what they chose, ``joint`` replicas.
+    ``own-counts`` needs each rank's counts, sglang's modes its tokens and what they chose, those of ``MOVE_ROUTED`` replicas.
+    ``single-replica`` is for decode alone: elsewhere it would put all rows of a hot expert on one rank.
     """
     model = CostModel.rows() if cost_model is None else cost_model
     ranks = len(layer.tokens)
@@ -169,34 +174,30 @@ def _costs(
 ) -> tuple[list[int], list[int], dict[str, list[int]]]:
     """Each rank's cost ``[R]``: of its routed rows alone, with shared rows at home, and under each policy."""
     ranks = len(layer.tokens)
-    alike = [policy for policy in choices if policy not in ("home", "joint")]
+    alike = [policy for policy in choices if policy not in ("home", *MOVE_ROUTED)]
     placements = [[0] * ranks, layer.tokens, *(choices[policy].received for policy in alike)]
     alone, at_home, *others = _native.costs(layer.routed, placements, ranks=ranks, cost_model=model)
     by_policy = {"home": at_home, **dict(zip(alike, others, strict=True))}
-    joint = choices.get("joint")
-    if joint is not None:
-        (by_policy["joint"],) = _native.costs(
-            joint.routed, [joint.received], ranks=ranks, cost_model=model
+    for policy in (policy for policy in choices if policy in MOVE_ROUTED):
+        choice = choices[policy]
+        (by_policy[policy],) = _native.costs(
+            choice.routed, [choice.received], ranks=ranks, cost_model=model
         )
     return alone, at_home, by_policy
 
 
 def _choose(layer: Layer, policy: str, live: waterfill_rs.Plan, model: CostModel) -> _Choice | None:
     ranks = len(layer.tokens)
-    if policy == "joint":
-        if layer.mapping is None:
+    if policy in MOVE_ROUTED:
+        if layer.mapping is None or (policy == "single-replica" and layer.phase != "decode"):
             return None
-        plan = waterfill_rs.plan(
-            layer.routed,
-            layer.tokens,
-            ranks=ranks,
-            physical_experts=len(layer.routed),
-            physical_to_logical=layer.mapping,
-            cost_model=model,
-            policy="joint",
-        )
+        plan = live_replicas.plan(policy, layer.routed, layer.tokens, layer.mapping, model)
         # Tokens then visit other ranks than they did, so their copies are not known.
-        return _Choice(plan.shared_rows, plan.replica_rows, plan.optimum, None)
+        rows, shared, least = plan.replica_rows, plan.shared_rows, plan.optimum
+        if policy == "replicas":  # It plans by rows, whatever the unit here.
+            (loads,) = _native.costs(rows, [shared], ranks=ranks, cost_model=model)
+            least = max(loads)
+        return _Choice(shared, rows, least, None)
     if policy in ("sglang-static", "sglang-dynamic"):
         chosen = (layer.sglangs or {}).get(policy)
         if layer.batches is None or chosen is None:

@@ -18,16 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "draw_layers", "draw_ranks", "plot_layers", "plot_ranks"]
 
-# Okabe and Ito's colours, which colour-blind people tell apart. In the order of drawing each line is thinner than the one
+# Okabe and Ito's colours, and a wine of Tol's, which colour-blind people tell apart. In the order of drawing each line is thinner than the one
 # before, so that of equal ones both are seen.
 _LINES: dict[str, dict[str, Any]] = {
     "home": {"color": "#999999", "linewidth": 4.6},
-    "sglang-static": {"color": "#D55E00", "linewidth": 3.8},
-    "sglang-dynamic": {"color": "#E69F00", "linewidth": 3.1},
-    "own-counts": {"color": "#56B4E9", "linewidth": 2.4},
-    "live": {"color": "#0072B2", "linewidth": 1.8},
-    "joint": {"color": "#009E73", "linewidth": 1.2, "linestyle": "--"},
-    "bound": {"color": "#000000", "linewidth": 0.7, "linestyle": (0, (1, 2))},
+    "sglang-static": {"color": "#D55E00", "linewidth": 4.1},
+    "sglang-dynamic": {"color": "#E69F00", "linewidth": 3.6},
+    "own-counts": {"color": "#56B4E9", "linewidth": 3.1},
+    "live": {"color": "#0072B2", "linewidth": 2.6},
+    "joint": {"color": "#009E73", "linewidth": 2.1, "linestyle": "--"},
+    "single-replica": {"color": "#F0E442", "linewidth": 1.6},
+    "replicas": {"color": "#882255", "linewidth": 1.1},
+    "bound": {"color": "#000000", "linewidth": 0.6, "linestyle": (0, (1, 2))},
 }
 _ROUTED = {"color": "#CC79A7", "linewidth": 1.0}
 _BANDS = ("home", "live")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from waterfill_rs.policies.comparison import POLICIES, Result
+from waterfill_rs.policies.routed_rows import RoutedRows
 from waterfill_rs.policies.summary import (
     bound,
     by_phase,
@@ -49,7 +50,8 @@ class Expert:
 @dataclass(frozen=True)
 class Compared:
     """A recording under one EP size and placement. ``redundant``: experts beyond one of each; ``notes``: what had to be
-    assumed, and what is left out; ``hottest``: the hottest experts of each phase."""
+    assumed, and what is left out; ``hottest``: the hottest experts of each phase; ``routed``: by phase and choice of
+    replicas, what redundant experts make of routed rows; ``trivial``: redundant experts stand as sglang's default puts them."""
 
     recording: str
     ranks: int
@@ -59,6 +61,8 @@ class Compared:
     notes: list[str]
     results: list[Result]
     hottest: dict[str | None, list[Expert]] = field(default_factory=dict)
+    routed: dict[str | None, dict[str, RoutedRows]] = field(default_factory=dict)
+    trivial: bool = False
 
 
 def print_table(results: list[Result], title: str, unit: str = "rows") -> None:

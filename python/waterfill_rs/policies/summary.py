@@ -6,7 +6,7 @@ worth one of thousands. That mean is the one with shared experts at home, whatev
 
 from __future__ import annotations
 
-from waterfill_rs.policies.comparison import POLICIES, Result
+from waterfill_rs.policies.comparison import MOVE_ROUTED, POLICIES, Result
 
 __all__ = [
     "bound",
@@ -80,10 +80,11 @@ def microseconds(results: list[Result]) -> float:
 def bound(results: list[Result]) -> tuple[float, float]:
     """``ratio`` and ``microseconds`` if each slowest rank had the least that it can have.
 
-    That is with the routed rows where they are, and shared rows anywhere: no policy is below it but ``joint``, which
-    splits the rows of replicas anew. Alone ``joint`` has a bound of its own.
+    That is with the routed rows where they are, and shared rows anywhere: no policy is below it but those of ``MOVE_ROUTED``.
+    Where none but these is there, it is the bound of the first of them.
     """
-    policy = next((policy for policy in present(results) if policy != "joint"), "joint")
+    there = present(results)
+    policy = next((policy for policy in there if policy not in MOVE_ROUTED), there[0])
     own = of(results, policy)
     least = sum(result.optimum for result in own)
     return least / mean(own), least / passes(own) / 1e6

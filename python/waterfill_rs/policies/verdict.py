@@ -112,7 +112,7 @@ def _print_joint(over_home: float, over_live: float, unit: str) -> None:
         return
     print(
         f"Splitting the rows of replicas anew too (joint) is far better: {over_home:.1%}, and {over_live:.1%} less {unit} than\n"
-        "live counts alone. waterfill_rs.plan(policy='joint') makes such plans; a server with this package does not."
+        "live counts alone. A server does so with live replicas (--waterfill-rs-replicas)."
     )
 
 

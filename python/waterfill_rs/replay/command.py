@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs import outputs
-from waterfill_rs.policies import picture, report, summary, verdict
-from waterfill_rs.policies.comparison import POLICIES, Layer, compare
+from waterfill_rs.policies import picture, report, routed_rows, summary, verdict
+from waterfill_rs.policies.comparison import POLICIES, Layer, Result, compare
 from waterfill_rs.policies.report import Compared
+from waterfill_rs.policies.routed_rows import RoutedRows
 from waterfill_rs.replay import cost_models, page
+from waterfill_rs.trivial_placement import is_trivial
 
 if TYPE_CHECKING:
     from waterfill_rs.replay.dumps import Counts, Tokens
@@ -63,8 +65,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--placement",
         type=given_path,
-        help="what if experts stood as in sglang's default ('trivial'), as its EPLB places them ('eplb'), or as a file "
-        "says that --init-expert-location takes",
+        help="what if experts stood as in sglang's default ('trivial'), as its EPLB places them ('eplb'), as waterfill-rs place "
+        "does ('place'), or as a file says that --init-expert-location takes",
     )
     parser.add_argument(
         "--beside", type=given_path, help="another recording, in one table with this one"
@@ -111,6 +113,7 @@ def _run(arguments: argparse.Namespace) -> None:
     else:
         _print_notes(replayed)
         report.print_sizes(replayed, unit)
+        _print_traps(replayed)
     if arguments.json:
         beside = [arguments.beside] if arguments.beside else []
         paths = [*arguments.paths, *beside]
@@ -192,7 +195,15 @@ def _replay(arguments: argparse.Namespace) -> Iterator[Compared]:
         found, note = phases.phases_of(recorded)
         chosen = _chosen(recorded, found, arguments)
         layers = _with_progress(recorded_layers.layers(dump, policies, chosen), len(chosen))
-        results = [result for layer in layers for result in compare(layer, policies, cost_model)]
+        placed = _by_place(dump) if "replicas" in policies else None
+        results: list[Result] = []
+        routed: dict[str | None, dict[str, RoutedRows]] = {}
+        for layer in layers:
+            results += compare(layer, policies, cost_model)
+            if "replicas" in policies:
+                own = placed[layer.layer] if placed else None
+                totals = routed.setdefault(layer.phase, {})
+                routed_rows.measure(layer, own, cost_model, totals)
         left_out = list(recorded_layers.left_out({r.policy for r in results}, policies, dump))
         if not results:
             raise ValueError(f"{name}, EP{dump.ranks}: {' '.join(left_out)} No --policy is left.")
@@ -207,7 +218,21 @@ def _replay(arguments: argparse.Namespace) -> Iterator[Compared]:
         hot = {
             phase: hottest.hottest(dump, own) for phase, own in summary.by_phase(results).items()
         }
-        yield Compared(name, *shape, notes, results, hot)
+        yield Compared(name, *shape, notes, results, hot, routed, trivial=placed is not None)
+
+
+def _by_place(dump: Tokens | Counts) -> list[list[int]] | None:
+    """Where ``waterfill-rs place`` would put the experts of a recording whose redundant ones stand trivially; else None."""
+    from waterfill_rs.replay import placements, what_if
+
+    if dump.mappings is None or not is_trivial(dump.mappings):
+        return None
+    sums = what_if.logical_sums(dump)
+    redundant = dump.experts - sums.shape[1]
+    if redundant > sums.shape[1] * (dump.ranks - 1):
+        return None
+    mapping: list[list[int]] = placements.placed(sums, redundant, dump.ranks).tolist()
+    return mapping
 
 
 def _dumps(
@@ -336,10 +361,18 @@ def _print_one(replayed: Compared, unit: str) -> None:
         report.print_table(results, summary.heading(phase, results), unit)
         hottest.print_hottest(results, replayed.hottest.get(phase, []))
         verdict.print_verdict(results, replayed.top_k, unit)
+        routed_rows.print_routed_rows(replayed.routed.get(phase, {}), phase, unit, replayed.trivial)
     verdict.print_total(replayed.results, unit)
     print()
     for note in replayed.notes:
         print(note)
+
+
+def _print_traps(replayed: list[Compared]) -> None:
+    """Where redundant experts stand trivially, what that does."""
+    for one in (one for one in replayed if one.trivial):
+        for phase, totals in one.routed.items():
+            print(f"\n{one.recording}, EP{one.ranks}, {phase or 'all'}: {routed_rows.trap(totals)}")
 
 
 def _print_notes(replayed: list[Compared]) -> None:

@@ -47,6 +47,7 @@ def _object(one: Compared, timed: bool) -> dict[str, object]:
     return {
         **shape,
         "top_k": one.top_k,
+        "trivial": one.trivial,
         "notes": one.notes,
         "summary": {"phases": phases, **_gained(one.results)},
         "rows": (result.as_json() for result in one.results),
@@ -67,6 +68,7 @@ def _phase(
         "bound": {"ratio": ratio, **({"us_a_pass": microseconds} if timed else {})},
         "policies": {policy: _policy(of(results, policy), timed) for policy in policies},
         "rank_loads": {policy: hottest.rank_loads(of(results, policy)) for policy in policies},
+        "routed": {c: own.as_json(timed) for c, own in one.routed.get(phase, {}).items()},
         "hottest": [asdict(expert) for expert in one.hottest.get(phase, [])],
     }
     home = of(results, "home")

@@ -11,7 +11,7 @@ from typing import Any
 
 import waterfill_rs
 from waterfill_rs.outputs import whole
-from waterfill_rs.policies import report, summary, verdict
+from waterfill_rs.policies import report, routed_rows, summary, verdict
 from waterfill_rs.policies.comparison import Result
 from waterfill_rs.policies.report import Compared, printable
 from waterfill_rs.replay import heat_map
@@ -74,6 +74,8 @@ def _recording(one: Compared, unit: str) -> Iterator[str]:
         yield _table(report.print_table, results, f"weighted by {unit}", unit)
         yield _table(hottest.print_hottest, results, one.hottest.get(phase, []))
         yield _words(verdict.print_verdict, results, one.top_k, unit)
+        if totals := one.routed.get(phase):
+            yield _table(routed_rows.print_routed_rows, totals, phase, unit, one.trivial)
         yield from _maps(results, unit)
     yield _words(verdict.print_total, one.results, unit)
     yield "<ul>" + "".join(f"<li>{_text(note)}</li>" for note in one.notes) + "</ul>"

@@ -245,8 +245,8 @@ def _print_words(arguments: argparse.Namespace, worst: dict[str, float]) -> None
         f"Worst resampled: of {RESAMPLED} workloads like each given one, its experts' rows times log-normal noise of {place.SPREAD}."
     )
     print(
-        "A server does not use joint plans yet: sglang chooses replicas itself, roughly evenly, so 'even' is what this placement "
-        "gives today, and 'joint' is what live replicas would."
+        "With live replicas (--waterfill-rs-replicas) a server splits rows as 'joint' says, in batches of many rows. Without them "
+        "sglang chooses replicas itself, roughly evenly, as 'even' says."
     )
     print(
         f"{arguments.output}: give it to sglang with --init-expert-location {arguments.output} "

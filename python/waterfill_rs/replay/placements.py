@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from waterfill_rs._native import MAX_RANKS
-from waterfill_rs.replay import whole_numbers
+from waterfill_rs.replay import place, whole_numbers
 
-__all__ = ["DoesNotDivideError", "check_divides", "checked", "trivial"]
+__all__ = ["DoesNotDivideError", "check_divides", "checked", "placed", "trivial"]
 
 
 class DoesNotDivideError(ValueError):
@@ -47,6 +47,20 @@ def _some(numbers: list[int]) -> str:
 def trivial(layers: int, logical: int, redundant: int) -> Tensor:
     """sglang's default: physical expert p is logical expert p mod E, so the first experts have the replicas."""
     return (torch.arange(logical + redundant) % logical).repeat(layers, 1)
+
+
+def placed(counts: Tensor, redundant: int, ranks: int) -> Tensor:
+    """As ``waterfill-rs place`` puts experts for logical counts ``[L, E]``: a map ``[L, P]``. Dense layers are trivial.
+
+    Raises:
+        ValueError: as ``place.place`` does.
+    """
+    layers, logical = counts.shape
+    mapping = trivial(layers, logical, redundant)
+    for layer, rows in enumerate(counts.tolist()):
+        if any(rows):
+            mapping[layer] = torch.tensor(place.place([rows], ranks=ranks, redundant=redundant))
+    return mapping
 
 
 def checked(name: str, content: Any, layers: int, logical: int) -> Tensor:

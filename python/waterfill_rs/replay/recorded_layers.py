@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from waterfill_rs.policies.comparison import Batch, Layer
+from waterfill_rs.policies.comparison import MOVE_ROUTED, Batch, Layer
 from waterfill_rs.replay import sglang_waterfill
 from waterfill_rs.replay.recorded import Counts, Tokens
 
@@ -38,9 +38,15 @@ def left_out(
         "sglang-static": of_sglang,
         "sglang-dynamic": of_sglang,
         "own-counts": "this dump does not tell whose tokens the counts are",
-        "joint": "no expert of this dump has replicas",
+        **dict.fromkeys(MOVE_ROUTED, "no expert of this dump has replicas"),
     }
-    for policy in (policy for policy in policies if policy not in found):
+    if dump.mappings is not None:
+        reasons["single-replica"] = "one replica an expert is for decode, and no pass here is one"
+    missing = [policy for policy in policies if policy not in found]
+    for reason in dict.fromkeys(reasons[policy] for policy in missing if policy in MOVE_ROUTED):
+        own = [one for one in missing if one in MOVE_ROUTED and reasons[one] == reason]
+        yield f"{', '.join(own)} {'are' if len(own) > 1 else 'is'} left out: {reason}."
+    for policy in (policy for policy in missing if policy not in MOVE_ROUTED):
         yield f"{policy} is left out: {reasons[policy]}."
 
 

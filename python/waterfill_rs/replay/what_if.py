@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from waterfill_rs.replay import dump_files, dumps, placements
+from waterfill_rs.replay import dump_files, dumps, place, placements
 from waterfill_rs.replay.dumps import Counts, Tokens
 
 __all__ = ["Places", "logical_sums"]
@@ -20,7 +20,8 @@ class Places:
     Args:
         dump: the recording; where its experts stood is forgotten.
         redundant: experts beyond one of each; None: as many as a map says, else 0.
-        placement: ``trivial``; ``eplb``; a file with a ``physical_to_logical_map``; or a recording, for EPLB.
+        placement: ``trivial``; ``eplb``; ``place``, as ``waterfill-rs place`` does; a file with a
+            ``physical_to_logical_map``; or a recording, for EPLB.
 
     Raises:
         ValueError: with the numbers, where a file does not fit the recording.
@@ -33,6 +34,7 @@ class Places:
         self._redundant = redundant or 0
         self._map: Tensor | None = None
         self._counts: Tensor | None = None
+        self._by_place = str(placement) == "place"
         if str(placement) == "trivial":
             again = ", the first ones again at the end: sglang's default" if redundant else ""
             self._note = f"Experts stand in order{again}."
@@ -42,6 +44,12 @@ class Places:
                 "Experts stand as sglang's EPLB places them for this very recording: other traffic is less level. "
                 "--placement OTHER_RECORDING tells how much."
             )
+        elif self._by_place:
+            self._counts = sums
+            self._note = (
+                "Experts stand as waterfill-rs place puts them for this very recording: other traffic is less level. "
+                "waterfill-rs place OTHER_RECORDING -o FILE and --placement FILE tell how much."
+            )
         else:
             self._read(placement, redundant)
 
@@ -50,7 +58,7 @@ class Places:
         self._name = dump_files.name_of(path)
         if self._name == str(path) and not os.path.exists(path):
             raise ValueError(
-                f"--placement {path}: there is no such file or folder: give trivial, eplb, a file with a "
+                f"--placement {path}: there is no such file or folder: give trivial, eplb, place, a file with a "
                 "physical_to_logical_map, or a recording"
             )
         given = dumps.read_map(path)
@@ -81,9 +89,12 @@ class Places:
 
         Raises:
             DoesNotDivideError: with the numbers that would do.
+            ValueError: if ``place`` has no place for so many redundant experts.
         """
         if self._map is None:
             placements.check_divides(self._logical, "logical", ranks, self._redundant)
+            if self._by_place:
+                place.check(self._logical, ranks, self._redundant, 1)
         elif self._map.shape[1] % ranks:
             raise placements.DoesNotDivideError(
                 f"{self._name}: {self._map.shape[1]} physical experts do not divide over {ranks} ranks: "
@@ -126,6 +137,8 @@ class Places:
         """``[L, P]``"""
         if self._map is not None:
             return self._map
+        if self._by_place and self._counts is not None:
+            return placements.placed(self._counts, self._redundant, ranks)
         if self._counts is not None:
             from waterfill_rs.sglang import eplb
 
