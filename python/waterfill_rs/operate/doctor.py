@@ -21,7 +21,7 @@ from waterfill_rs import _native, nvrtc
 from waterfill_rs.config import PLANNER_VARIABLE, Config
 from waterfill_rs.exchange import boards as board_finder
 from waterfill_rs.exchange.settings import BoardSettings
-from waterfill_rs.operate import checks, self_test
+from waterfill_rs.operate import checks, self_test, server_commands
 from waterfill_rs.operate.checks import Entry, Finding, Severity
 from waterfill_rs.sglang_versions import KNOWN, row_of
 
@@ -47,6 +47,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--ranks", type=int, help=f"ranks on this host (its GPUs; {USUAL_RANKS} if there are none)"
     )
+    parser.add_argument(
+        "command",
+        nargs="*",
+        metavar="WORD",
+        help="after --: the server's command, whose redundant experts are looked at (default: servers that run here)",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -54,7 +60,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.ranks is not None and not 1 <= arguments.ranks <= _native.MAX_RANKS:
         raise ValueError(f"--ranks {arguments.ranks}: give 1 to {_native.MAX_RANKS}")
     findings = []
-    for finding in _findings(arguments.ranks, arguments.deep):
+    for finding in _findings(arguments.ranks, arguments.deep, arguments.command):
         findings.append(finding)
         if not arguments.json:
             print(_line(finding), flush=True)
@@ -85,9 +91,9 @@ def _finding_as_json(finding: Finding) -> dict[str, str]:
     return {("level" if name == "severity" else name): value for name, value in told.items()}
 
 
-def _findings(ranks: int | None, deep: bool) -> Iterator[Finding]:
+def _findings(ranks: int | None, deep: bool, command: Sequence[str]) -> Iterator[Finding]:
     """All checks of this machine, the quick ones first."""
-    for name, look in _looks(ranks, deep).items():
+    for name, look in _looks(ranks, deep, command).items():
         try:
             yield look()
         except Exception as error:  # The others' findings are wanted all the more.
@@ -95,7 +101,9 @@ def _findings(ranks: int | None, deep: bool) -> Iterator[Finding]:
             yield Finding(name, "fail", text, "please report it, with this line")
 
 
-def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
+def _looks(
+    ranks: int | None, deep: bool, command: Sequence[str] = ()
+) -> dict[str, Callable[[], Finding]]:
     """Each check, bound to this machine."""
     environment = os.environ
     gpus = checks.visible_gpus(Path("/dev"), environment, _uuids(DRIVER))
@@ -116,6 +124,9 @@ def _looks(ranks: int | None, deep: bool) -> dict[str, Callable[[], Finding]]:
         ),
         "one_batch": lambda: checks.one_batch(_folder("sglang")),
         "variables": lambda: checks.variables(environment),
+        "placement": lambda: server_commands.placement(
+            {"the given command": command} if command else server_commands.running(Path("/proc"))
+        ),
         "shm": lambda: checks.shared_memory(
             board_finder.SHARED_MEMORY,
             _text(Path("/proc/mounts")),

@@ -1,0 +1,128 @@
+"""What the doctor says of a server's redundant experts: from a command that it is given, or of a server that runs here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from waterfill_rs.cli import main
+from waterfill_rs.operate import server_commands
+from waterfill_rs.operate.server_commands import placement, running, value_of
+
+LAUNCH = ["python", "-m", "sglang.launch_server", "--enable-waterfill"]
+PLACED = {"physical_to_logical_map": [[0, 1, 2, 3, 3, 2]]}
+TRIVIAL = {"physical_to_logical_map": [[0, 1, 2, 3, 0, 1]] * 2}
+
+
+def found(*words):
+    return placement({"the given command": [*LAUNCH, *words]})
+
+
+def test_redundant_experts_without_a_placement_are_warned_of():
+    for words in (
+        ["--ep-num-redundant-experts", "32"],
+        ["--ep-num-redundant-experts=32"],
+        ["--ep-num-redundant-experts", "16", "--ep-num-redundant-experts", "32"],
+        ["--ep-num-redundant-experts", "32", "--init-expert-location", "trivial"],
+    ):
+        warned = found(*words)
+        assert (warned.check, warned.severity) == ("placement", "warn"), words
+        assert "32 redundant experts stand in trivial places: " in warned.text
+        assert (
+            "--redundant 32 -o placed.json, and --init-expert-location placed.json" in warned.advice
+        )
+    words = ["--ep-num-redundant-experts", "32", "--enable-eplb"]
+    assert "trivial places until EPLB rebalances: " in found(*words).text
+
+
+def test_none_and_placed_ones_are_fine(tmp_path):
+    assert found().severity == found("--ep-num-redundant-experts", "0").severity == "ok"
+    assert "no redundant experts" in found().text
+    redundant = ["--ep-num-redundant-experts", "2", "--init-expert-location"]
+    path = tmp_path / "placed.json"
+    path.write_text(json.dumps(PLACED))
+    fine = found(*redundant, str(path))
+    assert fine.severity == "ok" and f"placed by {path}" in fine.text and not fine.advice
+    for location in ("/counts.pt", json.dumps(PLACED), json.dumps({"logical_count": [[1, 2]]})):
+        assert found(*redundant, location).severity == "ok", location
+    long = json.dumps({"physical_to_logical_map": [[*range(64), 5, 6]]})
+    assert "placed by a map" in found(*redundant, long).text
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_map_that_is_the_trivial_one_is_no_placement(as_text, tmp_path):
+    path = tmp_path / "placed.json"
+    path.write_text(json.dumps(TRIVIAL))
+    location = json.dumps(TRIVIAL) if as_text else str(path)
+    words = ["--ep-num-redundant-experts", "2", "--init-expert-location", location]
+    assert found(*words).severity == "warn"
+
+
+def test_a_file_that_is_none_is_the_servers_to_refuse(tmp_path):
+    broken = tmp_path / "broken.json"
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        '{"physical_to_logical_map": 5}',
+        '{"physical_to_logical_map": [5]}',
+    ):
+        broken.write_text(text)
+        words = ["--ep-num-redundant-experts", "2", "--init-expert-location", str(broken)]
+        assert found(*words).severity == "ok", text
+    assert found(*words[:-1], str(tmp_path / "nowhere.json")).severity == "ok"
+
+
+def test_values_of_flags():
+    assert value_of(["--a", "1", "--b"], "--a") == "1"
+    assert value_of(["--a", "--b"], "--a") == value_of(["--b", "--a"], "--a") == ""
+    assert value_of(["--ab", "1"], "--a") is None
+
+
+def put(proc, pid, *words):
+    (proc / str(pid)).mkdir(parents=True)
+    (proc / str(pid) / "cmdline").write_bytes("\0".join([*words, ""]).encode())
+
+
+def test_servers_among_processes(tmp_path):
+    put(tmp_path, 7, *LAUNCH, "--ep-num-redundant-experts", "32")
+    put(tmp_path, 8, "/usr/bin/sglang", "serve", "--model-path", "x")
+    put(tmp_path, 9, "sglang::scheduler_DP0_TP0")
+    put(tmp_path, 10, "grep", "launch_server")
+    put(tmp_path, 11)
+    (tmp_path / "12").mkdir()
+    (tmp_path / "self").mkdir()
+    commands = running(tmp_path)
+    assert list(commands) == ["server 7", "server 8"]
+    assert commands["server 7"] == [*LAUNCH, "--ep-num-redundant-experts", "32"]
+    told = placement(commands)
+    assert told.severity == "warn" and told.text.startswith("server 7: 32 redundant")
+    del commands["server 7"]
+    assert placement(commands).text == "server 8: no redundant experts"
+    assert "waterfill-rs doctor -- COMMAND" in placement({}).text
+
+
+def test_a_process_that_runs_here_is_seen():
+    words = ["sglang.launch_server", "--ep-num-redundant-experts", "32"]
+    code = "import sys, time; print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            assert running(Path("/proc"))[f"server {process.pid}"][-3:] == words
+        finally:
+            process.kill()
+
+
+def test_the_command_takes_a_servers_words(capsys, monkeypatch):
+    monkeypatch.setattr(server_commands, "running", lambda proc: {"server 1": LAUNCH})
+
+    def told(*words):
+        main(["doctor", "--json", *words])
+        checks = json.loads(capsys.readouterr().out)["checks"]
+        return next(one for one in checks if one["check"] == "placement")
+
+    warned = told("--", *LAUNCH, "--ep-num-redundant-experts", "8")
+    assert warned["level"] == "warn" and "the given command: 8 redundant" in warned["text"]
+    assert told()["text"] == "server 1: no redundant experts"
