@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs.config import Config
-from waterfill_rs.sglang import eligibility, refusal, sizes, unfusing
+from waterfill_rs.sglang import eligibility, refusal, sizes, trivial_places, unfusing
 from waterfill_rs.sglang.compat import resolve
 from waterfill_rs.sglang_versions import ROWS, Seams
 
@@ -111,6 +111,7 @@ class Preparation:
             draft = _is_draft(args, kwargs) or any(getattr(r, "is_draft", False) for r in routers)
             replicas = self._replicas(routers, config, arguments, alone, draft)
             self._join(balancers, config, peers, alone, device, where, replicas)
+            trivial_places.tell(arguments, balancers[0].rank)
         return result
 
     def _has_sglangs(self, routers: list[Any]) -> bool:

@@ -1,0 +1,103 @@
+"""The warning at start where redundant experts stand as sglang's default puts them, with sglang's own map."""
+
+import logging
+import types
+
+import pytest
+
+pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
+
+from inside import EXPERTS, RANK, hash_layer, prepare
+
+from waterfill_rs.sglang import trivial_places
+
+REDUNDANT, LAYERS = 16, 3
+WORDS = "16 redundant experts stand in trivial places, sglang's default"
+
+
+@pytest.fixture(autouse=True)
+def told_anew():
+    trivial_places._tell_once.cache_clear()
+    yield
+    trivial_places._tell_once.cache_clear()
+
+
+@pytest.fixture
+def in_force(sglang, monkeypatch):
+    """Puts a map in force: sglang's default, or the same with its last two experts changed about."""
+    from sglang.srt.eplb import expert_location
+    from sglang.srt.runtime_context import get_resources
+
+    def put(changed=False):
+        common = dict(
+            num_physical_experts=EXPERTS + REDUNDANT,
+            base_num_physical_experts=EXPERTS + REDUNDANT,
+            model_config_for_expert_location=types.SimpleNamespace(
+                num_layers=LAYERS, num_logical_experts=EXPERTS
+            ),
+        )
+        kept = []
+
+        def by_mapping(model_config, physical_to_logical_map, **_):
+            kept.append(physical_to_logical_map.clone())
+
+        metadata = expert_location.ExpertLocationMetadata
+        with monkeypatch.context() as patched:
+            patched.setattr(metadata, "_init_common", staticmethod(lambda *_: common))
+            patched.setattr(metadata, "init_by_mapping", staticmethod(by_mapping))
+            metadata.init_trivial(None, RANK)
+        (mapping,) = kept
+        if changed:
+            mapping[1, [-1, -2]] = mapping[1, [-2, -1]]
+        found = types.SimpleNamespace(physical_to_logical_map=mapping)
+        monkeypatch.setattr(get_resources(), "expert_location_metadata", found)
+
+    return put
+
+
+def arguments(redundant=REDUNDANT, **fields):
+    return types.SimpleNamespace(ep_num_redundant_experts=redundant, **fields)
+
+
+def test_sglangs_default_is_told_once_by_rank_0(in_force, caplog):
+    in_force()
+    trivial_places.tell(arguments(), 1)
+    trivial_places.tell(arguments(redundant=0), 0)
+    assert not caplog.text
+    for _ in range(2):
+        trivial_places.tell(arguments(), 0)
+    assert caplog.text.count(WORDS) == 1
+    assert "waterfill-rs place" in caplog.text and "--init-expert-location" in caplog.text
+    assert "EPLB" not in caplog.text
+
+
+def test_with_eplb_it_is_so_until_the_first_rebalance(in_force, caplog):
+    in_force()
+    trivial_places.tell(arguments(enable_eplb=True), 0)
+    assert f"{WORDS}, until EPLB rebalances: balance" in caplog.text
+
+
+def test_another_map_and_none_are_not_told_of(in_force, caplog, monkeypatch):
+    in_force(changed=True)
+    trivial_places.tell(arguments(), 0)
+    from sglang.srt.runtime_context import get_resources
+
+    monkeypatch.setattr(get_resources(), "expert_location_metadata", None)
+    trivial_places.tell(arguments(), 0)
+    monkeypatch.setattr(trivial_places, "_LOCATION", "sglang.no_such.module")
+    trivial_places.tell(arguments(), 0)
+    assert not caplog.text
+
+
+def test_a_servers_preparation_tells(sglang, in_force, caplog, monkeypatch):
+    from sglang.srt import runtime_context
+
+    in_force()
+    told = []
+    monkeypatch.setattr(trivial_places, "tell", lambda *given: told.append(given))
+    given = arguments()
+    monkeypatch.setattr(runtime_context, "get_server_args", lambda: given)
+    with sglang.moe.override(ep_num_redundant_experts=REDUNDANT), caplog.at_level(logging.INFO):
+        prepare(sglang, hash_layer(sglang))
+    assert told == [(given, RANK)]
+    assert "waterfill-rs active" in caplog.text
