@@ -22,6 +22,48 @@
 //! assert_eq!(plan.shared_rows()[0], 0); // and it runs no shared row
 //! # Ok::<(), waterfill_core::Error>(())
 //! ```
+//!
+//! # Replicas
+//! With redundant experts, some experts have several *replicas*, each a physical expert of its own.
+//! [`Planner::joint`] splits their rows, so that the slowest rank has the fewest, and [`Planner::single_replica`] puts all
+//! rows of an expert on one replica, so that no rank loads more weights than it must. [`Planner::replicas`] takes the faster
+//! of the two. None of this needs sglang: a server gathers counts, plans, and each source names a replica for each of its rows.
+//!
+//! ```
+//! use waterfill_core::{
+//!     CostModel, Plan, Planner, Problem, ReplicaQuotas, ReplicaTable, Routed, choose_replicas,
+//! };
+//!
+//! // Two ranks of three physical experts, which are four logical ones: experts 0 and 1 are on both ranks.
+//! let table = ReplicaTable::new(2, &[0, 1, 2, 3, 0, 1])?;
+//! // Each source's rows by physical expert, [2, 6]. All rows of expert 0 go to its replica on rank 0.
+//! let counts = [500, 0, 200, 100, 0, 0, 300, 0, 100, 200, 0, 0];
+//! let routed: Vec<u32> = (0..6).map(|physical| counts[physical] + counts[6 + physical]).collect();
+//! let problem = Problem {
+//!     placement: table.placement(), // or Placement::replicated, for plans alone
+//!     cost: &CostModel::Rows,
+//!     routed: Routed::PerExpert(&routed),
+//!     tokens: &[0, 0], // no shared rows: they run elsewhere
+//!     visits: None,
+//!     eligible: None,
+//! };
+//! let mut plan = Plan::new();
+//! Planner::new().joint(&problem, &mut plan)?;
+//! assert_eq!(plan.optimum(), 700); // as routed, rank 0 has 1,100 rows
+//! assert_eq!(plan.replica_rows(), [400, 0, 300, 300, 400, 0]);
+//!
+//! // Each source's part: first rows that stay on its own rank. Replicas of expert 0, then of expert 1.
+//! let mut quotas = ReplicaQuotas::new();
+//! quotas.divide(&table, &counts, plan.replica_rows())?;
+//! assert_eq!(quotas.of(0), [400, 100, 0, 0]);
+//! assert_eq!(quotas.of(1), [0, 300, 0, 0]);
+//!
+//! // And each row's: physical experts 0 and 4 are the same logical one.
+//! let mut ids = vec![0; 500];
+//! choose_replicas(&table, quotas.of(0), &mut ids, 1)?;
+//! assert_eq!(ids.iter().filter(|&&id| id == 4).count(), 100);
+//! # Ok::<(), waterfill_core::Error>(())
+//! ```
 #![forbid(unsafe_code)]
 
 mod assign;
