@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use libloading::{Library, Symbol};
 use waterfill_board::{Ended, Heap, Outcome};
-use waterfill_cuda::{Call, Compiler, IdType, Quotas, Runner, Shape, WeightType};
+use waterfill_cuda::{Call, Compiler, IdType, Quotas, ReplicaCall, Runner, Shape, WeightType};
 
 const ORDINAL: usize = 3;
 const STREAM: usize = 0x99;
@@ -138,6 +138,7 @@ fn every_call_of_ours_makes_these_of_the_driver_and_no_other() {
     without_clusters(&driver, &compiler);
     driver.set_architecture(90);
     with_clusters(&driver, &compiler);
+    with_replicas(&driver, &compiler);
     refused_while_made(&driver, &compiler);
     refused_later(&driver, &compiler);
     driver.set_architecture(10);
@@ -221,6 +222,77 @@ fn with_clusters(driver: &Driver, compiler: &Compiler) {
     assert!(launched.contains("stream 0x99, attribute 4: clusters of 16x1x1\n"), "{launched}");
     assert_eq!(launched.lines().count(), 4, "{launched}");
     drop(runner);
+    driver.calls();
+}
+
+/// With redundant experts one kernel more is loaded and warmed, and makes the calls on the board.
+fn with_replicas(driver: &Driver, compiler: &Compiler) {
+    let shape = Shape { redundant: 32, ..SHAPE };
+    let mut runner = Runner::new(ORDINAL, shape, 2, compiler).unwrap();
+    let calls = driver.calls();
+    assert_eq!(calls.matches("cuModuleLoadData").count(), 4, "{calls}");
+    assert_eq!(calls.matches("cuModuleGetFunction choose_replicas").count(), 2, "{calls}");
+    assert_eq!(calls.matches("cuFuncSetAttribute 8 to 232448").count(), 6, "{calls}");
+    assert_eq!(calls.matches("cuFuncSetAttribute 14 to 1").count(), 3, "{calls}");
+    assert_eq!(calls.matches("cuOccupancyMaxActiveClusters").count(), 3, "{calls}");
+    assert_eq!(calls.matches("cuMemAlloc_v2 48").count(), 2, "{calls}");
+    assert_eq!(calls.matches("cuLaunchKernelEx").count(), 7, "{calls}");
+    assert_eq!(runner.words(), 1 + 8 + 256 + 1);
+    let call = ReplicaCall {
+        ids: 1,
+        rows: 4,
+        unpadded: 0,
+        out: 2,
+        moved: true,
+        quotas: 0,
+        table: 3,
+        logical: 4,
+        gathered: 0,
+        cap: Duration::from_millis(1),
+    };
+    // SAFETY: the fake driver runs nothing.
+    let choose = |runner: &Runner, rows| unsafe {
+        runner.choose_replicas(&ReplicaCall { rows, ..call }, STREAM)
+    };
+    let refused = |result: waterfill_cuda::Result<()>, said: &str| {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+        assert_eq!(driver.calls().matches("cuLaunchKernelEx").count(), 0);
+    };
+    refused(choose(&runner, 4), "without a board");
+    refused(attach(&mut runner, &board()), "a board with 0 redundant experts: give one with 32");
+    let board = waterfill_board::Shape::with_redundant(8, 256, 32).unwrap();
+    runner.attach(Arc::new(Heap::new(board)), board).unwrap();
+    driver.calls();
+    for rows in [4, 4096] {
+        choose(&runner, rows).unwrap();
+        let launched = driver.calls();
+        assert_eq!(launched.lines().count(), 4, "{launched}");
+        assert_eq!(launched.contains("clusters of 16x1x1"), rows == 4096, "{launched}");
+    }
+    // SAFETY: the fake driver runs nothing.
+    unsafe { runner.count_replicas(&call, 77, STREAM) }.unwrap();
+    assert_eq!(driver.calls().matches("cuLaunchKernelEx").count(), 1);
+    launch(&runner, 4, Quotas::Given { address: 5 }).unwrap();
+    driver.calls();
+    let gathered = Quotas::Gathered { cap: Duration::ZERO, address: 5 };
+    for quotas in [LIVE, gathered] {
+        refused(launch(&runner, 4, quotas), "32 redundant experts: choose replicas");
+    }
+    // SAFETY: the fake driver runs nothing.
+    refused(unsafe { runner.count(&CALL, 77, STREAM) }, "32 redundant experts: count");
+    refused(choose(&runner, 1 << 20), "256 experts (32 of them redundant)");
+    drop(runner);
+    let mut without = Runner::new(ORDINAL, SHAPE, 2, compiler).unwrap();
+    driver.calls();
+    refused(
+        without.attach(Arc::new(Heap::new(board)), board),
+        "32 redundant experts: give one with 0",
+    );
+    let shape = Shape { redundant: 256, ..SHAPE };
+    let error = Runner::new(ORDINAL, shape, 2, compiler).unwrap_err().to_string();
+    assert!(error.contains("256 redundant of 256 experts"), "{error}");
+    drop(without);
     driver.calls();
 }
 
