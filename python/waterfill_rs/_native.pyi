@@ -353,6 +353,15 @@ class ReplicaTable:
     def slots(self) -> int:
         """Replicas of replicated experts."""
     @property
+    def primaries(self) -> list[int]:
+        """``[P]`` the primary replica of each physical expert's logical one: one an expert, whatever the counts.
+
+        They are the first of each rank, if these are each logical expert once; else as few on the rank with most as can be.
+        """
+    @property
+    def first_primaries(self) -> int | None:
+        """How many of a rank's physical experts are primary, if these are its first ones, on every rank as many."""
+    @property
     def words(self) -> list[int]:
         """As the kernel reads it, for an int32 tensor ``[2 + P + redundant + 1 + 2 * redundant]``.
 
@@ -531,7 +540,12 @@ class CudaRunner:
             ValueError: no board, no redundant experts, more rows than fit.
             RuntimeError: what the driver refuses.
         """
-    def unsafe_move_up_ptr(self, ids: int, out: int, count: int, stream: int) -> None:
-        """Move ``count`` ids up past the shared experts by one launch on ``stream``: int64 ``[count]`` at ``out``."""
+    def unsafe_move_up_ptr(
+        self, ids: int, out: int, count: int, primaries: int, logical: int, stream: int
+    ) -> None:
+        """Move ``count`` ids up past the shared experts by one launch on ``stream``: int64 ``[count]`` at ``out``.
+
+        By their primary replicas, int32 ``[experts]`` at ``primaries``, checked by int64 ``[experts]`` at ``logical``. 0: without.
+        """
     def tally(self, stream: int) -> Ended:
         """How calls with given or live quotas ended; waits for the stream."""

@@ -157,17 +157,38 @@ class Expander:
         )
         return out_ids, out_weights
 
-    def move_up(self, topk_ids: Tensor) -> Tensor:
+    def move_up(
+        self, topk_ids: Tensor, primaries: Tensor | None = None, logical: Tensor | None = None
+    ) -> Tensor:
         """Ids ``[N, K]`` past the shared experts, int64, by one launch; see ``waterfill_rs.torch.move_up``.
 
         It posts nothing and waits for nobody, may be on any stream, and takes any N; without rows nothing is launched.
+
+        Args:
+            primaries: int32 ``[physical_experts]`` on the device, the primary replica of each one's logical expert: ids go out
+                by it. A graph reads it at each replay.
+            logical: int64 ``[physical_experts]`` on the device, the logical expert of each by the server's own map. An id whose
+                primary is of another one goes out by itself.
 
         Raises:
             ValueError: a tensor that does not fit, before anything is written.
         """
         rows = self._check_ids(topk_ids)
+        for name, table, dtype in (
+            ("primaries", primaries, torch.int32),
+            ("logical", logical, torch.int64),
+        ):
+            if table is not None:
+                self._refuse(name, table, dtype, (self.experts,))
         out = torch.empty_like(topk_ids, dtype=torch.int64)
-        self._move_up(topk_ids.data_ptr(), out.data_ptr(), rows * self.top_k, self._stream())
+        self._move_up(
+            topk_ids.data_ptr(),
+            out.data_ptr(),
+            rows * self.top_k,
+            0 if primaries is None else primaries.data_ptr(),
+            0 if logical is None else logical.data_ptr(),
+            self._stream(),
+        )
         return out
 
     def choose_replicas(

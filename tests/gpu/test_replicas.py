@@ -45,6 +45,11 @@ class Group:
         ]
         self.ports = [_native.Port(self.boards[1], rank, CostModel.rows()) for rank in range(ranks)]
         self.streams = [torch.cuda.Stream() for _ in range(ranks)]
+        sizes = dict(physical_experts=experts, ranks=ranks, redundant=redundant, top_k=top_k)
+        self.expanders = [
+            Expander("cuda", rank=rank, ids=ids, board=self.boards[0], **sizes)
+            for rank in range(ranks)
+        ]
 
     def set_map(self, seed: int, layer: int = 0) -> None:
         """One that planners and ranks know from now on."""

@@ -101,5 +101,7 @@ pub use own::{HALF_TRUSTED, LEAST_TENTHS, OwnCounts, OwnPlanner};
 pub use placement::{MAX_EXPERTS, MAX_RANKS, Placement};
 pub use plan::{Plan, Planner, WEIGHTS_AS_ROWS};
 pub use problem::{Problem, Routed};
-pub use replicas::{NO_JOB, ReplicaAssigner, ReplicaQuotas, ReplicaTable, choose_replicas};
+pub use replicas::{
+    NO_JOB, Primaries, ReplicaAssigner, ReplicaQuotas, ReplicaTable, choose_replicas,
+};
 pub use transport::Transfer;

@@ -1,9 +1,12 @@
 //! Which replica runs each routed row of a replicated expert: the table of a layer's replicas, and the choice by quotas.
 
 use crate::check::check_length;
+use crate::cost::CostModel;
 use crate::error::Result;
 use crate::ids::{Id, check_rows};
 use crate::placement::Placement;
+use crate::plan::{Plan, Planner};
+use crate::problem::{Problem, Routed};
 
 /// In a table: a physical expert that is its expert's only one, or a slot that no replica has.
 pub const NO_JOB: u32 = u32::MAX;
@@ -24,6 +27,65 @@ pub struct ReplicaTable {
     first: Vec<u32>,
     /// `[slots]` the physical expert of each.
     replicas: Vec<u32>,
+    primaries: Primaries,
+}
+
+/// One replica of each expert, for batches in which an expert's weights take longer than its rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Primaries {
+    /// `[P]` the primary replica of each physical expert's logical one.
+    pub of: Vec<u32>,
+    /// How many of a rank's physical experts are primary, if these are its first ones, on every rank as many.
+    pub first: Option<usize>,
+}
+
+impl Primaries {
+    /// The first physical experts of all ranks, if they are each logical expert once. Else as few on the rank with most as can be.
+    fn new(placement: &Placement, physical_to_logical: &[u32]) -> Self {
+        let first = first_of_each_rank(placement, physical_to_logical);
+        let is_primary: Vec<bool> = match first {
+            Some(first) => (0..physical_to_logical.len())
+                .map(|physical| physical % placement.experts_per_rank() < first)
+                .collect(),
+            None => fewest_active(placement).iter().map(|&rows| rows > 0).collect(),
+        };
+        let mut primary = vec![0; placement.logical_experts()];
+        for (physical, &logical) in physical_to_logical.iter().enumerate() {
+            if is_primary[physical] {
+                primary[logical as usize] = physical as u32;
+            }
+        }
+        Self { of: physical_to_logical.iter().map(|&l| primary[l as usize]).collect(), first }
+    }
+}
+
+fn first_of_each_rank(placement: &Placement, physical_to_logical: &[u32]) -> Option<usize> {
+    let (ranks, logical_experts) = (placement.ranks(), placement.logical_experts());
+    let first = logical_experts / ranks;
+    let mut found = vec![false; logical_experts];
+    for of_rank in physical_to_logical.chunks_exact(placement.experts_per_rank()) {
+        of_rank[..first].iter().for_each(|&logical| found[logical as usize] = true);
+    }
+    // As many as there are experts, so each is found once.
+    (logical_experts.is_multiple_of(ranks) && found.iter().all(|&found| found)).then_some(first)
+}
+
+/// `[P]` rows where each logical expert has one, on one replica.
+fn fewest_active(placement: &Placement) -> Vec<u32> {
+    let mut rows = vec![1; placement.physical_experts()];
+    placement.jobs().for_each(|replicas| replicas[1..].iter().for_each(|&r| rows[r as usize] = 0));
+    let tokens = vec![0; placement.ranks()];
+    let problem = Problem {
+        placement,
+        cost: &CostModel::Rows,
+        routed: Routed::PerExpert(&rows),
+        tokens: &tokens,
+        visits: None,
+        eligible: None,
+    };
+    let mut plan = Plan::new();
+    Planner::new().single_replica(&problem, &mut plan).expect("a row an expert is a problem");
+    plan.replica_rows().to_vec()
 }
 
 impl ReplicaTable {
@@ -41,7 +103,14 @@ impl ReplicaTable {
             first.push(replicas.len() as u32);
         }
         let fingerprint = fingerprint(physical_to_logical);
-        Ok(Self { placement, fingerprint, job_of, first, replicas })
+        let primaries = Primaries::new(&placement, physical_to_logical);
+        Ok(Self { placement, fingerprint, job_of, first, replicas, primaries })
+    }
+
+    /// One replica of each expert, the same whatever the counts.
+    #[must_use]
+    pub fn primaries(&self) -> &Primaries {
+        &self.primaries
     }
 
     /// Where the experts are.
@@ -293,14 +362,13 @@ impl ReplicaQuotas {
         for (lefts, quotas) in lefts.zip(self.quotas.chunks_exact_mut(self.slots)) {
             for (left, slots) in lefts.iter_mut().zip(table.first.windows(2)) {
                 // Rows that no replica has room for: then the source's quotas do not add up, and it refuses them.
-                for slot in slots[0] as usize..slots[1] as usize {
-                    if *left == 0 {
-                        break;
-                    }
-                    let rows = self.rooms[slot].min(*left);
+                let slots = slots[0] as usize..slots[1] as usize;
+                let rooms = self.rooms[slots.clone()].iter_mut();
+                for (room, quota) in rooms.zip(&mut quotas[slots]) {
+                    let rows = (*room).min(*left);
                     *left -= rows;
-                    self.rooms[slot] -= rows;
-                    quotas[slot] += rows;
+                    *room -= rows;
+                    *quota += rows;
                 }
             }
         }
@@ -332,6 +400,28 @@ mod tests {
         let expected = vec![table.fingerprint(), 1, 0, 0, no, 0, no, no, 0, 3, 3, 0, 1, 3, no];
         assert_eq!(table.words(), expected);
         assert_ne!(table.fingerprint(), fingerprint);
+    }
+
+    #[test]
+    fn primaries_are_the_first_of_each_rank_where_those_are_all_experts() {
+        let table = ReplicaTable::new(2, &[0, 3, 1, 2, 1, 3]).unwrap();
+        let expected = Primaries { of: vec![0, 1, 4, 3, 4, 1], first: Some(2) };
+        assert_eq!(table.primaries(), &expected);
+        // Expert 1 is first on both ranks: then as many on each rank.
+        let table = ReplicaTable::new(2, &[1, 3, 0, 2, 1, 3]).unwrap();
+        let primaries = table.primaries();
+        assert_eq!(primaries.first, None);
+        let logical = [1, 3, 0, 2, 1, 3];
+        for (physical, &primary) in primaries.of.iter().enumerate() {
+            assert_eq!(logical[physical], logical[primary as usize]);
+            assert_eq!(primaries.of[primary as usize], primary);
+        }
+        let mut active: Vec<u32> = primaries.of.clone();
+        active.sort_unstable();
+        active.dedup();
+        assert_eq!((active.len(), active.iter().filter(|&&p| p < 3).count()), (4, 2));
+        // No rank has as many as another: three experts on two ranks.
+        assert_eq!(ReplicaTable::new(2, &[0, 1, 2, 0]).unwrap().primaries().first, None);
     }
 
     #[test]

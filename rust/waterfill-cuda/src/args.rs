@@ -95,6 +95,8 @@ with_layout! {
     struct MoveArgs {
         pub ids: u64,
         pub out: u64,
+        pub primaries: u64,
+        pub logical: u64,
         pub count: u64,
         pub rank_multiplier: u32,
         pub experts: u32,

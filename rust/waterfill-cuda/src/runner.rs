@@ -272,11 +272,34 @@ impl Runner {
     /// At `ids` are `count` ids of the shape's type and at `out` is room for as many 64-bit integers, both alive until the
     /// launch (and each replay of a graph with it) has run. `stream` is a stream of the runner's device, or 0.
     pub unsafe fn move_up(&self, ids: u64, out: u64, count: usize, stream: usize) -> Result<()> {
+        // SAFETY: the caller's promise; there are no primaries.
+        unsafe { self.move_primaries_up(ids, out, count, (0, 0), stream) }
+    }
+
+    /// The same by the primary replicas of the ids' experts: `(primaries, logical)` are 32-bit `[P]`, the primary replica of
+    /// each physical expert, and 64-bit `[P]`, the logical expert of each by the server's own map. An id whose primary is not
+    /// of the same logical expert goes out by itself. 0 for either: none.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As there, for both arrays too.
+    pub unsafe fn move_primaries_up(
+        &self,
+        ids: u64,
+        out: u64,
+        count: usize,
+        (primaries, logical): (u64, u64),
+        stream: usize,
+    ) -> Result<()> {
         if count == 0 {
             return Ok(());
         }
         let _current = self.device.current()?;
-        let args = MoveArgs { ids, out, count: count as u64, ..move_args(&self.args) };
+        let count_of_ids = count as u64;
+        let args =
+            MoveArgs { ids, out, primaries, logical, count: count_of_ids, ..move_args(&self.args) };
         // SAFETY: the kernel's parameter is `MoveArgs`; the rest is the caller's promise.
         unsafe { self.move_up.launch(launch_of_ids(count), Stream::borrow(stream), &args) }
     }

@@ -174,7 +174,7 @@ mod tests {
             let any = |redundant| source(&shape(redundant), Variant { clustered, own_only: false });
             let (without, with) = (any(0), any(4));
             assert!(!without.to_lowercase().contains("redundant"));
-            assert!(!without.contains("replica") && with.contains("choose_replicas"));
+            assert!(!without.contains("choose_replicas") && with.contains("choose_replicas"));
             // What is in both is the same text.
             let kernels = |text: &str| text[text.find("#line 1").unwrap()..].to_string();
             let expand = kernels(&without);

@@ -150,11 +150,21 @@ impl PyCudaRunner {
         })
     }
 
-    /// Move `count` ids up past the shared experts by one launch on `stream`: int64 `[count]` at `out`.
-    fn unsafe_move_up_ptr(&self, ids: u64, out: u64, count: usize, stream: usize) -> PyResult<()> {
+    /// Move `count` ids up past the shared experts by one launch on `stream`: int64 `[count]` at `out`. By their primary
+    /// replicas, int32 `[experts]` at `primaries`, checked by int64 `[experts]` at `logical`; 0: without.
+    fn unsafe_move_up_ptr(
+        &self,
+        ids: u64,
+        out: u64,
+        count: usize,
+        primaries: u64,
+        logical: u64,
+        stream: usize,
+    ) -> PyResult<()> {
+        let primaries = (primaries, logical);
         // SAFETY: `waterfill_rs.cuda` gives a contiguous tensor of the runner's device and type of ids, an int64 one of as
-        // many elements fresh from torch's allocator, and torch's current stream.
-        cuda_guarded(|| unsafe { self.inner.move_up(ids, out, count, stream) })
+        // many elements fresh from torch's allocator, tables of these types and lengths, and torch's current stream.
+        cuda_guarded(|| unsafe { self.inner.move_primaries_up(ids, out, count, primaries, stream) })
     }
 
     /// How calls with given or live quotas ended; waits for the stream.

@@ -7,7 +7,7 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use waterfill_board::{BoardPlanner, Outcome, Port, Posted, Segment};
-use waterfill_core::{Expander, OwnCounts, OwnPlanner, Placement, ReplicaAssigner, move_up};
+use waterfill_core::{Expander, Id, OwnCounts, OwnPlanner, Placement, ReplicaAssigner, move_up};
 
 use crate::board::{PyBoard, planner, tally_dict};
 use crate::error::{board_guarded, guarded, refused};
@@ -176,8 +176,7 @@ impl PyPort {
                 if moved {
                     // SAFETY: as in `unsafe_expand_ptr`, int64 `[rows, top_k]`.
                     let out = unsafe { array_mut("out", out, ids.rows * ids.top_k) }?;
-                    chosen.clear();
-                    chosen.extend(values.iter().map(|&id| -> i64 { id.into() }));
+                    widen(values, chosen);
                     guarded(|| {
                         plan.map_or(Ok(()), |(table, quotas)| {
                             replicas.assign(table, quotas, chosen, ids.top_k)
@@ -239,6 +238,12 @@ impl PyPort {
             self.process
         )))
     }
+}
+
+/// The ids in 64 bits, in place of what was there.
+fn widen<I: Id>(ids: &[I], out: &mut Vec<i64>) {
+    out.clear();
+    out.extend(ids.iter().map(|&id| -> i64 { id.into() }));
 }
 
 /// Post own counts and take the quotas; polls the planner meanwhile, if this rank has it.

@@ -50,6 +50,18 @@ impl PyReplicaTable {
         self.inner.slots()
     }
 
+    /// `[P]` the primary replica of each physical expert's logical one.
+    #[getter]
+    fn primaries(&self) -> Vec<u32> {
+        self.inner.primaries().of.clone()
+    }
+
+    /// How many of a rank's physical experts are primary, if these are its first ones, on every rank as many.
+    #[getter]
+    fn first_primaries(&self) -> Option<usize> {
+        self.inner.primaries().first
+    }
+
     /// The table as a kernel reads it, for an int32 tensor: numbers from 2^31 on are negative.
     #[getter]
     fn words(&self) -> Vec<i32> {

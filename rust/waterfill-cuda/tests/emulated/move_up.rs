@@ -45,6 +45,27 @@ fn moves<I: AnyId>(kernel: &mut Kernel, random: &mut Random, shape: &Shape) -> C
     let is_known = |id: I| id.into() < shape.experts as i64;
     let known = |&id: &I| if is_known(id) { id } else { I::NONE };
     let known: Vec<I> = ids[..count].iter().map(known).collect();
+    // Tables of primaries in one case of two: right ones, ones of other experts, and ones of none.
+    let experts = shape.experts;
+    // Two more, for a kernel that looks past the last expert.
+    let mut logical: Vec<i64> =
+        (0..experts).map(|_| random.below(experts.div_ceil(2)) as i64).collect();
+    logical.extend([0, 0]);
+    let primary = |random: &mut Random| {
+        let past = experts + random.below(2);
+        (if random.below(4) == 0 { past } else { random.below(experts) }) as u32
+    };
+    let primaries: Vec<u32> = (0..experts).map(|_| primary(random)).collect();
+    let has_primaries = random.below(2) == 0;
+    let known: Vec<I> = known
+        .into_iter()
+        .map(|id| {
+            let Ok(expert) = usize::try_from(id.into()) else { return id };
+            let primary = primaries[expert] as usize;
+            let same = primary < experts && logical[primary] == logical[expert];
+            if has_primaries && same { I::from_low(primary as u32) } else { id }
+        })
+        .collect();
     let mut moved = vec![UNTOUCHED; ids.len()];
     waterfill_core::move_up(&placement(shape), &known, 1, &mut moved[..count]).unwrap();
     // Without ids as the runner launches it once.
@@ -53,6 +74,8 @@ fn moves<I: AnyId>(kernel: &mut Kernel, random: &mut Random, shape: &Shape) -> C
         let args = MoveArgs {
             ids: address(&ids),
             out: address_mut(&mut out),
+            primaries: if has_primaries { address(&primaries) } else { 0 },
+            logical: address(&logical),
             count: count as u64,
             ..move_args(&common_args(shape, 0, 0))
         };
