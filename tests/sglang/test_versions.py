@@ -53,6 +53,8 @@ CHECKS = [
     "recorder_takes_them_in_normal_mode",
     "redundant_experts_are_counted_or_refused",
     "redundant_experts_before_and_after_a_rebalance",
+    "redundant_experts_have_live_replicas_through_a_rebalance",
+    "redundant_experts_of_a_draft_model_keep_their_replicas",
     "two_batches_are_levelled_one_by_one",
     "v3_router_expands_nothing_on_an_idle_rank",
     "v3_router_gives_padded_rows_no_shared_row",

@@ -19,12 +19,15 @@ import types
 from pathlib import Path
 
 from mega_moe_probe import EXPERTS, TOP_K, MegaMoeProbe
+from replica_probe import ReplicaProbe
 
 RANKS, RANK, REDUNDANT, TOKENS, REAL = 8, 3, 8, 200, 70
 PHYSICAL = EXPERTS + REDUNDANT
 
 
-class Probe(MegaMoeProbe):
+class Probe(MegaMoeProbe, ReplicaProbe):
+    sizes = EXPERTS, PHYSICAL
+
     def __init__(self):
         os.environ["SGLANG_OPT_USE_FUSED_HASH_TOPK"] = "0"
         from sglang.srt.plugins import load_plugins

@@ -1,0 +1,90 @@
+"""The part of ``version_probe.py`` that is about replicas of redundant experts."""
+
+import contextlib
+import dataclasses
+from unittest import mock
+
+RANKS, LAYERS, CALLS = 2, 3, 4
+
+
+class ReplicaProbe:
+    """Mixed into ``Probe``, which has the layers, their preparation, and the two ranks."""
+
+    def check_redundant_experts_have_live_replicas_through_a_rebalance(self):
+        if not self.seams.redundant:
+            return "refused"
+        self.two_ranks_reach_the_optimum(self.replica_rank)
+
+    def check_redundant_experts_of_a_draft_model_keep_their_replicas(self):
+        if not self.seams.redundant:
+            return "refused"
+        from waterfill_rs.sglang import preparation, replicas
+
+        layer, config = self.v3_layer(1.0), preparation.Config()
+        self.prepare(layer)
+        balancers, cpu = [getattr(layer, self.seams.holder)], self.torch.device("cpu")
+        with self.placed(self.maps_of(1)):
+            for draft in (True, False):
+                chosen = replicas.Replicas(self.seams, config, 6, 0, draft=draft)
+                assert (chosen.tables(balancers, cpu, None) is None) == draft
+
+    def replica_rank(self, rank, folder):
+        """One of two processes: calls of two layers before and after a rebalance of theirs; rows by rank of each call."""
+        with self.placed(self.maps_of(1)) as there:
+            layers, exchange = self.join_two(rank, folder)
+        assert exchange.replicas is not None
+        found, moved = [], 0
+        for call in range(CALLS):
+            if call == CALLS // 2:
+                other = self.metadata_of(self.maps_of(2))
+                there.update(other, update_layer_ids=list(range(LAYERS)))
+            layer = layers[call % 2]
+            mapping = there.physical_to_logical_map[getattr(layer, self.seams.holder).layer_id]
+            routed = self.without_waterfill(layer, self.forward_v3)
+            given = routed.topk_ids[: 90 + 40 * rank].contiguous()
+            weights = routed.topk_weights[: len(given)]
+            expand = getattr(layer, self.seams.expands)
+            ids = expand(routed._replace(topk_ids=given, topk_weights=weights), len(given)).topk_ids
+            chosen = ids[:, :-1] - ids[:, :-1] // (mapping.numel() // RANKS + 1)
+            assert self.torch.equal(mapping[chosen.long()], mapping[given.long()])
+            moved += int((chosen != given).sum())
+            found.append(self.rows_by_rank(rank, len(given), ids))
+        assert moved > 0
+        self.tell(rank, folder, exchange, found)
+
+    def maps_of(self, seed):
+        """``[layers, P]``, each logical expert at least once."""
+        torch = self.torch
+        torch.manual_seed(seed)
+        logical, physical = self.sizes
+        more = torch.randint(logical, (physical - logical,))
+        return torch.stack(
+            [torch.cat([torch.arange(logical), more])[torch.randperm(physical)]] * LAYERS
+        )
+
+    @contextlib.contextmanager
+    def placed(self, mapping):
+        """sglang's map in force, this one."""
+        from sglang.srt.eplb import expert_location
+
+        there = self.metadata_of(mapping)
+        name = "get_global_expert_location_metadata"
+        with mock.patch.object(expert_location, name, lambda: there):
+            yield there
+
+    def metadata_of(self, mapping):
+        from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+
+        logical, physical = self.sizes
+        of_all = self.torch.full((LAYERS, logical, physical), -1)
+        fields = {
+            "physical_to_logical_map": mapping.clone(),
+            "physical_to_logical_map_cpu": mapping.clone(),
+            "logical_to_all_physical_map": of_all,
+            "logical_to_all_physical_map_cpu": of_all.clone(),
+            "logical_to_all_physical_map_num_valid": of_all[:, :, 0].clone(),
+            "ep_size": RANKS,
+            "logical_to_rank_dispatch_physical_map": None,
+        }
+        names = [field.name for field in dataclasses.fields(ExpertLocationMetadata)]
+        return ExpertLocationMetadata(**{name: fields[name] for name in names})
