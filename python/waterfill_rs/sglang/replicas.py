@@ -75,7 +75,7 @@ class Replicas:
         Raises:
             SystemExit: live plans were asked for by name and cannot be had.
         """
-        self._metadata = resolve(f"{self._seams.expert_location}.{_GETTER}")()
+        self._metadata = _in_force(self._seams)
         tables, self._reasons = self._own(balancers, device)
         if peers is not None:
             answer = "" if tables is None else _answer(tables)
@@ -127,7 +127,9 @@ class Replicas:
         """What keeps a model's ranks from live plans; the first, because others follow from it."""
         if self._asked == "sglang":
             return [f"{REPLICAS_VARIABLE}=sglang"]
-        if self._redundant <= 0:
+        if reasons := compat.against_replicas(self._seams):
+            return reasons
+        if self._metadata is None:
             return ["there are no redundant experts: give --ep-num-redundant-experts"]
         if self._draft:
             return ["this is a draft model, whose experts stay where they are"]
@@ -138,8 +140,6 @@ class Replicas:
             return [
                 f"sglang's map is of {found} physical experts, and Waterfill counts {member.experts}"
             ]
-        if reasons := compat.against_replicas(self._seams):
-            return reasons
         update = self._seams.location_update
         if not loaded_hooks.found().get(update):
             return [f"{update} is not waterfill-rs's after registration"]
@@ -167,6 +167,15 @@ class Replicas:
         return f"as sglang chooses, because {'; '.join(self._reasons)}" if self._redundant else ""
 
 
+def _in_force(seams: Seams) -> Any:
+    """sglang's metadata; None where it has none, has no redundant experts, or is another sglang."""
+    try:
+        found = resolve(f"{seams.expert_location}.get_global_expert_location_metadata")()
+        return found if found.num_physical_experts > found.num_logical_experts else None
+    except (AssertionError, AttributeError, ImportError):
+        return None
+
+
 def _against_map(logical: torch.Tensor, device: torch.device) -> list[str]:
     """What keeps a kernel on this device from reading sglang's map."""
     fits = logical.device == device and logical.dtype is torch.int64 and logical.is_contiguous()
@@ -182,9 +191,6 @@ def _answer(tables: ReplicaTables) -> str:
     """The same on two ranks if their maps are; told where they are not."""
     prints = b"".join(one.to_bytes(4, "little") for one in tables.fingerprints)
     return f"its map of experts is another one, with fingerprint {zlib.crc32(prints):08x}"
-
-
-_GETTER = "get_global_expert_location_metadata"
 
 
 @panics_are_errors
