@@ -16,6 +16,7 @@ from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.exchange.replicas import ReplicaTables
 from waterfill_rs.exchange.settings import BoardSettings
+from waterfill_rs.operate.status import describe
 from waterfill_rs.torch import count, move_up
 
 RANKS, LOGICAL, REDUNDANT, TOP_K, LAYERS = 3, 20, 4, 4, 3
@@ -131,9 +132,9 @@ def test_rows_are_those_of_the_plan_and_of_the_same_experts(pace, mixed):
             )
             for c in range(CALLS)
         ]
-        tally = exchange.tally()
+        tally, seen = exchange.tally(), {"name": "seen", **exchange.board.snapshot()}
         exchange.close()
-        return found, tally
+        return found, tally, seen
 
     of_ranks = on_ranks(run)
     moved = 0
@@ -141,7 +142,7 @@ def test_rows_are_those_of_the_plan_and_of_the_same_experts(pace, mixed):
         mapping, shared = maps[c % LAYERS], not mixed or c % 2 == 0
         plan = planned(c, mapping, shared=shared)
         rows, shared_rows = torch.zeros(EXPERTS, dtype=torch.int64), [0] * RANKS
-        for rank, (found, _) in enumerate(of_ranks):
+        for rank, (found, *_) in enumerate(of_ranks):
             ids, (chosen, sent) = ids_of(rank, c, mapping), found[c]
             assert same_experts(chosen, ids, mapping)
             moved += int((chosen != ids).sum())
@@ -150,8 +151,10 @@ def test_rows_are_those_of_the_plan_and_of_the_same_experts(pace, mixed):
         assert rows.tolist() == plan.replica_rows, c
         assert shared_rows == (plan.shared_rows if shared else [0] * RANKS), c
     assert moved > 500
-    for _, tally in of_ranks:
+    for _, tally, seen in of_ranks:
         assert tally["live"] == tally["calls"] == CALLS
+        told = f"replicas of {REDUNDANT} redundant experts chosen by {CALLS} plans"
+        assert seen["redundant"] == REDUNDANT and told in describe(seen)
 
 
 @pytest.mark.parametrize("layer", [None, -1, LAYERS, 9])

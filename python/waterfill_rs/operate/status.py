@@ -83,6 +83,10 @@ def describe(
         f"{planner['late']} a rank was late, {planner['silent']} it still was, {planner['given_up']} the planner was, "
         f"{planner['refused']} refused counts",
     ]
+    if snapshot["redundant"]:
+        lines.append(
+            f"  replicas of {snapshot['redundant']} redundant experts chosen by {planner['replicas']} plans"
+        )
     if planner["mean"]:
         home, planned = (planner[name] / planner["mean"] for name in ("home_max", "planned_max"))
         lines.append(
