@@ -40,7 +40,7 @@ def total(calls, name):
     return [sum(column) for column in zip(*(call[name] for call in calls), strict=True)]
 
 
-@pytest.mark.parametrize("algorithm", ["static", "dynamic"])
+@pytest.mark.parametrize("algorithm", ["static", "dynamic", "lp"])
 def test_live_replicas_are_the_plans_before_and_after_a_rebalance(tmp_path, algorithm):
     ranks = two_ranks(tmp_path, algorithm)
     found = written(tmp_path, ranks)

@@ -64,18 +64,20 @@ def main(rank, folder, algorithm, differs):
         get_parallel().override(**parallel),
         get_exec().moe.override(**placed),
     ):
-        found = _run(rank, differs)
+        found = _run(rank, algorithm, differs)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
 
 
-def _run(rank, differs):
+def _run(rank, algorithm, differs):
     from sglang.srt.eplb import expert_location
 
+    stand_in_for_lp()
     before, after = maps_of(2 if differs and rank else 1), maps_of(3)
     there = metadata(before, rank)
     expert_location.set_global_expert_location_metadata(there)
-    layers, draft = _layers(), _layers()[:1]
+    hashed = LAYERS if algorithm == "lp" else 1
+    layers, draft = _layers(hashed), _layers(1)[:1]
     _prepare(layers)
     _prepare(draft, is_draft_model=True)
     end = layers[0].waterfill_balancer.exchange
@@ -99,13 +101,30 @@ def _run(rank, differs):
     return found
 
 
-def _layers():
-    """A hash layer of V4, and two of V3."""
+def stand_in_for_lp():
+    """The solver and the choice of ``lp`` are CUDA's: here each row goes to its expert's last replica."""
+    from sglang.srt.eplb import expert_location_dispatch, lplb_solver
+
+    def last(ids, info, _):
+        number = info.partial_logical_to_all_physical_map_num_valid[ids.long()]
+        return info.partial_logical_to_all_physical_map[ids.long(), number - 1].to(ids.dtype)
+
+    expert_location_dispatch._topk_ids_logical_to_physical_probability = last
+    for layer in range(LAYERS):
+        solver = types.SimpleNamespace(solve=lambda ids: torch.ones(1))
+        lplb_solver.set_global_lplb_solver(layer, solver)
+
+
+def _layers(hashed):
+    """So many hash layers of V4, then those of V3. Those have ``lp`` on CUDA devices alone."""
     from sglang.srt.layers.moe.topk import TopK
     from sglang.srt.model_executor.model_runner_components import moe_ep_setup
 
-    first = moe_ep_setup.HashTopK(TOP_K, LOGICAL, vocab_size=1000, layer_id=0)
-    return [first, *(TopK(TOP_K, layer_id=layer) for layer in range(1, LAYERS))]
+    of_v4 = [
+        moe_ep_setup.HashTopK(TOP_K, LOGICAL, vocab_size=1000, layer_id=layer)
+        for layer in range(hashed)
+    ]
+    return of_v4 + [TopK(TOP_K, layer_id=layer) for layer in range(hashed, LAYERS)]
 
 
 def _prepare(layers, **configuration):
@@ -129,9 +148,9 @@ def _call(layer, rank, call, mapping):
     rows = 0 if rank == 1 and call % 4 == 0 else 200 + 70 * rank
     torch.manual_seed(100 * call + rank)
     inputs = torch.zeros(rows, 8), torch.randn(rows, LOGICAL) + torch.linspace(0, 3, LOGICAL)
-    if call % LAYERS == 0:
+    if hashes := not hasattr(layer, "forward_native"):
         inputs += (torch.randint(0, 9, (rows,)),)
-    forward = layer if call % LAYERS == 0 else layer.forward_native
+    forward = layer if hashes else layer.forward_native
     balancer, overlapped = layer.waterfill_balancer, call % 2 == 1
     balancer.overlap = types.SimpleNamespace(runs=overlapped)
     chosen = layer.empty_topk_output(torch.device("cpu")) if rows == 0 else forward(*inputs)
