@@ -8,6 +8,7 @@ dense. ``--seen`` are the workloads by name that placements are made from. Witho
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import synthetic_routing
 import torch
 
 import waterfill_rs
-from waterfill_rs.replay import place, placements
+from waterfill_rs.replay import place, placements, primaries
 
 SHAPES = ((8, 32), (16, 32), (32, 32), (32, 64), (64, 64))
 """EP size and redundant experts."""
@@ -27,11 +28,15 @@ WORKLOADS, LAYERS = 8, 10
 
 
 class Judged(NamedTuple):
-    """max/mean: routed rows alone with replicas split evenly and by joint plans, and these with shared rows too."""
+    """max/mean: routed rows alone with replicas split evenly and by joint plans, and these with shared rows too.
+
+    ``primary``: routed rows on primary replicas alone; no number where these are not the first of each rank.
+    """
 
     even: float
     joint: float
     with_shared: float
+    primary: float
 
 
 def counts_of(file: Path | None) -> np.ndarray:
@@ -70,17 +75,20 @@ def _placed(
         from waterfill_rs.sglang.eplb import by_eplb
 
         yield "sglang's EPLB", by_eplb(torch.tensor(sums), redundant, ranks).tolist()
-    yield (
-        "place",
-        [
-            place.place(of.tolist(), ranks=ranks, redundant=redundant)
-            for of in scaled.transpose(1, 0, 2)
-        ],
-    )
+    names = {"place": redundant} | ({} if experts % ranks else {"place, none redundant": 0})
+    for name, number in names.items():
+        yield (
+            name,
+            [
+                place.place(of.tolist(), ranks=ranks, redundant=number)
+                for of in scaled.transpose(1, 0, 2)
+            ],
+        )
 
 
 def _worst(mapping: list[int], workloads: np.ndarray, ranks: int) -> Judged:
     each = []
+    has_primaries = primaries.are_first(mapping, workloads.shape[1], ranks)
     for workload in workloads.tolist():
         rows = place.scaled(workload)
         each.append(
@@ -88,6 +96,7 @@ def _worst(mapping: list[int], workloads: np.ndarray, ranks: int) -> Judged:
                 place.even(mapping, rows, ranks),
                 place.joint(mapping, rows, ranks),
                 _with_shared(mapping, rows, ranks),
+                primaries.level(mapping, rows, ranks) if has_primaries else math.nan,
             )
         )
     return Judged(*np.max(each, 0).tolist())
@@ -114,13 +123,15 @@ def main() -> int:
     parser.add_argument("--eplb", action="store_true", help="the installed sglang's EPLB too")
     asked = parser.parse_args()
     counts = counts_of(asked.counts)
-    print("| EP | redundant | seen | placement | even | joint | joint, with shared rows |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| EP | redundant | seen | placement | even | joint | joint, with shared rows | primary |"
+    )
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for ranks, redundant in SHAPES:
         for text in asked.seen or ["0"]:
             seen = [int(number) for number in text.split(",")]
             for name, found in judge(counts, seen, ranks, redundant, eplb=asked.eplb).items():
-                figures = " | ".join(f"{one:.3f}" for one in found)
+                figures = " | ".join("-" if math.isnan(one) else f"{one:.3f}" for one in found)
                 print(
                     f"| {ranks} | {redundant} | {len(seen)} | {name} | {figures} |",
                     flush=True,

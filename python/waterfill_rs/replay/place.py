@@ -8,7 +8,9 @@ workload, and of traffic that nobody has seen. Shared rows are left out: they ar
 2. Experts with replicas are placed first. Each rank gets about as many, and an expert's replicas join ranks that no chain of
    replicas joined before: along such chains a joint plan moves rows from any rank to any other.
 3. The other experts go to the rank that stays lightest over all workloads, those with most rows first.
+   Where ranks cannot have equally many *primary replicas* then (``primaries.py``), a few swaps see to it.
 4. A local search swaps experts of the slowest rank and of others, never replicas.
+5. Each rank's primary replicas come first, and its redundant ones last. Which experts it holds stays.
 
 Searches judged by resampled workloads too, or that moved replicas, or the best of several starts, were no better on real
 workloads that they had not seen: what serves those is that the chains join all ranks.
@@ -19,8 +21,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from itertools import product
 
 import waterfill_rs
+from waterfill_rs.replay import primaries
 
 __all__ = ["check", "even", "joint", "place", "resampled", "scaled"]
 
@@ -83,7 +87,7 @@ def even(mapping: Sequence[int], rows: Sequence[int], ranks: int) -> float:
     for expert in mapping:
         replicas[expert] += 1
     share = [rows[expert] / replicas[expert] for expert in mapping]
-    return max(_by_rank(share, ranks)) * ranks / sum(rows)
+    return max(primaries.by_rank(share, ranks)) * ranks / sum(rows)
 
 
 def joint(mapping: Sequence[int], rows: Sequence[int], ranks: int) -> float:
@@ -116,8 +120,9 @@ def place(
         raise ValueError(f"{experts} + {redundant} experts do not divide over {ranks} ranks")
     held = Held(experts, ranks, redundant, ranks_per_host)
     start(held, given)
+    level_primaries(held, given)
     search(held, given)
-    return held.mapping()
+    return primaries.first(held.mapping(), given, ranks)
 
 
 class Held:
@@ -221,6 +226,30 @@ def _make_room(held: Held, expert: int, room: int) -> int:
     return full
 
 
+def level_primaries(held: Held, workloads: list[Rows]) -> None:
+    """The end of step 3: swaps until each rank can have as many primary replicas, if experts divide over ranks and swaps do it.
+
+    A rank with too many gives one of them, for a replica that is not primary on a rank with too few.
+    """
+    most = [max(one) for one in zip(*workloads, strict=True)]
+    for _ in most if len(most) % held.ranks == 0 else ():
+        primary = primaries.counts(held.mapping(), len(most), held.ranks)
+        has = primaries.by_rank(primary, held.ranks)
+        many, few = has.index(max(has)), has.index(min(has))
+        given = [i for i in range(held.slots) if primary[many * held.slots + i]]
+        taken = [j for j in range(held.slots) if not primary[few * held.slots + j]]
+        swaps = []
+        for i, j in product(given, taken) if many != few else ():
+            mine, theirs = held.of[many][i], held.of[few][j]
+            if few not in held.on[mine] and many not in held.on[theirs]:
+                apart = abs(most[mine] / len(held.on[mine]) - most[theirs] / len(held.on[theirs]))
+                worth = len(held.on[mine]), held.beside(theirs, many), apart
+                swaps.append((worth, (many, i, few, j)))
+        if not swaps:
+            break
+        held.swap(*min(swaps)[1])
+
+
 def search(held: Held, workloads: list[Rows]) -> None:
     """Step 4. It never makes the worst of the workloads worse."""
     draws = random.Random(SEED)
@@ -248,7 +277,7 @@ def _swaps(held: Held, rows: list[int], draws: random.Random) -> list[tuple[int,
         rows: ``[P]``, as a joint plan has them.
     """
     slots = held.slots
-    load = _by_rank(rows, held.ranks)
+    load = primaries.by_rank(rows, held.ranks)
     slowest = [rank for rank in range(held.ranks) if load[rank] >= max(load) - _ROUNDED]
     hot = draws.choice(slowest)
     alone = [[i for i, e in enumerate(of) if len(held.on[e]) == 1] for of in held.of]
@@ -279,9 +308,3 @@ def _plan(mapping: Sequence[int], rows: Sequence[int], ranks: int) -> waterfill_
     return waterfill_rs.plan(
         routed, [0] * ranks, ranks=ranks, physical_to_logical=mapping, policy="joint"
     )
-
-
-def _by_rank(rows: Sequence[float], ranks: int) -> list[float]:
-    """Sums ``[R]`` of ``[P]``."""
-    slots = len(rows) // ranks
-    return [sum(rows[rank * slots : (rank + 1) * slots]) for rank in range(ranks)]

@@ -7,13 +7,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs import outputs
-from waterfill_rs.replay import place
+from waterfill_rs.replay import place, primaries
 from waterfill_rs.replay.command import given_path
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _write(output: Path, placed: Layers) -> None:
 def _print(
     arguments: argparse.Namespace, workloads: list[Layers], table: dict[str, Layers]
 ) -> None:
-    """A line for each workload and for the worst resampled one, two columns for each placement."""
+    """A line for each workload and for the worst resampled one, two columns for each placement and one more for the file."""
     from waterfill_rs.replay import dump_files
 
     ranks = arguments.ep
@@ -189,17 +189,20 @@ def _print(
     )
     print("max/mean of the ranks' routed rows, mean over layers")
     print("even: replicas split evenly; joint: split by joint plans")
+    print("primary: each expert on its primary replica alone, for decode")
     print()
     names = [*map(dump_files.name_of, arguments.recordings), "worst resampled"]
     width = max(map(len, names))
     print(" ".join([" " * width, *(f"{name:>15}" for name in table)]))
-    print(" ".join([" " * width, *(f"{'even':>8} {'joint':>6}" for _ in table)]))
+    columns = [f"{'even':>8} {'joint':>6}" for _ in table]
+    print(" ".join([" " * width, *columns, f"{'primary':>8}"]))
     worst = dict.fromkeys(table, 0.0)
     for name, rows in zip(names, workloads, strict=False):
         found = _print_line(f"{name:{width}}", [[one] for one in rows], table, ranks)
         worst = {placement: max(worst[placement], found[placement]) for placement in table}
     _print_line(f"{names[-1]:{width}}", list(map(_near, of_layers)), table, ranks)
     print()
+    _print_order(table["this"], of_layers, ranks)
     _print_words(arguments, worst)
 
 
@@ -215,8 +218,38 @@ def _print_line(
     even = {name: _mean(mapping, loads, ranks, place.even) for name, mapping in table.items()}
     plans = [_mean(mapping, loads, ranks, place.joint) for mapping in table.values()]
     cells = [f"{one:8.3f} {plan:6.3f}" for one, plan in zip(even.values(), plans, strict=True)]
+    if _not_first(table["this"], loads, ranks):
+        cells.append(f"{'-':>8}")
+    else:
+        cells.append(f"{_mean(table['this'], loads, ranks, primaries.level):8.3f}")
     print(" ".join([head, *cells]))
     return even
+
+
+def _not_first(
+    placed: Layers, loads: Sequence[Sequence[Sequence[int]]], ranks: int
+) -> dict[int, int]:
+    """Layers with rows whose primary replicas are not first, and how many the fullest rank has at least."""
+    return {
+        layer: primaries.fewest(mapping, max(mapping) + 1, ranks)
+        for layer, (mapping, of_layer) in enumerate(zip(placed, loads, strict=True))
+        if any(map(any, of_layer)) and not primaries.are_first(mapping, max(mapping) + 1, ranks)
+    }
+
+
+def _print_order(placed: Layers, of_layers: Sequence[Sequence[Sequence[int]]], ranks: int) -> None:
+    """Where primary replicas could not be first, that and why."""
+    odd, experts = _not_first(placed, of_layers, ranks), len(of_layers[0][0])
+    if experts % ranks:
+        print(
+            f"No order of primary replicas: {experts} logical experts do not divide over {ranks} ranks. Slots stay as they were."
+        )
+    elif odd:
+        layers = ", ".join(map(str, odd))
+        print(
+            f"No order of primary replicas in {len(odd)} of {len(placed)} layers ({layers}): a rank has at least "
+            f"{max(odd.values())} of them where {experts // ranks} would be even. Slots stay as they were there."
+        )
 
 
 def _mean(
