@@ -99,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--replicas",
-        default="live",
-        help="with --redundant, some of live, sglang: who chooses replicas where waterfill-rs is on (live)",
+        default="auto",
+        help="with --redundant, some of auto, live, sglang: who chooses replicas where waterfill-rs is on (auto)",
     )
     parser.add_argument(
         "--dispatch",

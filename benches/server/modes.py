@@ -19,16 +19,18 @@ MODES = (
     "off-dynamic",
     "sglang-replicas",
     "live-replicas",
+    "auto-replicas",
 )
 """In the order of tables. ``off``: no Waterfill, the shared expert is on a stream of its own beside dispatch. ``home``:
 fused, each shared row where its token is. ``sglang``, ``sglang-dynamic``: its own placements. ``own``, ``live``: ours from
 own and from all ranks' counts, fused. ``overlap``: ours, the shared expert unfused beside dispatch in every forward.
 ``fused``: ``auto`` but for one setting, fused in every forward. ``auto``: the package with no setting at all, in an engine
-where nothing is switched. The last four are those of ``WITH_REDUNDANT``; the others have no redundant experts."""
+where nothing is switched. The last five are those of ``WITH_REDUNDANT``; the others have no redundant experts."""
 
-WITH_REDUNDANT = MODES[-4:]
+WITH_REDUNDANT = MODES[-5:]
 """``off-static``, ``off-dynamic``: no Waterfill, and sglang chooses replicas by that ``ep_dispatch_algorithm``.
-``sglang-replicas``: the package, and replicas as sglang chose them. ``live-replicas``: the package chooses them too."""
+``sglang-replicas``: the package, and replicas as sglang chose them. ``live-replicas``: the package chooses them by live plans in
+every batch. ``auto-replicas``: as it does with no setting, by live plans in prefill and primary ones in decode."""
 
 SWITCHED = ("home", "sglang", "sglang-dynamic", "own", "live", "overlap")
 """What one engine with Waterfill can change between from forward to forward."""
@@ -45,9 +47,9 @@ REFERENCES = ("off", "home")
 """What ratios are to."""
 VERDICT_AMONG = ("off", "home", "own", "live")
 """Of these, the fastest is what ``auto`` is held to."""
-LIVE = ("live", "fused", "auto", "sglang-replicas", "live-replicas")
-"""Those that ask for live plans. An engine has one of them, or both of the last two."""
-CHOOSE = ("auto", "sglang-replicas", "live-replicas")
+LIVE = ("live", "fused", "auto", "sglang-replicas", "live-replicas", "auto-replicas")
+"""Those that ask for live plans. An engine has one of them, or several of the last three."""
+CHOOSE = ("auto", "sglang-replicas", "live-replicas", "auto-replicas")
 """Where nothing is switched, the package chooses for each batch whether it overlaps."""
 
 BACKEND_VARIABLE, SHARED_VARIABLE = "WATERFILL_RS", "WATERFILL_RS_SHARED"
@@ -180,7 +182,7 @@ def groups(plans: Sequence[Plan], together: int) -> list[list[Plan]]:
     stay = [plan for plan in plans if set(plan.modes) & set(REFERENCES)]
     guests = [plan for plan in plans if plan not in stay]
     # What matters most is first.
-    guests.sort(key=lambda plan: not {"auto", "live-replicas"} & set(plan.modes))
+    guests.sort(key=lambda plan: not {"auto", "auto-replicas", "live-replicas"} & set(plan.modes))
     places = together - len(stay)
     if places < 1:
         raise ValueError(

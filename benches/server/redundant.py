@@ -23,7 +23,7 @@ PLACEMENTS = ("place", "eplb", "trivial")
 CHOICES = {
     "placement": PLACEMENTS,
     "dispatch": ("static", "dynamic"),
-    "replicas": ("live", "sglang"),
+    "replicas": ("auto", "live", "sglang"),
 }
 Map = list[list[int]]
 """``[L, P]``, the logical expert of each physical one."""

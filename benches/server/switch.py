@@ -39,7 +39,7 @@ class Switch:
     def __call__(self, topk_output: Any, num_tokens: int, **options: Any) -> Any:
         mode = self._mode()
         # The package's own, which sees what is forced for the forward.
-        if mode in ("live", "overlap", "live-replicas"):
+        if mode in ("live", "overlap", "live-replicas", "auto-replicas"):
             return self._expand(topk_output, num_tokens, **options)
         if mode in ("own", "sglang-replicas"):
             live = self._ours.exchange
@@ -69,8 +69,8 @@ class WithoutReplicas:
     ) -> Any:
         return self._exchange.expand(ids, weights, shared_weight, layer=None)
 
-    def move_up(self, ids: Any, *, layer: int | None = None) -> Any:
-        return self._exchange.move_up(ids, layer=None)
+    def move_up(self, ids: Any, *, layer: int | None = None, live: bool = True) -> Any:
+        return self._exchange.move_up(ids, layer=None, live=live)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._exchange, name)

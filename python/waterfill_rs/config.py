@@ -53,8 +53,8 @@ class Config:
     asks for this package by name, so it always is. ``exchange``: how ranks learn each other's counts.
     ``board``: how, where that is a board. ``shared``: whether shared experts run beside dispatch: where that is
     faster, in every batch (and the server stops where it cannot be), or in none. ``machine``: path of
-    what ``waterfill-rs calibrate`` wrote here. ``replicas``: who chooses those of redundant experts: live plans where
-    there are some, live plans or the server stops, or sglang."""
+    what ``waterfill-rs calibrate`` wrote here. ``replicas``: who chooses those of redundant experts: live plans in
+    prefill and the map alone in decode where there are some, live plans in every batch or the server stops, or sglang."""
 
     backend: str = "auto"
     required: bool = False

@@ -96,12 +96,17 @@ class DeviceExchange:
         return expander(ids, weights, shared_weight, cap_us=self._cap_us)
 
     def move_up(
-        self, ids: Tensor, weights: Tensor | None = None, *, layer: int | None = None
+        self,
+        ids: Tensor,
+        weights: Tensor | None = None,
+        *,
+        layer: int | None = None,
+        live: bool = True,
     ) -> Tensor:
         """Routed ids ``[N, K]`` past the shared experts, int64, for a batch whose shared rows are not routed; N may be 0.
 
-        Without ``replicas`` it is no call of the board's: this rank posts nothing, waits for nothing and counts nothing, so
-        ranks need not make as many. With them all ranks make it.
+        Without ``replicas``, or not ``live``, it is no call of the board's: this rank posts nothing, waits for nothing and
+        counts nothing, so ranks need not make as many. Else all ranks make it.
         ``weights`` ``[N, K]`` are not looked at; the first call of all takes their dtype for the kernel, and float32
         without them.
         See ``waterfill_rs.torch.move_up``.
@@ -113,6 +118,8 @@ class DeviceExchange:
         expander = self._expander or self._prepare(ids, weights)
         if self.replicas is None:
             return expander.move_up(ids)
+        if not live:
+            return expander.move_up(ids, *self.replicas.primaries_on_device(layer))
         return self._choose(self.replicas, expander, ids, layer, moved=True)[0]
 
     def _choose(
@@ -223,11 +230,16 @@ class DeviceGroupExchange(DeviceExchange):
         return expander(ids, weights, shared_weight, cap_us=self._cap_us, gathered=self._all)
 
     def move_up(
-        self, ids: Tensor, weights: Tensor | None = None, *, layer: int | None = None
+        self,
+        ids: Tensor,
+        weights: Tensor | None = None,
+        *,
+        layer: int | None = None,
+        live: bool = True,
     ) -> Tensor:
         """As there."""
-        if self.replicas is None:
-            return super().move_up(ids, weights)
+        if self.replicas is None or not live:
+            return super().move_up(ids, weights, layer=layer, live=live)
         expander = self._count(ids, weights, layer, moved=True)
         return self._choose(self.replicas, expander, ids, layer, moved=True, gathered=self._all)[0]
 

@@ -46,9 +46,18 @@ class _OnTensors(Protocol):
         self.unsafe_expand_ptr(there, beside, out, shared_weight)
         return out_ids, out_weights
 
-    def move_up(self, ids: Tensor, *, layer: int | None = None) -> Tensor:
+    def move_up(self, ids: Tensor, *, layer: int | None = None, live: bool = True) -> Tensor:
         """See ``Exchange.move_up``."""
         return move_up(ids, physical_experts=self.member.experts, ranks=self.member.ranks)
+
+
+def _primary(ids: Tensor, primaries: list[int] | None) -> Tensor:
+    """Ids by the primary replicas of their experts; those that name no expert stay, as do all without primaries."""
+    if primaries is None:
+        return ids
+    expert = (ids >= 0) & (ids < len(primaries))
+    of = torch.tensor(primaries, dtype=ids.dtype)
+    return torch.where(expert, of[ids.clamp(0, len(primaries) - 1).long()], ids)
 
 
 class SoloExchange(SoloEnd, _OnTensors):
@@ -88,10 +97,12 @@ class BoardExchange(BoardEnd, _OnTensors):
             quotas=self.quotas,
         )
 
-    def move_up(self, ids: Tensor, *, layer: int | None = None) -> Tensor:
+    def move_up(self, ids: Tensor, *, layer: int | None = None, live: bool = True) -> Tensor:
         """See ``Exchange.move_up``."""
         if self.replicas is None:
             return super().move_up(ids)
+        if not live:
+            return super().move_up(_primary(ids, self.replicas.primaries(layer)))
         there = ids_at(ids)
         moved = torch.empty(ids.shape, dtype=torch.int64)
         self.unsafe_choose_ptr(there, moved.data_ptr(), self.replicas.of(layer), moved=True)

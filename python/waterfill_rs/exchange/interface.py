@@ -43,10 +43,11 @@ class Exchange(Protocol):
         """
         ...
 
-    def move_up(self, ids: Tensor, *, layer: int | None = None) -> Tensor:
+    def move_up(self, ids: Tensor, *, layer: int | None = None, live: bool = True) -> Tensor:
         """Ids ``[N, K]`` past the shared experts, int64, for a batch whose shared rows are not routed.
 
-        It is no call, unless there are ``replicas``: then all ranks make it, and ids name the replicas that the plan has.
+        It is no call, unless there are ``replicas`` and it is ``live``: then all ranks make it, and ids name the replicas that
+        the plan has. Not live, with ``replicas``, they name the primary ones.
         See ``waterfill_rs.torch.move_up``.
         """
         ...

@@ -41,12 +41,14 @@ class ReplicaTables:
         self.ranks, self.redundant = ranks, redundant
         self.refused: dict[int, str] = {}
         """Layers whose map cannot be used, and why: their calls keep the replicas that they are given."""
+        self.keeps_first_primaries = False
+        """Whether a rank's first experts have to stay its primary ones: captured graphs leave the others out."""
         self._tables: list[_native.ReplicaTable | None] = [None] * self.layers
         self._learn: Learn | None = None
         self._device: _DeviceTables | None = None
         self.renew(range(self.layers), physical_to_logical)
         if logical is not None:
-            self._device = _DeviceTables(self._words(), logical)
+            self._device = _DeviceTables(self._words(), self._primaries(), logical)
 
     @property
     def fingerprints(self) -> list[int]:
@@ -78,6 +80,28 @@ class ReplicaTables:
             return self._device.without
         return self._device.of_layer[layer]
 
+    def primaries(self, layer: int | None) -> list[int] | None:
+        """``[P]`` the primary replica of each physical expert's logical one; None for a layer without a table."""
+        table = self.of(layer)
+        return None if table is None else table.primaries
+
+    def primaries_on_device(self, layer: int | None) -> tuple[Tensor | None, Tensor | None]:
+        """The same as int32 ``[P]``, and the layer's int64 ``[P]`` of ``logical``. Both stay where they are.
+
+        Raises:
+            RuntimeError: there was no ``logical``.
+        """
+        if self._device is None:
+            raise RuntimeError("these tables are not on a device: give ReplicaTables the map there")
+        if layer is None or not 0 <= layer < self.layers:
+            return None, None
+        return self._device.primaries[layer]
+
+    def first_primaries(self, layer: int | None) -> int | None:
+        """How many of a rank's experts are primary, if they are its first ones, as many on each rank; else None."""
+        table = self.of(layer)
+        return None if table is None else table.first_primaries
+
     def teach(self, learn: Learn) -> None:
         """Have a planner of this process know all tables, now and whenever they are renewed."""
         self._learn = learn
@@ -87,16 +111,31 @@ class ReplicaTables:
         """Take these layers' maps from ``[layers, P]`` on the CPU, which holds all layers.
 
         The planner learns them first. The device's follow on torch's current stream, in place, so graphs find them.
+
+        Raises:
+            RuntimeError: a layer's first experts were to stay its primary ones, and are not any more.
         """
+        before = [self.first_primaries(layer) for layer in layers]
         for layer in layers:
             self.refused.pop(layer, None)
             try:
                 self._tables[layer] = self._table(physical_to_logical[layer])
             except ValueError as error:
                 self._tables[layer], self.refused[layer] = None, str(error)
+        if self.keeps_first_primaries:
+            self._check_first_primaries(layers, before)
         self._teach(layers)
         if self._device is not None:
-            self._device.renew(self._words())
+            self._device.renew(self._words(), self._primaries())
+
+    def _check_first_primaries(self, layers: Sequence[int], before: Sequence[int | None]) -> None:
+        for layer, first in zip(layers, before, strict=True):
+            if first is not None and self.first_primaries(layer) != first:
+                raise RuntimeError(
+                    f"the map of layer {layer} changed, and the first {first} experts of each rank are not each logical expert "
+                    "once any more: captured decode graphs run those alone. Start the server with --enable-eplb or "
+                    "--waterfill-rs-replicas live if its experts are to move"
+                )
 
     def _table(self, physical_to_logical: Tensor) -> _native.ReplicaTable:
         table = _native.ReplicaTable(self.ranks, physical_to_logical.tolist())
@@ -118,18 +157,29 @@ class ReplicaTables:
         rows = (empty if table is None else table.words for table in self._tables)
         return torch.tensor([*rows, empty], dtype=torch.int32)
 
+    def _primaries(self) -> Tensor:
+        """int32 ``[layers, P]``; each its own where a layer has no table."""
+        own = range(self.experts)
+        rows = (own if table is None else table.primaries for table in self._tables)
+        return torch.tensor([*map(list, rows)], dtype=torch.int32).reshape(-1, self.experts)
+
 
 class _DeviceTables:
     """The tables' words on a device, and the map that stands there, at addresses that stay."""
 
-    def __init__(self, words: Tensor, logical: Tensor) -> None:
+    def __init__(self, words: Tensor, primaries: Tensor, logical: Tensor) -> None:
+        self._primaries = primaries.to(logical.device)
+        self.primaries: list[tuple[Tensor | None, Tensor | None]] = list(
+            zip(self._primaries, logical, strict=False)
+        )
         self._words = words.to(logical.device)
         rows = list(self._words)
         self.of_layer: list[tuple[Tensor, Tensor | None]] = list(zip(rows, logical, strict=False))
         self.without: tuple[Tensor, Tensor | None] = (rows[-1], None)
 
-    def renew(self, words: Tensor) -> None:
+    def renew(self, words: Tensor, primaries: Tensor) -> None:
         self._words.copy_(words, non_blocking=True)
+        self._primaries.copy_(primaries, non_blocking=True)
 
 
 def _without_replicas(experts: int, redundant: int) -> list[int]:

@@ -49,7 +49,7 @@ class _NotJoined:
         where: dict[str, Any] = {"physical_experts": experts, "ranks": ranks, "rank": rank}
         return expand_topk(ids, weights, **where, shared_weight=shared_weight)
 
-    def move_up(self, ids: Any, *, layer: int | None = None) -> Any:
+    def move_up(self, ids: Any, *, layer: int | None = None, live: bool = True) -> Any:
         _tell_not_joined()
         return move_up(ids, physical_experts=self._member.experts, ranks=self._member.ranks)
 
@@ -123,7 +123,8 @@ class WaterfillBalancer:
         ids = topk_ids.to(torch.int32).contiguous()
         given = topk_output.topk_weights.contiguous()
         if self.overlap is not None and self.overlap.runs:
-            return self._expanded(topk_output, exchange.move_up(ids, layer=self.layer_id), given)
+            moved = exchange.move_up(ids, layer=self.layer_id, live=self.overlap.chooses_live)
+            return self._expanded(topk_output, moved, given)
         wide, weights = exchange.expand(ids, given.float(), self.shared_weight, layer=self.layer_id)
         return self._expanded(topk_output, wide.to(topk_ids.dtype), weights.to(given.dtype))
 

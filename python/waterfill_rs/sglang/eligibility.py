@@ -19,6 +19,7 @@ __all__ = [
     "against_model",
     "against_routers",
     "is_deterministic",
+    "moves_experts",
 ]
 
 
@@ -97,3 +98,10 @@ def _against_mega_moe(seams: Seams) -> list[str]:
 def is_deterministic(arguments: Any) -> bool:
     """Was --enable-deterministic-inference given? Then plans may depend on own counts only."""
     return bool(getattr(arguments, "enable_deterministic_inference", False))
+
+
+def moves_experts(arguments: Any) -> bool:
+    """May the server move experts between ranks while it serves?"""
+    return bool(
+        getattr(arguments, "enable_eplb", False) or getattr(arguments, "elastic_ep_backend", None)
+    )

@@ -55,13 +55,18 @@ class Choice:
         if self.forced is not None:
             return self.forced == "overlap"
         # Decode, draft and verify batches: nobody extends. So it is while any graph is captured, a prefill's too.
-        if not self._extends():
+        if not self.extends:
             return not self._in_prefill_graph()
         # A prefill's graph is cut at dispatch, where sglang joins the second stream, so nothing would overlap: it is captured
         # fused. Where some ranks may replay one, those that don't are fused too.
         if any(getattr(batch, vote, False) for vote in _VOTES):
             return False
         return self._prefills_overlap(self._tokens(batch))
+
+    @property
+    def extends(self) -> bool:
+        """Does any rank prefill in this step? All ranks have the same answer."""
+        return bool(self._extends())
 
     def _tokens(self, batch: Any) -> int | None:
         """Those that the rank with the most has in a MoE layer, as sglang pads them."""
@@ -90,6 +95,10 @@ class OverlappedLayer:
         self.choice = choice
         self.runs = False
         """Within a call whose shared expert is unfused: the routers' balancer asks."""
+        self.decodes_by_primaries = False
+        """Whether rows of a step in which nobody prefills go to primary replicas, without an exchange."""
+        self.primary_slots: int | None = None
+        """A rank's first slots, if those are its primary replicas, whatever comes."""
         self._unfused, self._fields = unfused, moe.__dict__
         self._slots = int(moe.experts.num_local_experts)
         self._install(moe)
@@ -118,14 +127,26 @@ class OverlappedLayer:
             if not overlaps:
                 return call(*args, **kwargs)
             fused, self._fields[FUSED] = self._fields[FUSED], 0
-            self.runs, routed_groups.slots.number = True, self._slots
+            self.runs = True
+            routed_groups.slots.number, routed_groups.slots.used = self._slots, self._used_slots()
             try:
                 return call(*args, **kwargs)
             finally:
                 self._fields[FUSED], self.runs = fused, False
-                routed_groups.slots.number = 0
+                routed_groups.slots.number = routed_groups.slots.used = 0
 
         return run
+
+    @property
+    def chooses_live(self) -> bool:
+        """Are replicas of this batch, whose shared expert is unfused, chosen by a live plan? All ranks alike."""
+        return not self.decodes_by_primaries or self.choice.extends
+
+    def _used_slots(self) -> int:
+        """Of a rank, those that can have rows: not the shared expert's, which is the last."""
+        if self.primary_slots is None or self.chooses_live:
+            return self._slots - 1
+        return self.primary_slots
 
 
 def _batch_of_forward(*args: Any, **kwargs: Any) -> Any:

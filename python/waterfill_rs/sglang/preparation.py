@@ -160,7 +160,8 @@ class Preparation:
 
         ranks = getattr(routers[0], self.seams.holder).world_size
         top_k, tokens = sizes.routed_experts(routers[0]), sizes.most_tokens(arguments, ranks)
-        return Replicas(self.seams, config, top_k, tokens, alone=alone, draft=draft)
+        moves = eligibility.moves_experts(arguments)
+        return Replicas(self.seams, config, top_k, tokens, alone=alone, draft=draft, moves=moves)
 
     def _tell_if_asked_in_vain(self) -> None:
         try:
@@ -244,7 +245,7 @@ class Preparation:
         try:
             tables = replicas.tables(fresh, device, peers)
             exchange = connect(fresh, config, peers, device, alone, tables)
-            chosen = replicas.follow(exchange)
+            chosen = replicas.follow(exchange, fresh)
         except (OSError, RuntimeError, ValueError) as error:
             refusal.stop([str(error)])
         recorder.shared_slots_come()

@@ -42,6 +42,7 @@ class Replicas:
         tokens: of a prefill in a rank's layer, at most.
         alone: why own counts are to be taken, if they are.
         draft: its layers have no row in sglang's map, or one of the target model's.
+        moves: whether the server moves experts while it serves.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Replicas:
         *,
         alone: str | None = None,
         draft: bool = False,
+        moves: bool = False,
     ) -> None:
         self._seams, self._asked, self._alone, self._draft = seams, config.replicas, alone, draft
-        self._top_k, self._tokens = top_k, tokens
+        self._top_k, self._tokens, self._moves = top_k, tokens, moves
         self._metadata: Any = None
         self._layers: list[int] = []
         self._reasons: list[str] = []
@@ -85,7 +87,7 @@ class Replicas:
             return None
         return tables
 
-    def follow(self, exchange: Exchange) -> str:
+    def follow(self, exchange: Exchange, balancers: Sequence[WaterfillBalancer]) -> str:
         """Have the tables follow sglang's map, if the exchange has taken them; who chooses, in words.
 
         Raises:
@@ -98,9 +100,28 @@ class Replicas:
                 self._stop_if_asked()
             return self._why_not()
         _followed.append((self._metadata, tables))
+        decode = "" if self._asked == "live" else self._decode_by_primaries(balancers, tables)
         replicated = {tables.replicated[layer] for layer in self._layers}
         span = "-".join(map(str, sorted({min(replicated), max(replicated)})))
-        return f"live, {tables.redundant} redundant experts, {span} replicated"
+        return f"live{decode}, {tables.redundant} redundant experts, {span} replicated"
+
+    def _decode_by_primaries(
+        self, balancers: Sequence[WaterfillBalancer], tables: ReplicaTables
+    ) -> str:
+        """Have steps in which nobody prefills take primary replicas, where shared experts are unfused then; in words.
+
+        In decode an expert's weights take longer than its rows, so each is to run on one replica. Which one matters little:
+        nearly all experts have rows, and an exchange of counts takes longer than it gains.
+        """
+        unfused = [balancer for balancer in balancers if balancer.overlap is not None]
+        for balancer in unfused:
+            overlap = balancer.overlap
+            assert overlap is not None
+            overlap.decodes_by_primaries = True
+            if not self._moves:
+                overlap.primary_slots = tables.first_primaries(balancer.layer_id)
+                tables.keeps_first_primaries |= overlap.primary_slots is not None
+        return " in prefill, primary ones in decode" if unfused else ""
 
     def _own(
         self, balancers: Sequence[WaterfillBalancer], device: torch.device

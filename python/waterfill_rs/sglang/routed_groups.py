@@ -2,7 +2,8 @@
 
 DeepGEMM chooses its tiles by the number of groups. For 17 groups of a rank it takes tiles of 192 columns and for 16 of 128, which
 are 10 to 14% faster in decode of 8 tokens a rank (docs/measurements/server.md). In such a call the shared expert's slot, a rank's
-last, has no rows, and the combine reads none: without it the GEMM is the one of a server without Waterfill.
+last, has no rows, and the combine reads none: without it the GEMM is the one of a server without Waterfill. Where rows go to primary
+replicas alone and these are a rank's first slots, it is the one of a server without redundant experts.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ _MARK = "_waterfill_rs_leaves_the_shared_group_out"
 
 
 class _Slots:
-    """``number``: a rank's slots, routed and shared, within the call of a layer whose shared expert is unfused; else 0."""
+    """Within the call of a layer whose shared expert is unfused; else 0, and nothing is left out.
+
+    ``number``: a rank's slots, routed and shared. ``used``: its first ones, which alone can have rows.
+    """
 
     number = 0
+    used = 0
 
 
 slots = _Slots()
@@ -45,9 +50,9 @@ def _of_routed(gemm: Callable[..., Any]) -> Callable[..., Any]:
             and options.get("overlap_args") is None
             and _groups(lhs) == number == _groups(rhs)
         ):
-            routed = slice(0, number - 1)
-            lhs, rhs = _cut(lhs, routed), _cut(rhs, routed)
-            out, masked_m = out[routed], masked_m[routed]
+            used = slice(0, slots.used)
+            lhs, rhs = _cut(lhs, used), _cut(rhs, used)
+            out, masked_m = out[used], masked_m[used]
         return gemm(lhs, rhs, out, masked_m, *rest, **options)
 
     setattr(of_routed, _MARK, True)
