@@ -50,7 +50,8 @@ def test_its_example_gives_what_it_says():
 def test_each_figure_stands_in_the_page_of_its_server():
     section = README.split("## Results")[1].split("\n## ")[0]
     assert set(PAGES) <= set(re.findall(r"\]\(([^)]*)\)", section))
-    default, fused = (rows((ROOT / page).read_text()) for page in PAGES)
+    performance, fused = ((ROOT / page).read_text() for page in PAGES)
+    default, fused = rows(performance.split("## Tokens a second, with no setting")[1]), rows(fused)
     results = rows(section)[2:]
     assert len(results) == 9
     for server, shared, tokens, off, sglangs, ours, ratio, verdict in results:
@@ -66,6 +67,15 @@ def test_each_figure_stands_in_the_page_of_its_server():
         of = {row[2]: row for row in fused if row[:2] == [tokens, (placement or ["trivial"])[0]]}
         assert [of[mode][6] for mode in ("off", "sglang", "auto")] == [off, sglangs, ours]
         assert of["auto"][4] == ratio
+
+
+def test_the_figures_with_redundant_experts_are_those_of_their_page():
+    page = (ROOT / PAGES[0]).read_text()
+    table = rows(page.split("## With redundant experts, with no setting")[1].split("\n## ")[0])
+    decode = [row for row in table if row[0] == "decode"]
+    spans = [sorted(float(row[column].split()[0]) for row in decode) for column in (5, 6)]
+    said = re.findall(r"(0\.\d{3}) to (\d\.\d{3}) of", README)
+    assert said == [(f"{span[0]:.3f}", f"{span[-1]:.3f}") for span in spans]
 
 
 def _verdict(ratio: str) -> str:
