@@ -127,7 +127,7 @@ deny: target/tools/bin/cargo-deny ## the crates that ours depend on: licences, s
 gpu: wheel ## the wheel for a GPU machine, and what to run there
 	@echo "== on the GPU machine: pip install dist/*.whl pytest, then"
 	@echo "python -m pytest tests/gpu && python benches/gpu.py own && python benches/gpu.py move_up && nvidia-cuda-mps-control -d && python benches/gpu.py live"
-	@echo "== where sglang 0.5.16 or newer is: python benches/gpu.py sglang; where two GPUs are: python benches/gpu_group.py"
+	@echo "== where sglang 0.5.16 or newer is: python benches/gpu.py sglang; where two GPUs are: python benches/gpu_group.py && python benches/gpu_replicas.py"
 server-bench: wheel ## the wheel for a machine with 1 to 8 GPUs and sglang, and what to run there
 	@echo "== needed there: sglang 0.5.13 or newer with DeepEP, NVLink between the GPUs, matplotlib for the picture; pip install dist/*.whl, then"
 	@echo "python benches/server --recording FOLDER_OF_DUMPS --prefill 1024,4096,8192 --limit 540"
