@@ -80,7 +80,7 @@ class Replicas:
         self._metadata = _in_force(self._seams)
         tables, self._reasons = self._own(balancers, device)
         if peers is not None:
-            answer = "" if tables is None else _answer(tables)
+            answer = "" if tables is None else self._answer(tables)
             self._reasons = peers.agree(self._reasons, "replicas", answer)
         if self._reasons:
             self._stop_if_asked()
@@ -178,6 +178,15 @@ class Replicas:
             )
         )
 
+    def _answer(self, tables: ReplicaTables) -> str:
+        """The same on two ranks if their maps are, and if both take live plans and leave groups out in the same steps."""
+        prints = b"".join(one.to_bytes(4, "little") for one in tables.fingerprints)
+        moves = ", its experts move" if self._moves else ""
+        return (
+            f"its map of experts has fingerprint {zlib.crc32(prints):08x}, and its setting is {self._asked}{moves}: give all "
+            "ranks the same placement and the same settings"
+        )
+
     def _stop_if_asked(self) -> None:
         """A draft model's are sglang's to choose, whatever was asked for."""
         if self._asked == "live" and not self._draft:
@@ -206,12 +215,6 @@ def _against_map(logical: torch.Tensor, device: torch.device) -> list[str]:
         f"sglang's map is {logical.dtype} on {logical.device} with strides {logical.stride()}, and the kernel reads "
         f"contiguous torch.int64 on {device}"
     ]
-
-
-def _answer(tables: ReplicaTables) -> str:
-    """The same on two ranks if their maps are; told where they are not."""
-    prints = b"".join(one.to_bytes(4, "little") for one in tables.fingerprints)
-    return f"its map of experts is another one, with fingerprint {zlib.crc32(prints):08x}"
 
 
 @panics_are_errors

@@ -43,6 +43,10 @@ def against_arguments(arguments: Any, seams: Seams) -> list[str]:
     for name, text in _MODULES_CHANGE.items():
         if getattr(arguments, name, None):
             reasons.append(f"--{name.replace('_', '-')}: {text}")
+    if "full" in str(getattr(arguments, "cuda_graph_backend_prefill", None)).lower():
+        reasons.append(
+            "--cuda-graph-backend-prefill full: a prefill is captured as a decode is, and cannot be told from it"
+        )
     if resolve("sglang.srt.environ.envs").SGLANG_SCHEDULER_SKIP_ALL_GATHER.get():
         reasons.append("SGLANG_SCHEDULER_SKIP_ALL_GATHER: ranks don't tell each other who prefills")
     if (
