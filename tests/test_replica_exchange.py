@@ -11,7 +11,7 @@ import torch.distributed as dist
 import waterfill_rs
 from waterfill_rs.exchange import device as on_device
 from waterfill_rs.exchange.device import DeviceExchange, DeviceGroupExchange
-from waterfill_rs.exchange.host import SoloExchange
+from waterfill_rs.exchange.host import SoloExchange, _primary
 from waterfill_rs.exchange.member import Member
 from waterfill_rs.exchange.rendezvous import open_exchange
 from waterfill_rs.exchange.replicas import ReplicaTables
@@ -249,6 +249,112 @@ def test_tables_of_another_shape_are_refused():
         open_exchange(dist.HashStore(), Member(2, EXPERTS, 0), replicas=tables_of(maps_of(1)))
 
 
+# Primary replicas
+
+
+def in_place(seed):
+    """As ``place`` orders a layer: the first slots of each rank hold each expert once. ``LOGICAL`` does not divide over three."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = torch.randperm(EXPERTS - RANKS, generator=generator)
+    more = torch.randint(EXPERTS - RANKS, (RANKS,), generator=generator)
+    return torch.cat([experts.view(RANKS, -1), more[:, None]], 1).flatten().repeat(LAYERS, 1)
+
+
+def ordered_tables(seed=1, **where):
+    """Tables of three redundant experts, each rank's last, and their maps."""
+    maps = in_place(seed)
+    return tables_of(maps.clone(), RANKS, **where), maps
+
+
+def test_not_live_ids_go_to_primary_replicas_and_it_is_no_call():
+    maps = maps_of(1)
+    maps[1][maps[1] == 3] = 4
+    last = torch.tensor([int((maps[0] == expert).nonzero()[-1]) for expert in range(LOGICAL)])
+
+    def run(rank, store):
+        exchange, found = opened(rank, store, maps), []
+        for c in range(CALLS if rank else 1):  # As many as a rank likes: nobody waits for another.
+            ids = ids_of(rank, c, maps[0])
+            if c % 2:
+                ids = torch.where(ids < 0, ids, last[maps[0][ids.clamp(min=0).long()]].int())
+            for layer in (0, 1, None, LAYERS):
+                found.append((layer, ids, exchange.move_up(ids, layer=layer, live=False)))
+        none = torch.tensor([[-1, -5, 0, EXPERTS - 1]], dtype=torch.int32)
+        found.append((0, none, exchange.move_up(none, layer=0, live=False)))
+        with pytest.raises(ValueError, match="expert id 24 in row 0"):
+            exchange.move_up(none + 1, layer=0, live=False)
+        before = exchange.tally()["calls"]
+        chosen, _ = call(exchange, ids_of(rank, 1, maps[0]), 0, shared=False)
+        tally = exchange.tally()
+        exchange.close()
+        return found, before, tally, same_experts(chosen, ids_of(rank, 1, maps[0]), maps[0])
+
+    table = waterfill_rs._native.ReplicaTable(RANKS, maps[0].tolist())
+    primaries = torch.tensor(table.primaries)
+    where, moved = dict(physical_experts=EXPERTS, ranks=RANKS), 0
+    for found, before, tally, live_is_right in on_ranks(run):
+        assert before == 0 and tally["calls"] == tally["live"] == 1 and live_is_right
+        for layer, ids, chosen in found:
+            # Layer 1 has no table, and the map has no more layers: those keep what sglang chose.
+            own = ids.clone()
+            if layer == 0:
+                own[ids >= 0] = primaries[ids[ids >= 0].long()].int()
+                moved += int((own != ids).sum())
+            assert chosen.dtype == torch.int64 and torch.equal(chosen, move_up(own, **where))
+    assert moved > 500
+    # One replica of each expert alone.
+    assert len(set(primaries.tolist())) == LOGICAL == len(set(maps[0][primaries].tolist()))
+    assert torch.equal(maps[0][primaries], maps[0])
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+def test_a_batch_without_rows_has_primaries_too(ids):
+    exchange, _ = ordered_tables()
+    assert _primary(torch.empty((0, TOP_K), dtype=ids), exchange.primaries(0)).shape == (0, TOP_K)
+    one = _primary(torch.tensor([[0, EXPERTS, -1]], dtype=ids), exchange.primaries(0))
+    assert one.dtype == ids and one.tolist() == [[0, EXPERTS, -1]]
+
+
+def test_first_primaries_are_as_many_on_each_rank():
+    tables, maps = ordered_tables()
+    each = EXPERTS // RANKS
+    for layer in range(LAYERS):
+        assert tables.first_primaries(layer) == each - 1
+        assert {primary % each for primary in tables.primaries(layer)} == set(range(each - 1))
+    assert tables.first_primaries(None) is tables.first_primaries(LAYERS) is None
+    assert tables.primaries(None) is tables.primaries(LAYERS) is None
+    maps[0, [0, each - 1]] = maps[0, [each - 1, 0]]
+    tables.renew([0], maps)
+    # The first expert of rank 0 is its last one now, unless that is another replica of it.
+    assert tables.first_primaries(0) is None and tables.first_primaries(1) == each - 1
+
+
+def test_a_map_may_not_change_where_graphs_run_the_first_primaries_alone():
+    logical = in_place(1)
+    tables = tables_of(logical.clone(), RANKS, logical=logical)
+    learned, (held, _) = [], tables.primaries_on_device(1)
+    before, prints = held.clone(), tables.fingerprints
+    tables.teach(lambda layer, table: learned.append(layer))
+    learned.clear()
+    tables.keeps_first_primaries = True
+    tables.renew([1], in_place(2))
+    assert learned == [1] and not torch.equal(held, before), "other experts may come first"
+    before, prints = held.clone(), tables.fingerprints
+    moved = in_place(2)
+    moved[1, [0, 7]] = moved[1, [7, 0]]
+    text = r"the map of layer 1 changed, and the first 7 experts of each rank .* Start the server with --enable-eplb"
+    unusable = moved.clone()
+    unusable[1] %= EXPERTS - RANKS - 1
+    for changed in (moved, unusable):
+        with pytest.raises(RuntimeError, match=text):
+            tables.renew([0, 1], changed)
+        assert tables.fingerprints == prints and not tables.refused, "before anything is written"
+        assert torch.equal(held, before) and learned == [1]
+    tables.keeps_first_primaries = False
+    tables.renew([0, 1], moved)
+    assert tables.first_primaries(1) is None and learned == [1, 0, 1]
+
+
 def test_own_counts_choose_no_replicas():
     lone = ReplicaTables(1, REDUNDANT, maps_of(1))
     exchange = open_exchange(dist.HashStore(), Member(1, EXPERTS, 0), replicas=lone)
@@ -256,6 +362,7 @@ def test_own_counts_choose_no_replicas():
     ids = ids_of(0, 1, maps_of(1)[0])
     moved = exchange.move_up(ids, layer=0)
     assert torch.equal(moved, move_up(ids, physical_experts=EXPERTS, ranks=1))
+    assert torch.equal(moved, exchange.move_up(ids, layer=0, live=False))
 
 
 def test_what_is_refused_is_no_call():
@@ -285,21 +392,28 @@ def test_tables_on_a_device_stay_where_they_are():
     tables.teach(lambda layer, table: learned.append((layer, table.fingerprint)))
     assert learned == list(enumerate(tables.fingerprints)) and len(set(tables.fingerprints)) > 1
     (words, of_layer), before = tables.on_device(1), tables.fingerprints
-    addresses = words.data_ptr(), of_layer.data_ptr()
+    primaries, beside = tables.primaries_on_device(1)
+    addresses = words.data_ptr(), of_layer.data_ptr(), primaries.data_ptr(), beside.data_ptr()
     assert words.tolist() == tables.of(1).words and torch.equal(of_layer, logical[1])
+    assert primaries.dtype == torch.int32 and primaries.tolist() == tables.primaries(1)
+    assert beside.data_ptr() == of_layer.data_ptr() == logical[1].data_ptr()
     changed = maps_of(8)
     tables.renew([1], changed)
-    again = tables.on_device(1)
-    assert (again[0].data_ptr(), again[1].data_ptr()) == addresses
-    assert words.tolist() == waterfill_rs._native.ReplicaTable(RANKS, changed[1].tolist()).words
+    again = *tables.on_device(1), *tables.primaries_on_device(1)
+    assert tuple(tensor.data_ptr() for tensor in again) == addresses
+    table = waterfill_rs._native.ReplicaTable(RANKS, changed[1].tolist())
+    assert words.tolist() == table.words and primaries.tolist() == table.primaries
+    assert tables.primaries_on_device(0)[0].tolist() == tables.primaries(0)
     assert [a == b for a, b in zip(before, tables.fingerprints, strict=True)] == [1, 0, 1]
     assert learned[LAYERS:] == [(1, tables.fingerprints[1])]
     for none in (None, LAYERS, -1):
         words, of_layer = tables.on_device(none)
         assert words[:2].tolist() == [0, 0] and of_layer is None
         assert words.shape == tables.on_device(0)[0].shape
-    with pytest.raises(RuntimeError, match="these tables are not on a device"):
-        tables_of(maps_of(1)).on_device(0)
+        assert tables.primaries_on_device(none) == (None, None)
+    for ask in (tables_of(maps_of(1)).on_device, tables_of(maps_of(1)).primaries_on_device):
+        with pytest.raises(RuntimeError, match="these tables are not on a device"):
+            ask(0)
 
 
 def test_a_planner_learns_a_map_before_the_device_has_it():
@@ -323,6 +437,9 @@ def test_a_layer_whose_map_cannot_be_used_is_named_and_has_none():
     assert "3 redundant experts, and the board was made for 4" in tables.refused[2]
     assert tables.fingerprints[1:] == [0, 0] and tables.of(1) is tables.of(2) is None
     assert tables.replicated[0] > 0 == tables.replicated[1]
+    assert tables.primaries(1) is tables.first_primaries(1) is None
+    own = tables_of(maps.clone(), logical=maps).primaries_on_device(1)[0]
+    assert own.tolist() == list(range(EXPERTS)), "on a device each is its own primary replica"
     tables.renew([1], maps_of(1))
     assert sorted(tables.refused) == [2] and tables.of(1) is not None
 
@@ -343,9 +460,9 @@ class Launches:
         self.asked.append(("expand", quotas, cap_us, gathered))
         return ids, weights
 
-    def move_up(self, ids):
-        self.asked.append(("move_up",))
-        return ids
+    def move_up(self, ids, primaries=None, logical=None):
+        self.asked.append(("move_up", primaries, logical))
+        return ids + 2
 
     def count(self, ids, weights, out, *, table=None, moved=False):
         out.fill_(7)
@@ -414,4 +531,22 @@ def test_in_a_group_the_counts_have_the_fingerprint_and_come_before(launches):
         assert choose[1] is table and choose[2] is logical and choose[3:5] == (moved, 99)
         assert choose[5].shape == (RANKS * Launches.words,) and (choose[5] == 7).all()
         assert expand == ([] if moved else [("expand", "quotas", None, None)])
+        exchange._expander.asked.clear()
+
+
+@pytest.mark.parametrize("group", [None, "a group"])
+def test_not_live_it_is_one_launch_of_the_primaries_and_nothing_else(launches, group):
+    exchange = launches(group=group)
+    ids = torch.zeros(2, TOP_K, dtype=torch.int32)
+    for layer in (1, None, LAYERS):
+        primaries, logical = exchange.replicas.primaries_on_device(layer)
+        assert torch.equal(exchange.move_up(ids, layer=layer, live=False), ids + 2)
+        (asked,) = exchange._expander.asked
+        assert asked[0] == "move_up" and asked[1] is primaries and asked[2] is logical
+        assert (primaries is None) == (logical is None) == (layer != 1)
+        exchange._expander.asked.clear()
+    exchange.replicas = None
+    for live in (True, False):
+        assert torch.equal(exchange.move_up(ids, layer=1, live=live), ids + 2)
+        assert exchange._expander.asked == [("move_up", None, None)]
         exchange._expander.asked.clear()

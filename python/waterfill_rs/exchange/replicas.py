@@ -6,7 +6,7 @@ is seen at the next call, which then keeps the replicas that it was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -113,24 +113,36 @@ class ReplicaTables:
         The planner learns them first. The device's follow on torch's current stream, in place, so graphs find them.
 
         Raises:
-            RuntimeError: a layer's first experts were to stay its primary ones, and are not any more.
+            RuntimeError: a layer's first experts were to stay its primary ones, and are not any more. Nothing is changed.
         """
-        before = [self.first_primaries(layer) for layer in layers]
-        for layer in layers:
-            self.refused.pop(layer, None)
-            try:
-                self._tables[layer] = self._table(physical_to_logical[layer])
-            except ValueError as error:
-                self._tables[layer], self.refused[layer] = None, str(error)
+        tables, refused = self._made(layers, physical_to_logical)
         if self.keeps_first_primaries:
-            self._check_first_primaries(layers, before)
+            self._check_first_primaries(tables)
+        for layer, table in tables.items():
+            self._tables[layer] = table
+            self.refused.pop(layer, None)
+        self.refused.update(refused)
         self._teach(layers)
         if self._device is not None:
             self._device.renew(self._words(), self._primaries())
 
-    def _check_first_primaries(self, layers: Sequence[int], before: Sequence[int | None]) -> None:
-        for layer, first in zip(layers, before, strict=True):
-            if first is not None and self.first_primaries(layer) != first:
+    def _made(
+        self, layers: Sequence[int], physical_to_logical: Tensor
+    ) -> tuple[dict[int, _native.ReplicaTable | None], dict[int, str]]:
+        """These layers' tables, and why some have none."""
+        tables: dict[int, _native.ReplicaTable | None] = {}
+        refused: dict[int, str] = {}
+        for layer in layers:
+            try:
+                tables[layer] = self._table(physical_to_logical[layer])
+            except ValueError as error:
+                tables[layer], refused[layer] = None, str(error)
+        return tables, refused
+
+    def _check_first_primaries(self, tables: Mapping[int, _native.ReplicaTable | None]) -> None:
+        for layer, table in tables.items():
+            first = self.first_primaries(layer)
+            if first is not None and (table is None or table.first_primaries != first):
                 raise RuntimeError(
                     f"the map of layer {layer} changed, and the first {first} experts of each rank are not each logical expert "
                     "once any more: captured decode graphs run those alone. Start the server with --enable-eplb or "
