@@ -122,15 +122,16 @@ class OneKernel:
     """As on a GPU, where a kernel takes the type of the first call alone; what it would expand, on the CPU."""
 
     def __init__(self):
-        self.seen = []
+        self.seen, self.live = [], []
 
     def expand(self, ids, weights, shared_weight, *, layer):
         self.seen.append((ids.dtype, weights.dtype))
         where = dict(physical_experts=EXPERTS, ranks=RANKS, rank=RANK, shared_weight=shared_weight)
         return expand_topk(ids, weights, **where)
 
-    def move_up(self, ids, *, layer):
+    def move_up(self, ids, *, layer, live):
         self.seen.append((ids.dtype, None))
+        self.live.append(live)
         return move_up(ids, physical_experts=EXPERTS, ranks=RANKS)
 
 
@@ -152,15 +153,16 @@ def test_a_kernel_of_one_type_serves_routers_of_any(sglang):
     assert set(balancer.exchange.seen) == {(torch.int32, torch.float32)}
 
 
+@pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("exchange", [None, OneKernel])
-def test_an_overlapped_batch_keeps_its_weights(sglang, exchange):
-    """They are not converted, and settle no kernel's type."""
+def test_an_overlapped_batch_keeps_its_weights(sglang, exchange, live):
+    """They are not converted, and settle no kernel's type. Its layer says whether its replicas are chosen live."""
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
     layer = hash_layer(sglang)
     prepare(sglang, layer)
     balancer = layer.waterfill_balancer
-    balancer.overlap = types.SimpleNamespace(runs=True)
+    balancer.overlap = types.SimpleNamespace(runs=True, chooses_live=live)
     if exchange:
         balancer.exchange = exchange()
     weights = torch.rand(1, 6).half()
@@ -168,7 +170,9 @@ def test_an_overlapped_batch_keeps_its_weights(sglang, exchange):
         ids = torch.arange(6, dtype=width)[None]
         moved = balancer.expand_topk(StandardTopKOutput(weights, ids, None), 1)
         assert moved.topk_ids.shape == (1, 6) and moved.topk_weights is weights
-    assert exchange is None or balancer.exchange.seen == [(torch.int32, None)] * 2
+    if exchange:
+        assert balancer.exchange.seen == [(torch.int32, None)] * 2
+        assert balancer.exchange.live == [live] * 2
 
 
 def test_experts_that_do_not_divide_are_refused_with_the_numbers(sglang):

@@ -18,13 +18,14 @@ from inside import EXPERTS, RANK, RANKS, hash_layer, prepare
 import waterfill_rs
 from waterfill_rs.exchange.replicas import ReplicaTables
 
-CODE = "import sys, replica_ranks; replica_ranks.main(int(sys.argv[1]), *sys.argv[2:4], sys.argv[4] == 'differs')"
+CODE = "import sys, replica_ranks; replica_ranks.main(int(sys.argv[1]), *sys.argv[2:])"
+LINE = "replicas: live in prefill, primary ones in decode, 4 redundant experts, "
 
 
-def two_ranks(folder, algorithm, differs="alike", **environment):
+def two_ranks(folder, algorithm, maps="alike", **environment):
     def run(rank):
         environment.setdefault("WATERFILL_RS_TIMEOUT_US", "10000000")
-        return forked.run(CODE, str(rank), str(folder), algorithm, differs, **environment)
+        return forked.run(CODE, str(rank), str(folder), algorithm, maps, **environment)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(run, range(2)))
@@ -40,35 +41,90 @@ def total(calls, name):
     return [sum(column) for column in zip(*(call[name] for call in calls), strict=True)]
 
 
-@pytest.mark.parametrize("algorithm", ["static", "dynamic", "lp"])
-def test_live_replicas_are_the_plans_before_and_after_a_rebalance(tmp_path, algorithm):
-    ranks = two_ranks(tmp_path, algorithm)
-    found = written(tmp_path, ranks)
+def planned(calls):
+    """Rows of the live plan of a call, from the counts of both ranks."""
+    return waterfill_rs.plan(
+        total(calls, "sglangs"),
+        [call["tokens"] for call in calls],
+        ranks=2,
+        physical_to_logical=calls[0]["map"],
+        policy="replicas",
+    ).replica_rows
+
+
+def is_planned(calls):
+    rows, expected = total(calls, "ours"), planned(calls)
+    return max(sum(rows[:10]), sum(rows[10:])) == max(sum(expected[:10]), sum(expected[10:]))
+
+
+def takes_primaries(calls):
+    """Has each expert all its rows on its primary replica?"""
+    primaries = waterfill_rs._native.ReplicaTable(2, calls[0]["map"]).primaries
+    expected = [0] * len(primaries)
+    for physical, rows in enumerate(total(calls, "sglangs")):
+        expected[primaries[physical]] += rows
+    return total(calls, "ours") == expected
+
+
+@pytest.mark.parametrize(
+    "algorithm, asked", [("static", "auto"), ("dynamic", "auto"), ("lp", "auto"), ("static", "live")]
+)
+def test_replicas_are_the_plans_or_primary_before_and_after_a_rebalance(tmp_path, algorithm, asked):
+    ranks = two_ranks(tmp_path, algorithm, WATERFILL_RS_REPLICAS=asked)
+    found, by_plans = written(tmp_path, ranks), replica_ranks.CALLS
+    if asked == "auto":  # One in three is decode, and no call.
+        by_plans -= replica_ranks.CALLS // 3
     for of_rank in found:
-        assert of_rank["live"] and not of_rank["draft"]
+        assert of_rank["live"] and not of_rank["draft"] and of_rank["refused"] is None
         assert of_rank["drafted"] == [0, 1, 2, 3], "a draft model's ids stay"
-        assert of_rank["tally"]["live"] == of_rank["tally"]["calls"] == replica_ranks.CALLS
+        assert of_rank["tally"]["live"] == of_rank["tally"]["calls"] == by_plans
         assert of_rank["maps"] == replica_ranks.maps_of(3).tolist()
         for call in of_rank["calls"]:
             assert call["logical"]["ours"] == call["logical"]["sglangs"], "what a recorder counts"
-    other = 0
+            fused = call["kind"] == replica_ranks.FUSED
+            assert call["used"] == (0 if fused else replica_ranks.SLOTS - 1)
+    other = of_plans = 0
     for calls in zip(*(of_rank["calls"] for of_rank in found), strict=True):
-        routed, rows = total(calls, "sglangs"), total(calls, "ours")
-        plan = waterfill_rs.plan(
-            routed,
-            [call["tokens"] for call in calls],
-            ranks=2,
-            physical_to_logical=calls[0]["map"],
-            policy="replicas",
-        )
-        per_rank = [sum(rows[:10]), sum(rows[10:])]
-        expected = [sum(plan.replica_rows[:10]), sum(plan.replica_rows[10:])]
-        assert max(per_rank) == max(expected)
-        other += rows != routed
-    assert other > replica_ranks.CALLS // 2
+        if asked == "auto" and calls[0]["kind"] == replica_ranks.DECODE:
+            assert takes_primaries(calls)
+            of_plans += not is_planned(calls)
+        else:
+            assert is_planned(calls)
+            of_plans += not takes_primaries(calls)
+        other += total(calls, "ours") != total(calls, "sglangs")
+    assert other > replica_ranks.CALLS // 2 and of_plans > 3, "plans and primaries differ"
+    expected = LINE if asked == "auto" else "replicas: live, 4 redundant experts, "
     (told,) = (line for line in ranks[0].stderr.splitlines() if "replicas: live" in line)
-    assert "replicas: live, 4 redundant experts, " in told and told.endswith(" replicated")
+    assert expected in told and told.endswith(" replicated")
     assert "replicas: as sglang chooses, because this is a draft model" in ranks[0].stderr
+
+
+def test_where_primaries_come_first_decode_has_their_slots_alone_and_no_map_may_change(tmp_path):
+    ranks = two_ranks(tmp_path, "static", "first")
+    first = replica_ranks.LOGICAL // 2
+    for of_rank in written(tmp_path, ranks):
+        assert len(of_rank["calls"]) == 3
+        for call in of_rank["calls"]:
+            whole = 0 if call["kind"] == replica_ranks.FUSED else replica_ranks.SLOTS - 1
+            decodes = call["kind"] == replica_ranks.DECODE
+            assert call["used"] == (first if decodes else whole)
+            if decodes:
+                assert not any(call["ours"][first:10] + call["ours"][10 + first :])
+        assert of_rank["refused"].startswith(
+            f"the map of layer 1 changed, and the first {first} experts of each rank are not"
+        )
+    assert LINE in ranks[0].stderr
+
+
+def test_a_server_that_moves_experts_leaves_no_slots_out(tmp_path):
+    ranks = two_ranks(tmp_path, "static", "moves")
+    for of_rank in written(tmp_path, ranks):
+        assert of_rank["refused"] is None and len(of_rank["calls"]) == replica_ranks.CALLS
+        used = {call["used"] for call in of_rank["calls"] if call["kind"] != replica_ranks.FUSED}
+        assert used == {replica_ranks.SLOTS - 1}
+    for calls in zip(*(found["calls"] for found in written(tmp_path, ranks)), strict=True):
+        assert calls[0]["kind"] != replica_ranks.DECODE or takes_primaries(calls)
+    assert LINE in ranks[0].stderr
 
 
 @pytest.mark.parametrize("asked", ["auto", "live"])

@@ -55,8 +55,24 @@ def test_results_are_the_same_without_the_shared_group(name, options, operands, 
     install(wrapper)
     assert torch.equal(product(wrapper, name, operands, **options), expected)
     monkeypatch.setattr(slots, "number", SLOTS)
+    monkeypatch.setattr(slots, "used", SLOTS - 1)
     assert torch.equal(product(wrapper, name, operands, **options), expected)
     assert wrapper.groups == [SLOTS, SLOTS, SLOTS - 1]
+
+
+@pytest.mark.parametrize("name", [F8, BF16])
+def test_slots_past_the_used_ones_are_left_out(name, operands, monkeypatch):
+    """Those of the redundant experts, where rows go to primary replicas alone: they have no rows, and nobody reads them."""
+    wrapper = Wrapper()
+    lhs, rhs, masked_m = operands
+    masked_m[3:] = 0
+    expected = product(wrapper, name, operands)
+    install(wrapper)
+    monkeypatch.setattr(slots, "number", SLOTS)
+    monkeypatch.setattr(slots, "used", 3)
+    masked_m[3] = 4  # Only to see that it is not computed.
+    assert torch.equal(product(wrapper, name, operands), expected)
+    assert wrapper.groups == [SLOTS, 3]
 
 
 def test_other_groups_and_an_overlapped_combine_stay_whole(operands, monkeypatch):
@@ -95,16 +111,28 @@ def test_only_calls_of_an_unfused_layer_leave_it_out(operands):
 
     moe = Moe()
     choice = types.SimpleNamespace(
-        overlaps=lambda batch: batch != "fused", tally={"overlapped": 0, "fused": 0}
+        overlaps=lambda batch: batch != "fused", tally={"overlapped": 0, "fused": 0}, extends=False
     )
-    OverlappedLayer(moe, types.SimpleNamespace(follow=lambda: None, mlp=None), choice)
+    layer = OverlappedLayer(moe, types.SimpleNamespace(follow=lambda: None, mlp=None), choice)
     moe.__dict__["num_fused_shared_experts"] = 1
     whole = moe.forward(None, "fused")
     assert torch.equal(moe.forward(None, "overlaps"), whole)
     with pytest.raises(RuntimeError, match="fails"):
         moe.forward(None, "fails")
-    assert slots.number == 0 and wrapper.groups == [SLOTS, SLOTS - 1]
+    assert slots.number == slots.used == 0 and wrapper.groups == [SLOTS, SLOTS - 1]
     assert torch.equal(product(wrapper, F8, operands), whole)
+    # Primary replicas in decode alone, and only where they are known to be the first.
+    for by_primaries, first, extends, groups in (
+        (True, None, False, SLOTS - 1),
+        (True, 3, False, 3),
+        (True, 3, True, SLOTS - 1),
+        (False, 3, False, SLOTS - 1),
+    ):
+        layer.decodes_by_primaries, layer.primary_slots = by_primaries, first
+        choice.extends = extends
+        moe.forward(None, "overlaps")
+        assert layer.chooses_live == (extends or not by_primaries)
+        assert wrapper.groups[-1] == groups and slots.number == slots.used == 0
 
 
 def test_sglang_has_what_is_put_behind_it():

@@ -1,4 +1,8 @@
-"""One rank of two that run layers of the real sglang with redundant experts, before and after a rebalance."""
+"""One rank of two that run layers of the real sglang with redundant experts, before and after a rebalance.
+
+Of every three calls one is a prefill whose shared experts are routed, one a prefill with them beside dispatch, and one a
+decode, with them beside dispatch. The MoE layers around the routers are stand-ins: see ``Moe``.
+"""
 
 import json
 import logging
@@ -12,12 +16,24 @@ import torch.distributed as dist
 
 RANKS, LOGICAL, REDUNDANT, TOP_K, LAYERS, CALLS = 2, 16, 4, 4, 3, 9
 PHYSICAL = LOGICAL + REDUNDANT
+SLOTS = PHYSICAL // RANKS + 1
+"""Of a rank, the shared expert's with them."""
+FUSED, BESIDE, DECODE = KINDS = ("fused prefill", "prefill beside dispatch", "decode")
 
 
-def maps_of(seed):
-    """``[layers, P]``; each logical expert has a physical one or more."""
+def kind_of(call):
+    """Each layer has each kind once, one before the rebalance of layer 1, one before that of the others."""
+    return KINDS[(call + call // LAYERS) % len(KINDS)]
+
+
+def maps_of(seed, first=False):
+    """``[layers, P]``; each logical expert has a physical one or more. ``first``: each rank's first ones are all, once."""
     generator = torch.Generator().manual_seed(seed)
     more = torch.randint(LOGICAL, (LAYERS, REDUNDANT), generator=generator)
+    if first:
+        once = torch.stack([torch.randperm(LOGICAL, generator=generator) for _ in range(LAYERS)])
+        parts = once.view(LAYERS, RANKS, -1), more.view(LAYERS, RANKS, -1)
+        return torch.cat(parts, dim=2).view(LAYERS, PHYSICAL)
     experts = torch.cat([torch.arange(LOGICAL).repeat(LAYERS, 1), more], dim=1)
     shuffled = [row[torch.randperm(PHYSICAL, generator=generator)] for row in experts]
     return torch.stack(shuffled)
@@ -39,8 +55,50 @@ def metadata(physical_to_logical, rank):
     )
 
 
-def main(rank, folder, algorithm, differs):
-    """``algorithm``: sglang's. ``differs``: rank 1 has another map. Writes what its calls gave to ``RANK.json``."""
+class Moe:
+    """As sglang's MoE layer calls its router; and the slots of a rank that grouped GEMMs have meanwhile."""
+
+    num_fused_shared_experts = 1
+    experts = types.SimpleNamespace(num_local_experts=SLOTS)
+
+    def __init__(self, router):
+        self._router, self.used = router, []
+
+    def forward(self, inputs, batch):
+        from waterfill_rs.sglang.routed_groups import slots
+
+        self.used.append(slots.used)
+        if not len(inputs[0]):
+            return self._router.empty_topk_output(torch.device("cpu"))
+        router = self._router
+        return getattr(router, "forward_native", router)(*inputs)
+
+    op_select_experts = op_shared_experts = forward
+
+
+def run_beside_dispatch():
+    """Have ``Moe`` around each router, with the package's own choice by batch: prefills as ``prefills`` says."""
+    from waterfill_rs.sglang import overlap, unfusing
+
+    def decide(share, model, routers, *_):
+        prefills = types.SimpleNamespace(overlap=False)
+        choice = overlap.Choice(share._seams, RANKS, RANKS, lambda tokens: prefills.overlap)
+        unfused = types.SimpleNamespace(follow=lambda: None, mlp=None)
+        for router in routers:
+            router.moe, router.prefills = Moe(router), prefills
+            router.moe.__dict__["num_fused_shared_experts"] = 1
+            router.waterfill_balancer.overlap = overlap.OverlappedLayer(router.moe, unfused, choice)
+        return "beside dispatch"
+
+    unfusing.Share.decide = decide
+
+
+def main(rank, folder, algorithm, maps):
+    """``algorithm``: sglang's. Writes what its calls gave to ``RANK.json``.
+
+    ``maps``: ``alike``; ``differs``, rank 1 has another one; ``first``, primary replicas are the first; ``moves``, they are and
+    the server may move experts.
+    """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     os.environ["SGLANG_OPT_USE_FUSED_HASH_TOPK"] = "0"
     from sglang.srt.configs.shared_experts import SharedExpertsConfig
@@ -51,7 +109,8 @@ def main(rank, folder, algorithm, differs):
 
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    get_context().override_server_args(model_path="dummy").install()
+    eplb = {"enable_eplb": True} if maps == "moves" else {}
+    get_context().override_server_args(model_path="dummy", **eplb).install()
     shared = SharedExpertsConfig(use_waterfill=True)
     group = types.SimpleNamespace(ranks=[0, 1])
     parallel = {"tp_size": RANKS, "tp_rank": rank, "attn_tp_size": RANKS, "attn_tp_rank": rank}
@@ -64,16 +123,18 @@ def main(rank, folder, algorithm, differs):
         get_parallel().override(**parallel),
         get_exec().moe.override(**placed),
     ):
-        found = _run(rank, algorithm, differs)
+        found = _run(rank, algorithm, maps)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
 
 
-def _run(rank, algorithm, differs):
+def _run(rank, algorithm, maps):
     from sglang.srt.eplb import expert_location
 
     stand_in_for_lp()
-    before, after = maps_of(2 if differs and rank else 1), maps_of(3)
+    run_beside_dispatch()
+    first = maps in ("first", "moves")
+    before, after = maps_of(2 if maps == "differs" and rank else 1, first), maps_of(3)
     there = metadata(before, rank)
     expert_location.set_global_expert_location_metadata(there)
     hashed = LAYERS if algorithm == "lp" else 1
@@ -81,21 +142,24 @@ def _run(rank, algorithm, differs):
     _prepare(layers)
     _prepare(draft, is_draft_model=True)
     end = layers[0].waterfill_balancer.exchange
-    found = {"live": end.replicas is not None, "calls": []}
+    found = {"live": end.replicas is not None, "calls": [], "refused": None}
     found["draft"] = draft[0].waterfill_balancer.exchange.replicas is not None
-    for call in range(CALLS):
-        if call == CALLS // 3:
-            there.update(metadata(after, rank), update_layer_ids=[1])
-        if call == 2 * CALLS // 3:
-            there.update(metadata(after, rank), [0, 2])
-        layer = call % LAYERS
-        mapping = there.physical_to_logical_map[layer]
-        found["calls"].append(_call(layers[layer], rank, call, mapping))
+    try:
+        for call in range(CALLS):
+            if call == CALLS // 3:
+                there.update(metadata(after, rank), update_layer_ids=[1])
+            if call == 2 * CALLS // 3:
+                there.update(metadata(after, rank), [0, 2])
+            layer = call % LAYERS
+            mapping = there.physical_to_logical_map[layer]
+            found["calls"].append(_call(layers[layer], rank, call, mapping))
+    except RuntimeError as error:
+        found["refused"] = str(error)
     found["maps"] = there.physical_to_logical_map.tolist()
     ids = torch.arange(TOP_K, dtype=torch.int32)[None]
     given = _topk_output(ids, torch.ones(ids.shape))
     drafted = draft[0].waterfill_balancer.expand_topk(given, 1).topk_ids[0, :-1]
-    found["drafted"] = (drafted - drafted // (PHYSICAL // RANKS + 1)).tolist()
+    found["drafted"] = (drafted - drafted // SLOTS).tolist()
     found["tally"] = dict(end.tally())
     end.close()
     return found
@@ -142,20 +206,24 @@ def _topk_output(ids, weights):
 
 
 def _call(layer, rank, call, mapping):
-    """One call, every second one overlapped, and rank 1 idle now and then: counts by logical and by physical expert."""
+    """One call, in which rank 1 is idle now and then: counts by logical and by physical expert."""
+    from sglang.srt.layers.dp_attention import set_is_extend_in_batch
     from sglang.srt.runtime_context import get_exec
 
+    kind = kind_of(call)
+    set_is_extend_in_batch(kind != DECODE)
+    layer.prefills.overlap = kind == BESIDE
     rows = 0 if rank == 1 and call % 4 == 0 else 200 + 70 * rank
     torch.manual_seed(100 * call + rank)
     inputs = torch.zeros(rows, 8), torch.randn(rows, LOGICAL) + torch.linspace(0, 3, LOGICAL)
     if hashes := not hasattr(layer, "forward_native"):
         inputs += (torch.randint(0, 9, (rows,)),)
     forward = layer if hashes else layer.forward_native
-    balancer, overlapped = layer.waterfill_balancer, call % 2 == 1
-    balancer.overlap = types.SimpleNamespace(runs=overlapped)
-    chosen = layer.empty_topk_output(torch.device("cpu")) if rows == 0 else forward(*inputs)
-    ids = chosen.topk_ids if overlapped else chosen.topk_ids[:, :-1]
-    ids = (ids - ids // (PHYSICAL // RANKS + 1)).long()
+    balancer, moe = layer.waterfill_balancer, layer.moe
+    chosen = moe.forward(inputs, types.SimpleNamespace())
+    ids = chosen.topk_ids[:, :-1] if kind == FUSED else chosen.topk_ids
+    assert ids.shape == (rows, TOP_K)
+    ids = (ids - ids // SLOTS).long()
     layer.waterfill_balancer, layer.enable_waterfill = None, False
     sglangs = forward(*inputs).topk_ids.long() if rows else ids
     with get_exec().moe.override(ep_dispatch_algorithm=None):
@@ -167,7 +235,9 @@ def _call(layer, rank, call, mapping):
         for name, of in (("ours", ids), ("sglangs", sglangs))
     }
     return {
-        "tokens": 0 if overlapped else rows,
+        "kind": kind,
+        "tokens": rows if kind == FUSED else 0,
+        "used": moe.used[-1],
         "logical": {name: _logical(counts, mapping) for name, counts in counted.items()},
         **{name: counts.tolist() for name, counts in counted.items()},
         "map": mapping.tolist(),
