@@ -99,6 +99,15 @@ def test_engines_of_a_placement():
     assert switched.modes == ("live-replicas", "sglang-replicas") and switched.switches
     expected = {"WATERFILL_RS_SHARED": "fused", "WATERFILL_RS_REPLICAS": "live"}
     assert switched.settings == expected
+    # As an operator has it, by itself and beside the others.
+    _, auto = modes.with_redundant("decode", "place", 16, ["static"], ["auto"])
+    assert auto.modes == ("auto-replicas",) and auto.settings == {"WATERFILL_RS_REPLICAS": "auto"}
+    assert auto.waterfill and auto.as_shipped
+    *_, all_three = modes.with_redundant(
+        "prefill", "place", 16, *both[:1], ["auto", "live", "sglang"]
+    )
+    assert all_three.modes == ("auto-replicas", "live-replicas", "sglang-replicas")
+    assert all_three.settings == expected
     # Without redundant experts nobody chooses.
     (alone,) = modes.with_redundant("prefill", "place", 0, ["static"], ["live"])
     assert alone.modes == ("off-static",)
@@ -119,8 +128,8 @@ def test_a_switched_layer_keeps_sglangs_replicas_in_a_call_of_all_ranks():
         def expand(self, ids, weights, shared_weight, *, layer=None):
             calls.append(("expand", ids, weights, shared_weight, layer))
 
-        def move_up(self, ids, *, layer=None):
-            calls.append(("move_up", ids, layer))
+        def move_up(self, ids, *, layer=None, live=True):
+            calls.append(("move_up", ids, layer, live))
 
     class Theirs:
         def __init__(self, **_):
@@ -134,18 +143,22 @@ def test_a_switched_layer_keeps_sglangs_replicas_in_a_call_of_all_ranks():
             assert self.exchange.board == "board"
             self.exchange.expand("ids", "weights", 0.4, layer=2)
             self.exchange.move_up("ids", layer=2)
+            self.exchange.move_up("ids", layer=2, live=False)
 
     ours, mode = Ours(), ["live-replicas"]
     exchange = ours.exchange
     switch = Switch(ours, Theirs, "shared_weight", lambda: mode[0], lambda balancer: None)
-    for mode[0] in ("live-replicas", "sglang-replicas"):
+    for mode[0] in ("live-replicas", "auto-replicas", "sglang-replicas"):
         switch(None, 5)
         assert ours.exchange is exchange
     assert calls == [
-        ("expand", "ids", "weights", 0.4, 2),
-        ("move_up", "ids", 2),
-        ("expand", "ids", "weights", 0.4, None),
-        ("move_up", "ids", None),
+        call
+        for layer in (2, 2, None)
+        for call in (
+            ("expand", "ids", "weights", 0.4, layer),
+            ("move_up", "ids", layer, True),
+            ("move_up", "ids", layer, False),
+        )
     ]
 
 
@@ -202,8 +215,8 @@ def test_a_decode_beside_sglangs_choice(stub, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     document = results.read(tmp_path / "out.json")
     cells = {cell["mode"]: cell for cell in document["cells"]}
-    assert list(cells) == ["off", "off-static", "off-dynamic", "live-replicas"]
-    live = cells["live-replicas"]
+    assert list(cells) == ["off", "off-static", "off-dynamic", "auto-replicas"]
+    live = cells["auto-replicas"]
     assert live["ratio_off"] == pytest.approx(0.6)
     assert live["ratio_static"] == pytest.approx(6 / 11, abs=1e-5)
     assert live["ratio_dynamic"] == pytest.approx(6 / 11.5, abs=1e-5)
@@ -213,9 +226,9 @@ def test_a_decode_beside_sglangs_choice(stub, tmp_path):  # noqa: F811
     assert cells["off"]["active_experts"] == 2.0 and live["rows_from"] == "counted"
     assert document["settings"]["placements_from"] == "the recording's first half"
     assert document["mismatches"] == [] and document["failures"] == []
-    assert "| decode | 4 | place + 2 | live-replicas | 7.500 |" in done.stdout
+    assert "| decode | 4 | place + 2 | auto-replicas | 7.500 |" in done.stdout
     logs = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
-    placed = logs["decode-live-replicas-place-2.log"]
+    placed = logs["decode-auto-replicas-place-2.log"]
     assert (
         "'ep_num_redundant_experts': 2" in placed and "'ep_dispatch_algorithm': 'static'" in placed
     )
@@ -283,7 +296,7 @@ def test_wrong_redundant_options_are_told(capsys):
         ("--redundant", "6"): "64 logical experts and 6 redundant ones do not divide over 4 ranks",
         ("--redundant", "16", "--placement", "best"): "--placement 'best': give some of place, eplb, trivial",
         ("--redundant", "16", "--dispatch", "lp"): "--dispatch 'lp': give some of static, dynamic",
-        ("--redundant", "16", "--replicas", "all"): "--replicas 'all': give some of live, sglang",
+        ("--redundant", "16", "--replicas", "all"): "--replicas 'all': give some of auto, live, sglang",
         ("--redundant", "16", "--mixed"): "--mixed has no redundant experts",
         ("--redundant", "16", "--outputs"): "--outputs has no redundant experts",
         ("--modes", "off-static"): "give --redundant instead",

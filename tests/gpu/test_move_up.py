@@ -1,4 +1,4 @@
-"""Ids moved up by themselves: the kernel equals the CPU, is the same in a CUDA graph, and is no call of the board's."""
+"""Ids moved up by themselves or by primary replicas: as on the CPU, the same in a CUDA graph, and no call of the board's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from waterfill_rs import _native
 from waterfill_rs.cuda import Expander
 from waterfill_rs.exchange.device import DeviceExchange
 from waterfill_rs.exchange.member import Member
+from waterfill_rs.exchange.replicas import ReplicaTables
 from waterfill_rs.torch import move_up
 
 # Both sides of a block of 256 ids at top 8, a decode, prefills.
@@ -140,6 +141,120 @@ def test_what_does_not_fit_is_refused():
             move_up(wrong, physical_experts=256, ranks=8)
     with pytest.raises(ValueError, match="250"):
         move_up(ids, physical_experts=250, ranks=8)
+
+
+# By primary replicas
+
+
+def primaries_on_cpu(topk_ids, primaries, logical, experts, ranks):
+    """Ids by their primary replicas where those are of the same logical expert, moved up."""
+    known = (topk_ids >= 0) & (topk_ids < experts)
+    own = topk_ids.masked_fill(~known, 0).long()
+    by = primaries[own].long()
+    fits = known & (by >= 0) & (by < experts)
+    fits &= logical[by.clamp(0, experts - 1)] == logical[own]
+    return moved_on_cpu(torch.where(fits, by, topk_ids.long()).to(topk_ids.dtype), experts, ranks)
+
+
+def replicated(seed, ranks, experts, redundant):
+    """A map of the server's, and the core's primary replicas of it: ``[P]`` int32 and int64."""
+    draws = torch.Generator().manual_seed(seed)
+    logical = experts - redundant
+    more = torch.randint(logical, (redundant,), generator=draws)
+    mapped = torch.cat([torch.arange(logical), more])[torch.randperm(experts, generator=draws)]
+    table = _native.ReplicaTable(ranks, mapped.tolist())
+    return torch.tensor(table.primaries, dtype=torch.int32), mapped
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "ranks, experts, redundant", [(1, 2, 1), (4, 80, 16), (8, 288, 32), (72, 360, 72)]
+)
+def test_by_primaries_it_equals_the_cpu(ranks, experts, redundant, ids):
+    for top_k in (1, 6, 8):
+        run, changed = expander(experts, ranks, top_k, ids), 0
+        for seed, rows in enumerate(ROWS):
+            primaries, logical = replicated(seed, ranks, experts, redundant)
+            topk_ids, _ = batch(seed, rows, top_k, experts, ids=ids)
+            there = primaries.cuda(), logical.cuda()
+            expected = primaries_on_cpu(topk_ids, primaries, logical, experts, ranks)
+            for tables in (there, there[:1]):  # The core's tables need no check.
+                moved = run.move_up(topk_ids.cuda(), *tables)
+                assert torch.equal(moved.cpu(), expected), f"{rows} rows, top {top_k}"
+            alone = run.move_up(topk_ids.cuda(), None, there[1])
+            assert torch.equal(alone.cpu(), moved_on_cpu(topk_ids, experts, ranks))
+            changed += int((moved != alone).sum())
+        assert changed > 0, f"top {top_k}"
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+def test_a_primary_of_another_expert_is_not_taken(ids):
+    run, draws = expander(256, 8, 6, ids), torch.Generator().manual_seed(1)
+    logical = torch.randint(128, (256,), generator=draws)
+    # Right ones, ones of other experts, and ones of none.
+    primaries = torch.randint(-3, 260, (256,), generator=draws, dtype=torch.int32)
+    primaries[::2] = torch.arange(256, dtype=torch.int32)[::2]
+    primaries[5], primaries[7] = torch.iinfo(torch.int32).max, torch.iinfo(torch.int32).min
+    topk_ids, _ = batch(7, 1000, 6, 256, ids=ids)
+    moved = run.move_up(topk_ids.cuda(), primaries.cuda(), logical.cuda())
+    expected = primaries_on_cpu(topk_ids, primaries, logical, 256, 8)
+    assert torch.equal(moved.cpu(), expected)
+
+
+@pytest.mark.parametrize("mode", CAPTURE_MODES)
+def test_a_graph_goes_by_the_primaries_that_are_there_at_each_replay(mode):
+    run = expander(80, 4, 6)
+    topk_ids = torch.zeros((128, 6), dtype=torch.int32, device="cuda")
+    primaries, logical = (table.cuda() for table in replicated(0, 4, 80, 16))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode=mode):
+        moved = run.move_up(topk_ids, primaries, logical)
+    for seed in range(20):
+        ids, _ = batch(seed, 128, 6, 80)
+        tables = replicated(seed, 4, 80, 16)
+        for there, now in zip((topk_ids, primaries, logical), (ids, *tables), strict=True):
+            there.copy_(now)
+        moved.fill_(-7)
+        graph.replay()
+        assert torch.equal(moved.cpu(), primaries_on_cpu(ids, *tables, 80, 4)), f"seed {seed}"
+
+
+def test_tables_that_do_not_fit_are_refused():
+    run = expander(256, 8, 6)
+    ids = torch.zeros((9, 6), dtype=torch.int32, device="cuda")
+    primaries = torch.arange(256, dtype=torch.int32, device="cuda")
+    for wrong, beside, text in [
+        (primaries.long(), None, "primaries is torch.int64"),
+        (primaries.cpu(), None, "primaries is on cpu"),
+        (primaries[1:], None, r"primaries has shape \(255,\)"),
+        (primaries, primaries, "logical is torch.int32"),
+        (primaries, primaries.long()[:9], r"logical has shape \(9,\)"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            run.move_up(ids, wrong, beside)
+
+
+def test_an_exchange_with_tables_makes_no_call_of_it_either():
+    """Two ranks of one process, of which one alone decodes: it waits for nobody."""
+    name, logical = f"waterfill-primaries-{os.getpid()}", replicated(3, 2, 12, 4)[1][None]
+    board = _native.Board.create(name, 2, 12, secrets.randbits(120), 4)
+    board.unlink()
+    tables = ReplicaTables(2, 4, logical.clone(), logical=logical.cuda())
+    device = torch.device("cuda", torch.cuda.current_device())
+    settings = dict(reason="a test", board=board, plans=False, replicas=tables)
+    exchange = DeviceExchange(device, Member(2, 12, 0), **settings)
+    topk_ids, topk_weights = batch(8, 50, 3, 12)
+    for layer in (0, None):
+        moved = exchange.move_up(topk_ids.cuda(), topk_weights.cuda(), layer=layer, live=False)
+        primaries = torch.arange(12) if layer is None else torch.tensor(tables.primaries(0))
+        expected = primaries_on_cpu(topk_ids, primaries, logical[0], 12, 2)
+        assert torch.equal(moved.cpu(), expected)
+    torch.cuda.synchronize()
+    assert exchange.tally()["calls"] == 0
+    exchange.close()
+
+
+# In an exchange
 
 
 @pytest.fixture

@@ -126,6 +126,14 @@ def test_elastic_ep_leaves_sglangs_own_and_says_so(sglang, arguments, caplog):
     assert layer(*(tensor[:9] for tensor in inputs())).topk_ids.shape == (9, TOP_K + 1)
 
 
+def test_a_server_moves_experts_by_eplb_or_where_ranks_may_leave():
+    def moves(**fields):
+        return eligibility.moves_experts(types.SimpleNamespace(**fields))
+
+    assert not moves() and not moves(enable_eplb=False, elastic_ep_backend=None)
+    assert moves(enable_eplb=True) and moves(elastic_ep_backend="nixl")
+
+
 def test_every_reason_at_once_where_required(sglang, arguments, monkeypatch):
     monkeypatch.setenv("WATERFILL_RS", "rust")
     monkeypatch.setenv("WATERFILL_RS_EXCHANGE", "group")
@@ -199,7 +207,7 @@ def test_sglang_has_every_argument_that_is_looked_at(sglang):
     ServerArgs.add_cli_args(parser)
     sources = inspect.getsource(eligibility) + inspect.getsource(refusal)
     read = re.findall(r'getattr\(arguments, "(\w+)"', sources)
-    assert len(set(read)) == 5
+    assert len(set(read)) == 6
     for name in (*read, "enable_waterfill"):
         assert hasattr(get_server_args(), name), name
     assert {"use_ray", "enable_waterfill"} <= {action.dest for action in parser._actions}

@@ -67,7 +67,8 @@ def takes_primaries(calls):
 
 
 @pytest.mark.parametrize(
-    "algorithm, asked", [("static", "auto"), ("dynamic", "auto"), ("lp", "auto"), ("static", "live")]
+    "algorithm, asked",
+    [("static", "auto"), ("dynamic", "auto"), ("lp", "auto"), ("static", "live")],
 )
 def test_replicas_are_the_plans_or_primary_before_and_after_a_rebalance(tmp_path, algorithm, asked):
     ranks = two_ranks(tmp_path, algorithm, WATERFILL_RS_REPLICAS=asked)

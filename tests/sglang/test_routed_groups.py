@@ -64,7 +64,7 @@ def test_results_are_the_same_without_the_shared_group(name, options, operands, 
 def test_slots_past_the_used_ones_are_left_out(name, operands, monkeypatch):
     """Those of the redundant experts, where rows go to primary replicas alone: they have no rows, and nobody reads them."""
     wrapper = Wrapper()
-    lhs, rhs, masked_m = operands
+    masked_m = operands[2]
     masked_m[3:] = 0
     expected = product(wrapper, name, operands)
     install(wrapper)

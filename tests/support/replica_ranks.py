@@ -93,6 +93,16 @@ def run_beside_dispatch():
     unfusing.Share.decide = decide
 
 
+def enable_eplb():
+    """As if the operator had given the flag, at the place where we read it."""
+    from sglang.srt import runtime_context
+
+    given = runtime_context.get_server_args()
+    fields = {"enable_eplb": True, "__getattr__": lambda _, name: getattr(given, name)}
+    there = type("Given", (), fields)()
+    runtime_context.get_server_args = lambda: there
+
+
 def main(rank, folder, algorithm, maps):
     """``algorithm``: sglang's. Writes what its calls gave to ``RANK.json``.
 
@@ -109,8 +119,9 @@ def main(rank, folder, algorithm, maps):
 
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    eplb = {"enable_eplb": True} if maps == "moves" else {}
-    get_context().override_server_args(model_path="dummy", **eplb).install()
+    get_context().override_server_args(model_path="dummy").install()
+    if maps == "moves":
+        enable_eplb()
     shared = SharedExpertsConfig(use_waterfill=True)
     group = types.SimpleNamespace(ranks=[0, 1])
     parallel = {"tp_size": RANKS, "tp_rank": rank, "attn_tp_size": RANKS, "attn_tp_rank": rank}

@@ -33,6 +33,7 @@ MS = {
     "off-dynamic": 11.5,
     "sglang-replicas": 9.5,
     "live-replicas": 6.0,
+    "auto-replicas": 6.0,
 }
 SLOWEST = 1.25
 """Times that, on the last rank."""
