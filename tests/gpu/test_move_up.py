@@ -241,7 +241,7 @@ def test_an_exchange_with_tables_makes_no_call_of_it_either():
     board.unlink()
     tables = ReplicaTables(2, 4, logical.clone(), logical=logical.cuda())
     device = torch.device("cuda", torch.cuda.current_device())
-    settings = dict(reason="a test", board=board, plans=False, replicas=tables)
+    settings = dict(reason="a test", board=board, plans=True, replicas=tables)
     exchange = DeviceExchange(device, Member(2, 12, 0), **settings)
     topk_ids, topk_weights = batch(8, 50, 3, 12)
     for layer in (0, None):
