@@ -131,7 +131,7 @@ def test_a_server_that_moves_experts_leaves_no_slots_out(tmp_path):
 @pytest.mark.parametrize("asked", ["auto", "live"])
 def test_ranks_whose_maps_differ_are_named(tmp_path, asked):
     ranks = two_ranks(tmp_path, "static", "differs", WATERFILL_RS_REPLICAS=asked)
-    reason = r"EP rank [01]: its map of experts is another one, with fingerprint [0-9a-f]{8}"
+    reason = r"EP rank [01]: its map of experts has fingerprint [0-9a-f]{8}, its setting is (auto|live)"
     if asked == "live":
         for done in ranks:
             assert done.returncode == 1
@@ -139,6 +139,20 @@ def test_ranks_whose_maps_differ_are_named(tmp_path, asked):
     else:
         assert not any(of_rank["live"] for of_rank in written(tmp_path, ranks))
         assert re.search(f"replicas: as sglang chooses, because {reason}", ranks[0].stderr)
+
+
+def test_ranks_agree_on_their_settings_too():
+    from waterfill_rs.config import Config
+    from waterfill_rs.sglang.replicas import Replicas
+
+    tables = ReplicaTables(2, 4, replica_ranks.maps_of(1))
+
+    def answer(asked, moves):
+        made = Replicas(None, Config(replicas=asked), 4, 100, moves=moves)
+        return made._answer(tables)
+
+    answers = [answer(asked, moves) for asked in ("auto", "live") for moves in (False, True)]
+    assert len(set(answers)) == 4 and answers[0] == answer("auto", False)
 
 
 def test_sglangs_choice_was_asked_for(tmp_path):

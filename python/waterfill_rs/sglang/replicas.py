@@ -181,10 +181,9 @@ class Replicas:
     def _answer(self, tables: ReplicaTables) -> str:
         """The same on two ranks if their maps are, and if both take live plans and leave groups out in the same steps."""
         prints = b"".join(one.to_bytes(4, "little") for one in tables.fingerprints)
-        moves = ", its experts move" if self._moves else ""
         return (
-            f"its map of experts has fingerprint {zlib.crc32(prints):08x}, and its setting is {self._asked}{moves}: give all "
-            "ranks the same placement and the same settings"
+            f"its map of experts has fingerprint {zlib.crc32(prints):08x}, its setting is {self._asked}, and its experts may "
+            f"move: {self._moves}; give all ranks the same placement and the same settings"
         )
 
     def _stop_if_asked(self) -> None:

@@ -1,6 +1,7 @@
 //! The replicas of each layer, as the planner knows them.
 
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 
 use waterfill_core::ReplicaTable;
 
@@ -12,6 +13,9 @@ pub(crate) struct Maps {
     last: usize,
 }
 
+/// A map that a thread sends to the planner's: a layer, and its table from now on.
+pub(crate) type NewMap = (usize, Arc<ReplicaTable>);
+
 impl Maps {
     /// From now on `layer` has this table.
     pub(crate) fn set(&mut self, layer: usize, table: Arc<ReplicaTable>) {
@@ -19,6 +23,13 @@ impl Maps {
             self.tables.resize(layer + 1, None);
         }
         self.tables[layer] = Some(table);
+    }
+
+    /// Take what was sent.
+    pub(crate) fn take(&mut self, sent: &Receiver<NewMap>) {
+        for (layer, table) in sent.try_iter() {
+            self.set(layer, table);
+        }
     }
 
     /// A table with this fingerprint, whichever layer's: plans depend on nothing else of a layer.
@@ -47,7 +58,10 @@ mod tests {
         for table in [&first, &second, &first] {
             assert_eq!(maps.find(table.fingerprint()).as_ref(), Some(table));
         }
-        maps.set(3, Arc::clone(&second));
+        // Another thread sends one.
+        let (sender, sent) = std::sync::mpsc::channel();
+        sender.send((3, Arc::clone(&second))).unwrap();
+        maps.take(&sent);
         assert_eq!(maps.find(first.fingerprint()), None);
         assert_eq!(maps.find(second.fingerprint()), Some(second));
     }

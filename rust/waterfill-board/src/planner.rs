@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex};
 
 use waterfill_core::{
     CostModel, Placement, Plan, Planner, Problem, ReplicaQuotas, ReplicaTable, Routed,
@@ -12,7 +13,7 @@ use waterfill_core::{
 use crate::error::Result;
 use crate::histogram::Waits;
 use crate::layout::{RING, Shape};
-use crate::maps::Maps;
+use crate::maps::{Maps, NewMap};
 use crate::presence::{End, Held, Presence};
 use crate::region::Region;
 use crate::sync::Instant;
@@ -84,6 +85,8 @@ pub struct BoardPlanner<R> {
     /// `[R]` the fingerprints that ranks posted, where plans choose among replicas; else 0.
     fingerprints: Vec<u32>,
     maps: Maps,
+    /// Maps that other threads send. The lock is this planner's alone: it makes the receiver one that may be shared.
+    sent: Option<Mutex<Receiver<NewMap>>>,
     replica_quotas: ReplicaQuotas,
     published: Published,
     watched: Result<Option<Held>>,
@@ -128,6 +131,7 @@ impl<R: Region> BoardPlanner<R> {
             quotas: vec![0; ranks],
             fingerprints: vec![0; ranks],
             maps: Maps::default(),
+            sent: None,
             replica_quotas: ReplicaQuotas::new(),
             published,
             watched,
@@ -148,6 +152,11 @@ impl<R: Region> BoardPlanner<R> {
     /// fingerprint. A table of another shape than the board's is never used.
     pub fn set_map(&mut self, layer: usize, table: Arc<ReplicaTable>) {
         self.maps.set(layer, table);
+    }
+
+    /// Take maps from there too, at the first call whose ranks name one that is not known.
+    pub(crate) fn take_maps_from(&mut self, sent: Receiver<NewMap>) {
+        self.sent = Some(Mutex::new(sent));
     }
 
     /// Go on at another call than the first.
@@ -451,8 +460,10 @@ impl<R: Region> BoardPlanner<R> {
         word::store_all(quotas, self.next, &self.quotas);
         let Some((fingerprint, words)) = words.split_first() else { return };
         if let Some(table) = table {
-            let replica_quotas = self.replica_quotas.of(rank);
-            word::store_all(&words[..replica_quotas.len()], self.next, replica_quotas);
+            let (slots, unused) = words.split_at(table.slots());
+            word::store_all(slots, self.next, self.replica_quotas.of(rank));
+            // A rank whose table has the same fingerprint and more slots must not wait for them: it refuses the sums.
+            unused.iter().for_each(|word| word::store(word, self.next, 0));
             word::store(fingerprint, self.next, table.fingerprint());
         } else {
             word::store(fingerprint, self.next, 0);
@@ -468,7 +479,13 @@ impl<R: Region> BoardPlanner<R> {
             return None;
         }
         let shape = self.shape;
-        self.maps.find(fingerprint).filter(|table| {
+        let found = self.maps.find(fingerprint).or_else(|| {
+            // After the counts were read: whoever sent a map before they were posted has sent it by now.
+            let sent = self.sent.as_ref()?.lock().ok()?;
+            self.maps.take(&sent);
+            self.maps.find(fingerprint)
+        });
+        found.filter(|table| {
             let placement = table.placement();
             let sizes = (placement.ranks(), placement.physical_experts(), table.redundant());
             sizes == (shape.ranks, shape.experts, shape.redundant)

@@ -117,6 +117,7 @@ impl<R: Region> Port<R> {
             check_length("redundant experts of the table", redundant, self.shape.redundant)?;
         }
         self.map = table.map_or((0, 0), |table| (table.fingerprint(), table.slots()));
+        self.has_replica_quotas = false;
         Ok(())
     }
 

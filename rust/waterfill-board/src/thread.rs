@@ -1,13 +1,14 @@
 //! The planner on a thread of its own: no Python, no CUDA, no signals; it looks at the board until it is ended.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use waterfill_core::ReplicaTable;
 
 use crate::layout::Shape;
+use crate::maps::NewMap;
 use crate::planner::BoardPlanner;
 use crate::presence::{End, Presence};
 use crate::region::Region;
@@ -39,7 +40,7 @@ const WATCH: Duration = Duration::from_millis(5);
 pub struct PlannerThread {
     thread: Background<Published>,
     woken: Arc<AtomicBool>,
-    maps: Sender<(usize, Arc<ReplicaTable>)>,
+    maps: Sender<NewMap>,
 }
 
 /// A thread that tells this rank's kernel when the planner's process is gone, which a kernel cannot ask; it ends when
@@ -61,13 +62,14 @@ impl PlannerThread {
     /// # Errors
     /// The system gives no thread, or does not let it be pinned to that core.
     pub fn spawn<R: Region + 'static>(
-        planner: BoardPlanner<R>,
+        mut planner: BoardPlanner<R>,
         pace: Pace,
     ) -> std::io::Result<Self> {
         let woken = Arc::new(AtomicBool::new(false));
         let wakes = Arc::clone(&woken);
         let (tell, told) = std::sync::mpsc::sync_channel(1);
-        let (maps, new_maps) = std::sync::mpsc::channel();
+        let (maps, sent) = std::sync::mpsc::channel();
+        planner.take_maps_from(sent);
         let run = move |stop: &AtomicBool| {
             let ready = pin(pace);
             let failed = ready.is_err();
@@ -76,7 +78,7 @@ impl PlannerThread {
             if failed {
                 planner.published().clone()
             } else {
-                plan_until(planner, pace, stop, &wakes, &new_maps)
+                plan_until(planner, pace, stop, &wakes)
             }
         };
         let thread = Background::spawn("waterfill-planner", run)?;
@@ -172,15 +174,10 @@ fn plan_until<R: Region>(
     pace: Pace,
     stop: &AtomicBool,
     woken: &AtomicBool,
-    new_maps: &Receiver<(usize, Arc<ReplicaTable>)>,
 ) -> Published {
     let (mut polls, mut last) = (0u32, Instant::now());
     // Relaxed: a flag that guards nothing; partner: `Background::join`. The join orders the rest.
     while !stop.load(Ordering::Relaxed) {
-        // Before the look at the board: a map was sent before the counts that name it were posted.
-        for (layer, table) in new_maps.try_iter() {
-            planner.set_map(layer, table);
-        }
         if planner.poll() {
             (polls, last) = (0, Instant::now());
             // Relaxed: as below. Whoever woke it has its answer.

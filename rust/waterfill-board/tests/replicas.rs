@@ -12,7 +12,7 @@ use waterfill_board::{
 };
 use waterfill_core::{Plan, Planner, Problem, ReplicaQuotas, ReplicaTable, Routed};
 
-use support::{Batch, COST};
+use support::{Batch, COST, Watched};
 
 const LONG: Duration = Duration::from_secs(20);
 const RANKS: usize = 3;
@@ -86,7 +86,8 @@ fn run(
 fn every_rank_takes_its_part_of_the_plan() {
     let ((board, planner), tables) = (start(), tables());
     (0..2).for_each(|layer| planner.set_map(layer, Arc::clone(&tables[layer])));
-    let table = |call: u64| &tables[call as usize / 2 % 2];
+    // Of a period that the ring has not, so that each of its slots has had plans of either length.
+    let table = |call: u64| &tables[call as usize / 2 % 3 % 2];
     run(
         &board,
         1000,
@@ -163,6 +164,121 @@ fn a_foreign_fingerprint_is_not_taken() {
     for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
         let outcome = port.finish(batch.posted(), LONG, &mut [0; RANKS]).unwrap();
         assert_eq!((outcome, port.replica_quotas().is_some()), (Outcome::Live, rank != 1));
+    }
+}
+
+/// Ranks that are there post; those that are not are gone. Gives how the call ended on each that is there.
+fn one_call(
+    board: &Arc<Watched>,
+    planner: &mut BoardPlanner<Arc<Watched>>,
+    ports: &mut [Port<Arc<Watched>>],
+    table_of: impl Fn(usize) -> Option<Arc<ReplicaTable>>,
+    call: u64,
+    gone: Option<usize>,
+) {
+    let batches: Vec<Batch> = (0..RANKS).map(|rank| Batch::new(shape(), rank, call)).collect();
+    for rank in (0..RANKS).filter(|&rank| Some(rank) != gone) {
+        ports[rank].set_table(table_of(rank).as_deref()).unwrap();
+        ports[rank].post(batches[rank].posted()).unwrap();
+    }
+    if let Some(gone) = gone {
+        board.leave(waterfill_board::End::Rank(gone));
+    }
+    let begun = std::time::Instant::now();
+    while !planner.poll() {
+        assert!(begun.elapsed() < LONG);
+    }
+    for rank in (0..RANKS).filter(|&rank| Some(rank) != gone) {
+        let outcome = ports[rank].finish(batches[rank].posted(), LONG, &mut [0; RANKS]).unwrap();
+        assert_eq!(outcome, Outcome::Live);
+    }
+}
+
+#[test]
+fn a_gone_rank_and_its_last_map_keep_nobody_from_replicas() {
+    let (board, tables) = (Arc::new(Watched::new(shape())), tables());
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape(), COST, LONG).unwrap();
+    planner.set_map(0, Arc::clone(&tables[0]));
+    planner.set_map(1, Arc::clone(&tables[1]));
+    let port = |rank| Port::new(Arc::clone(&board), shape(), COST, rank).unwrap();
+    let mut ports = [0, 1, 2].map(port);
+    // Four calls with another map at rank 1, so that all slots of the ring have its fingerprint; then it is gone.
+    for call in 0..4 {
+        let table_of = |rank| Some(Arc::clone(&tables[usize::from(rank == 1)]));
+        one_call(&board, &mut planner, &mut ports, table_of, call, None);
+    }
+    assert_eq!(planner.published().replicas, 0);
+    for call in 4..12 {
+        let table_of = |_| Some(Arc::clone(&tables[0]));
+        one_call(&board, &mut planner, &mut ports, table_of, call, Some(1));
+        for rank in [0, 2] {
+            let batch = Batch::new(shape(), rank, call);
+            let quotas = ports[rank].replica_quotas().unwrap();
+            for job in 0..tables[0].jobs() {
+                let slots = tables[0].slots_of(job);
+                let replicas = &tables[0].replicas()[slots.clone()];
+                let rows: u32 = replicas.iter().map(|&r| batch.counts[r as usize]).sum();
+                assert_eq!(quotas[slots.clone()].iter().sum::<u32>(), rows);
+                for (slot, &replica) in slots.zip(replicas) {
+                    let on_gone = tables[0].placement().rank_of(replica as usize) == 1;
+                    assert!(!on_gone || quotas[slot] == 0, "rows for the gone rank");
+                }
+            }
+        }
+    }
+    assert_eq!((planner.published().replicas, planner.published().partial), (8, 8));
+}
+
+#[test]
+fn a_planners_table_of_another_shape_is_never_used() {
+    let (board, tables) = (Arc::new(Watched::new(shape())), tables());
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape(), COST, LONG).unwrap();
+    // As many experts, of which fewer are redundant.
+    let other = ReplicaTable::new(RANKS, &[0, 1, 2, 3, 0, 4, 5, 1, 6, 7, 8, 9]).unwrap();
+    let fingerprint = u64::from(other.fingerprint());
+    planner.set_map(0, Arc::new(other));
+    let mut ports =
+        [0, 1, 2].map(|rank| Port::new(Arc::clone(&board), shape(), COST, rank).unwrap());
+    let batches = [0, 1, 2].map(|rank| Batch::new(shape(), rank, 0));
+    for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
+        port.set_table(Some(&tables[0])).unwrap();
+        port.post(batch.posted()).unwrap();
+        // In place of the fingerprint that it posted.
+        let word = &board.words()[shape().counts(1, rank) + shape().posted() - 2];
+        word.store(1 << 32 | fingerprint, std::sync::atomic::Ordering::Relaxed);
+    }
+    assert!(planner.poll());
+    assert_eq!((planner.published().whole, planner.published().replicas), (1, 0));
+}
+
+#[test]
+fn words_of_an_earlier_call_are_not_taken() {
+    let (board, table) = (Arc::new(Heap::new(shape())), &tables()[0]);
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape(), COST, LONG).unwrap();
+    planner.set_map(0, Arc::clone(table));
+    let mut ports =
+        [0, 1, 2].map(|rank| Port::new(Arc::clone(&board), shape(), COST, rank).unwrap());
+    for call in 1..=5 {
+        let batches = [0, 1, 2].map(|rank| Batch::new(shape(), rank, call));
+        for (port, batch) in ports.iter_mut().zip(&batches) {
+            port.set_table(Some(table)).unwrap();
+            port.post(batch.posted()).unwrap();
+        }
+        assert!(planner.poll());
+        if call == 5 {
+            // The first slot's word of rank 1 is that of call 1, in the same place of the ring.
+            let word = &board.words()[shape().replica_quotas(5, 1) + 1];
+            word.store(1 << 32 | 7, std::sync::atomic::Ordering::Relaxed);
+        }
+        for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
+            let cap = if call == 5 && rank == 1 { Duration::from_millis(5) } else { LONG };
+            let outcome = port.finish(batch.posted(), cap, &mut [0; RANKS]).unwrap();
+            let whole = call < 5 || rank != 1;
+            assert_eq!(outcome == Outcome::Live, whole, "call {call}, rank {rank}");
+            assert_eq!(port.replica_quotas().is_some(), whole);
+            port.set_table(None).unwrap();
+            assert_eq!(port.replica_quotas(), None);
+        }
     }
 }
 

@@ -94,8 +94,8 @@ enum Way {
 }
 
 impl Way {
-    /// Splits cost nothing where experts have several times the rows that their weights are worth, and can win nothing where
-    /// no replicated expert has as many.
+    /// Splits cost nothing where experts have several times the rows that their weights are worth. They hardly ever win where no
+    /// replicated expert has as many: only where an expert without replicas has far more than its rank's others.
     fn of(problem: &Problem, replica_rows: &[u32]) -> Self {
         let active = replica_rows.iter().filter(|&&rows| rows > 0).count() as u64;
         let rows = sum(replica_rows);

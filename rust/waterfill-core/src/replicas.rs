@@ -155,6 +155,11 @@ impl ReplicaTable {
         self.first[job] as usize..self.first[job + 1] as usize
     }
 
+    /// The job that an id names, if it is of a replicated expert.
+    fn job_of_id<I: Id>(&self, id: I) -> Option<usize> {
+        usize::try_from(id.into()).ok().and_then(|physical| self.job_of(physical))
+    }
+
     /// The job of a physical expert, if its expert is replicated.
     #[must_use]
     pub fn job_of(&self, physical: usize) -> Option<usize> {
@@ -188,6 +193,11 @@ fn fingerprint(map: &[u32]) -> u32 {
     let bytes = map.iter().flat_map(|word| word.to_le_bytes());
     let hash = bytes
         .fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    lifted(hash)
+}
+
+/// Never 0, which says that there is no map.
+fn lifted(hash: u32) -> u32 {
     hash.max(1)
 }
 
@@ -254,7 +264,7 @@ impl ReplicaAssigner {
     fn check<I: Id>(&mut self, table: &ReplicaTable, ids: &[I]) {
         self.numbered.clear();
         self.numbered.resize(table.jobs(), 0);
-        for job in ids.iter().filter_map(|id| table.job_of(id.low() as usize)) {
+        for job in ids.iter().filter_map(|&id| table.job_of_id(id)) {
             self.numbered[job] += 1;
         }
         self.fits.clear();
@@ -266,7 +276,7 @@ impl ReplicaAssigner {
 
     /// The replica of the next row of an id's job.
     fn next<I: Id>(&mut self, table: &ReplicaTable, id: I) -> Option<u32> {
-        let job = table.job_of(id.low() as usize).filter(|&job| self.fits[job])?;
+        let job = table.job_of_id(id).filter(|&job| self.fits[job])?;
         let number = self.numbered[job];
         self.numbered[job] += 1;
         let slots = table.slots_of(job);
@@ -403,6 +413,11 @@ mod tests {
     }
 
     #[test]
+    fn no_fingerprint_is_0() {
+        assert_eq!([lifted(0), lifted(1), lifted(u32::MAX)], [1, 1, u32::MAX]);
+    }
+
+    #[test]
     fn primaries_are_the_first_of_each_rank_where_those_are_all_experts() {
         let table = ReplicaTable::new(2, &[0, 3, 1, 2, 1, 3]).unwrap();
         let expected = Primaries { of: vec![0, 1, 4, 3, 4, 1], first: Some(2) };
@@ -443,11 +458,12 @@ mod tests {
     #[test]
     fn quotas_that_do_not_add_up_and_ids_of_no_expert_change_nothing() {
         let table = ReplicaTable::new(2, &[0, 1, 0, 1]).unwrap();
-        let given = [0i64, 1, -1, 2, 4, i64::MIN];
+        let given = [0i64, 1, -1, 2, 1 << 32, i64::MIN];
         let mut ids = given;
         choose_replicas(&table, &[3, 0, 0, 1], &mut ids, 2).unwrap();
-        assert_eq!(ids, [0, 3, -1, 2, 4, i64::MIN], "the first job has two rows, not three");
+        let kept = [0, 3, -1, 2, 1 << 32, i64::MIN];
+        assert_eq!(ids, kept, "the first job has two rows, not three");
         choose_replicas(&table, &[u32::MAX, 3, 0, 1], &mut ids, 2).unwrap();
-        assert_eq!(ids, [0, 3, -1, 2, 4, i64::MIN]);
+        assert_eq!(ids, kept);
     }
 }

@@ -1,6 +1,6 @@
 // A replica for each routed row of a replicated expert, as the plan says: waterfill_core's replicas.rs, for all rows at once.
 //
-// One launch a call, as in expand.cu: count, post, wait for the plan, and write the ids with replicas chosen. A second kernel
+// One launch a call, as in expand.cu: count, post, wait for the plan, and write the ids with replicas chosen. Another kernel
 // beside `expand_topk`, in the modules of shapes with redundant experts that are not for own counts alone. Where the shared rows
 // are routed, `expand_topk` follows, and has the quotas that this one found on the board as given ones.
 //

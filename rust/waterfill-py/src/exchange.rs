@@ -166,6 +166,8 @@ impl PyPort {
             with_ids!(ids, I => {
                 // SAFETY: as in `unsafe_expand_ptr`.
                 let values = unsafe { ids.get::<I>() }?;
+                // SAFETY: as in `unsafe_expand_ptr`: `[rows, top_k]`, int64 if moved, else of the ids' type.
+                let out = unsafe { Chosen::<I>::at(out, ids.rows * ids.top_k, moved) }?;
                 let Self { inner, planner, expander, replicas, chosen, placement, .. } = self;
                 let learn = |own: &OwnCounts, quotas: &mut [u32]| {
                     exchange(inner, planner.as_mut(), own, cap, quotas)
@@ -173,26 +175,21 @@ impl PyPort {
                 let outcome =
                     board_guarded(|| expander.learn(values, ids.top_k, !moved, learn))?;
                 let plan = table.as_deref().zip(inner.replica_quotas());
-                if moved {
-                    // SAFETY: as in `unsafe_expand_ptr`, int64 `[rows, top_k]`.
-                    let out = unsafe { array_mut("out", out, ids.rows * ids.top_k) }?;
-                    widen(values, chosen);
-                    guarded(|| {
+                guarded(|| match out {
+                    Chosen::MovedUp(out) => {
+                        widen(values, chosen);
                         plan.map_or(Ok(()), |(table, quotas)| {
                             replicas.assign(table, quotas, chosen, ids.top_k)
                         })?;
                         move_up(placement, chosen, ids.top_k, out)
-                    })?;
-                } else {
-                    // SAFETY: as in `unsafe_expand_ptr`, of the ids' type, `[rows, top_k]`.
-                    let out = unsafe { array_mut::<I>("out", out, ids.rows * ids.top_k) }?;
-                    out.copy_from_slice(values);
-                    guarded(|| {
+                    }
+                    Chosen::AsGiven(out) => {
+                        out.copy_from_slice(values);
                         plan.map_or(Ok(()), |(table, quotas)| {
                             replicas.assign(table, quotas, out, ids.top_k)
                         })
-                    })?;
-                }
+                    }
+                })?;
                 Ok(outcome.name())
             })
         })
@@ -237,6 +234,27 @@ impl PyPort {
              spawn, and use the board only there",
             self.process
         )))
+    }
+}
+
+/// Where ids with replicas chosen go.
+enum Chosen<'a, I> {
+    MovedUp(&'a mut [i64]),
+    AsGiven(&'a mut [I]),
+}
+
+impl<I> Chosen<'_, I> {
+    /// # Safety
+    /// As [`array_mut`], of 64-bit integers if `moved`, else of `I`.
+    unsafe fn at(address: usize, length: usize, moved: bool) -> PyResult<Self> {
+        // SAFETY: the caller's promise, passed on.
+        unsafe {
+            Ok(if moved {
+                Self::MovedUp(array_mut("out", address, length)?)
+            } else {
+                Self::AsGiven(array_mut("out", address, length)?)
+            })
+        }
     }
 }
 
