@@ -131,7 +131,9 @@ def test_a_server_that_moves_experts_leaves_no_slots_out(tmp_path):
 @pytest.mark.parametrize("asked", ["auto", "live"])
 def test_ranks_whose_maps_differ_are_named(tmp_path, asked):
     ranks = two_ranks(tmp_path, "static", "differs", WATERFILL_RS_REPLICAS=asked)
-    reason = r"EP rank [01]: its map of experts has fingerprint [0-9a-f]{8}, its setting is (auto|live)"
+    reason = (
+        r"EP rank [01]: its map of experts has fingerprint [0-9a-f]{8}, its setting is (auto|live)"
+    )
     if asked == "live":
         for done in ranks:
             assert done.returncode == 1
