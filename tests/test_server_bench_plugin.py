@@ -365,81 +365,6 @@ def test_the_bench_looks_at_a_model_once_the_package_has_prepared_it(tmp_path, m
     assert entered[0] == "the package" and "a.prepare" in entered
 
 
-def module_of(parameters):
-    """A module with these parameters by their dotted names."""
-    root = torch.nn.Module()
-    for name, value in parameters.items():
-        *path, own = name.split(".")
-        module = root
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, torch.nn.Module())
-            module = module._modules[part]
-        module.register_parameter(own, torch.nn.Parameter(value, requires_grad=False))
-    return root
-
-
-def test_weights_are_sane_and_depend_on_their_name_alone():
-    def weights_of():
-        names = {
-            "a.mlp.gate.weight": torch.bfloat16, "b.norm.weight": torch.bfloat16, "w13_weight": torch.float8_e4m3fn,
-            "w13_weight_scale_inv": torch.float32, "k_scale": torch.float32, "embed.weight": torch.bfloat16,
-            "e_score_correction_bias": torch.float32, "o_proj": torch.bfloat16,
-        }  # fmt: skip
-        state = {name: torch.zeros((2, 4, 8), dtype=dtype) for name, dtype in names.items()}
-        model = module_of(state)
-        model.register_buffer("place", torch.zeros(2, dtype=int))
-        weights.fill(model, seed=5)
-        return {name: value.float() for name, value in model.state_dict().items()}
-
-    one, other = weights_of(), weights_of()
-    assert all((one[name] == other[name]).all() for name in one)
-    assert (one["b.norm.weight"] == 1).all() and (one["k_scale"] == 1).all()
-    assert (one["w13_weight_scale_inv"] == torch.tensor(weights.SCALE)).all()
-    assert 0.5 < one["w13_weight"].abs().max() <= 1 and one["w13_weight"].unique().numel() > 20
-    assert one["o_proj"].abs().max() <= 0.041 and one["a.mlp.gate.weight"].abs().max() < 0.2
-    assert (one["place"] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
-def test_a_fused_shared_expert_has_the_weights_of_the_dense_one(dtype):
-    """Two routed experts, and the shared one as a dense MLP or as the third slot."""
-    shapes = {"w13": (8, 4), "w2": (4, 4)}
-
-    def stacks(slots):
-        return {
-            f"0.mlp.experts.{stack}_{name}": torch.zeros((slots, *shape), dtype=kind)
-            for stack, shape in shapes.items()
-            for name, kind in (("weight", dtype), ("weight_scale_inv", torch.float32))
-        }
-
-    def filled(parameters, fused):
-        model = module_of(parameters)
-        model.get_submodule("0.mlp.experts").num_fused_shared_experts = fused
-        weights.fill(model)
-        return {name: value.float() for name, value in model.state_dict().items()}
-
-    linear = {"w13": "gate_up_proj", "w2": "down_proj"}
-    dense = {
-        f"0.mlp.shared_experts.{linear[stack]}.{name}": torch.zeros(shape, dtype=kind)
-        for stack, shape in shapes.items()
-        for name, kind in (("weight", dtype), ("weight_scale_inv", torch.float32))
-    }
-    off, fused = filled(stacks(2) | dense, 0), filled(stacks(3), 1)
-    for stack, layer in linear.items():
-        for name in ("weight", "weight_scale_inv"):
-            slots = fused[f"0.mlp.experts.{stack}_{name}"]
-            assert slots[:2].equal(off[f"0.mlp.experts.{stack}_{name}"])
-            assert slots[2].equal(off[f"0.mlp.shared_experts.{layer}.{name}"])
-        weight = fused[f"0.mlp.experts.{stack}_weight"]
-        assert not weight[2].equal(weight[0]) and weight[2].abs().max() > 0
-    # What is not fused has as many routed slots as there are.
-    third = filled(stacks(3), 0)["0.mlp.experts.w2_weight"][2]
-    assert not third.equal(fused["0.mlp.experts.w2_weight"][2])
-    with pytest.raises(ValueError, match=r"0\.mlp\.experts has 2 fused shared experts"):
-        filled(stacks(4), 2)
-
-
 def test_an_engine_runs_rounds_and_tells_failures(control, tmp_path):
     generated = []
 
@@ -522,6 +447,14 @@ def test_the_hooks_fit_the_installed_sglang(tmp_path):
     for needs in ({"prefill": [64]}, {"prefill": [64], "decode": [8], "mixed": [2048]}):
         assert set(model.arguments(needs, 2, "m", True)) <= known
     assert set(redundant.arguments(modes.Placed("p", 16, "static"), {})) <= known
+    # A rank's weights are by the logical experts of its slots.
+    from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    plugin._map_of_experts()
+    assert "physical_to_logical_map" in inspect.signature(ExpertLocationMetadata).parameters
+    named = FusedMoE.__init__.__code__.co_names
+    assert {weights.FUSED, "layer_id", "moe_ep_rank", "moe_ep_size"} <= set(named)
     # One can be told which rank a request is for, and asked for logprobs.
     assert {traffic.rank_argument(sglang.Engine), "return_logprob"} <= set(
         inspect.signature(sglang.Engine.async_generate).parameters

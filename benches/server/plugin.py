@@ -79,7 +79,7 @@ class Bench:
         """Weights, and with them the routing: before sglang measures what memory is left."""
         import torch
 
-        weights.fill(model)
+        weights.fill(model, _map_of_experts())
         # One node, and a process for each rank: all groups number them alike.
         self.rank.number = torch.distributed.get_rank()
         self.rank.forced = Forced.load(
@@ -131,3 +131,11 @@ class Bench:
         """Around each turn of the scheduler."""
         self.rank.write_if_asked()
         return self._gate.hook(original, scheduler, *args, **kwargs)
+
+
+def _map_of_experts() -> Any:
+    """sglang's ``[L, P]``, the logical expert of each physical one, which is there before any model; None where it has none."""
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    found = get_global_expert_location_metadata()
+    return None if found is None else found.physical_to_logical_map.cpu()
