@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,7 @@ pytest.importorskip("numpy")
 pytest.importorskip("torch")
 
 
-from server import model, modes, output_figures, results, schedule
+from server import model, modes, output_figures, outputs, results, schedule
 from server.answers import Answers, bits, number
 from test_server_bench_run import run, stub  # noqa: F401
 
@@ -85,7 +86,7 @@ def test_all_prompts_of_a_rank_are_one_forward():
     assert model.output_prompts({"prefill": [64], "decode": [2, 4]}) == 4
 
 
-def outputs(tmp_path):
+def found_in(tmp_path):
     found = results.read(tmp_path / "out.json")["outputs"]
     return {(entry["phase"], entry["mode"]): entry for entry in found}
 
@@ -94,7 +95,7 @@ def test_equal_engines_are_told_equal_in_every_phase(stub, tmp_path):  # noqa: F
     options = ["--prefill", "256", "--decode", "4", "--mixed", "16", "--outputs", "--sweeps", "1"]
     done = run(stub, tmp_path, *options, "--modes", "off,home,overlap,auto")
     assert done.returncode == 0, done.stderr
-    found = outputs(tmp_path)
+    found = found_in(tmp_path)
     shown = ("off", "home", "overlap", "auto")
     assert set(found) == {
         (phase, mode) for phase in ("prefill", "decode", "mixed") for mode in shown
@@ -121,7 +122,7 @@ def test_what_differs_and_what_does_not_repeat_is_told(stub, tmp_path):  # noqa:
     options = ["--decode", "8", "--outputs", "--sweeps", "1"]
     done = run(stub, tmp_path, *options, "--modes", "off,home,sglang,overlap,auto")
     assert done.returncode == 0, done.stderr
-    found = {mode: entry for (_, mode), entry in outputs(tmp_path).items()}
+    found = {mode: entry for (_, mode), entry in found_in(tmp_path).items()}
     home = found["home"]
     # The first of 16 prompts is equal for seven tokens.
     assert home["to_off"]["equal_tokens"] == 15 * 24 + 7
@@ -146,19 +147,117 @@ def test_an_off_that_does_not_repeat_itself_is_told_first(stub, tmp_path):  # no
     options = ["--prefill", "256", "--placements", "trivial", "--outputs", "--sweeps", "1"]
     done = run(stub, tmp_path, *options, "--modes", "off,live")
     assert done.returncode == 0, done.stderr
-    assert not outputs(tmp_path)["prefill", "off"]["repeated"]["equal"]
+    assert not found_in(tmp_path)["prefill", "off"]["repeated"]["equal"]
     assert "- prefill: off does not repeat itself bit for bit, so no engine" in done.stdout
     # An engine without overlap and home is asked in the mode that it has.
-    assert outputs(tmp_path)["prefill", "live"]["to_off"]["equal"]
+    assert found_in(tmp_path)["prefill", "live"]["to_off"]["equal"]
     assert "- prefill: live beside off, first answers: equal bit for bit." in done.stdout
     assert "computes what off computes" not in done.stdout
 
 
+def test_engines_with_redundant_experts_answer_beside_off(stub, tmp_path):  # noqa: F811
+    """Of each placement, in prefill in each way to choose replicas, and beside sglang's choice of the same placement."""
+    stub["STUB_ANSWERS"] = json.dumps({"live-replicas": "token", "off-static": "token"})
+    options = ["--redundant", "0,2", "--placement", "place,trivial", "--replicas", "auto,live"]
+    done = run(
+        stub, tmp_path, *options, "--prefill", "256", "--decode", "4", "--outputs", "--sweeps", "1"
+    )
+    assert done.returncode == 0, done.stderr
+    document = results.read(tmp_path / "out.json")
+    found = {
+        (one["phase"], one["mode"], one["placement"], one["redundant"]): one
+        for one in document["outputs"]
+    }
+    places = [("place", 2), ("trivial", 2)]
+    assert set(found) == {
+        (phase, *who)
+        for phase in ("prefill", "decode")
+        for who in [
+            ("off", None, 0),
+            ("off-static", "place", 0),
+            *[("off-static", *place) for place in places],
+            *[(f"{way}-replicas", *place) for way in ("auto", "live") for place in places],
+        ]
+    }
+    for (_, mode, _, _), one in found.items():
+        assert one["repeated"]["equal"]
+        assert (one["to_off"] is None) == (mode == "off")
+        assert (one["to_static"] is None) == (mode in ("off", "off-static"))
+        if mode == "auto-replicas":
+            assert one["to_off"]["equal"] and one["to_static"]["first_difference"] == 7
+        if mode == "live-replicas":
+            assert one["to_off"]["first_difference"] == 7 and one["to_static"]["equal"]
+    assert "- decode: each of auto-replicas (place + 2), auto-replicas (trivial + 2) computes" in (
+        done.stdout
+    )
+    told = "175 of 192 tokens equal, the first difference at 7, logprobs differ by at most 0.25"
+    assert (
+        f"| decode | live-replicas | place + 2 | {told} | equal bit for bit | equal bit for bit | 192, "
+        in done.stdout
+    )
+    assert f"- decode: live-replicas (place + 2) beside off, first answers: {told}." in done.stdout
+    assert (
+        "- decode: live-replicas (place + 2) beside off-static, first answers: equal bit for bit."
+        in done.stdout
+    )
+    assert document["mismatches"] == [] and document["failures"] == []
+
+
+def test_all_engines_that_are_compared_have_the_same_routing():
+    """Off has one answer, so of two recordings only the first one's engines are asked."""
+    names = ["dial-1.00-place", "dial-1.30-place"]
+    cells = [
+        schedule.Cell("decode", tokens, table, name, 16, placed=True)
+        for tokens in (4, 8)
+        for table, name in enumerate(names)
+    ]
+    plans = [
+        *modes.engines("decode", ["off"]),
+        *(
+            plan
+            for name in names
+            for plan in modes.with_redundant("decode", name, 16, ["static"], ["live"])
+        ),
+    ]
+    asked = []
+
+    class Engines:
+        def next_number(self):
+            return len(asked) + 1
+
+        def round(self, plan, message, seconds):
+            asked.append((plan.name, message["placement"], message["cycle"]))
+            return {"answers": [answer([1], [-1.0])], "ranks": []}
+
+    phase = SimpleNamespace(
+        name="decode", cells=cells, answers={}, output_prompts=8, ranks=2, first_table=5
+    )
+    outputs.ask(phase, Engines(), plans, SimpleNamespace(left=lambda: 9))
+    expected = [
+        ("off", 5, ["off"]),
+        ("off-static-dial-1.00-place-16", 5, ["off-static"]),
+        ("live-replicas-dial-1.00-place-16", 5, ["live-replicas"]),
+    ]
+    assert asked == [one for one in expected for _ in range(2)]
+    placed = ("dial-1.00-place", 16)
+    assert list(phase.answers) == [("off", None), ("off-static", placed), ("live-replicas", placed)]
+    # Not again, in a later group.
+    outputs.ask(phase, Engines(), plans, SimpleNamespace(left=lambda: 9))
+    assert len(asked) == 6
+
+
 def test_wrong_outputs_are_refused():
     first = [answer([1], [-1.0])]
-    entries = output_figures.entries("decode", {"off": [first, first]})
+    entries = output_figures.entries("decode", {("off", None): [first, first]})
     document = dict.fromkeys(results.FIELDS, "x") | {"ranks": 2, "settings": {}, "cells": []}
     results.check({**document, "outputs": entries})
-    for name, value in (("mode", "on"), ("tokens", -1), ("repeated", {})):
+    # As in results of before there were answers with redundant experts.
+    before = {
+        k: v for k, v in entries[0].items() if k not in ("placement", "redundant", "to_static")
+    }
+    results.check({**document, "outputs": [before]})
+    assert "| decode | off |  | equal bit for bit |" in output_figures.lines([before])[0]
+    wrong = (("mode", "on"), ("tokens", -1), ("repeated", {}), ("redundant", -1), ("to_static", {}))
+    for name, value in wrong:
         with pytest.raises(ValueError, match="outputs 0"):
             results.check({**document, "outputs": [{**entries[0], name: value}]})

@@ -298,7 +298,7 @@ def test_wrong_redundant_options_are_told(capsys):
         ("--redundant", "16", "--dispatch", "lp"): "--dispatch 'lp': give some of static, dynamic",
         ("--redundant", "16", "--replicas", "all"): "--replicas 'all': give some of auto, live, sglang",
         ("--redundant", "16", "--mixed"): "--mixed has no redundant experts",
-        ("--redundant", "16", "--outputs"): "--outputs has no redundant experts",
+        ("--redundant", "16", "--outputs", "--modes", "auto"): "--outputs compares engines with off",
         ("--modes", "off-static"): "give --redundant instead",
     }  # fmt: skip
     for options, text in wrong.items():
@@ -308,7 +308,7 @@ def test_wrong_redundant_options_are_told(capsys):
 
 def test_a_dials_placement_is_named_after_it():
     asked = redundant.of_options(
-        SimpleNamespace(redundant="16", mixed=None, outputs=False, placement="place",
+        SimpleNamespace(redundant="16", mixed=None, placement="place",
                         dispatch="static", replicas="live")
     )  # fmt: skip
     assert asked.places("dial-1.30-") == [("dial-1.30-place", "place", 16)]

@@ -81,10 +81,14 @@ class Plan:
     def waterfill(self) -> bool:
         return not self.modes[0].startswith("off")
 
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """The placement's name and the number of redundant experts; None where experts are not placed."""
+        return (self.placed.name, self.placed.redundant) if self.placed else None
+
     def serves(self, placement: str, redundant: int) -> bool:
         """Is this engine measured in the cells of that placement? One whose experts are not placed is in all."""
-        placed = self.placed
-        return placed is None or (placed.name, placed.redundant) == (placement, redundant)
+        return self.place in (None, (placement, redundant))
 
     @property
     def upstream(self) -> bool:

@@ -8,41 +8,58 @@ from typing import Any
 
 from server.answers import number
 from server.modes import MODES
+from server.redundant import Place
 
 Answers = Sequence[Mapping[str, Sequence[int]]]
 """One engine's, prompt by prompt: see ``answers.Answers.ask``."""
 
+Who = tuple[str, Place | None]
+"""A mode, and where its engine's experts are placed, or None where they stand in order."""
+
 HEAD = "| phase | mode | first answers to those of off | second answers to the first | tokens, different ones |"
+PLACED_HEAD = (
+    "| phase | mode | placement | first answers to those of off | to those of off-static | second answers to the first "
+    "| tokens, different ones |"
+)
 SAME = "equal bit for bit"
 
 
-def entries(phase: str, answers: Mapping[str, Sequence[Answers]]) -> list[dict[str, Any]]:
-    """One for each mode of the results' ``outputs``.
+def entries(phase: str, answers: Mapping[Who, Sequence[Answers]]) -> list[dict[str, Any]]:
+    """Those of the results' ``outputs``, one for each that answered, in the order of modes.
 
     Args:
-        answers: by mode, the first and the second.
+        answers: the first and the second.
     """
-    off = answers.get("off")
-    return [
-        _entry(phase, mode, *answers[mode], off[0] if off else None)
-        for mode in MODES
-        if mode in answers
-    ]
+    return [_entry(phase, who, answers) for mode in MODES for who in answers if who[0] == mode]
 
 
-def _entry(
-    phase: str, mode: str, first: Answers, second: Answers, off: Answers | None
-) -> dict[str, Any]:
-    """``different``: how many different tokens there are among all."""
+def _entry(phase: str, who: Who, answers: Mapping[Who, Sequence[Answers]]) -> dict[str, Any]:
+    """``different``: how many different tokens there are among all. ``to_static``: to ``off-static`` of the same placement."""
+    mode, place = who
+    first, second = answers[who]
+    name, redundant = place or (None, 0)
+
+    def to(reference: Who) -> dict[str, Any] | None:
+        known = reference in answers and who != reference
+        return compared(answers[reference][0], first) if known else None
+
     return {
         "phase": phase,
         "mode": mode,
+        "placement": name,
+        "redundant": redundant,
         "prompts": len(first),
         "tokens": sum(len(one["tokens"]) for one in first),
         "different": len({token for one in first for token in one["tokens"]}),
         "repeated": compared(first, second),
-        "to_off": compared(off, first) if off is not None and mode != "off" else None,
+        "to_off": to(("off", None)),
+        "to_static": to(("off-static", place)),
     }
+
+
+def name(mode: str, place: Place | None) -> str:
+    """Of who answered, as it is printed."""
+    return f"{mode} ({place[0]} + {place[1]})" if place else mode
 
 
 def compared(one: Answers, other: Answers) -> dict[str, Any]:
@@ -80,23 +97,36 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """A table and the verdicts, or nothing."""
     if not found:
         return []
-    rows = [_row(entry) for entry in found]
-    table = "\n".join([HEAD, "|" + "---|" * (HEAD.count("|") - 1), *rows])
+    placed = any(entry.get("placement") for entry in found)
+    head = PLACED_HEAD if placed else HEAD
+    rows = [_row(entry, placed) for entry in found]
+    table = "\n".join([head, "|" + "---|" * (head.count("|") - 1), *rows])
     about = "Outputs, the same prompts to every engine, twice. Tokens are equal until a prompt's first difference:"
     phases = dict.fromkeys(entry["phase"] for entry in found)
     told = [_verdict(name, [one for one in found if one["phase"] == name]) for name in phases]
     return [f"{about}\n\n{table}", "\n".join(f"- {line}" for of in told for line in of)]
 
 
-def _row(entry: Mapping[str, Any]) -> str:
-    fields = (
+def _row(entry: Mapping[str, Any], placed: bool) -> str:
+    def words(name: str) -> str:
+        return _words(entry[name], entry["tokens"]) if entry.get(name) else ""
+
+    where = f"{entry['placement']} + {entry['redundant']}" if entry.get("placement") else ""
+    fields = [
         entry["phase"],
         entry["mode"],
-        _words(entry["to_off"], entry["tokens"]) if entry["to_off"] else "",
-        _words(entry["repeated"], entry["tokens"]),
+        *([where] if placed else []),
+        words("to_off"),
+        *([words("to_static")] if placed else []),
+        words("repeated"),
         f"{entry['tokens']}, {entry['different']}",
-    )
+    ]
     return "| " + " | ".join(fields) + " |"
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    place = entry.get("placement")
+    return name(entry["mode"], (place, entry["redundant"]) if place else None)
 
 
 def _words(comparison: Mapping[str, Any], tokens: int) -> str:
@@ -125,18 +155,19 @@ def _verdict(phase: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
         told.append(
             f"{phase}: off does not repeat itself bit for bit, so no engine can be held to it bit for bit."
         )
-    same = [entry["mode"] for entry in found if _proves(entry) and off["repeated"]["equal"]]
+    same = [_name(entry) for entry in found if _proves(entry) and off["repeated"]["equal"]]
     if same:
         told.append(
             f"{phase}: {_listed(same)} computes what off computes, bit for bit: {off['tokens']} tokens and their logprobs."
         )
     for entry in found:
-        mode = entry["mode"]
-        if entry["to_off"] and mode not in same:
-            words = _words(entry["to_off"], entry["tokens"])
-            told.append(f"{phase}: {mode} beside off, first answers: {words}.")
-        if mode != "off" and not entry["repeated"]["equal"]:
-            told.append(f"{phase}: {mode} does not repeat itself bit for bit.")
+        who = _name(entry)
+        for reference, key in (("off", "to_off"), ("off-static", "to_static")):
+            if entry.get(key) and who not in same:
+                words = _words(entry[key], entry["tokens"])
+                told.append(f"{phase}: {who} beside {reference}, first answers: {words}.")
+        if who != "off" and not entry["repeated"]["equal"]:
+            told.append(f"{phase}: {who} does not repeat itself bit for bit.")
     return told
 
 

@@ -1,4 +1,7 @@
-"""The same prompts to every engine, twice: what they answer is kept for comparison with Waterfill off."""
+"""The same prompts to every engine, twice: what they answer is kept for comparison with Waterfill off.
+
+Engines whose experts are placed are asked too: routing is forced on all of them by logical expert.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from server import accounts
+from server import accounts, output_figures
 from server.engines import Engines
 from server.modes import Plan
 from server.phase import Phase
-from server.schedule import Clock, answers_message
+from server.schedule import Cell, Clock, answers_message
 
 ROUND_S = 240.0
 """The deadline of an answer: the first one may compile."""
@@ -21,34 +24,43 @@ OF_SWITCHED = ("overlap", "home")
 def ask(phase: Phase, engines: Engines, plans: Sequence[Plan], clock: Clock) -> None:
     """Have each engine answer, and keep it in ``phase.answers``; nothing where outputs are not asked for.
 
-    An engine that answered before is not asked again. One that fails is told, and left out.
+    An engine that answered before is not asked again. One that fails is told, and left out. Of several recordings the first
+    one's routing is forced, and engines placed for another are not asked.
     """
     if not phase.output_prompts:
         return
     begin = time.monotonic()
     for plan in plans:
+        cell = _cell(phase, plan)
+        if cell is None:
+            continue
         for mode in _modes(plan):
-            if mode not in phase.answers:
-                told = [_round(phase, engines, plan, mode, clock) for _ in range(2)]
+            if (mode, plan.place) not in phase.answers:
+                told = [_round(phase, engines, plan, mode, cell, clock) for _ in range(2)]
                 if None not in told:
-                    phase.answers[mode] = told
-    print(
-        f"{phase.name}: outputs of {', '.join(phase.answers)} after {time.monotonic() - begin:.1f} s",
-        flush=True,
-    )
+                    phase.answers[mode, plan.place] = told
+    names = ", ".join(output_figures.name(*who) for who in phase.answers)
+    print(f"{phase.name}: outputs of {names} after {time.monotonic() - begin:.1f} s", flush=True)
+
+
+def _cell(phase: Phase, plan: Plan) -> Cell | None:
+    """One of the engine's own placement, with the routing of the first."""
+    of = (cell for cell in phase.cells if cell.placement == phase.cells[0].placement)
+    return next((cell for cell in of if plan.serves(cell.name, cell.redundant)), None)
 
 
 def _modes(plan: Plan) -> Sequence[str]:
+    """All ways to choose replicas, but one or two of those that place shared rows."""
+    if plan.place:
+        return plan.modes
     return [mode for mode in OF_SWITCHED if mode in plan.modes] or plan.modes[:1]
 
 
-def _round(phase: Phase, engines: Engines, plan: Plan, mode: str, clock: Clock) -> Any:
+def _round(phase: Phase, engines: Engines, plan: Plan, mode: str, cell: Cell, clock: Clock) -> Any:
     """The answers, or None where the engine is not up or fails."""
     number = engines.next_number()
     prompts = phase.output_prompts
-    asked = answers_message(
-        phase.cells[0], plan, mode, prompts, phase.ranks, number, phase.first_table
-    )
+    asked = answers_message(cell, plan, mode, prompts, phase.ranks, number, phase.first_table)
     result = engines.round(plan, asked, min(ROUND_S, max(10.0, clock.left() + 5)))
     if result is None:
         return None

@@ -10,6 +10,7 @@ from server import figures, modes, output_figures, rows
 from server.figures import Mode
 from server.mixed_figures import MixedRound, entries
 from server.modes import Plan
+from server.output_figures import Who
 from server.recording import Placement, Recording
 from server.redundant import Map, Place
 from server.schedule import Cell
@@ -25,7 +26,7 @@ class Phase:
 
     ``requests``: of a mixed round. ``first_table``: the place of the phase's tables among those that its engines read.
     ``maps``: by placement of engines whose experts are placed, what made it and the map.
-    ``outputs``: are answers compared? ``output_prompts``: of each rank, for that. ``answers``: by mode the first and second.
+    ``outputs``: are answers compared? ``output_prompts``: of each rank, for that. ``answers``: by who gave them, the first and second.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Phase:
     output_prompts: int = 0
     found: dict[tuple[Cell, str], Mode] = field(default_factory=dict)
     mixed: dict[Cell, dict[str, list[MixedRound]]] = field(default_factory=dict)
-    answers: dict[str, list[Any]] = field(default_factory=dict)
+    answers: dict[Who, list[Any]] = field(default_factory=dict)
     modelled: dict[Cell, dict[str, float]] = field(default_factory=dict)
     profiles: list[dict[str, Any]] = field(default_factory=list)
     mismatches: list[str] = field(default_factory=list)

@@ -249,6 +249,10 @@ def _placed(
         ]
         tables = [order(one) for one in recordings]
         logical = [recording.place("trivial", one) for one in tables]
-        more = options.engine
-        found.append(Phase(name, plans[name], cells, tables, logical, more, layers, maps=maps))
+        outputs = options.outputs and _has_off(plans[name])
+        shared = (options.engine, layers)
+        of_phase = Phase(
+            name, plans[name], cells, tables, logical, *shared, maps=maps, outputs=outputs
+        )
+        found.append(of_phase)
     return found

@@ -70,9 +70,8 @@ def of_options(options: argparse.Namespace) -> Asked | None:
     """
     if options.redundant is None:
         return None
-    for name, wrong in (("mixed", options.mixed is not None), ("outputs", options.outputs)):
-        if wrong:
-            raise ValueError(f"--{name} has no redundant experts: leave it or --redundant out")
+    if options.mixed is not None:
+        raise ValueError("--mixed has no redundant experts: leave it or --redundant out")
     parts = options.redundant.split(",")
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise ValueError(f"--redundant {options.redundant!r}: give numbers, with commas between")
