@@ -104,6 +104,8 @@ def test_equal_engines_are_told_equal_in_every_phase(stub, tmp_path):  # noqa: F
         assert entry["repeated"]["equal"] and entry["different"] > 20
         assert (entry["to_off"] is None) == (mode == "off")
         assert mode == "off" or entry["to_off"]["equal"]
+        assert (entry["other_experts"] is None) == (mode != "off")
+        assert mode != "off" or entry["other_experts"]["equal_tokens"] < entry["tokens"] / 8
         # Two ranks with 8 prompts, or 4 where the largest graph has 4 tokens; 24 tokens each.
         assert entry["tokens"] == entry["prompts"] * 24 == 2 * 24 * (4 if phase == "decode" else 8)
     assert (
@@ -111,6 +113,9 @@ def test_equal_engines_are_told_equal_in_every_phase(stub, tmp_path):  # noqa: F
         in done.stdout
     )
     assert "| prefill | overlap | equal bit for bit | equal bit for bit | 384, " in done.stdout
+    assert (
+        "- decode: off with other experts beside off, which is how wrong ones look: " in done.stdout
+    )
     # Nothing of it is among what is timed.
     cells = {(c["phase"], c["mode"]): c for c in results.read(tmp_path / "out.json")["cells"]}
     assert cells["decode", "home"]["forwards"] == 88
@@ -226,7 +231,7 @@ def test_all_engines_that_are_compared_have_the_same_routing():
             return len(asked) + 1
 
         def round(self, plan, message, seconds):
-            asked.append((plan.name, message["placement"], message["cycle"]))
+            asked.append((plan.name, message["placement"], message["cycle"], message["base"]))
             return {"answers": [answer([1], [-1.0])], "ranks": []}
 
     phase = SimpleNamespace(
@@ -238,12 +243,15 @@ def test_all_engines_that_are_compared_have_the_same_routing():
         ("off-static-dial-1.00-place-16", 5, ["off-static"]),
         ("live-replicas-dial-1.00-place-16", 5, ["live-replicas"]),
     ]
-    assert asked == [one for one in expected for _ in range(2)]
-    placed = ("dial-1.00-place", 16)
-    assert list(phase.answers) == [("off", None), ("off-static", placed), ("live-replicas", placed)]
+    off, *placed = expected
+    # Off a third time, with other experts.
+    once = [(*off, 0), (*off, 0), (*off, 1), *((*one, 0) for one in placed for _ in range(2))]
+    assert asked == once
+    place = ("dial-1.00-place", 16)
+    assert list(phase.answers) == [("off", None), ("off-static", place), ("live-replicas", place)]
     # Not again, in a later group.
     outputs.ask(phase, Engines(), plans, SimpleNamespace(left=lambda: 9))
-    assert len(asked) == 6
+    assert asked == once
 
 
 def test_wrong_outputs_are_refused():
@@ -252,9 +260,8 @@ def test_wrong_outputs_are_refused():
     document = dict.fromkeys(results.FIELDS, "x") | {"ranks": 2, "settings": {}, "cells": []}
     results.check({**document, "outputs": entries})
     # As in results of before there were answers with redundant experts.
-    before = {
-        k: v for k, v in entries[0].items() if k not in ("placement", "redundant", "to_static")
-    }
+    new = ("placement", "redundant", "to_static", "other_experts")
+    before = {name: value for name, value in entries[0].items() if name not in new}
     results.check({**document, "outputs": [before]})
     assert "| decode | off |  | equal bit for bit |" in output_figures.lines([before])[0]
     wrong = (("mode", "on"), ("tokens", -1), ("repeated", {}), ("redundant", -1), ("to_static", {}))

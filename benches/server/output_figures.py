@@ -28,15 +28,16 @@ def entries(phase: str, answers: Mapping[Who, Sequence[Answers]]) -> list[dict[s
     """Those of the results' ``outputs``, one for each that answered, in the order of modes.
 
     Args:
-        answers: the first and the second.
+        answers: the first and the second, and off's with other experts.
     """
     return [_entry(phase, who, answers) for mode in MODES for who in answers if who[0] == mode]
 
 
 def _entry(phase: str, who: Who, answers: Mapping[Who, Sequence[Answers]]) -> dict[str, Any]:
-    """``different``: how many different tokens there are among all. ``to_static``: to ``off-static`` of the same placement."""
+    """``different``: how many different tokens there are among all. ``to_static``: to ``off-static`` of the same placement.
+    ``other_experts``: the same prompts with other experts, to the first."""
     mode, place = who
-    first, second = answers[who]
+    first, second, *other = answers[who]
     name, redundant = place or (None, 0)
 
     def to(reference: Who) -> dict[str, Any] | None:
@@ -54,6 +55,7 @@ def _entry(phase: str, who: Who, answers: Mapping[Who, Sequence[Answers]]) -> di
         "repeated": compared(first, second),
         "to_off": to(("off", None)),
         "to_static": to(("off-static", place)),
+        "other_experts": compared(first, other[0]) if other else None,
     }
 
 
@@ -154,6 +156,11 @@ def _verdict(phase: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
     if not off["repeated"]["equal"]:
         told.append(
             f"{phase}: off does not repeat itself bit for bit, so no engine can be held to it bit for bit."
+        )
+    if other := off.get("other_experts"):
+        words = _words(other, off["tokens"])
+        told.append(
+            f"{phase}: off with other experts beside off, which is how wrong ones look: {words}."
         )
     same = [_name(entry) for entry in found if _proves(entry) and off["repeated"]["equal"]]
     if same:

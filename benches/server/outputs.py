@@ -19,6 +19,8 @@ ROUND_S = 240.0
 """The deadline of an answer: the first one may compile."""
 OF_SWITCHED = ("overlap", "home")
 """Modes that an engine is asked in where several take turns."""
+OTHER_BASE = 1
+"""Of the answers with other experts: their routing is that of one forward later."""
 
 
 def ask(phase: Phase, engines: Engines, plans: Sequence[Plan], clock: Clock) -> None:
@@ -36,7 +38,9 @@ def ask(phase: Phase, engines: Engines, plans: Sequence[Plan], clock: Clock) -> 
             continue
         for mode in _modes(plan):
             if (mode, plan.place) not in phase.answers:
-                told = [_round(phase, engines, plan, mode, cell, clock) for _ in range(2)]
+                # Off a third time with other experts: so far are answers by wrong ones.
+                bases = [0, 0, OTHER_BASE] if mode == "off" else [0, 0]
+                told = [_round(phase, engines, plan, mode, cell, clock, base) for base in bases]
                 if None not in told:
                     phase.answers[mode, plan.place] = told
     names = ", ".join(output_figures.name(*who) for who in phase.answers)
@@ -56,11 +60,15 @@ def _modes(plan: Plan) -> Sequence[str]:
     return [mode for mode in OF_SWITCHED if mode in plan.modes] or plan.modes[:1]
 
 
-def _round(phase: Phase, engines: Engines, plan: Plan, mode: str, cell: Cell, clock: Clock) -> Any:
+def _round(
+    phase: Phase, engines: Engines, plan: Plan, mode: str, cell: Cell, clock: Clock, base: int
+) -> Any:
     """The answers, or None where the engine is not up or fails."""
     number = engines.next_number()
     prompts = phase.output_prompts
-    asked = answers_message(cell, plan, mode, prompts, phase.ranks, number, phase.first_table)
+    asked = answers_message(
+        cell, plan, mode, prompts, phase.ranks, number, phase.first_table, base=base
+    )
     result = engines.round(plan, asked, min(ROUND_S, max(10.0, clock.left() + 5)))
     if result is None:
         return None

@@ -26,7 +26,7 @@ class Phase:
 
     ``requests``: of a mixed round. ``first_table``: the place of the phase's tables among those that its engines read.
     ``maps``: by placement of engines whose experts are placed, what made it and the map.
-    ``outputs``: are answers compared? ``output_prompts``: of each rank, for that. ``answers``: by who gave them, the first and second.
+    ``outputs``: are answers compared? ``output_prompts``: of each rank, for that. ``answers``: by who gave them, see ``output_figures``.
     """
 
     name: str

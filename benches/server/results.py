@@ -124,9 +124,9 @@ def _check_output(where: str, entry: Any) -> None:
     _check_there(where, entry, OUTPUT)
     if entry["mode"] not in MODES:
         raise ValueError(f"{where}: mode {entry['mode']!r} is unknown")
-    # Results of before engines with redundant experts answered have neither placement nor to_static.
+    # Results of before engines with redundant experts answered have no placement and no more comparisons.
     _check_counts(where, {"redundant": 0, **entry}, ("prompts", "tokens", "different", "redundant"))
-    for name in ("repeated", "to_off", "to_static"):
+    for name in ("repeated", "to_off", "to_static", "other_experts"):
         comparison = entry.get(name)
         if comparison is None and name != "repeated":
             continue

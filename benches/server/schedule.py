@@ -139,7 +139,15 @@ def mixed_message(
 
 
 def answers_message(
-    cell: Cell, plan: Plan, mode: str, prompts: int, ranks: int, number: int, first_table: int = 0
+    cell: Cell,
+    plan: Plan,
+    mode: str,
+    prompts: int,
+    ranks: int,
+    number: int,
+    first_table: int = 0,
+    *,
+    base: int = 0,
 ) -> dict[str, Any]:
     """What an engine is asked for where answers are compared.
 
@@ -149,6 +157,7 @@ def answers_message(
     Args:
         mode: of every forward.
         prompts: of each rank.
+        base: another one forces other experts on the same prompts.
     """
     return _common(cell, plan, number, 0, first_table) | {
         "kind": ANSWERED,
@@ -156,7 +165,7 @@ def answers_message(
         "tokens": prompts * OUTPUT_PROMPT,
         "chunk": prompts * OUTPUT_PROMPT,
         "lead": 0,
-        "base": 0,
+        "base": base,
         "requests": prompts * ranks,
         "prompt": OUTPUT_PROMPT,
         "new": OUTPUT_NEW,

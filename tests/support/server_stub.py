@@ -233,6 +233,8 @@ class Engine:
             await asyncio.sleep(0.002)
         mode, self.asked = self.ranks[0].rank.mode, self.asked + (rank == 0)
         wrong = json.loads(os.environ.get("STUB_ANSWERS", "{}")).get(mode)
+        if self.ranks[0].rank.control.get("base"):
+            prompts = [prompt[::-1] for prompt in prompts]  # Other experts answer otherwise.
         return [
             self.answer(prompt, sampling_params["max_new_tokens"], wrong, i == rank == 0)
             for i, prompt in enumerate(prompts)
