@@ -101,7 +101,7 @@ class Expander:
 
     max_rows = 100
 
-    def __init__(self, device, *, physical_experts, ranks, rank, top_k):
+    def __init__(self, device, *, physical_experts, ranks, rank, top_k, redundant):
         if top_k > 32:
             raise ValueError(f"top_k {top_k}: give 1 to 32 routed experts a token")
 
