@@ -174,12 +174,10 @@ class Expander:
             ValueError: a tensor that does not fit, before anything is written.
         """
         rows = self._check_ids(topk_ids)
-        for name, table, dtype in (
-            ("primaries", primaries, torch.int32),
-            ("logical", logical, torch.int64),
-        ):
-            if table is not None:
-                self._refuse(name, table, dtype, (self.experts,))
+        if primaries is not None:
+            self._refuse("primaries", primaries, torch.int32, (self.experts,))
+        if logical is not None:
+            self._refuse("logical", logical, torch.int64, (self.experts,))
         out = torch.empty_like(topk_ids, dtype=torch.int64)
         self._move_up(
             topk_ids.data_ptr(),

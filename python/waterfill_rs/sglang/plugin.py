@@ -154,8 +154,8 @@ _VALUES = {
     ),
     "waterfill_rs_replicas": (
         REPLICAS_VARIABLE,
-        "Who chooses replicas of redundant experts: 'live', plans from live counts, or the server stops; 'sglang'; 'auto', "
-        "live where there are any",
+        "Who chooses replicas of redundant experts: 'live', plans from live counts in every batch, or the server stops; "
+        "'sglang'; 'auto', live plans in prefill and one replica of each expert in decode, where they can be had",
     ),
     "waterfill_rs_machine": (
         MACHINE_VARIABLE,
