@@ -2,7 +2,8 @@
 
 RANKS processes, spread over the GPUs there are (where some share one, start ``nvidia-cuda-mps-control -d`` before), with the
 planner's thread in this one. Each rank replays graphs of CALLS calls; the medians of its replays over CALLS. The calls:
-``move_up``: ids moved up as they are. ``primaries``: by primary replicas. ``choose``: by a live plan, ids moved up.
+``move_up``: ids moved up as they are. ``primaries``: by primary replicas. ``alone``: all that a choice does but the wait,
+on a board without a planner. ``choose``: by a live plan, ids moved up.
 ``choose+expand``: by a live plan, and the shared rows with it, which are two launches.
 Redundant experts are each rank's last: replicas of experts of the next rank.
 """
@@ -25,7 +26,7 @@ RANKS = (1, 2, 4, 8)
 ROWS = (8, 128, 4096)
 SIZES = ((64, 16, 6), (256, 32, 8))
 """Logical experts, redundant ones, top-k."""
-MODES = ("move_up", "primaries", "choose", "choose+expand")
+MODES = ("move_up", "primaries", "alone", "choose", "choose+expand")
 LONG_US = 5_000_000
 
 
@@ -88,6 +89,8 @@ def rank_process(
     board = _native.Board.attach(name, ranks, experts, run, redundant)
     where = dict(physical_experts=experts, ranks=ranks, rank=rank, top_k=top_k)
     expander = Expander("cuda", board=board, redundant=redundant, **where)
+    without_planner = _native.Board.create(f"{name}-{rank}", ranks, experts, run, redundant)
+    alone = Expander("cuda", board=without_planner, redundant=redundant, **where)
     table = _native.ReplicaTable(ranks, of_logical)
     words, primaries = (
         torch.tensor(each, dtype=torch.int32, device="cuda")
@@ -98,6 +101,10 @@ def rank_process(
     def choose(ids, moved):
         return expander.choose_replicas(ids, words, own, moved=moved, cap_us=LONG_US)
 
+    # It waits twice in vain, and from then on no call does.
+    def choose_alone(ids):
+        return alone.choose_replicas(ids, words, own, moved=True, cap_us=1)
+
     def choose_and_expand(ids, weights):
         chosen, quotas = choose(ids, False)
         return expander(chosen, weights, 0.4, quotas=quotas)
@@ -105,6 +112,7 @@ def rank_process(
     calls = {
         "move_up": lambda ids, _: expander.move_up(ids),
         "primaries": lambda ids, _: expander.move_up(ids, primaries, own),
+        "alone": lambda ids, _: choose_alone(ids),
         "choose": lambda ids, _: choose(ids, True),
         "choose+expand": choose_and_expand,
     }
@@ -122,6 +130,7 @@ def rank_process(
         taken = replay_us(graphs[mode, int(rows)], 201)[1:]
         ended = ",".join(f"{how}={calls}" for how, calls in expander.tally().items() if calls)
         print(statistics.median(taken), ended or "-", flush=True)
+    without_planner.unlink()
 
 
 if __name__ == "__main__":

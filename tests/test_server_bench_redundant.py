@@ -77,6 +77,8 @@ def test_sglang_is_told_where_experts_stand(tmp_path):
         "init_expert_location": str(path),
         "ep_dispatch_algorithm": "dynamic",
     }
+    rebalanced = redundant.arguments(Placed("place", 1, "dynamic", 12), files)
+    assert rebalanced["enable_eplb"] and rebalanced["eplb_rebalance_num_iterations"] == 12
     trivial = redundant.arguments(Placed("trivial", 1, "static"), files)
     assert trivial["init_expert_location"] == "trivial"
     assert redundant.arguments(None, files) == {}
@@ -308,7 +310,7 @@ def test_wrong_redundant_options_are_told(capsys):
 
 def test_a_dials_placement_is_named_after_it():
     asked = redundant.of_options(
-        SimpleNamespace(redundant="16", mixed=None, placement="place",
+        SimpleNamespace(redundant="16", mixed=None, rebalance=0, placement="place",
                         dispatch="static", replicas="live")
     )  # fmt: skip
     assert asked.places("dial-1.30-") == [("dial-1.30-place", "place", 16)]

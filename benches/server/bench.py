@@ -84,8 +84,11 @@ class Bench:
         save(routing, tables)
         needs = {phase.name: phase.tokens for phase in phases}
         for phase in phases:
-            phase.output_prompts = model.output_prompts(needs) if phase.outputs else 0
+            prompts = model.output_prompts(needs)
+            phase.output_prompts = prompts if phase.outputs else 0
+            phase.layer_prompts = prompts if phase.compares_layers else 0
         answered = [phase.output_prompts * model.OUTPUT_PROMPT for phase in phases]
+        compared = [phase.layer_prompts * model.OUTPUT_PROMPT for phase in phases]
         return {
             "name": name,
             "needs": needs,
@@ -94,8 +97,9 @@ class Bench:
             "routing": {
                 "routing": str(routing),
                 "placements": len(tables),
-                "longest": max(model.longest(needs), *answered),
+                "longest": max(model.longest(needs), *answered, *compared),
                 "experts": first.experts,
+                "layer_rows": max(compared),
             },
             "placements": self._placements(phases),
             "more": phases[0].engine_arguments,

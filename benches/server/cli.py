@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from server import memory, modes, phases, results, table, traffic
+from server import layer_outputs, memory, modes, phases, results, table, traffic
 from server.bench import Bench
 from server.phase import Phase
 from server.phases import LAYERS, REQUESTS, TOKENS
@@ -107,6 +107,12 @@ def _parser() -> argparse.ArgumentParser:
         default="static",
         help="with --redundant, some of static, dynamic: how sglang chooses replicas without Waterfill; the first with it too (static)",
     )
+    parser.add_argument(
+        "--rebalance",
+        type=int,
+        default=0,
+        help="with --redundant: sglang's EPLB places those engines' experts anew after so many forwards (0: never)",
+    )
     parser.add_argument("--ranks", type=int, help="GPUs, one a rank: by default all")
     parser.add_argument(
         "--layers",
@@ -137,6 +143,12 @@ def _parser() -> argparse.ArgumentParser:
         "--outputs",
         action="store_true",
         help="before anything is timed: do engines answer what off answers, bit for bit? Only where off is among a phase's modes",
+    )
+    parser.add_argument(
+        "--layer-outputs",
+        action="store_true",
+        help="before anything is timed: do MoE layers make of the same inputs what they make in off? "
+        "Times beside it are not to be quoted: graphs have more kernels",
     )
     parser.add_argument("--apart", action="store_true", help="one engine after the other")
     parser.add_argument(
@@ -260,6 +272,11 @@ def _found(bench: Bench, asked: Sequence[Phase]) -> dict[str, Any]:
         "profiles": [profile for phase in asked for profile in phase.profiles],
         "mixed": [entry for phase in asked for entry in phase.as_mixed()],
         "outputs": [entry for phase in asked for entry in phase.as_outputs()],
+        "layers": [
+            entry
+            for phase in asked
+            for entry in layer_outputs.entries(phase.name, phase.layers_found)
+        ],
         "memory": [memory.entry(*names, ranks) for names, ranks in engines.memory.items()],
         "failures": list(engines.failures),
         "mismatches": [text for phase in asked for text in phase.mismatches],

@@ -10,9 +10,9 @@ MOST_RANKS = MOST_MODES = 8
 CLOSED = 2**62
 """In ``gate``: no turn of the scheduler comes to it."""
 
-TIMED, ROWS, PROFILED, MIXED, ANSWERED = range(5)
+TIMED, ROWS, PROFILED, MIXED, ANSWERED, LAYERS = range(6)
 """Kinds of a round: forwards are timed, rows are counted, forwards are profiled, requests come over time, answers are
-compared."""
+compared, outputs of layers are compared."""
 OPEN = 0
 """In ``gate``: every turn of the scheduler has come to it."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from server.answers import Answers
-from server.control import ANSWERED, CLOSED, MIXED, OPEN, Control
+from server.control import ANSWERED, CLOSED, LAYERS, MIXED, OPEN, Control
 from server.modes import MODES
 from server.protocol import Closed, Reader, send
 from server.traffic import Request, Traffic
@@ -60,8 +60,8 @@ class Rounds:
             RuntimeError: an answer that is compared has another number of tokens than was asked for.
         """
         self._set(asked)
-        run = {MIXED: self._mixed, ANSWERED: self._answered}.get(asked["kind"], self._full_forwards)
-        found = run(asked)
+        ways = {MIXED: self._mixed, ANSWERED: self._answered, LAYERS: self._answered}
+        found = ways.get(asked["kind"], self._full_forwards)(asked)
         time.sleep(SETTLE_S)
         self._control.set(gate=CLOSED, requests=0, asked=asked["round"])
         return {"round": asked["round"], **found, "ranks": self._results(asked["round"])}

@@ -58,11 +58,15 @@ REPLICAS_VARIABLE = "WATERFILL_RS_REPLICAS"
 
 @dataclass(frozen=True)
 class Placed:
-    """Where an engine's experts stand: the placement's name in cells, redundant experts, sglang's ``dispatch`` algorithm."""
+    """Where an engine's experts stand: the placement's name in cells, redundant experts, sglang's ``dispatch`` algorithm.
+
+    ``rebalance``: its EPLB places them anew after so many forwards, or 0.
+    """
 
     name: str
     redundant: int
     dispatch: str
+    rebalance: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,12 @@ def engines(phase: str, modes: Sequence[str]) -> list[Plan]:
 
 
 def with_redundant(
-    phase: str, placement: str, redundant: int, dispatch: Sequence[str], replicas: Sequence[str]
+    phase: str,
+    placement: str,
+    redundant: int,
+    dispatch: Sequence[str],
+    replicas: Sequence[str],
+    rebalance: int = 0,
 ) -> list[Plan]:
     """The engines whose experts are placed so: one without Waterfill for each of ``dispatch``, and those with it.
 
@@ -155,7 +164,7 @@ def with_redundant(
     """
 
     def plan(name: str, modes: tuple[str, ...], algorithm: str, switches: bool = False) -> Plan:
-        placed = Placed(placement, redundant, algorithm)
+        placed = Placed(placement, redundant, algorithm, rebalance)
         return Plan(f"{name}-{placement}-{redundant}", modes, switches, placed)
 
     found = [plan(f"off-{one}", (f"off-{one}",), one) for one in dispatch]

@@ -33,10 +33,10 @@ def ask(phase: Phase, engines: Engines, plans: Sequence[Plan], clock: Clock) -> 
         return
     begin = time.monotonic()
     for plan in plans:
-        cell = _cell(phase, plan)
+        cell = cell_of(phase, plan)
         if cell is None:
             continue
-        for mode in _modes(plan):
+        for mode in modes_of(plan):
             if (mode, plan.place) not in phase.answers:
                 # Off a third time with other experts: so far are answers by wrong ones.
                 bases = [0, 0, OTHER_BASE] if mode == "off" else [0, 0]
@@ -47,13 +47,13 @@ def ask(phase: Phase, engines: Engines, plans: Sequence[Plan], clock: Clock) -> 
     print(f"{phase.name}: outputs of {names} after {time.monotonic() - begin:.1f} s", flush=True)
 
 
-def _cell(phase: Phase, plan: Plan) -> Cell | None:
+def cell_of(phase: Phase, plan: Plan) -> Cell | None:
     """One of the engine's own placement, with the routing of the first."""
     of = (cell for cell in phase.cells if cell.placement == phase.cells[0].placement)
     return next((cell for cell in of if plan.serves(cell.name, cell.redundant)), None)
 
 
-def _modes(plan: Plan) -> Sequence[str]:
+def modes_of(plan: Plan) -> Sequence[str]:
     """All ways to choose replicas, but one or two of those that place shared rows."""
     if plan.place:
         return plan.modes

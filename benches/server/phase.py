@@ -27,6 +27,7 @@ class Phase:
     ``requests``: of a mixed round. ``first_table``: the place of the phase's tables among those that its engines read.
     ``maps``: by placement of engines whose experts are placed, what made it and the map.
     ``outputs``: are answers compared? ``output_prompts``: of each rank, for that. ``answers``: by who gave them, see ``output_figures``.
+    ``compares_layers``, ``layer_prompts``, ``layers_found``: the same of outputs of layers, see ``layer_outputs``. ``off_layers``: off's.
     """
 
     name: str
@@ -40,10 +41,14 @@ class Phase:
     first_table: int = 0
     maps: dict[Place, tuple[str, Map]] = field(default_factory=dict)
     outputs: bool = False
+    compares_layers: bool = False
     output_prompts: int = 0
+    layer_prompts: int = 0
     found: dict[tuple[Cell, str], Mode] = field(default_factory=dict)
     mixed: dict[Cell, dict[str, list[MixedRound]]] = field(default_factory=dict)
     answers: dict[Who, list[Any]] = field(default_factory=dict)
+    layers_found: dict[Who, dict[str, Any]] = field(default_factory=dict)
+    off_layers: list[Any] = field(default_factory=list)
     modelled: dict[Cell, dict[str, float]] = field(default_factory=dict)
     profiles: list[dict[str, Any]] = field(default_factory=list)
     mismatches: list[str] = field(default_factory=list)

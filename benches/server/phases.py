@@ -36,8 +36,12 @@ def of_options(options: argparse.Namespace) -> list[Phase]:
     if asked:
         names = [f"{recording.name_of_dial(ratio)}-" for ratio in _ratios(options)] or [""]
         plans = {name: of + asked.plans(name, names) for name, of in plans.items()}
-    if options.outputs and not any(map(_has_off, plans.values())):
-        raise ValueError("--outputs compares engines with off: give it among --modes")
+    for asked_for, name in (
+        (options.outputs, "--outputs"),
+        (options.layer_outputs, "--layer-outputs"),
+    ):
+        if asked_for and not any(map(_has_off, plans.values())):
+            raise ValueError(f"{name} compares engines with off: give it among --modes")
     hold_out = asked is not None
     read = None
     if options.recording:
@@ -221,6 +225,7 @@ def _phase(
         layers,
         requests=options.mixed or 0,
         outputs=options.outputs and _has_off(plans),
+        compares_layers=options.layer_outputs and _has_off(plans),
     )
 
 
@@ -249,10 +254,18 @@ def _placed(
         ]
         tables = [order(one) for one in recordings]
         logical = [recording.place("trivial", one) for one in tables]
-        outputs = options.outputs and _has_off(plans[name])
-        shared = (options.engine, layers)
+        has_off = _has_off(plans[name])
         of_phase = Phase(
-            name, plans[name], cells, tables, logical, *shared, maps=maps, outputs=outputs
+            name,
+            plans[name],
+            cells,
+            tables,
+            logical,
+            options.engine,
+            layers,
+            maps=maps,
+            outputs=options.outputs and has_off,
+            compares_layers=options.layer_outputs and has_off,
         )
         found.append(of_phase)
     return found

@@ -14,6 +14,7 @@ from server import weights
 from server.control import Control
 from server.forced import Forced
 from server.gate import Gate
+from server.layers import Layers
 from server.rank import Rank
 from server.switch import Switch, own_exchange
 
@@ -57,6 +58,11 @@ def register() -> None:
             bench.turn,
             HookType.AROUND,
         ),
+        (
+            "sglang.srt.eplb.expert_location.ExpertLocationMetadata.update",
+            bench.rank.count_rebalance,
+            HookType.AFTER,
+        ),
     ):
         HookRegistry.register(target, hook, kind)
 
@@ -64,7 +70,7 @@ def register() -> None:
 class Bench:
     """One process. ``told``: ``control``, ``folder``, ``routing``, ``placements``, ``longest``, ``ranks``, ``first_layer``,
     ``experts`` (physical ones), ``mode`` (of graphs), ``switches`` (are balancers replaced?), ``upstream`` (are they to be
-    sglang's own?)."""
+    sglang's own?), ``layer_rows`` (of a forward whose layers' outputs are compared, or 0)."""
 
     def __init__(self, told: dict[str, Any], seams: Any, theirs: type) -> None:
         self.told, self._seams, self._theirs = told, seams, theirs
@@ -89,6 +95,12 @@ class Bench:
             self.told["longest"],
             torch.device("cuda", torch.cuda.current_device()),
         )
+        if rows := self.told.get("layer_rows"):
+            device = torch.device("cuda", torch.cuda.current_device())
+            modules = model.modules()
+            self.rank.layers = Layers(
+                modules, model.config.hidden_size, rows, self.rank.number, device
+            )
 
     def choose(self, original: Any, **given: Any) -> Any:
         """Around what sglang does with the router's logical ids: it chooses a replica for each, and masks padding.

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from server import kernels
 from server.choice import Choice
-from server.control import MIXED, PROFILED, ROWS, Control
+from server.control import LAYERS, MIXED, PROFILED, ROWS, Control
 from server.forced import Forced
+from server.layers import Layers
 from server.modes import MODES
 
 PROFILE_STARTS_S, PROFILES_S = 3.0, 0.5
@@ -83,6 +86,9 @@ class Rank:
         self._experts, self._ranks = experts, ranks
         self.number = -1
         self.forced: Forced | None = None
+        self.layers: Layers | None = None
+        self.rebalances = 0
+        """Changes of the map of experts so far."""
         self.balancers: list[Any] = []
         self.mode = "home"
         """Of the forward that runs, and before the first of one that captures a graph."""
@@ -108,6 +114,8 @@ class Rank:
         self._modes: Counter[str] = Counter()
         self._kinds: Counter[str] = Counter()
         self._before: tuple[dict[str, Any], ...] | None = None
+        self._layer_outputs: dict[str, Any] = {}
+        self._rebalances_before = self.rebalances
 
     def prepared(self) -> None:
         """The model's layers are: before any cache, graph or forward. A graph that is captured next has this mode."""
@@ -175,6 +183,8 @@ class Rank:
         profiles = kind == PROFILED and lead - 1 <= index < lead + length
         if profiles and tokens == control.get("tokens"):
             return self._profiled(lambda: original(runner, *args, **kwargs))
+        if kind == LAYERS and self.layers is not None:
+            return self._keep_layers(self.layers, tokens, lambda: original(runner, *args, **kwargs))
         begin, end = self._event(), self._event()
         begin.record()
         if kind == ROWS and index >= lead:
@@ -184,6 +194,17 @@ class Rank:
         end.record()
         self._forwards.append((index, self.mode, place, tokens, begin, end))
         return result
+
+    def _keep_layers(self, layers: Layers, rows: int, call: Callable[[], Any]) -> Any:
+        layers.force(True)
+        result = call()
+        layers.force(False)
+        self._layer_outputs[str(self._index - 1)] = layers.take(rows)
+        return result
+
+    def count_rebalance(self, *_: Any, **__: Any) -> None:
+        """After a change of sglang's map of experts."""
+        self.rebalances += 1
 
     def _freeze_garbage(self) -> None:
         """A collection over all that was loaded takes tens of milliseconds of one rank, and the others wait: as sglang's
@@ -276,8 +297,16 @@ class Rank:
         self._synchronize()
         self._count_rows(False)
         path = self.folder / f"round-{asked}-{self.number}.json"
-        path.write_text(json.dumps(self.results()))
+        path.write_text(json.dumps(self.results() | self._layers_file(asked)))
         self.control.list("written")[self.number] = asked
+
+    def _layers_file(self, asked: int) -> dict[str, str]:
+        """Where outputs of layers are, by forward, if this round has any."""
+        if not self._layer_outputs:
+            return {}
+        path = self.folder / f"layers-{asked}-{self.number}.npz"
+        np.savez(path, **self._layer_outputs)
+        return {"layers_file": str(path)}
 
     def results(self) -> dict[str, Any]:
         """Of the round so far.
@@ -287,7 +316,7 @@ class Rank:
         shared one ``[R]``. ``modes``: forwards that counted, by mode.
         ``kinds``: forwards of a mixed round, by kind. ``calls``, ``planner``, ``batches``: what was added since the lead.
         ``layers``, ``staying``: those that are balanced, and those of them that are fused in every batch.
-        ``memory``: bytes when the model was ``prepared``, and ``now``.
+        ``memory``: bytes when the model was ``prepared``, and ``now``. ``rebalances``: of this round.
         """
         now = self._tally()
         calls, planner, batches = map(_since, self._before or now, now)
@@ -311,6 +340,7 @@ class Rank:
             "staying": self._choice.staying,
             "memory": {"prepared": self._prepared, "now": self._memory()},
             "profiles": self._profiles,
+            "rebalances": self.rebalances - self._rebalances_before,
         }
 
 

@@ -34,12 +34,13 @@ Place = tuple[str, int]
 @dataclass(frozen=True)
 class Asked:
     """``numbers`` of redundant experts. ``dispatch``: sglang's ``ep_dispatch_algorithm`` of engines without Waterfill; those
-    with it have the first. ``replicas``: who chooses them where Waterfill is on."""
+    with it have the first. ``replicas``: who chooses them where Waterfill is on. ``rebalance``: forwards between rebalances, or 0."""
 
     numbers: list[int]
     placement: list[str]
     dispatch: list[str]
     replicas: list[str]
+    rebalance: int = 0
 
     def places(self, recorded: str) -> list[tuple[str, str, int]]:
         """For one recording: a cell's name of the placement, ``PLACEMENTS``'s, and the number of redundant experts.
@@ -58,7 +59,9 @@ class Asked:
             plan
             for before in recorded
             for name, _, number in self.places(before)
-            for plan in with_redundant(phase, name, number, self.dispatch, self.replicas)
+            for plan in with_redundant(
+                phase, name, number, self.dispatch, self.replicas, self.rebalance
+            )
         ]
 
 
@@ -76,7 +79,9 @@ def of_options(options: argparse.Namespace) -> Asked | None:
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise ValueError(f"--redundant {options.redundant!r}: give numbers, with commas between")
     chosen = {name: _some_of(name, getattr(options, name)) for name in CHOICES}
-    return Asked(sorted({int(part) for part in parts}), **chosen)
+    if options.rebalance < 0:
+        raise ValueError(f"--rebalance {options.rebalance}: give a number of forwards from 1 on")
+    return Asked(sorted({int(part) for part in parts}), **chosen, rebalance=options.rebalance)
 
 
 def _some_of(option: str, text: str) -> list[str]:
@@ -151,4 +156,16 @@ def arguments(placed: Placed | None, files: Mapping[Place, Path]) -> dict[str, A
         "init_expert_location": "trivial" if file is None else str(file),
         # Without one sglang leaves trivial places as they are, and no replica gets a row.
         "ep_dispatch_algorithm": placed.dispatch,
+        **_rebalances(placed.rebalance),
+    }
+
+
+def _rebalances(every: int) -> dict[str, Any]:
+    """sglang's EPLB after so many forwards; it keeps as many."""
+    if not every:
+        return {}
+    return {
+        "enable_eplb": True,
+        "eplb_rebalance_num_iterations": every,
+        "expert_distribution_recorder_buffer_size": every,
     }

@@ -53,7 +53,7 @@ COMPARISON = (
     "logprob_difference",
     "finite",
 )
-LISTS = ("mixed", "outputs", "memory", "mismatches", "failures")
+LISTS = ("mixed", "outputs", "layers", "memory", "mismatches", "failures")
 """Fields that a document may have beside ``FIELDS``."""
 CELL = ("phase", "placement", "mode", "quartiles", *NUMBERS_OR_NONE, *COUNTS)
 VERDICT = ("best", "ratio_best", "quartiles_best", "pairs")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from server.control import ANSWERED, MIXED, TIMED
+from server.control import ANSWERED, LAYERS, MIXED, TIMED
 from server.model import DECODE_PROMPT, DECODE_STEPS, OUTPUT_NEW, OUTPUT_PROMPT
 from server.modes import Plan
 from server.traffic import Request
@@ -148,8 +148,9 @@ def answers_message(
     first_table: int = 0,
     *,
     base: int = 0,
+    layers: bool = False,
 ) -> dict[str, Any]:
-    """What an engine is asked for where answers are compared.
+    """What an engine is asked for where answers are compared, or the outputs of ``layers``.
 
     All prompts of a rank are one forward, and each step has one token of each of them. Every engine has the same routing in
     the same forward.
@@ -160,7 +161,7 @@ def answers_message(
         base: another one forces other experts on the same prompts.
     """
     return _common(cell, plan, number, 0, first_table) | {
-        "kind": ANSWERED,
+        "kind": LAYERS if layers else ANSWERED,
         "cycle": [mode],
         "tokens": prompts * OUTPUT_PROMPT,
         "chunk": prompts * OUTPUT_PROMPT,

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from server import figures, kernels, outputs
+from server import figures, kernels, layer_outputs, outputs
 from server.control import PROFILED, ROWS, TIMED
 from server.modes import LIVE, Plan
 from server.schedule import Cell, Clock, after_s, message, profiled_cells
@@ -35,6 +35,7 @@ class Sweeps(Turns):
             flush=True,
         )
         outputs.ask(phase, self._engines, self._there(group), clock)
+        layer_outputs.ask(phase, self._engines, self._there(group), clock)
         if phase.name == "prefill":
             self._count_rows(group, clock)
         sweep = self._timed(group, clock, sweep)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from server import kernels, memory, output_figures
+from server import kernels, layer_outputs, memory, output_figures
 from server.modes import MODES, WITH_REDUNDANT
 from waterfill_rs._native import OUTCOMES
 
@@ -55,6 +55,7 @@ def _parts(document: dict[str, Any]) -> list[str]:
         about = "Mixed traffic, medians over rounds; a ratio is of seconds for the same requests, below 1 is faster:"
         parts.append(f"{about}\n\n" + _table(MIXED_HEAD, map(_mixed, mixed)))
     parts += output_figures.lines(document.get("outputs", []))
+    parts += layer_outputs.lines(document.get("layers", []))
     parts += memory.lines(document.get("memory", []))
     if failures := document.get("failures"):
         parts.append("Engines that failed or were late: " + "; ".join(failures) + ".")

@@ -51,8 +51,8 @@ class Workspace:
     def told(
         self, name: str, plan: Plan, arguments: Mapping[str, Any], routing: Mapping[str, Any]
     ) -> Path:
-        """The file that an engine's processes read; ``routing``: ``routing``, ``placements``, ``longest``, and the logical
-        ``experts``."""
+        """The file that an engine's processes read; ``routing``: ``routing``, ``placements``, ``longest``, the logical
+        ``experts``, and ``layer_rows``."""
         folder = self.folder / name
         folder.mkdir()
         control = folder / "control"
