@@ -78,7 +78,7 @@ fuzz_target!(|data: &[u8]| {
                 let counts = [d, e, d, 0].map(u32::from);
                 let posted = Posted { tokens, visits: &visits, counts: &counts };
                 let port = &mut ports[rank];
-                port.set_table((tag % 3 > 0).then_some(&*table)).unwrap();
+                port.set_table((tag % 3 > 0).then_some(&table)).unwrap();
                 let mut quotas = [0; 2];
                 port.post(posted).unwrap();
                 let meanwhile = || {

@@ -3,7 +3,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use waterfill_core::{
-    CostModel, Plan, Planner, Problem, ReplicaQuotas, ReplicaTable, Routed, choose_replicas, oracle,
+    CostModel, Plan, Planner, Problem, ReplicaCounts, ReplicaQuotas, ReplicaTable, Routed,
+    choose_replicas, oracle,
 };
 
 fuzz_target!(|data: &[u8]| {
@@ -56,8 +57,14 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(plan.optimum(), best);
 
     planner.replicas(&problem, &mut plan).unwrap();
-    let mut quotas = ReplicaQuotas::new();
-    quotas.divide(&table, &counts, plan.replica_rows()).unwrap();
+    let (mut quotas, mut of_source, mut jobs) =
+        (ReplicaQuotas::new(), ReplicaCounts::new(), Vec::new());
+    for (source, counts) in counts.chunks_exact(physical).enumerate() {
+        of_source.reduce(placement, counts).unwrap();
+        jobs.extend_from_slice(of_source.jobs());
+        jobs.resize((source + 1) * table.redundant(), 0);
+    }
+    quotas.divide(&table, &jobs, plan.replica_rows()).unwrap();
     let mut sums = vec![0; physical];
     for (source, given) in ids.iter().enumerate() {
         let mut chosen = given.clone();

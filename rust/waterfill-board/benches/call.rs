@@ -44,6 +44,10 @@ fn calls(criterion: &mut Criterion) {
 /// The same with redundant experts: each rank's last ones are replicas of experts of the next rank.
 fn calls_with_replicas(criterion: &mut Criterion) {
     for (ranks, logical, redundant, most) in [
+        (4, 64, 16, 3),
+        (4, 64, 16, 1200),
+        (4, 256, 32, 3),
+        (4, 256, 32, 1200),
         (8, 256, 32, 3),
         (8, 256, 32, 1200),
         (32, 256, 32, 3),

@@ -21,6 +21,11 @@ pub enum Error {
         /// Number of physical experts.
         experts: usize,
     },
+    /// Another cost model than rows where plans choose among replicas.
+    CostWithReplicas {
+        /// Number of redundant experts.
+        redundant: usize,
+    },
     /// A segment's header or file that does not fit.
     Foreign {
         /// Where the segment is.
@@ -51,6 +56,11 @@ impl fmt::Display for Error {
                 f,
                 "{redundant} redundant of {experts} physical experts: give fewer, as each logical expert has one \
                  that is not redundant"
+            ),
+            Self::CostWithReplicas { redundant } => write!(
+                f,
+                "a cost model other than rows, with {redundant} redundant experts: give CostModel::Rows, because ranks do \
+                 not post the rows of each expert then"
             ),
             Self::Foreign { path, field, found, expected } => write!(
                 f,

@@ -7,7 +7,7 @@ use crate::layout::{HEADER, Shape};
 use crate::sync::{AtomicU64, Ordering};
 
 /// "wfboard" and the layout's version: raised whenever a word means something else.
-pub(crate) const MAGIC: u64 = u64::from_be_bytes(*b"wfboard\x04");
+pub(crate) const MAGIC: u64 = u64::from_be_bytes(*b"wfboard\x05");
 /// The header's words, in order.
 const FIELDS: [&str; 6] =
     ["ranks", "experts", "redundant", "words", "run token, low", "run token, high"];

@@ -5,6 +5,10 @@
 //! Every block has one writer and starts a cache line of its own, so that a rank (or its GPU) polls a
 //! line that nobody else reads.
 
+use std::ops::Range;
+
+use waterfill_core::ReplicaCounts;
+
 use crate::error::{Error, Result};
 use crate::presence::End;
 
@@ -18,7 +22,7 @@ pub const RING: usize = 4;
 pub struct Shape {
     /// EP size.
     pub ranks: usize,
-    /// Physical experts over all ranks, or as many as ranks: the counts that a rank posts.
+    /// Physical experts over all ranks, or as many as ranks, for counts of ranks alone.
     pub experts: usize,
     /// Physical experts beyond one for each logical expert, where plans choose among replicas; else 0.
     pub redundant: usize,
@@ -117,11 +121,54 @@ impl Shape {
         self.waits_seen(self.ranks)
     }
 
-    /// Words that a rank posts: its tokens, its visits `[R]`, its counts `[P]`, the fingerprint of its map where plans choose
-    /// among replicas, and whether it waits for a plan.
+    /// Words that a rank posts: its tokens, then [`posted_visits`](Self::posted_visits), [`posted_counts`](Self::posted_counts),
+    /// where plans choose among replicas [`posted_jobs`](Self::posted_jobs), [`posted_active`](Self::posted_active) and the
+    /// [fingerprint](Self::posted_fingerprint) of its map, and last [whether it waits](Self::posted_waits) for a plan.
     #[must_use]
     pub fn posted(&self) -> usize {
-        1 + self.ranks + self.experts + usize::from(self.redundant > 0) + 1
+        self.posted_waits() + 1
+    }
+
+    /// Of the words that a rank posts: its visits `[R]`.
+    #[must_use]
+    pub fn posted_visits(&self) -> Range<usize> {
+        1..1 + self.ranks
+    }
+
+    /// Of the words that a rank posts: its counts `[P]`; where plans choose among replicas its
+    /// [loads](ReplicaCounts::loads) `[R]`.
+    #[must_use]
+    pub fn posted_counts(&self) -> Range<usize> {
+        let start = self.posted_visits().end;
+        start..start + if self.redundant > 0 { self.ranks } else { self.experts }
+    }
+
+    /// Of the words that a rank posts: its rows of each [job](ReplicaCounts::jobs) `[redundant]`, 0 past its table's last.
+    #[must_use]
+    pub fn posted_jobs(&self) -> Range<usize> {
+        let start = self.posted_counts().end;
+        start..start + self.redundant
+    }
+
+    /// Of the words that a rank posts: a bit for each [active expert](ReplicaCounts::active) that belongs to no job,
+    /// `[ceil(P / 32)]`; empty where plans do not choose among replicas.
+    #[must_use]
+    pub fn posted_active(&self) -> Range<usize> {
+        let start = self.posted_jobs().end;
+        let words = if self.redundant > 0 { ReplicaCounts::active_words(self.experts) } else { 0 };
+        start..start + words
+    }
+
+    /// Of the words that a rank posts: the fingerprint of its map, where plans choose among replicas.
+    #[must_use]
+    pub fn posted_fingerprint(&self) -> Option<usize> {
+        (self.redundant > 0).then_some(self.posted_active().end)
+    }
+
+    /// Of the words that a rank posts: whether it waits for a plan, 1 or 0. The last one.
+    #[must_use]
+    pub fn posted_waits(&self) -> usize {
+        self.posted_active().end + usize::from(self.redundant > 0)
     }
 
     /// The first word of the counts that `rank` posts for a call with this tag.
@@ -179,6 +226,23 @@ fn lines(words: usize) -> usize {
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rank_posts_counts_of_experts_or_of_jobs_and_the_rest() {
+        let shape = Shape::new(4, 256).unwrap();
+        assert_eq!((shape.posted_visits(), shape.posted_counts()), (1..5, 5..261));
+        assert_eq!((shape.posted_jobs(), shape.posted_active()), (261..261, 261..261));
+        assert_eq!((shape.posted_fingerprint(), shape.posted_waits()), (None, 261));
+        assert_eq!(shape.posted(), 262);
+        let shape = Shape::with_redundant(4, 288, 32).unwrap();
+        assert_eq!((shape.posted_visits(), shape.posted_counts()), (1..5, 5..9));
+        assert_eq!((shape.posted_jobs(), shape.posted_active()), (9..41, 41..50));
+        assert_eq!((shape.posted_fingerprint(), shape.posted_waits()), (Some(50), 51));
+        assert_eq!(shape.posted(), 52);
+        // Experts that do not fill the last word of bits; one expert a rank.
+        assert_eq!(Shape::with_redundant(3, 33, 3).unwrap().posted_active(), 10..12);
+        assert_eq!(Shape::with_redundant(2, 2, 1).unwrap().posted(), 9);
+    }
 
     #[test]
     fn blocks_are_lines_of_their_own_and_fill_the_board() {

@@ -24,6 +24,7 @@
 #![cfg_attr(any(loom, shuttle), deny(clippy::disallowed_types))]
 
 mod error;
+mod gathered;
 mod header;
 mod histogram;
 mod layout;

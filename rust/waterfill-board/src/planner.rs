@@ -6,11 +6,12 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
 use waterfill_core::{
-    CostModel, Placement, Plan, Planner, Problem, ReplicaQuotas, ReplicaTable, Routed,
-    check_length, score,
+    CostModel, Placement, Plan, Planner, Problem, ReplicaCounts, ReplicaQuotas, ReplicaTable,
+    Routed, check_length,
 };
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::gathered::Gathered;
 use crate::histogram::Waits;
 use crate::layout::{RING, Shape};
 use crate::maps::{Maps, NewMap};
@@ -74,16 +75,14 @@ pub struct BoardPlanner<R> {
     looked: Option<Instant>,
     /// `[R]` calls in a row that each rank missed.
     missed: Vec<u32>,
-    tokens: Vec<u32>,
-    visits: Vec<u32>,
-    /// `[R][P]` each rank's counts, until they are added up.
-    counts: Vec<u32>,
+    gathered: Gathered,
+    /// `[P]` the counts of all ranks, where plans do not choose among replicas.
     routed: Vec<u32>,
+    /// The same where they do.
+    reduced: ReplicaCounts,
     planner: Planner,
     plan: Plan,
     quotas: Vec<u32>,
-    /// `[R]` the fingerprints that ranks posted, where plans choose among replicas; else 0.
-    fingerprints: Vec<u32>,
     maps: Maps,
     /// Maps that other threads send. The lock is this planner's alone: it makes the receiver one that may be shared.
     sent: Option<Mutex<Receiver<NewMap>>>,
@@ -97,9 +96,13 @@ impl<R: Region> BoardPlanner<R> {
     /// counts, from its first counts on; less than the ranks' cap, or they give the planner up before it answers.
     ///
     /// # Errors
-    /// A region of another size than the shape's.
+    /// A region of another size than the shape's, or another cost model than [`CostModel::Rows`] where plans choose among
+    /// replicas.
     pub fn new(region: R, shape: Shape, cost: CostModel, patience: Duration) -> Result<Self> {
         check_length("region", region.words().len(), shape.words())?;
+        if shape.redundant > 0 && !matches!(cost, CostModel::Rows) {
+            return Err(Error::CostWithReplicas { redundant: shape.redundant });
+        }
         let (ranks, experts) = (shape.ranks, shape.experts);
         let placement = Placement::contiguous(ranks, experts)?;
         let (process, missed) = (std::process::id().into(), vec![0; ranks]);
@@ -122,14 +125,12 @@ impl<R: Region> BoardPlanner<R> {
             gone: vec![false; ranks],
             looked: None,
             missed: vec![0; ranks],
-            tokens: vec![0; ranks],
-            visits: vec![0; ranks * ranks],
-            counts: vec![0; ranks * experts],
-            routed: vec![0; experts],
+            gathered: Gathered::new(shape),
+            routed: vec![0; if shape.redundant > 0 { 0 } else { experts }],
+            reduced: ReplicaCounts::new(),
             planner: Planner::new(),
             plan: Plan::new(),
             quotas: vec![0; ranks],
-            fingerprints: vec![0; ranks],
             maps: Maps::default(),
             sent: None,
             replica_quotas: ReplicaQuotas::new(),
@@ -331,7 +332,7 @@ impl<R: Region> BoardPlanner<R> {
     }
 
     fn last_word(&self, sequence: Sequence, rank: usize) -> usize {
-        self.shape.counts(sequence.tag(), rank) + self.shape.posted() - 1
+        self.shape.counts(sequence.tag(), rank) + self.shape.posted_waits()
     }
 
     /// Copy what `rank` posted for the next call; false as long as any of it is missing.
@@ -339,23 +340,10 @@ impl<R: Region> BoardPlanner<R> {
         if !self.has_posted(self.next, rank) {
             return false; // Nearly always one look tells.
         }
-        let (ranks, experts) = (self.shape.ranks, self.shape.experts);
         let start = self.shape.counts(self.next.tag(), rank);
-        let words = &self.region.words()[start..start + self.shape.posted()];
-        let (tokens, words) = words.split_at(1);
-        let (visits, words) = words.split_at(ranks);
         // The last word, whether it waits, may change later: it is looked at when all others are there.
-        let (counts, words) = words.split_at(experts);
-        let (fingerprint, _) = words.split_at(words.len() - 1);
-        // Every word is looked at, whatever the last one tells: nothing orders them.
-        word::load_all(tokens, self.next, &mut self.tokens[rank..=rank])
-            && word::load_all(visits, self.next, &mut self.visits[rank * ranks..][..ranks])
-            && word::load_all(counts, self.next, &mut self.counts[rank * experts..][..experts])
-            && word::load_all(
-                fingerprint,
-                self.next,
-                &mut self.fingerprints[rank..][..fingerprint.len()],
-            )
+        let words = &self.region.words()[start..start + self.shape.posted_waits()];
+        self.gathered.read(words, self.next, rank)
     }
 
     /// Nobody posted the next call: if a later one stands in the ring, all went on without us (this
@@ -406,31 +394,29 @@ impl<R: Region> BoardPlanner<R> {
     /// Plan with those that arrived, and write the quotas of each of them.
     fn publish(&mut self) {
         let all = self.arrived.iter().all(|&arrived| arrived);
-        let (ranks, experts) = (self.shape.ranks, self.shape.experts);
-        for rank in (0..ranks).filter(|&rank| !self.arrived[rank]) {
-            // Unknown is not empty: such a rank has no counts here, and is not eligible below.
-            self.tokens[rank] = 0;
-            self.visits[rank * ranks..(rank + 1) * ranks].fill(0);
-            self.counts[rank * experts..(rank + 1) * experts].fill(0);
-        }
-        self.routed.fill(0);
-        for counts in self.counts.chunks_exact(experts) {
-            for (sum, &rows) in self.routed.iter_mut().zip(counts) {
-                *sum = sum.saturating_add(rows);
-            }
+        for rank in (0..self.shape.ranks).filter(|&rank| !self.arrived[rank]) {
+            self.gathered.forget(rank);
         }
         let table = self.table();
+        let placement = table.as_deref().map_or(&self.placement, ReplicaTable::placement);
+        let routed = if self.shape.redundant == 0 {
+            self.gathered.add_up(&mut self.routed);
+            Routed::PerExpert(&self.routed)
+        } else {
+            self.gathered.reduce(placement, table.is_some(), &mut self.reduced);
+            Routed::Reduced(&self.reduced)
+        };
         let problem = Problem {
-            placement: table.as_deref().map_or(&self.placement, ReplicaTable::placement),
+            placement,
             cost: &self.cost,
-            routed: Routed::PerExpert(&self.routed),
-            tokens: &self.tokens,
-            visits: Some(&self.visits),
+            routed,
+            tokens: &self.gathered.tokens,
+            visits: Some(&self.gathered.visits),
             eligible: (!all).then_some(&self.arrived),
         };
         let planned = match &table {
             Some(table) => self.planner.replicas(&problem, &mut self.plan).and_then(|()| {
-                self.replica_quotas.divide(table, &self.counts, self.plan.replica_rows())
+                self.replica_quotas.divide(table, &self.gathered.jobs, self.plan.replica_rows())
             }),
             None => self.planner.live(&problem, &mut self.plan),
         };
@@ -438,7 +424,7 @@ impl<R: Region> BoardPlanner<R> {
         if planned.is_err() {
             return self.refuse(Why::Refused);
         }
-        for rank in (0..ranks).filter(|&rank| self.arrived[rank]) {
+        for rank in (0..self.shape.ranks).filter(|&rank| self.arrived[rank]) {
             if self.plan.quotas_of(rank, &mut self.quotas).is_ok() {
                 self.write(rank, table.as_deref());
             }
@@ -473,7 +459,7 @@ impl<R: Region> BoardPlanner<R> {
     /// The replicas of this call's layer, if all ranks whose counts are there have the same map, and it is known here.
     fn table(&mut self) -> Option<Arc<ReplicaTable>> {
         let mut posted =
-            self.fingerprints.iter().zip(&self.arrived).filter(|&(_, &arrived)| arrived);
+            self.gathered.fingerprints.iter().zip(&self.arrived).filter(|&(_, &arrived)| arrived);
         let (&fingerprint, _) = posted.next()?;
         if fingerprint == 0 || posted.any(|(&other, _)| other != fingerprint) {
             return None;
@@ -492,16 +478,20 @@ impl<R: Region> BoardPlanner<R> {
         })
     }
 
-    /// The ranks' costs with shared rows at home and replicas as routed, and under the plan, for those who look from outside.
+    /// The ranks' costs with shared rows at home and replicas as the plan began, and under the plan, for those who look from
+    /// outside.
     fn weigh(&mut self) {
-        let costs = |rows, shared| score::max_and_mean(&self.placement, &self.cost, rows, shared);
-        let home = costs(&self.routed, &self.tokens);
-        let planned = costs(self.plan.replica_rows(), self.plan.shared_rows());
-        if let (Ok(home), Ok(planned)) = (home, planned) {
-            self.published.home = self.published.home.saturating_add(home.max);
-            self.published.planned = self.published.planned.saturating_add(planned.max);
-            self.published.mean = self.published.mean.saturating_add(planned.mean as u64);
-        }
+        let costs = |routed: &[u64], shared: &[u32]| {
+            let cost = |(&routed, &shared): (&u64, &u32)| routed + self.cost.cost(shared.into());
+            let costs = routed.iter().zip(shared).map(cost);
+            costs.fold((0, 0), |(max, sum), cost| (cost.max(max), sum + cost))
+        };
+        let (home, _) = costs(self.plan.start_costs(), &self.gathered.tokens);
+        let (planned, sum) = costs(self.plan.routed_costs(), self.plan.shared_rows());
+        self.published.home = self.published.home.saturating_add(home);
+        self.published.planned = self.published.planned.saturating_add(planned);
+        let mean = sum / self.shape.ranks as u64;
+        self.published.mean = self.published.mean.saturating_add(mean);
     }
 }
 

@@ -1,9 +1,11 @@
 //! One rank's end of the board: it posts its counts and takes its quotas.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use waterfill_core::{
-    CostModel, OwnCounts, OwnPlanner, Placement, ReplicaTable, check_length, check_rank,
+    CostModel, OwnCounts, OwnPlanner, Placement, ReplicaCounts, ReplicaTable, check_length,
+    check_rank,
 };
 
 use crate::error::Result;
@@ -52,8 +54,12 @@ pub struct Port<R> {
     /// Whether the call that was posted last waits for its plan.
     waits: bool,
     taken: Vec<u32>,
-    /// Of the table of the call at hand: its fingerprint, 0 without one, and its slots.
-    map: (u32, usize),
+    /// The table of the call at hand.
+    table: Option<Arc<ReplicaTable>>,
+    /// What the call at hand posts of its counts, where plans choose among replicas.
+    reduced: ReplicaCounts,
+    /// `[redundant]` 0, for jobs past the table's last.
+    no_jobs: Vec<u32>,
     /// `[2 * redundant]` the quotas of its slots.
     replica_quotas: Vec<u32>,
     /// Whether the last call's plan has such quotas for that table.
@@ -85,7 +91,9 @@ impl<R: Region> Port<R> {
             failures: 0,
             waits: false,
             taken: vec![0; shape.ranks],
-            map: (0, 0),
+            table: None,
+            reduced: ReplicaCounts::new(),
+            no_jobs: vec![0; shape.redundant],
             replica_quotas: vec![0; 2 * shape.redundant],
             has_replica_quotas: false,
             watched,
@@ -107,7 +115,7 @@ impl<R: Region> Port<R> {
     ///
     /// # Errors
     /// A table of other numbers of ranks, physical or redundant experts than the board's.
-    pub fn set_table(&mut self, table: Option<&ReplicaTable>) -> Result<()> {
+    pub fn set_table(&mut self, table: Option<&Arc<ReplicaTable>>) -> Result<()> {
         if let Some(table) = table {
             let placement = table.placement();
             check_length("ranks of the table", placement.ranks(), self.shape.ranks)?;
@@ -116,7 +124,7 @@ impl<R: Region> Port<R> {
             let redundant = table.redundant();
             check_length("redundant experts of the table", redundant, self.shape.redundant)?;
         }
-        self.map = table.map_or((0, 0), |table| (table.fingerprint(), table.slots()));
+        self.table = table.cloned();
         self.has_replica_quotas = false;
         Ok(())
     }
@@ -124,7 +132,8 @@ impl<R: Region> Port<R> {
     /// `[slots]` this rank's rows for each replica in the last call, if its plan chose replicas of the table that was set.
     #[must_use]
     pub fn replica_quotas(&self) -> Option<&[u32]> {
-        self.has_replica_quotas.then(|| &self.replica_quotas[..self.map.1])
+        let table = self.table.as_ref().filter(|_| self.has_replica_quotas)?;
+        Some(&self.replica_quotas[..table.slots()])
     }
 
     /// Go on after another call than none: tests of wrap-around do, and a rank that joins late.
@@ -156,6 +165,10 @@ impl<R: Region> Port<R> {
     /// As there.
     pub fn post(&mut self, posted: Posted) -> Result<()> {
         self.own_counts(posted).check()?;
+        if self.shape.redundant > 0 {
+            let placement = self.table.as_ref().map_or(&self.placement, |table| table.placement());
+            self.reduced.reduce(placement, posted.counts)?;
+        }
         self.last = self.last.next();
         self.waits = self.failures < BREAK_AFTER || self.tries_again();
         self.write(posted);
@@ -233,19 +246,30 @@ impl<R: Region> Port<R> {
         let sequence = self.last;
         let start = self.shape.counts(sequence.tag(), self.rank);
         let mut words = &self.region.words()[start..start + self.shape.posted()];
-        // Not one chained iterator: it takes a few branches a word.
-        let fingerprint = if self.shape.redundant > 0 { &[self.map.0][..] } else { &[] };
-        let last = &[self.waits.into()];
-        for values in [&[posted.tokens], posted.visits, posted.counts, fingerprint, last] {
+        let mut put = |values: &[u32]| {
             let (these, rest) = words.split_at(values.len());
             word::store_all(these, sequence, values);
             words = rest;
+        };
+        put(&[posted.tokens]);
+        put(posted.visits);
+        if self.shape.redundant == 0 {
+            put(posted.counts);
+        } else {
+            let fingerprint = self.table.as_ref().map_or(0, |table| table.fingerprint());
+            let jobs = self.reduced.jobs();
+            put(self.reduced.loads());
+            put(jobs);
+            put(&self.no_jobs[jobs.len()..]);
+            put(self.reduced.active());
+            put(&[fingerprint]);
         }
+        put(&[self.waits.into()]);
     }
 
     /// Tell the planner that this rank has its own quotas: then no other is to have a plan, if it is not too late.
     fn give_up(&self) {
-        let last = self.shape.counts(self.last.tag(), self.rank) + self.shape.posted() - 1;
+        let last = self.shape.counts(self.last.tag(), self.rank) + self.shape.posted_waits();
         word::store(&self.region.words()[last], self.last, 0);
     }
 
@@ -313,10 +337,12 @@ impl<R: Region> Port<R> {
         }
         let Some((fingerprint, words)) = words.split_first() else { return true };
         let Some(fingerprint) = word::load(fingerprint, sequence) else { return false };
-        let (own, slots) = self.map;
         // Of another map than this rank's: its quotas say nothing here.
-        self.has_replica_quotas = fingerprint != 0 && fingerprint == own;
-        !self.has_replica_quotas
-            || word::load_all(&words[..slots], sequence, &mut self.replica_quotas[..slots])
+        let table = self.table.as_ref().filter(|table| table.fingerprint() == fingerprint);
+        self.has_replica_quotas = table.is_some();
+        table.is_none_or(|table| {
+            let slots = table.slots();
+            word::load_all(&words[..slots], sequence, &mut self.replica_quotas[..slots])
+        })
     }
 }

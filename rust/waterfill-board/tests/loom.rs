@@ -96,7 +96,7 @@ fn replicas_are_chosen_for_the_map_that_was_posted() {
         let rank = thread::spawn(move || {
             for call in 1..=CALLS {
                 let has_table = call == 1;
-                port.set_table(has_table.then_some(&*table)).unwrap();
+                port.set_table(has_table.then_some(&table)).unwrap();
                 let posted = Posted { tokens: 0, visits: &[0], counts: &[call, 1] };
                 assert_eq!(port.exchange(posted, LONG, &mut [0]).unwrap(), Outcome::Live);
                 let taken = port.replica_quotas().map(|quotas| quotas.iter().sum::<u32>());

@@ -10,7 +10,9 @@ use std::time::Duration;
 use waterfill_board::{
     BoardPlanner, Heap, Outcome, Pace, PlannerThread, Port, Posted, Region, Shape,
 };
-use waterfill_core::{Plan, Planner, Problem, ReplicaQuotas, ReplicaTable, Routed};
+use waterfill_core::{
+    CostModel, Plan, Planner, Problem, ReplicaCounts, ReplicaQuotas, ReplicaTable, Roofline, Routed,
+};
 
 use support::{Batch, COST, Watched};
 
@@ -38,9 +40,17 @@ fn expected(table: &ReplicaTable, call: u64, rank: usize, shared: bool) -> (Vec<
     let (placement, routed) = (table.placement(), Routed::PerExpert(&routed));
     let (tokens, visits) = (&tokens[..], Some(&visits[..]));
     let problem = Problem { placement, cost: &COST, routed, tokens, visits, eligible: None };
+    let mut reduced = ReplicaCounts::new();
+    let mut jobs = |counts: &[u32]| {
+        reduced.reduce(table.placement(), counts).unwrap();
+        let mut jobs = reduced.jobs().to_vec();
+        jobs.resize(shape().redundant, 0);
+        jobs
+    };
+    let jobs: Vec<u32> = batches.iter().flat_map(|batch| jobs(&batch.counts)).collect();
     let (mut plan, mut divided, mut quotas) = (Plan::new(), ReplicaQuotas::new(), vec![0; RANKS]);
     Planner::new().replicas(&problem, &mut plan).unwrap();
-    divided.divide(table, &counts, plan.replica_rows()).unwrap();
+    divided.divide(table, &jobs, plan.replica_rows()).unwrap();
     plan.quotas_of(rank, &mut quotas).unwrap();
     (quotas, divided.of(rank).to_vec())
 }
@@ -72,7 +82,7 @@ fn run(
                         _ => Posted { tokens: 0, visits: &visits, ..batch.posted() },
                     };
                     let mut quotas = vec![0; RANKS];
-                    port.set_table(table_of(rank, call).as_deref()).unwrap();
+                    port.set_table(table_of(rank, call).as_ref()).unwrap();
                     let outcome = port.exchange(posted, LONG, &mut quotas).unwrap();
                     assert_eq!(outcome, Outcome::Live);
                     check(rank, call, quotas, port.replica_quotas());
@@ -178,7 +188,7 @@ fn one_call(
 ) {
     let batches: Vec<Batch> = (0..RANKS).map(|rank| Batch::new(shape(), rank, call)).collect();
     for rank in (0..RANKS).filter(|&rank| Some(rank) != gone) {
-        ports[rank].set_table(table_of(rank).as_deref()).unwrap();
+        ports[rank].set_table(table_of(rank).as_ref()).unwrap();
         ports[rank].post(batches[rank].posted()).unwrap();
     }
     if let Some(gone) = gone {
@@ -244,7 +254,7 @@ fn a_planners_table_of_another_shape_is_never_used() {
         port.set_table(Some(&tables[0])).unwrap();
         port.post(batch.posted()).unwrap();
         // In place of the fingerprint that it posted.
-        let word = &board.words()[shape().counts(1, rank) + shape().posted() - 2];
+        let word = &board.words()[shape().counts(1, rank) + shape().posted_fingerprint().unwrap()];
         word.store(1 << 32 | fingerprint, std::sync::atomic::Ordering::Relaxed);
     }
     assert!(planner.poll());
@@ -286,9 +296,49 @@ fn words_of_an_earlier_call_are_not_taken() {
 fn tables_of_other_shapes_are_refused() {
     let board = Arc::new(Heap::new(shape()));
     let mut port = Port::new(board, shape(), COST, 0).unwrap();
-    let other = ReplicaTable::new(3, &[0, 1, 2, 3, 4, 0, 5, 6, 7, 1, 8, 9]).unwrap();
+    let other = Arc::new(ReplicaTable::new(3, &[0, 1, 2, 3, 4, 0, 5, 6, 7, 1, 8, 9]).unwrap());
     let refused = port.set_table(Some(&other)).unwrap_err().to_string();
     assert!(refused.contains("redundant experts of the table"), "{refused}");
     let refused = Shape::with_redundant(2, 4, 4).unwrap_err().to_string();
     assert!(refused.contains("4 redundant of 4"), "{refused}");
+}
+
+#[test]
+fn a_cost_model_that_needs_the_rows_of_each_expert_is_refused() {
+    let roofline = || CostModel::Roofline(Roofline::new(11.2, 0.061, 64).unwrap());
+    let board = Arc::new(Heap::new(shape()));
+    let refused = BoardPlanner::new(board, shape(), roofline(), LONG).unwrap_err().to_string();
+    assert!(refused.contains("3 redundant experts: give CostModel::Rows"), "{refused}");
+    let without = Shape::new(RANKS, 12).unwrap();
+    BoardPlanner::new(Arc::new(Heap::new(without)), without, roofline(), LONG).unwrap();
+}
+
+#[test]
+fn words_past_the_jobs_and_bits_of_replicas_are_not_taken() {
+    let (board, table) = (Arc::new(Heap::new(shape())), &tables()[0]);
+    assert!(table.jobs() < shape().redundant);
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape(), COST, LONG).unwrap();
+    planner.set_map(0, Arc::clone(table));
+    let mut ports =
+        [0, 1, 2].map(|rank| Port::new(Arc::clone(&board), shape(), COST, rank).unwrap());
+    let batches = [0, 1, 2].map(|rank| Batch::new(shape(), rank, 0));
+    for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
+        port.set_table(Some(table)).unwrap();
+        port.post(batch.posted()).unwrap();
+        let start = shape().counts(1, rank);
+        let words = &board.words()[start..];
+        let past = shape().posted_jobs().end - 1;
+        assert_eq!(words[past].load(std::sync::atomic::Ordering::Relaxed), 1 << 32);
+        words[past].store(1 << 32 | u64::from(u32::MAX), std::sync::atomic::Ordering::Relaxed);
+        // Bits past the last expert.
+        let bits = shape().posted_active().start;
+        words[bits].fetch_or(0xffff_f000, std::sync::atomic::Ordering::Relaxed);
+    }
+    assert!(planner.poll());
+    for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
+        let mut quotas = vec![0; RANKS];
+        port.finish(batch.posted(), LONG, &mut quotas).unwrap();
+        let found = (quotas, port.replica_quotas().unwrap().to_vec());
+        assert_eq!(found, expected(table, 0, rank, true));
+    }
 }

@@ -22,7 +22,11 @@ pub fn check_length(name: &'static str, found: usize, expected: usize) -> Result
 
 /// Quotas are 32 bits wide, so a layer's rows must be too.
 pub(crate) fn check_sum(name: &'static str, rows: &[u32]) -> Result<()> {
-    let value = sum(rows);
+    check_total(name, sum(rows))
+}
+
+/// The same of a sum that is known.
+pub(crate) fn check_total(name: &'static str, value: u64) -> Result<()> {
     let limit = u64::from(u32::MAX);
     if value > limit { Err(Error::TooLarge { name, value, limit }) } else { Ok(()) }
 }

@@ -31,7 +31,8 @@
 //!
 //! ```
 //! use waterfill_core::{
-//!     CostModel, Plan, Planner, Problem, ReplicaQuotas, ReplicaTable, Routed, choose_replicas,
+//!     CostModel, Plan, Planner, Problem, ReplicaCounts, ReplicaQuotas, ReplicaTable, Routed,
+//!     choose_replicas,
 //! };
 //!
 //! // Two ranks of three physical experts, which are four logical ones: experts 0 and 1 are on both ranks.
@@ -53,8 +54,13 @@
 //! assert_eq!(plan.replica_rows(), [400, 0, 300, 300, 400, 0]);
 //!
 //! // Each source's part: first rows that stay on its own rank. Replicas of expert 0, then of expert 1.
+//! let (mut of_source, mut jobs) = (ReplicaCounts::new(), Vec::new());
+//! for counts in counts.chunks_exact(6) {
+//!     of_source.reduce(table.placement(), counts)?;
+//!     jobs.extend_from_slice(of_source.jobs()); // its rows of experts 0 and 1
+//! }
 //! let mut quotas = ReplicaQuotas::new();
-//! quotas.divide(&table, &counts, plan.replica_rows())?;
+//! quotas.divide(&table, &jobs, plan.replica_rows())?;
 //! assert_eq!(quotas.of(0), [400, 100, 0, 0]);
 //! assert_eq!(quotas.of(1), [0, 300, 0, 0]);
 //!
@@ -83,6 +89,7 @@ mod own;
 mod placement;
 mod plan;
 mod problem;
+mod replica_counts;
 mod replicas;
 pub mod score;
 mod single;
@@ -101,6 +108,7 @@ pub use own::{HALF_TRUSTED, LEAST_TENTHS, OwnCounts, OwnPlanner};
 pub use placement::{MAX_EXPERTS, MAX_RANKS, Placement};
 pub use plan::{Plan, Planner, WEIGHTS_AS_ROWS};
 pub use problem::{Problem, Routed};
+pub use replica_counts::ReplicaCounts;
 pub use replicas::{
     NO_JOB, Primaries, ReplicaAssigner, ReplicaQuotas, ReplicaTable, choose_replicas,
 };

@@ -7,6 +7,7 @@ use crate::joint::Sweeps;
 use crate::level::{level, room};
 use crate::placement::Placement;
 use crate::problem::{Problem, Routed};
+use crate::replica_counts::ReplicaCounts;
 use crate::single::{Chooser, FEW_TRIES, MOST_TRIES, SOME_TRIES};
 use crate::split::Splitter;
 use crate::transport::{Transfer, Transport};
@@ -16,6 +17,8 @@ use crate::transport::{Transfer, Transport};
 pub struct Plan {
     ranks: usize,
     optimum: u64,
+    start_costs: Vec<u64>,
+    routed_costs: Vec<u64>,
     shared_rows: Vec<u32>,
     transfers: Vec<Transfer>,
     replica_rows: Vec<u32>,
@@ -34,6 +37,19 @@ impl Plan {
         self.optimum
     }
 
+    /// `[R]` the cost of each rank's routed rows before the plan: as routed, or with replicas divided evenly where that is not
+    /// known.
+    #[must_use]
+    pub fn start_costs(&self) -> &[u64] {
+        &self.start_costs
+    }
+
+    /// `[R]` the cost of each rank's routed rows under the plan.
+    #[must_use]
+    pub fn routed_costs(&self) -> &[u64] {
+        &self.routed_costs
+    }
+
     /// `[R]` shared rows that each rank gets.
     #[must_use]
     pub fn shared_rows(&self) -> &[u32] {
@@ -47,7 +63,7 @@ impl Plan {
     }
 
     /// `[P]` routed rows of each physical expert: as split by [`Planner::joint`], else as given.
-    /// Empty if the problem had counts per rank.
+    /// Empty if the problem had counts per rank; of [`Routed::Reduced`] counts 0 for experts without replicas.
     #[must_use]
     pub fn replica_rows(&self) -> &[u32] {
         &self.replica_rows
@@ -73,6 +89,9 @@ impl Plan {
 #[derive(Clone, Debug, Default)]
 pub struct Planner {
     bases: Vec<u64>,
+    /// `[R]` active experts as a plan begins, and each rank's time by the rule of [`replicas`](Self::replicas).
+    active: Vec<u64>,
+    times: Vec<u64>,
     eligible_bases: Vec<u64>,
     transport: Transport,
     splitter: Splitter,
@@ -80,6 +99,8 @@ pub struct Planner {
     sweeps: Sweeps,
     /// The plan that [`replicas`](Self::replicas) compares with.
     other: Plan,
+    /// What it plans from, where counts per expert were given.
+    counts: ReplicaCounts,
 }
 
 /// An expert's weights take as long as so many of its rows: 11.2 us and 0.061 us a row of an expert of 44 MB on an H200
@@ -96,25 +117,16 @@ enum Way {
 impl Way {
     /// Splits cost nothing where experts have several times the rows that their weights are worth. They hardly ever win where no
     /// replicated expert has as many: only where an expert without replicas has far more than its rank's others.
-    fn of(problem: &Problem, replica_rows: &[u32]) -> Self {
-        let active = replica_rows.iter().filter(|&&rows| rows > 0).count() as u64;
-        let rows = sum(replica_rows);
-        if rows >= 4 * WEIGHTS_AS_ROWS * active {
+    ///
+    /// `active`: `[R]` active experts, those of jobs as the plan begins.
+    fn of(counts: &ReplicaCounts, active: &[u64]) -> Self {
+        let rows = sum(counts.loads()) + sum(counts.jobs());
+        if rows >= 4 * WEIGHTS_AS_ROWS * active.iter().sum::<u64>() {
             return Self::Split;
         }
-        let of_job = |replicas: &[u32]| {
-            replicas.iter().map(|&r| u64::from(replica_rows[r as usize])).sum::<u64>()
-        };
-        let most = problem.placement.jobs().map(of_job).max().unwrap_or(0);
-        if most <= WEIGHTS_AS_ROWS { Self::Single } else { Self::Either }
+        let most = counts.jobs().iter().copied().max().unwrap_or(0);
+        if u64::from(most) <= WEIGHTS_AS_ROWS { Self::Single } else { Self::Either }
     }
-}
-
-/// The slowest rank's routed rows, where an active expert takes as long as `WEIGHTS_AS_ROWS` rows at least.
-fn slowest(placement: &Placement, rows: &[u32]) -> u64 {
-    let time = |&rows: &u32| if rows == 0 { 0 } else { u64::from(rows).max(WEIGHTS_AS_ROWS) };
-    let ranks = rows.chunks_exact(placement.experts_per_rank());
-    ranks.map(|experts| experts.iter().map(time).sum()).max().unwrap_or(0)
 }
 
 impl Planner {
@@ -134,11 +146,7 @@ impl Planner {
     /// more, a cost model that needs counts per expert without them, rows but no eligible rank. `plan` is untouched then.
     pub fn live(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
         problem.check()?;
-        problem.base_costs(&mut self.bases);
-        plan.replica_rows.clear();
-        if let Routed::PerExpert(rows) = problem.routed {
-            plan.replica_rows.extend_from_slice(rows);
-        }
+        self.start(problem, plan);
         self.place_shared(problem, plan);
         Ok(())
     }
@@ -154,8 +162,8 @@ impl Planner {
     /// # Errors
     /// As [`live`](Self::live), and [`Error::NeedsExpertCounts`] for counts per rank.
     pub fn joint(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
-        start_from_routed(problem, plan)?;
-        problem.base_costs(&mut self.bases);
+        check_movable(problem)?;
+        self.start(problem, plan);
         if matches!(problem.cost, CostModel::Rows) {
             self.splitter.run(problem, &mut self.bases, &mut plan.replica_rows);
             self.place_shared(problem, plan);
@@ -186,34 +194,91 @@ impl Planner {
     /// Choose replicas as a server does: split as by [`joint`](Self::joint), or one each as by
     /// [`single_replica`](Self::single_replica), whichever makes the slowest rank's routed rows faster.
     ///
-    /// An active expert takes its rows or its weights, whichever is longer: `max(rows, WEIGHTS_AS_ROWS)`. So few rows a
-    /// expert are better on one replica, and many are better split. Equals: one replica each.
+    /// An active expert takes its rows or its weights, whichever is longer: `max(rows, WEIGHTS_AS_ROWS)`. A rank's experts
+    /// without replicas are taken together, because a server does not know the rows of each: their rows, or all their weights.
+    /// So few rows a replicated expert are better on one replica, and many are better split. Equals: one replica each.
+    ///
+    /// Replicas are chosen by rows, and from [`Routed::Reduced`] counts: counts per expert are reduced first. The cost model
+    /// is asked for the shared rows alone.
     ///
     /// # Errors
     /// As [`joint`](Self::joint).
     pub fn replicas(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
-        start_from_routed(problem, plan)?;
-        match Way::of(problem, &plan.replica_rows) {
+        problem.check()?;
+        let rows = match problem.routed {
+            Routed::Reduced(counts) => return self.by_rule(problem, counts, plan),
+            Routed::PerExpert(rows) => rows,
+            Routed::PerRank(_) => return Err(Error::NeedsExpertCounts),
+        };
+        let mut counts = std::mem::take(&mut self.counts);
+        let reduced = counts.reduce(problem.placement, rows);
+        let (cost, routed) = (&CostModel::Rows, Routed::Reduced(&counts));
+        let of_counts = Problem { cost, routed, ..*problem };
+        let planned = reduced.and_then(|()| self.by_rule(&of_counts, &counts, plan));
+        self.counts = counts;
+        planned?;
+        let of_jobs = problem.placement.jobs().flatten().map(|&replica| replica as usize);
+        let chosen = std::mem::replace(&mut plan.replica_rows, rows.to_vec());
+        of_jobs.for_each(|replica| plan.replica_rows[replica] = chosen[replica]);
+        problem.base_costs(rows, &mut plan.start_costs);
+        problem.base_costs(&plan.replica_rows, &mut self.bases);
+        self.place_shared(problem, plan);
+        Ok(())
+    }
+
+    /// The rule of [`replicas`](Self::replicas), of a problem with these counts.
+    fn by_rule(
+        &mut self,
+        problem: &Problem,
+        counts: &ReplicaCounts,
+        plan: &mut Plan,
+    ) -> Result<()> {
+        problem.start(&mut plan.replica_rows);
+        problem.active(&plan.replica_rows, &mut self.active);
+        match Way::of(counts, &self.active) {
             Way::Split => return self.joint(problem, plan),
             Way::Single => return self.single(problem, plan, FEW_TRIES),
             Way::Either => {}
         }
         self.joint(problem, plan)?;
-        let split = slowest(problem.placement, &plan.replica_rows);
+        let split = self.slowest(problem.placement, counts, &plan.replica_rows);
         let mut other = std::mem::take(&mut self.other);
         let single = self.single(problem, &mut other, SOME_TRIES);
-        if single.is_ok() && slowest(problem.placement, &other.replica_rows) <= split {
+        let other_slowest = self.slowest(problem.placement, counts, &other.replica_rows);
+        if single.is_ok() && other_slowest <= split {
             std::mem::swap(plan, &mut other);
         }
         self.other = other;
         single
     }
 
+    /// The slowest rank's routed rows, where an active expert takes as long as `WEIGHTS_AS_ROWS` rows at least.
+    fn slowest(&mut self, placement: &Placement, counts: &ReplicaCounts, rows: &[u32]) -> u64 {
+        let at_least = |rows: u32, experts: u64| u64::from(rows).max(WEIGHTS_AS_ROWS * experts);
+        self.times.clear();
+        let loads = counts.loads().iter().enumerate();
+        self.times
+            .extend(loads.map(|(rank, &load)| at_least(load, counts.active_on(placement, rank))));
+        for &replica in placement.jobs().flatten() {
+            let rows = rows[replica as usize];
+            self.times[placement.rank_of(replica as usize)] += at_least(rows, (rows > 0).into());
+        }
+        self.times.iter().copied().max().unwrap_or(0)
+    }
+
     fn single(&mut self, problem: &Problem, plan: &mut Plan, tries: u32) -> Result<()> {
-        start_from_routed(problem, plan)?;
+        check_movable(problem)?;
+        self.start(problem, plan);
         self.chooser.run(problem, &mut self.bases, &mut plan.replica_rows, tries);
         self.place_shared(problem, plan);
         Ok(())
+    }
+
+    /// What a plan begins with: rows of experts, and the ranks' costs of them.
+    fn start(&mut self, problem: &Problem, plan: &mut Plan) {
+        problem.start(&mut plan.replica_rows);
+        problem.base_costs(&plan.replica_rows, &mut self.bases);
+        plan.start_costs.clone_from(&self.bases);
     }
 
     /// The least that the slowest rank can cost with the shared rows on top of `self.bases`.
@@ -232,6 +297,7 @@ impl Planner {
         plan.optimum = self.optimum(problem);
         plan.ranks = problem.placement.ranks();
         let optimum = plan.optimum;
+        plan.routed_costs.clone_from(&self.bases);
         let rooms = self.bases.iter().enumerate().map(|(rank, &base)| {
             let room =
                 if problem.is_eligible(rank) { room(problem.cost, base, optimum) } else { 0 };
@@ -246,13 +312,12 @@ impl Planner {
     }
 }
 
-/// The rows of each physical expert as routed, for a plan that moves them.
-fn start_from_routed(problem: &Problem, plan: &mut Plan) -> Result<()> {
+/// Counts tell rows that a plan can move.
+fn check_movable(problem: &Problem) -> Result<()> {
     problem.check()?;
-    let Routed::PerExpert(routed) = problem.routed else {
-        return Err(Error::NeedsExpertCounts);
-    };
-    plan.replica_rows.clear();
-    plan.replica_rows.extend_from_slice(routed);
-    Ok(())
+    if matches!(problem.routed, Routed::PerRank(_)) {
+        Err(Error::NeedsExpertCounts)
+    } else {
+        Ok(())
+    }
 }

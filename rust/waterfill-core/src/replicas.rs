@@ -317,7 +317,8 @@ impl ReplicaQuotas {
         Self::default()
     }
 
-    /// Divide a plan's rows of each replica (`replica_rows`, `[P]`) over the sources that have them (`counts`, `[R, P]`).
+    /// Divide a plan's rows of each replica (`replica_rows`, `[P]`) over the sources that have them (`jobs`, `[R, redundant]`:
+    /// the rows of each job, and past the table's last whatever).
     ///
     /// A source's rows go to the replica on its own rank first, because that needs no copy; the rest in order. Each source's
     /// quotas of a job add up to its rows of it.
@@ -327,12 +328,13 @@ impl ReplicaQuotas {
     pub fn divide(
         &mut self,
         table: &ReplicaTable,
-        counts: &[u32],
+        jobs: &[u32],
         replica_rows: &[u32],
     ) -> Result<()> {
         let placement = table.placement();
         let (ranks, experts) = (placement.ranks(), placement.physical_experts());
-        check_length("counts", counts.len(), ranks * experts)?;
+        let redundant = table.redundant();
+        check_length("rows of jobs", jobs.len(), ranks * redundant)?;
         check_length("replica rows", replica_rows.len(), experts)?;
         self.slots = table.slots();
         self.quotas.clear();
@@ -340,17 +342,11 @@ impl ReplicaQuotas {
         self.rooms.clear();
         self.rooms.extend(table.replicas.iter().map(|&replica| replica_rows[replica as usize]));
         self.left.clear();
-        self.left.resize(table.jobs() * ranks, 0);
         if table.jobs() == 0 {
             return Ok(());
         }
-        let sources = counts.chunks_exact(experts).zip(self.left.chunks_exact_mut(table.jobs()));
-        for (of_source, left) in sources {
-            for &replica in &table.replicas {
-                let left = &mut left[table.job_of[replica as usize] as usize];
-                *left = left.saturating_add(of_source[replica as usize]);
-            }
-        }
+        let sources = jobs.chunks_exact(redundant);
+        self.left.extend(sources.flat_map(|of_source| &of_source[..table.jobs()]));
         self.give_own_ranks(table);
         self.give_the_rest(table);
         Ok(())

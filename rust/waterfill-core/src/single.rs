@@ -7,9 +7,7 @@
 //! expert off a rank that is too costly or has too many, and then one off the rank that took it where need be, depth
 //! first, fewest moves first. With no bound on its tries it would find every such way of up to [`MOST_MOVES`] moves.
 
-use std::cmp::Reverse;
-
-use crate::problem::{Problem, base_costs};
+use crate::problem::Problem;
 use crate::split::Splitter;
 
 /// Experts that change their rank in one step of the search, at most.
@@ -27,6 +25,8 @@ pub(crate) struct Chooser {
     splitter: Splitter,
     /// `[P]` 1 where a replicated expert with rows runs.
     chosen: Vec<u32>,
+    /// `[jobs]` rows of each.
+    rows: Vec<u32>,
     /// `[R]` active experts.
     active: Vec<u64>,
     /// Those of the fullest rank.
@@ -48,8 +48,8 @@ struct State<'a> {
 }
 
 impl Chooser {
-    /// Put the rows of each replicated expert (`replica_rows`, `[P]`, as routed) on one replica; `bases` becomes `[R]`, the
-    /// cost of each rank's routed rows then. `tries`: moves that the search may try.
+    /// Put the rows of each replicated expert (`replica_rows`, `[P]`, however divided) on one replica; `bases` becomes `[R]`,
+    /// the cost of each rank's routed rows then. `tries`: moves that the search may try.
     pub(crate) fn run(
         &mut self,
         problem: &Problem,
@@ -57,44 +57,56 @@ impl Chooser {
         replica_rows: &mut [u32],
         tries: u32,
     ) {
-        self.gather(problem, replica_rows);
+        self.take_off(problem, replica_rows);
+        problem.base_costs(replica_rows, bases);
+        problem.active(replica_rows, &mut self.active);
+        self.choose(problem, bases);
         self.most = self.splitter.level(problem, 0, &mut self.active, &mut self.chosen);
         self.put_rows(problem, replica_rows);
-        base_costs(problem.placement, problem.cost, replica_rows, bases);
+        problem.base_costs(replica_rows, bases);
         self.tries_left = tries;
         let mut state = State { problem, bases, replica_rows, limit: 0 };
         while self.improve(&mut state) {}
     }
 
-    /// All rows of an expert on the eligible replica that has most of them, the first of equals.
-    fn gather(&mut self, problem: &Problem, replica_rows: &mut [u32]) {
+    /// The rows of every job off its replicas, but of one that nobody may take.
+    fn take_off(&mut self, problem: &Problem, replica_rows: &mut [u32]) {
         let placement = problem.placement;
-        self.chosen.clear();
-        self.chosen.resize(replica_rows.len(), 0);
-        for replicas in placement.jobs() {
-            let rows: u32 = replicas.iter().map(|&r| replica_rows[r as usize]).sum();
-            let eligible =
-                replicas.iter().filter(|&&r| problem.is_eligible(placement.rank_of(r as usize)));
-            let most = eligible.max_by_key(|&&r| (replica_rows[r as usize], Reverse(r)));
-            if let (Some(&most), true) = (most, rows > 0) {
-                replicas.iter().for_each(|&r| replica_rows[r as usize] = 0);
-                replica_rows[most as usize] = rows;
-                self.chosen[most as usize] = 1;
+        self.rows.clear();
+        let may_take = |&replica: &u32| problem.is_eligible(placement.rank_of(replica as usize));
+        self.rows.extend(placement.jobs().map(|replicas| {
+            if !replicas.iter().any(may_take) {
+                return 0;
             }
-        }
-        self.active.clear();
-        let per_rank = replica_rows.chunks_exact(placement.experts_per_rank());
-        self.active.extend(per_rank.map(|rows| rows.iter().filter(|&&n| n > 0).count() as u64));
+            let all = replicas.iter().map(|&r| std::mem::take(&mut replica_rows[r as usize]));
+            all.sum::<u32>()
+        }));
         self.moved.clear();
         self.moved.resize(placement.jobs().len(), false);
     }
 
+    /// Each job on the eligible rank with the fewest active experts so far, of equals the cheapest, of those the first.
+    fn choose(&mut self, problem: &Problem, bases: &mut [u64]) {
+        let placement = problem.placement;
+        let rank_of = |replica: u32| placement.rank_of(replica as usize);
+        self.chosen.clear();
+        self.chosen.resize(placement.physical_experts(), 0);
+        for (replicas, &rows) in placement.jobs().zip(&self.rows).filter(|&(_, &rows)| rows > 0) {
+            let eligible = replicas.iter().filter(|&&r| problem.is_eligible(rank_of(r)));
+            let best = eligible.min_by_key(|&&r| (self.active[rank_of(r)], bases[rank_of(r)]));
+            if let Some(&best) = best {
+                self.chosen[best as usize] = 1;
+                self.active[rank_of(best)] += 1;
+                bases[rank_of(best)] += problem.cost.cost(rows.into());
+            }
+        }
+    }
+
     /// The rows follow the units.
     fn put_rows(&self, problem: &Problem, replica_rows: &mut [u32]) {
-        for replicas in problem.placement.jobs() {
+        for (replicas, &rows) in problem.placement.jobs().zip(&self.rows) {
             if let Some(&taken) = replicas.iter().find(|&&r| self.chosen[r as usize] == 1) {
-                let all = replicas.iter().map(|&r| std::mem::take(&mut replica_rows[r as usize]));
-                replica_rows[taken as usize] = all.sum();
+                replica_rows[taken as usize] = rows;
             }
         }
     }

@@ -1,8 +1,8 @@
 //! Replicas as a server chooses them: the rule, each source's part of a plan, and the ids that come of it.
 
 use waterfill_core::{
-    CostModel, Placement, Plan, Planner, Problem, ReplicaQuotas, ReplicaTable, Routed,
-    WEIGHTS_AS_ROWS, choose_replicas,
+    CostModel, Placement, Plan, Planner, Problem, ReplicaCounts, ReplicaQuotas, ReplicaTable,
+    Routed, WEIGHTS_AS_ROWS, choose_replicas,
 };
 use waterfill_testing::Random;
 
@@ -53,6 +53,19 @@ fn sum_of_ranks(counts: &[u32], experts: usize) -> Vec<u32> {
     (0..experts).map(|e| counts.iter().skip(e).step_by(experts).sum()).collect()
 }
 
+/// `[R, redundant]` what sources post of the jobs: past the table's last anything.
+fn of_jobs(table: &ReplicaTable, counts: &[u32]) -> Vec<u32> {
+    let (mut reduced, redundant) = (ReplicaCounts::new(), table.redundant());
+    let sources = counts.chunks_exact(table.placement().physical_experts());
+    let post = |counts: &[u32]| {
+        reduced.reduce(table.placement(), counts).unwrap();
+        let mut jobs = reduced.jobs().to_vec();
+        jobs.resize(redundant, u32::MAX);
+        jobs
+    };
+    sources.flat_map(post).collect()
+}
+
 fn problem<'a>(placement: &'a Placement, routed: &'a [u32], tokens: &'a [u32]) -> Problem<'a> {
     let (cost, routed) = (&CostModel::Rows, Routed::PerExpert(routed));
     Problem { placement, cost, routed, tokens, visits: None, eligible: None }
@@ -78,7 +91,7 @@ fn every_rank_ends_with_the_plans_rows_and_every_token_with_its_experts() {
         planner
             .replicas(&problem(placement, &routed, &vec![0; placement.ranks()]), &mut plan)
             .unwrap();
-        quotas.divide(&layer.table, &counts, plan.replica_rows()).unwrap();
+        quotas.divide(&layer.table, &of_jobs(&layer.table, &counts), plan.replica_rows()).unwrap();
         let mut rows = vec![0; experts];
         for (source, given) in layer.ids.iter().enumerate() {
             let mut ids = given.clone();
@@ -143,6 +156,6 @@ fn a_sources_rows_go_to_its_own_rank_first() {
     let mut quotas = ReplicaQuotas::new();
     // Sources with 10, 20 and 30 rows of expert 0; its replicas on ranks 0 to 2 are to have 25, 15 and 20.
     let counts = [10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 20, 0, 0, 0, 30, 0, 0, 0];
-    quotas.divide(&table, &counts, &[25, 0, 15, 0, 20, 0]).unwrap();
+    quotas.divide(&table, &of_jobs(&table, &counts), &[25, 0, 15, 0, 20, 0]).unwrap();
     assert_eq!([quotas.of(0), quotas.of(1), quotas.of(2)], [[10, 0, 0], [5, 15, 0], [10, 0, 20]]);
 }

@@ -162,7 +162,7 @@ impl PyPort {
         let cap = Duration::from_micros(cap_us);
         let table = table.map(|table| Arc::clone(&table.inner));
         py.detach(|| {
-            board_guarded(|| self.inner.set_table(table.as_deref()))?;
+            board_guarded(|| self.inner.set_table(table.as_ref()))?;
             with_ids!(ids, I => {
                 // SAFETY: as in `unsafe_expand_ptr`.
                 let values = unsafe { ids.get::<I>() }?;

@@ -1,5 +1,7 @@
 //! The kernel that chooses replicas, against the core and a port of the board's own crate.
 
+use std::sync::Arc;
+
 use waterfill_board::Outcome;
 use waterfill_core::{ReplicaTable, choose_replicas, move_up};
 use waterfill_cuda::internal::{Args, COUNT, OWN, ReplicaArgs, ReplicaGeometry, State};
@@ -15,7 +17,7 @@ const SHARED: usize = 227 << 10;
 
 /// A layer's replicas, as the kernel is told of them.
 pub struct Layer {
-    pub table: ReplicaTable,
+    pub table: Arc<ReplicaTable>,
     /// Its words; the fingerprint is 0 where no replicas are to be chosen.
     pub words: Vec<u32>,
     /// `[P]` the logical expert of each.
@@ -30,7 +32,7 @@ impl Layer {
         let mut map: Vec<u32> = (0..experts as u32).collect();
         map.extend((0..shape.redundant).map(|_| random.below(popular) as u32));
         random.shuffle(&mut map);
-        let table = ReplicaTable::new(shape.ranks, &map).unwrap();
+        let table = Arc::new(ReplicaTable::new(shape.ranks, &map).unwrap());
         let mut words = table.words();
         if random.rarely(8) {
             words[0] = 0;
@@ -38,7 +40,7 @@ impl Layer {
         Self { table, words, logical: map.into_iter().map(i64::from).collect() }
     }
 
-    fn known(&self) -> Option<&ReplicaTable> {
+    fn known(&self) -> Option<&Arc<ReplicaTable>> {
         (self.words[0] != 0).then_some(&self.table)
     }
 
