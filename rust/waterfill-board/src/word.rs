@@ -90,15 +90,15 @@ pub fn load(word: &AtomicU64, sequence: Sequence) -> Option<u32> {
 /// Copy the values of the call `sequence`; false if any word is of another call, and `values` is then of no use.
 pub(crate) fn load_all(words: &[AtomicU64], sequence: Sequence, values: &mut [u32]) -> bool {
     debug_assert_eq!(words.len(), values.len());
-    let mut other = 0;
+    let (expected, mut other) = (u64::from(sequence.0) << 32, 0);
     // Without a branch at each word: nearly always all are there.
     for (word, value) in words.iter().zip(values) {
         // Relaxed: as in `load`, each word by itself.
         let word = word.load(Ordering::Relaxed);
         *value = word as u32;
-        other |= (word >> 32) as u32 ^ sequence.0;
+        other |= word ^ expected;
     }
-    other == 0
+    other >> 32 == 0
 }
 
 /// The call that a word is of, and its value; none for fresh memory.

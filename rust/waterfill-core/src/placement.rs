@@ -18,9 +18,14 @@ pub struct Placement {
     ranks: usize,
     experts_per_rank: usize,
     logical_experts: usize,
-    jobs: Vec<Vec<u32>>,
-    /// `[R]` the replicas on each rank, and the place of each in `jobs`.
+    /// `[jobs + 1]` where the replicas of each replicated expert begin, and the end of the last.
+    first: Vec<u32>,
+    /// The replicas of all of them, expert by expert, ascending.
+    replicas: Vec<u32>,
+    /// `[R]` the replicas on each rank, and the job of each.
     replicated: Vec<Vec<(u32, u32)>>,
+    /// `[P]` the rank of each physical expert: plans ask so often that a division would be felt.
+    ranks_of: Vec<u16>,
     /// `[P + 1]` the bit of each physical expert's rank in its word of 64 ranks; the last is of no expert.
     rank_bits: Vec<u64>,
 }
@@ -36,8 +41,10 @@ impl Placement {
             ranks,
             experts_per_rank,
             logical_experts: physical_experts,
-            jobs: Vec::new(),
+            first: vec![0],
+            replicas: Vec::new(),
             replicated: vec![Vec::new(); ranks],
+            ranks_of: ranks_of(ranks, experts_per_rank),
             rank_bits: rank_bits(ranks, experts_per_rank),
         })
     }
@@ -49,15 +56,22 @@ impl Placement {
     pub fn replicated(ranks: usize, physical_to_logical: &[u32]) -> Result<Self> {
         let physical_experts = physical_to_logical.len();
         let experts_per_rank = experts_per_rank(ranks, physical_experts)?;
-        let replicas = replicas_by_logical(physical_to_logical)?;
-        let logical_experts = replicas.len();
-        let jobs: Vec<_> = replicas.into_iter().filter(|r| r.len() > 1).collect();
+        let by_logical = replicas_by_logical(physical_to_logical)?;
+        let logical_experts = by_logical.len();
+        let jobs: Vec<_> = by_logical.into_iter().filter(|r| r.len() > 1).collect();
+        let (mut first, mut replicas) = (vec![0], Vec::new());
+        for of_job in &jobs {
+            replicas.extend_from_slice(of_job);
+            first.push(replicas.len() as u32);
+        }
         Ok(Self {
             ranks,
             experts_per_rank,
             logical_experts,
             replicated: replicated(ranks, experts_per_rank, &jobs),
-            jobs,
+            first,
+            replicas,
+            ranks_of: ranks_of(ranks, experts_per_rank),
             rank_bits: rank_bits(ranks, experts_per_rank),
         })
     }
@@ -84,7 +98,7 @@ impl Placement {
 
     /// The rank that holds a physical expert.
     pub fn rank_of(&self, physical: usize) -> usize {
-        physical / self.experts_per_rank
+        self.ranks_of.get(physical).map_or(physical / self.experts_per_rank, |&rank| rank.into())
     }
 
     /// The id of the shared expert on `rank`, in the id space that has one shared expert a rank.
@@ -105,12 +119,23 @@ impl Placement {
 
     /// The replicated logical experts, in order: the physical replicas of each, ascending.
     pub fn jobs(&self) -> impl ExactSizeIterator<Item = &[u32]> + Clone {
-        self.jobs.iter().map(Vec::as_slice)
+        self.first.windows(2).map(|slots| &self.replicas[slots[0] as usize..slots[1] as usize])
+    }
+
+    /// Where the replicas of each job begin in [`replicas`](Self::replicas), `[jobs + 1]`: the last is their end.
+    pub(crate) fn first_replicas(&self) -> &[u32] {
+        &self.first
+    }
+
+    /// The replicas of all jobs, job by job, ascending.
+    pub(crate) fn replicas(&self) -> &[u32] {
+        &self.replicas
     }
 
     /// The physical replicas of the replicated expert at place `job` of [`jobs`](Self::jobs).
     pub(crate) fn replicas_of(&self, job: u32) -> &[u32] {
-        &self.jobs[job as usize]
+        let job = job as usize;
+        &self.replicas[self.first[job] as usize..self.first[job + 1] as usize]
     }
 
     /// The replicas on `rank`, and the place of each in [`jobs`](Self::jobs).
@@ -131,6 +156,10 @@ fn experts_per_rank(ranks: usize, physical_experts: usize) -> Result<usize> {
         return Err(Error::TooLarge { name: "number of physical experts", value, limit });
     }
     Ok(physical_experts / ranks)
+}
+
+fn ranks_of(ranks: usize, experts_per_rank: usize) -> Vec<u16> {
+    (0..ranks as u16).flat_map(|rank| std::iter::repeat_n(rank, experts_per_rank)).collect()
 }
 
 fn rank_bits(ranks: usize, experts_per_rank: usize) -> Vec<u64> {

@@ -23,10 +23,6 @@ pub struct ReplicaTable {
     fingerprint: u32,
     /// `[P]` the job of each physical expert, or [`NO_JOB`].
     job_of: Vec<u32>,
-    /// `[jobs + 1]` the first slot of each job; the last is their number.
-    first: Vec<u32>,
-    /// `[slots]` the physical expert of each.
-    replicas: Vec<u32>,
     primaries: Primaries,
 }
 
@@ -96,15 +92,12 @@ impl ReplicaTable {
     pub fn new(ranks: usize, physical_to_logical: &[u32]) -> Result<Self> {
         let placement = Placement::replicated(ranks, physical_to_logical)?;
         let mut job_of = vec![NO_JOB; physical_to_logical.len()];
-        let (mut first, mut replicas) = (vec![0], Vec::new());
         for (job, of_job) in placement.jobs().enumerate() {
             of_job.iter().for_each(|&replica| job_of[replica as usize] = job as u32);
-            replicas.extend_from_slice(of_job);
-            first.push(replicas.len() as u32);
         }
         let fingerprint = fingerprint(physical_to_logical);
         let primaries = Primaries::new(&placement, physical_to_logical);
-        Ok(Self { placement, fingerprint, job_of, first, replicas, primaries })
+        Ok(Self { placement, fingerprint, job_of, primaries })
     }
 
     /// One replica of each expert, the same whatever the counts.
@@ -134,25 +127,26 @@ impl ReplicaTable {
     /// Replicated experts.
     #[must_use]
     pub fn jobs(&self) -> usize {
-        self.first.len() - 1
+        self.placement.jobs().len()
     }
 
     /// Replicas of replicated experts.
     #[must_use]
     pub fn slots(&self) -> usize {
-        self.replicas.len()
+        self.replicas().len()
     }
 
     /// The physical expert of each slot, job by job.
     #[must_use]
     pub fn replicas(&self) -> &[u32] {
-        &self.replicas
+        self.placement.replicas()
     }
 
     /// The slots of a job.
     #[must_use]
     pub fn slots_of(&self, job: usize) -> std::ops::Range<usize> {
-        self.first[job] as usize..self.first[job + 1] as usize
+        let first = self.placement.first_replicas();
+        first[job] as usize..first[job + 1] as usize
     }
 
     /// The job that an id names, if it is of a replicated expert.
@@ -180,9 +174,9 @@ impl ReplicaTable {
         let redundant = self.redundant();
         let mut words = vec![self.fingerprint, self.jobs() as u32];
         words.extend_from_slice(&self.job_of);
-        words.extend_from_slice(&self.first);
+        words.extend_from_slice(self.placement.first_replicas());
         words.resize(2 + self.job_of.len() + redundant + 1, self.slots() as u32);
-        words.extend_from_slice(&self.replicas);
+        words.extend_from_slice(self.replicas());
         words.resize(Self::words_of(self.job_of.len(), redundant), NO_JOB);
         words
     }
@@ -281,7 +275,7 @@ impl ReplicaAssigner {
         self.numbered[job] += 1;
         let slots = table.slots_of(job);
         let slot = slots.start + self.until[slots].iter().position(|&until| until > number)?;
-        Some(table.replicas[slot])
+        Some(table.replicas()[slot])
     }
 }
 
@@ -308,6 +302,8 @@ pub struct ReplicaQuotas {
     left: Vec<u32>,
     /// `[slots]` what each replica has room for.
     rooms: Vec<u32>,
+    /// `[jobs]` the first slot of each that may have room.
+    open: Vec<u32>,
 }
 
 impl ReplicaQuotas {
@@ -340,20 +336,21 @@ impl ReplicaQuotas {
         self.quotas.clear();
         self.quotas.resize(ranks * self.slots, 0);
         self.rooms.clear();
-        self.rooms.extend(table.replicas.iter().map(|&replica| replica_rows[replica as usize]));
+        self.rooms.extend(table.replicas().iter().map(|&replica| replica_rows[replica as usize]));
         self.left.clear();
         if table.jobs() == 0 {
             return Ok(());
         }
-        let sources = jobs.chunks_exact(redundant);
-        self.left.extend(sources.flat_map(|of_source| &of_source[..table.jobs()]));
+        for of_source in jobs.chunks_exact(redundant) {
+            self.left.extend_from_slice(&of_source[..table.jobs()]);
+        }
         self.give_own_ranks(table);
         self.give_the_rest(table);
         Ok(())
     }
 
     fn give_own_ranks(&mut self, table: &ReplicaTable) {
-        for (slot, (&replica, room)) in table.replicas.iter().zip(&mut self.rooms).enumerate() {
+        for (slot, (&replica, room)) in table.replicas().iter().zip(&mut self.rooms).enumerate() {
             let source = table.placement.rank_of(replica as usize);
             let job = table.job_of[replica as usize] as usize;
             let left = &mut self.left[source * table.jobs() + job];
@@ -363,18 +360,24 @@ impl ReplicaQuotas {
         }
     }
 
+    /// Source after source fills a job's replicas in order, so most sources meet one replica that has room.
     fn give_the_rest(&mut self, table: &ReplicaTable) {
-        let lefts = self.left.chunks_exact_mut(table.jobs());
+        let first = table.placement.first_replicas();
+        self.open.clear();
+        self.open.extend_from_slice(&first[..table.jobs()]);
+        let lefts = self.left.chunks_exact(table.jobs());
         for (lefts, quotas) in lefts.zip(self.quotas.chunks_exact_mut(self.slots)) {
-            for (left, slots) in lefts.iter_mut().zip(table.first.windows(2)) {
+            for ((&left, open), &end) in lefts.iter().zip(&mut self.open).zip(&first[1..]) {
+                let mut left = left;
                 // Rows that no replica has room for: then the source's quotas do not add up, and it refuses them.
-                let slots = slots[0] as usize..slots[1] as usize;
-                let rooms = self.rooms[slots.clone()].iter_mut();
-                for (room, quota) in rooms.zip(&mut quotas[slots]) {
-                    let rows = (*room).min(*left);
-                    *left -= rows;
+                while left > 0 && *open < end {
+                    let slot = *open as usize;
+                    let room = &mut self.rooms[slot];
+                    let rows = left.min(*room);
+                    left -= rows;
                     *room -= rows;
-                    *quota += rows;
+                    quotas[slot] += rows;
+                    *open += u32::from(*room == 0);
                 }
             }
         }
