@@ -8,7 +8,7 @@ use crate::level::{level, room};
 use crate::placement::Placement;
 use crate::problem::{Problem, Routed};
 use crate::replica_counts::ReplicaCounts;
-use crate::single::{Chooser, FEW_TRIES, MOST_TRIES, SOME_TRIES};
+use crate::single::{Chooser, FEW_TRIES, MORE_TRIES, MOST_TRIES};
 use crate::split::Splitter;
 use crate::transport::{Transfer, Transport};
 
@@ -129,6 +129,11 @@ impl Way {
     }
 }
 
+/// What an expert takes, in rows.
+fn time_of(rows: u32) -> u64 {
+    if rows == 0 { 0 } else { u64::from(rows).max(WEIGHTS_AS_ROWS) }
+}
+
 impl Planner {
     /// A planner whose workspace grows to the largest problem it meets; then it allocates nothing.
     #[must_use]
@@ -165,8 +170,7 @@ impl Planner {
         check_movable(problem)?;
         self.start(problem, plan);
         if matches!(problem.cost, CostModel::Rows) {
-            self.splitter.run(problem, &mut self.bases, &mut plan.replica_rows);
-            self.place_shared(problem, plan);
+            self.split(problem, plan);
             return Ok(());
         }
         let as_routed = self.optimum(problem);
@@ -188,7 +192,10 @@ impl Planner {
     /// # Errors
     /// As [`joint`](Self::joint).
     pub fn single_replica(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
-        self.single(problem, plan, MOST_TRIES)
+        check_movable(problem)?;
+        self.start(problem, plan);
+        self.single(problem, plan, MOST_TRIES);
+        Ok(())
     }
 
     /// Choose replicas as a server does: split as by [`joint`](Self::joint), or one each as by
@@ -196,7 +203,8 @@ impl Planner {
     ///
     /// An active expert takes its rows or its weights, whichever is longer: `max(rows, WEIGHTS_AS_ROWS)`. A rank's experts
     /// without replicas are taken together, because a server does not know the rows of each: their rows, or all their weights.
-    /// So few rows a replicated expert are better on one replica, and many are better split. Equals: one replica each.
+    /// So few rows a replicated expert are better on one replica, and many are better split. One replica each it is where
+    /// they are equal, or where no split could gain more than a hundredth.
     ///
     /// Replicas are chosen by rows, and from [`Routed::Reduced`] counts: counts per expert are reduced first. The cost model
     /// is asked for the shared rows alone.
@@ -206,18 +214,22 @@ impl Planner {
     pub fn replicas(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
         problem.check()?;
         let rows = match problem.routed {
-            Routed::Reduced(counts) => return self.by_rule(problem, counts, plan),
+            Routed::Reduced(counts) => {
+                self.by_rule(problem, counts, plan);
+                return Ok(());
+            }
             Routed::PerExpert(rows) => rows,
             Routed::PerRank(_) => return Err(Error::NeedsExpertCounts),
         };
         let mut counts = std::mem::take(&mut self.counts);
         let reduced = counts.reduce(problem.placement, rows);
-        let (cost, routed) = (&CostModel::Rows, Routed::Reduced(&counts));
-        let of_counts = Problem { cost, routed, ..*problem };
-        let planned = reduced.and_then(|()| self.by_rule(&of_counts, &counts, plan));
+        if reduced.is_ok() {
+            let (cost, routed) = (&CostModel::Rows, Routed::Reduced(&counts));
+            self.by_rule(&Problem { cost, routed, ..*problem }, &counts, plan);
+        }
         self.counts = counts;
-        planned?;
-        let of_jobs = problem.placement.jobs().flatten().map(|&replica| replica as usize);
+        reduced?;
+        let of_jobs = problem.placement.replicas().iter().map(|&replica| replica as usize);
         let chosen = std::mem::replace(&mut plan.replica_rows, rows.to_vec());
         of_jobs.for_each(|replica| plan.replica_rows[replica] = chosen[replica]);
         problem.base_costs(rows, &mut plan.start_costs);
@@ -226,52 +238,69 @@ impl Planner {
         Ok(())
     }
 
-    /// The rule of [`replicas`](Self::replicas), of a problem with these counts.
-    fn by_rule(
-        &mut self,
-        problem: &Problem,
-        counts: &ReplicaCounts,
-        plan: &mut Plan,
-    ) -> Result<()> {
-        problem.start(&mut plan.replica_rows);
+    /// The rule of [`replicas`](Self::replicas), of a checked problem with these counts.
+    fn by_rule(&mut self, problem: &Problem, counts: &ReplicaCounts, plan: &mut Plan) {
+        self.start(problem, plan);
         problem.active(&plan.replica_rows, &mut self.active);
         match Way::of(counts, &self.active) {
-            Way::Split => return self.joint(problem, plan),
+            Way::Split => return self.split(problem, plan),
             Way::Single => return self.single(problem, plan, FEW_TRIES),
             Way::Either => {}
         }
-        self.joint(problem, plan)?;
-        let split = self.slowest(problem.placement, counts, &plan.replica_rows);
         let mut other = std::mem::take(&mut self.other);
-        let single = self.single(problem, &mut other, SOME_TRIES);
-        let other_slowest = self.slowest(problem.placement, counts, &other.replica_rows);
-        if single.is_ok() && other_slowest <= split {
-            std::mem::swap(plan, &mut other);
+        other.clone_from(plan);
+        self.single(problem, plan, FEW_TRIES);
+        let mut single = self.slowest(problem.placement, counts, &plan.replica_rows);
+        if single * 99 > self.least(problem.placement, counts) * 100 {
+            let Self { chooser, bases, .. } = self;
+            chooser.go_on(problem, bases, &mut plan.replica_rows, MORE_TRIES);
+            self.place_shared(problem, plan);
+            single = self.slowest(problem.placement, counts, &plan.replica_rows);
+            self.bases.clone_from(&other.start_costs);
+            self.split(problem, &mut other);
+            if self.slowest(problem.placement, counts, &other.replica_rows) < single {
+                std::mem::swap(plan, &mut other);
+            }
         }
         self.other = other;
-        single
     }
 
     /// The slowest rank's routed rows, where an active expert takes as long as `WEIGHTS_AS_ROWS` rows at least.
     fn slowest(&mut self, placement: &Placement, counts: &ReplicaCounts, rows: &[u32]) -> u64 {
-        let at_least = |rows: u32, experts: u64| u64::from(rows).max(WEIGHTS_AS_ROWS * experts);
-        self.times.clear();
-        let loads = counts.loads().iter().enumerate();
-        self.times
-            .extend(loads.map(|(rank, &load)| at_least(load, counts.active_on(placement, rank))));
-        for &replica in placement.jobs().flatten() {
-            let rows = rows[replica as usize];
-            self.times[placement.rank_of(replica as usize)] += at_least(rows, (rows > 0).into());
+        self.times_without_jobs(placement, counts);
+        for &replica in placement.replicas() {
+            let rank = placement.rank_of(replica as usize);
+            self.times[rank] += time_of(rows[replica as usize]);
         }
         self.times.iter().copied().max().unwrap_or(0)
     }
 
-    fn single(&mut self, problem: &Problem, plan: &mut Plan, tries: u32) -> Result<()> {
-        check_movable(problem)?;
-        self.start(problem, plan);
+    /// What no choice of replicas gets the slowest rank below: the mean rank's time, and any rank's without jobs.
+    fn least(&mut self, placement: &Placement, counts: &ReplicaCounts) -> u64 {
+        self.times_without_jobs(placement, counts);
+        let jobs: u64 = counts.jobs().iter().map(|&rows| time_of(rows)).sum();
+        let mean = (self.times.iter().sum::<u64>() + jobs).div_ceil(placement.ranks() as u64);
+        self.times.iter().copied().max().unwrap_or(0).max(mean)
+    }
+
+    fn times_without_jobs(&mut self, placement: &Placement, counts: &ReplicaCounts) {
+        let time = |(rank, &load): (usize, &u32)| {
+            u64::from(load).max(WEIGHTS_AS_ROWS * counts.active_on(placement, rank))
+        };
+        self.times.clear();
+        self.times.extend(counts.loads().iter().enumerate().map(time));
+    }
+
+    /// Split by rows, from where the plan started.
+    fn split(&mut self, problem: &Problem, plan: &mut Plan) {
+        self.splitter.run(problem, &mut self.bases, &mut plan.replica_rows);
+        self.place_shared(problem, plan);
+    }
+
+    /// One replica each, from where the plan started.
+    fn single(&mut self, problem: &Problem, plan: &mut Plan, tries: u32) {
         self.chooser.run(problem, &mut self.bases, &mut plan.replica_rows, tries);
         self.place_shared(problem, plan);
-        Ok(())
     }
 
     /// What a plan begins with: rows of experts, and the ranks' costs of them.

@@ -97,7 +97,7 @@ impl Problem<'_> {
             Routed::PerExpert(_) => base_costs(self.placement, self.cost, replica_rows, bases),
             Routed::Reduced(counts) => {
                 bases.extend(counts.loads().iter().map(|&rows| u64::from(rows)));
-                for &replica in self.placement.jobs().flatten() {
+                for &replica in self.placement.replicas() {
                     let rows = replica_rows[replica as usize];
                     bases[self.placement.rank_of(replica as usize)] += u64::from(rows);
                 }
@@ -127,7 +127,7 @@ impl Problem<'_> {
         active.clear();
         if let Routed::Reduced(counts) = self.routed {
             active.extend((0..placement.ranks()).map(|rank| counts.active_on(placement, rank)));
-            for &replica in placement.jobs().flatten() {
+            for &replica in placement.replicas() {
                 let is_active = replica_rows[replica as usize] > 0;
                 active[placement.rank_of(replica as usize)] += u64::from(is_active);
             }

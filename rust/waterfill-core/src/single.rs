@@ -16,8 +16,8 @@ const MOST_MOVES: usize = 8;
 pub(crate) const MOST_TRIES: u32 = 512;
 /// Those of a plan that a layer of few rows waits for: under a microsecond.
 pub(crate) const FEW_TRIES: u32 = 32;
-/// Those of a plan that a layer of more rows waits for.
-pub(crate) const SOME_TRIES: u32 = 128;
+/// Those that such a plan goes on with where it may be far from the best.
+pub(crate) const MORE_TRIES: u32 = 96;
 
 /// Workspace; reused, it allocates nothing.
 #[derive(Clone, Debug, Default)]
@@ -64,6 +64,17 @@ impl Chooser {
         self.most = self.splitter.level(problem, 0, &mut self.active, &mut self.chosen);
         self.put_rows(problem, replica_rows);
         problem.base_costs(replica_rows, bases);
+        self.go_on(problem, bases, replica_rows, tries);
+    }
+
+    /// Search on from where [`run`](Self::run) ended, with the same arguments.
+    pub(crate) fn go_on(
+        &mut self,
+        problem: &Problem,
+        bases: &mut [u64],
+        replica_rows: &mut [u32],
+        tries: u32,
+    ) {
         self.tries_left = tries;
         let mut state = State { problem, bases, replica_rows, limit: 0 };
         while self.improve(&mut state) {}
@@ -144,6 +155,9 @@ impl Chooser {
                     return false;
                 }
                 self.tries_left -= 1;
+                if moves_left == 1 && self.leaves_over(state, given, rank, to) {
+                    continue; // Seen without the move: most of all tries end here.
+                }
                 self.moved[job as usize] = true;
                 self.touched.push(to);
                 self.shift(state, given, taken);
@@ -157,6 +171,15 @@ impl Chooser {
             }
         }
         false
+    }
+
+    /// Whether the expert's move from `rank` to another would leave either of them too costly or with too many.
+    fn leaves_over(&self, state: &State, given: u32, rank: usize, to: usize) -> bool {
+        let cost = state.problem.cost.cost(state.replica_rows[given as usize].into());
+        state.bases[rank] - cost >= state.limit
+            || state.bases[to] + cost >= state.limit
+            || self.active[rank] > self.most + 1
+            || self.active[to] >= self.most
     }
 
     /// One expert from a replica of its to another.
