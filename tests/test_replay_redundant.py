@@ -49,6 +49,11 @@ def test_one_replica_an_expert_has_the_fewest_active_experts_and_is_for_decode()
         assert [result.policy for result in found] == ["joint"]
 
 
+def max_rows(of_expert):
+    each = len(of_expert) // RANKS
+    return max(sum(of_expert[rank * each :][:each]) for rank in range(RANKS))
+
+
 @pytest.mark.parametrize(
     "rows, way",
     [(10, "single-replica"), (180, "single-replica"), (20_000, "joint")],
@@ -62,7 +67,11 @@ def test_a_server_splits_rows_where_they_cost_more_than_weights(rows, way):
         for policy in ("joint", "single-replica", "replicas")
     }
     assert plans["joint"] != plans["single-replica"]
-    assert plans["replicas"] == plans[way]
+    # A server does not know how rows were routed, so a split as level may be another one.
+    slowest = {policy: max_rows(of_expert) for policy, of_expert in plans.items()}
+    assert slowest["replicas"] == slowest[way]
+    active = {policy: sum(rows > 0 for rows in of_expert) for policy, of_expert in plans.items()}
+    assert (active["replicas"] > 8) == (way == "joint")
 
 
 def test_a_servers_choice_does_not_go_by_the_replays_cost_model():

@@ -77,7 +77,7 @@ fn calls_with_replicas(criterion: &mut Criterion) {
         let counts: Vec<Vec<u32>> = (0..ranks)
             .map(|_| {
                 let mut popular =
-                    |e: usize| random.below(most * 8 / ranks * logical / (e + 32) + 1);
+                    |e: usize| random.below(most * 8 * logical / (ranks * (e + 32)) + 1);
                 (0..experts).map(|p| popular(map[p] as usize) as u32).collect()
             })
             .collect();

@@ -54,6 +54,9 @@ impl Sequence {
     }
 }
 
+/// Words that are read or written in one step of a loop: the compiler does not unroll loops of atomic words.
+const UNROLLED: usize = 8;
+
 /// Store `value` for the call `sequence`. A word has one writer.
 pub fn store(word: &AtomicU64, sequence: Sequence, value: u32) {
     // Relaxed: the word guards nothing but itself (module documentation). Partner: `load`.
@@ -63,9 +66,12 @@ pub fn store(word: &AtomicU64, sequence: Sequence, value: u32) {
 /// Store `values` for the call `sequence`, in order.
 pub(crate) fn store_all(words: &[AtomicU64], sequence: Sequence, values: &[u32]) {
     debug_assert_eq!(words.len(), values.len());
-    for (word, &value) in words.iter().zip(values) {
-        store(word, sequence, value);
+    let (lines, words) = words.as_chunks::<UNROLLED>();
+    let (values_of_lines, values) = values.as_chunks::<UNROLLED>();
+    for (words, values) in lines.iter().zip(values_of_lines) {
+        words.iter().zip(values).for_each(|(word, &value)| store(word, sequence, value));
     }
+    words.iter().zip(values).for_each(|(word, &value)| store(word, sequence, value));
 }
 
 /// Store `value` for the call `sequence`, after all that this thread stored before.
@@ -92,12 +98,18 @@ pub(crate) fn load_all(words: &[AtomicU64], sequence: Sequence, values: &mut [u3
     debug_assert_eq!(words.len(), values.len());
     let (expected, mut other) = (u64::from(sequence.0) << 32, 0);
     // Without a branch at each word: nearly always all are there.
-    for (word, value) in words.iter().zip(values) {
+    let mut take = |word: &AtomicU64, value: &mut u32| {
         // Relaxed: as in `load`, each word by itself.
         let word = word.load(Ordering::Relaxed);
         *value = word as u32;
         other |= word ^ expected;
+    };
+    let (lines, words) = words.as_chunks::<UNROLLED>();
+    let (values_of_lines, values) = values.as_chunks_mut::<UNROLLED>();
+    for (words, values) in lines.iter().zip(values_of_lines) {
+        words.iter().zip(values).for_each(|(word, value)| take(word, value));
     }
+    words.iter().zip(values).for_each(|(word, value)| take(word, value));
     other >> 32 == 0
 }
 

@@ -89,16 +89,19 @@ impl Plan {
 #[derive(Clone, Debug, Default)]
 pub struct Planner {
     bases: Vec<u64>,
-    /// `[R]` active experts as a plan begins, and each rank's time by the rule of [`replicas`](Self::replicas).
+    /// `[R]` active experts as a plan begins.
     active: Vec<u64>,
+    /// `[R]` each rank's time by the rule of [`replicas`](Self::replicas), without jobs and with them.
+    fixed_times: Vec<u64>,
     times: Vec<u64>,
     eligible_bases: Vec<u64>,
     transport: Transport,
     splitter: Splitter,
     chooser: Chooser,
     sweeps: Sweeps,
-    /// The plan that [`replicas`](Self::replicas) compares with.
-    other: Plan,
+    /// What [`replicas`](Self::replicas) compares with: `[P]` rows and `[R]` costs.
+    other_rows: Vec<u32>,
+    other_bases: Vec<u64>,
     /// What it plans from, where counts per expert were given.
     counts: ReplicaCounts,
 }
@@ -170,7 +173,8 @@ impl Planner {
         check_movable(problem)?;
         self.start(problem, plan);
         if matches!(problem.cost, CostModel::Rows) {
-            self.split(problem, plan);
+            self.splitter.run(problem, &mut self.bases, &mut plan.replica_rows);
+            self.place_shared(problem, plan);
             return Ok(());
         }
         let as_routed = self.optimum(problem);
@@ -194,7 +198,8 @@ impl Planner {
     pub fn single_replica(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
         check_movable(problem)?;
         self.start(problem, plan);
-        self.single(problem, plan, MOST_TRIES);
+        self.chooser.run(problem, &mut self.bases, &mut plan.replica_rows, MOST_TRIES);
+        self.place_shared(problem, plan);
         Ok(())
     }
 
@@ -242,32 +247,47 @@ impl Planner {
     fn by_rule(&mut self, problem: &Problem, counts: &ReplicaCounts, plan: &mut Plan) {
         self.start(problem, plan);
         problem.active(&plan.replica_rows, &mut self.active);
+        let (bases, rows) = (&mut self.bases, &mut plan.replica_rows);
         match Way::of(counts, &self.active) {
-            Way::Split => return self.split(problem, plan),
-            Way::Single => return self.single(problem, plan, FEW_TRIES),
-            Way::Either => {}
+            Way::Split => self.splitter.run(problem, bases, rows),
+            Way::Single => self.chooser.run(problem, bases, rows, FEW_TRIES),
+            Way::Either => self.take_faster(problem, counts, rows),
         }
-        let mut other = std::mem::take(&mut self.other);
-        other.clone_from(plan);
-        self.single(problem, plan, FEW_TRIES);
-        let mut single = self.slowest(problem.placement, counts, &plan.replica_rows);
-        if single * 99 > self.least(problem.placement, counts) * 100 {
-            let Self { chooser, bases, .. } = self;
-            chooser.go_on(problem, bases, &mut plan.replica_rows, MORE_TRIES);
-            self.place_shared(problem, plan);
-            single = self.slowest(problem.placement, counts, &plan.replica_rows);
-            self.bases.clone_from(&other.start_costs);
-            self.split(problem, &mut other);
-            if self.slowest(problem.placement, counts, &other.replica_rows) < single {
-                std::mem::swap(plan, &mut other);
-            }
-        }
-        self.other = other;
+        self.place_shared(problem, plan);
     }
 
-    /// The slowest rank's routed rows, where an active expert takes as long as `WEIGHTS_AS_ROWS` rows at least.
-    fn slowest(&mut self, placement: &Placement, counts: &ReplicaCounts, rows: &[u32]) -> u64 {
-        self.times_without_jobs(placement, counts);
+    /// Both ways, from `rows` as the plan starts, unless one replica each is near the best.
+    fn take_faster(&mut self, problem: &Problem, counts: &ReplicaCounts, rows: &mut Vec<u32>) {
+        self.take_times(problem.placement, counts);
+        self.other_rows.clone_from(rows);
+        self.other_bases.clone_from(&self.bases);
+        self.chooser.run(problem, &mut self.bases, rows, FEW_TRIES);
+        if self.slowest(problem.placement, rows) * 99 <= self.least(counts) * 100 {
+            return;
+        }
+        self.chooser.go_on(problem, &mut self.bases, rows, MORE_TRIES);
+        let single = self.slowest(problem.placement, rows);
+        let mut split = std::mem::take(&mut self.other_rows);
+        self.splitter.run(problem, &mut self.other_bases, &mut split);
+        if self.slowest(problem.placement, &split) < single {
+            std::mem::swap(rows, &mut split);
+            std::mem::swap(&mut self.bases, &mut self.other_bases);
+        }
+        self.other_rows = split;
+    }
+
+    /// Each rank's time of its experts without replicas.
+    fn take_times(&mut self, placement: &Placement, counts: &ReplicaCounts) {
+        let time = |(rank, &load): (usize, &u32)| {
+            u64::from(load).max(WEIGHTS_AS_ROWS * counts.active_on(placement, rank))
+        };
+        self.fixed_times.clear();
+        self.fixed_times.extend(counts.loads().iter().enumerate().map(time));
+    }
+
+    /// The slowest rank's time, with those rows of replicas.
+    fn slowest(&mut self, placement: &Placement, rows: &[u32]) -> u64 {
+        self.times.clone_from(&self.fixed_times);
         for &replica in placement.replicas() {
             let rank = placement.rank_of(replica as usize);
             self.times[rank] += time_of(rows[replica as usize]);
@@ -276,31 +296,11 @@ impl Planner {
     }
 
     /// What no choice of replicas gets the slowest rank below: the mean rank's time, and any rank's without jobs.
-    fn least(&mut self, placement: &Placement, counts: &ReplicaCounts) -> u64 {
-        self.times_without_jobs(placement, counts);
+    fn least(&self, counts: &ReplicaCounts) -> u64 {
+        let times = &self.fixed_times;
         let jobs: u64 = counts.jobs().iter().map(|&rows| time_of(rows)).sum();
-        let mean = (self.times.iter().sum::<u64>() + jobs).div_ceil(placement.ranks() as u64);
-        self.times.iter().copied().max().unwrap_or(0).max(mean)
-    }
-
-    fn times_without_jobs(&mut self, placement: &Placement, counts: &ReplicaCounts) {
-        let time = |(rank, &load): (usize, &u32)| {
-            u64::from(load).max(WEIGHTS_AS_ROWS * counts.active_on(placement, rank))
-        };
-        self.times.clear();
-        self.times.extend(counts.loads().iter().enumerate().map(time));
-    }
-
-    /// Split by rows, from where the plan started.
-    fn split(&mut self, problem: &Problem, plan: &mut Plan) {
-        self.splitter.run(problem, &mut self.bases, &mut plan.replica_rows);
-        self.place_shared(problem, plan);
-    }
-
-    /// One replica each, from where the plan started.
-    fn single(&mut self, problem: &Problem, plan: &mut Plan, tries: u32) {
-        self.chooser.run(problem, &mut self.bases, &mut plan.replica_rows, tries);
-        self.place_shared(problem, plan);
+        let mean = (times.iter().sum::<u64>() + jobs).div_ceil(times.len() as u64);
+        times.iter().copied().max().unwrap_or(0).max(mean)
     }
 
     /// What a plan begins with: rows of experts, and the ranks' costs of them.
