@@ -342,3 +342,47 @@ fn words_past_the_jobs_and_bits_of_replicas_are_not_taken() {
         assert_eq!(found, expected(table, 0, rank, true));
     }
 }
+
+#[test]
+fn jobs_of_maps_that_differ_count_at_each_rank_alike() {
+    let (board, tables) = (Arc::new(Heap::new(shape())), tables());
+    let mut planner = BoardPlanner::new(Arc::clone(&board), shape(), COST, LONG).unwrap();
+    let mut ports =
+        [0, 1, 2].map(|rank| Port::new(Arc::clone(&board), shape(), COST, rank).unwrap());
+    for call in 0..20 {
+        let batches = [0, 1, 2].map(|rank| Batch::new(shape(), rank, call));
+        let (mut loads, mut of_jobs) = ([0; RANKS], 0);
+        for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
+            let table = [None, Some(&tables[0]), Some(&tables[1])][(rank + call as usize) % 3];
+            port.set_table(table).unwrap();
+            port.post(batch.posted()).unwrap();
+            for (physical, &rows) in batch.counts.iter().enumerate() {
+                match table.and_then(|table| table.job_of(physical)) {
+                    Some(_) => of_jobs += rows,
+                    None => loads[physical / 4] += rows,
+                }
+            }
+        }
+        assert!(planner.poll());
+        let routed = loads.map(|load| load + of_jobs / RANKS as u32);
+        let placement = waterfill_core::Placement::contiguous(RANKS, 12).unwrap();
+        let visits: Vec<u32> = batches.iter().flat_map(|batch| batch.visits.clone()).collect();
+        let tokens: Vec<u32> = batches.iter().map(|batch| batch.tokens).collect();
+        let problem = Problem {
+            placement: &placement,
+            cost: &COST,
+            routed: Routed::PerRank(&routed),
+            tokens: &tokens,
+            visits: Some(&visits),
+            eligible: None,
+        };
+        let mut plan = Plan::new();
+        Planner::new().live(&problem, &mut plan).unwrap();
+        for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
+            let (mut quotas, mut expected) = ([0; RANKS], [0; RANKS]);
+            port.finish(batch.posted(), LONG, &mut quotas).unwrap();
+            plan.quotas_of(rank, &mut expected).unwrap();
+            assert_eq!(quotas, expected, "call {call}, rank {rank}");
+        }
+    }
+}

@@ -159,3 +159,97 @@ fn a_sources_rows_go_to_its_own_rank_first() {
     quotas.divide(&table, &of_jobs(&table, &counts), &[25, 0, 15, 0, 20, 0]).unwrap();
     assert_eq!([quotas.of(0), quotas.of(1), quotas.of(2)], [[10, 0, 0], [5, 15, 0], [10, 0, 20]]);
 }
+
+/// A layer with so many rows for each physical expert, and the reduced form of them.
+fn counted(
+    random: &mut Random,
+    rows: impl Fn(&mut Random) -> u32,
+) -> (Layer, Vec<u32>, ReplicaCounts) {
+    let layer = Layer::random(random, 2);
+    let routed: Vec<u32> = layer.logical.iter().map(|_| rows(random)).collect();
+    let mut reduced = ReplicaCounts::new();
+    reduced.reduce(layer.table.placement(), &routed).unwrap();
+    (layer, routed, reduced)
+}
+
+#[test]
+fn counts_per_expert_and_reduced_ones_give_one_plan() {
+    let (mut random, mut planner) = (Random(9), Planner::new());
+    let (mut per_expert, mut reduced_plan) = (Plan::new(), Plan::new());
+    for _ in 0..2000 {
+        let most = 4 << random.below(12);
+        let (layer, routed, reduced) = counted(&mut random, |random| random.below(most) as u32);
+        let placement = layer.table.placement();
+        let tokens: Vec<u32> = (0..placement.ranks()).map(|_| random.below(most) as u32).collect();
+        let mut eligible: Vec<bool> = tokens.iter().map(|_| random.below(4) > 0).collect();
+        eligible[0] = true;
+        let problem = Problem { eligible: Some(&eligible), ..problem(placement, &routed, &tokens) };
+        planner.replicas(&problem, &mut per_expert).unwrap();
+        let problem = Problem { routed: Routed::Reduced(&reduced), ..problem };
+        planner.replicas(&problem, &mut reduced_plan).unwrap();
+        assert_eq!(per_expert.optimum(), reduced_plan.optimum());
+        assert_eq!(per_expert.routed_costs(), reduced_plan.routed_costs());
+        assert_eq!(per_expert.transfers(), reduced_plan.transfers());
+        for (physical, &rows) in routed.iter().enumerate() {
+            let (all, of_jobs) = (per_expert.replica_rows(), reduced_plan.replica_rows());
+            match layer.table.job_of(physical) {
+                Some(_) => assert_eq!(all[physical], of_jobs[physical]),
+                None => assert_eq!((all[physical], of_jobs[physical]), (rows, 0)),
+            }
+        }
+    }
+}
+
+#[test]
+fn reduced_counts_lose_nothing_where_all_rows_are_few_or_many() {
+    let (mut random, mut planner) = (Random(10), Planner::new());
+    let (mut plan, mut other) = (Plan::new(), Plan::new());
+    let most_active = |placement: &Placement, rows: &[u32]| {
+        let of_rank = |rows: &[u32]| rows.iter().filter(|&&rows| rows > 0).count();
+        rows.chunks_exact(placement.experts_per_rank()).map(of_rank).max().unwrap()
+    };
+    for _ in 0..1000 {
+        let (layer, routed, _) = counted(&mut random, |random| random.below(4) as u32);
+        let (placement, tokens) = (layer.table.placement(), vec![0; layer.ids.len()]);
+        let few = problem(placement, &routed, &tokens);
+        planner.replicas(&few, &mut plan).unwrap();
+        planner.single_replica(&few, &mut other).unwrap();
+        // An expert's weights take longer than its rows: all that counts is how many experts are active.
+        let [mine, best] = [&plan, &other].map(|plan| most_active(placement, plan.replica_rows()));
+        assert_eq!(mine, best);
+        assert_eq!(slowest(placement, plan.replica_rows()), best as u64 * WEIGHTS_AS_ROWS);
+
+        let at_least = |random: &mut Random| 4 * WEIGHTS_AS_ROWS as u32 + random.below(3000) as u32;
+        let (layer, routed, _) = counted(&mut random, at_least);
+        let (placement, tokens) = (layer.table.placement(), vec![100; layer.ids.len()]);
+        let many = problem(placement, &routed, &tokens);
+        planner.replicas(&many, &mut plan).unwrap();
+        planner.joint(&many, &mut other).unwrap();
+        assert_eq!(plan.optimum(), other.optimum(), "exact, from wherever it starts");
+    }
+}
+
+#[test]
+fn rows_that_were_not_told_of_are_divided_evenly_first() {
+    // Expert 0 on ranks 0, 1 and 2.
+    let table = ReplicaTable::new(3, &[0, 1, 0, 2, 0, 3]).unwrap();
+    let mut reduced = ReplicaCounts::new();
+    reduced.reduce(table.placement(), &[0, 10, 11, 20, 0, 30]).unwrap();
+    let routed = Routed::Reduced(&reduced);
+    let tokens = [0; 3];
+    let problem = Problem { routed, ..problem(table.placement(), &[], &tokens) };
+    let (mut planner, mut plan) = (Planner::new(), Plan::new());
+    planner.live(&problem, &mut plan).unwrap();
+    assert_eq!((plan.start_costs(), plan.routed_costs()), (&[14, 24, 33][..], &[14, 24, 33][..]));
+    planner.joint(&problem, &mut plan).unwrap();
+    assert_eq!((plan.start_costs(), plan.optimum()), (&[14, 24, 33][..], 30));
+    let problem = Problem { eligible: Some(&[true, true, false]), ..problem };
+    planner.live(&problem, &mut plan).unwrap();
+    assert_eq!(plan.replica_rows(), [6, 0, 5, 0, 0, 0], "none to a rank that is not eligible");
+    let model = CostModel::Roofline(waterfill_core::Roofline::new(11.2, 0.061, 64).unwrap());
+    let problem = Problem { cost: &model, ..problem };
+    for plan_of in [Planner::live, Planner::joint, Planner::single_replica, Planner::replicas] {
+        let refused = plan_of(&mut planner, &problem, &mut plan).unwrap_err();
+        assert_eq!(refused, waterfill_core::Error::NeedsExpertCounts);
+    }
+}
