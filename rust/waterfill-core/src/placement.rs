@@ -98,7 +98,13 @@ impl Placement {
 
     /// The rank that holds a physical expert.
     pub fn rank_of(&self, physical: usize) -> usize {
-        self.ranks_of.get(physical).map_or(physical / self.experts_per_rank, |&rank| rank.into())
+        physical / self.experts_per_rank
+    }
+
+    /// The rank of a physical expert that there is, without a division.
+    #[inline]
+    pub(crate) fn rank_of_known(&self, physical: usize) -> usize {
+        self.ranks_of[physical].into()
     }
 
     /// The id of the shared expert on `rank`, in the id space that has one shared expert a rank.

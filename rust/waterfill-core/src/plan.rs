@@ -289,7 +289,7 @@ impl Planner {
     fn slowest(&mut self, placement: &Placement, rows: &[u32]) -> u64 {
         self.times.clone_from(&self.fixed_times);
         for &replica in placement.replicas() {
-            let rank = placement.rank_of(replica as usize);
+            let rank = placement.rank_of_known(replica as usize);
             self.times[rank] += time_of(rows[replica as usize]);
         }
         self.times.iter().copied().max().unwrap_or(0)

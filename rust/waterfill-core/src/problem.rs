@@ -99,7 +99,7 @@ impl Problem<'_> {
                 bases.extend(counts.loads().iter().map(|&rows| u64::from(rows)));
                 for &replica in self.placement.replicas() {
                     let rows = replica_rows[replica as usize];
-                    bases[self.placement.rank_of(replica as usize)] += u64::from(rows);
+                    bases[self.placement.rank_of_known(replica as usize)] += u64::from(rows);
                 }
             }
         }
@@ -129,7 +129,7 @@ impl Problem<'_> {
             active.extend((0..placement.ranks()).map(|rank| counts.active_on(placement, rank)));
             for &replica in placement.replicas() {
                 let is_active = replica_rows[replica as usize] > 0;
-                active[placement.rank_of(replica as usize)] += u64::from(is_active);
+                active[placement.rank_of_known(replica as usize)] += u64::from(is_active);
             }
         } else {
             let per_rank = replica_rows.chunks_exact(placement.experts_per_rank());
@@ -139,7 +139,8 @@ impl Problem<'_> {
 
     /// Over the eligible replicas, or all if none is; the first ones take one row more where some are left.
     fn divide_evenly(&self, replicas: &[u32], rows: u32, replica_rows: &mut [u32]) {
-        let may_take = |replica: u32| self.is_eligible(self.placement.rank_of(replica as usize));
+        let may_take =
+            |replica: u32| self.is_eligible(self.placement.rank_of_known(replica as usize));
         let eligible = replicas.iter().filter(|&&replica| may_take(replica)).count();
         let all = eligible == 0;
         let takers = if all { replicas.len() } else { eligible } as u32;

@@ -92,7 +92,7 @@ impl ReplicaCounts {
         }
         for (job, replicas) in self.jobs.iter_mut().zip(placement.jobs()) {
             for replica in replicas.iter().map(|&replica| replica as usize) {
-                let load = &mut self.loads[placement.rank_of(replica)];
+                let load = &mut self.loads[placement.rank_of_known(replica)];
                 *load = load.saturating_sub(counts[replica]);
                 *job = job.saturating_add(counts[replica]);
                 self.active[replica / BITS] &= !(1 << (replica % BITS));
@@ -156,9 +156,9 @@ mod tests {
                 let active = others(rank).filter(|&p| counts[p] > 0).count() as u64;
                 assert_eq!(reduced.active_on(&placement, rank), active);
             }
-            for p in 0..physical {
+            for (p, &rows) in counts.iter().enumerate() {
                 let bit = reduced.active()[p / 32] >> (p % 32) & 1;
-                assert_eq!(bit == 1, counts[p] > 0 && !of_job(p));
+                assert_eq!(bit == 1, rows > 0 && !of_job(p));
             }
             let jobs: Vec<u32> =
                 placement.jobs().map(|job| job.iter().map(|&p| counts[p as usize]).sum()).collect();

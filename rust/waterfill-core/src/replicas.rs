@@ -351,7 +351,7 @@ impl ReplicaQuotas {
 
     fn give_own_ranks(&mut self, table: &ReplicaTable) {
         for (slot, (&replica, room)) in table.replicas().iter().zip(&mut self.rooms).enumerate() {
-            let source = table.placement.rank_of(replica as usize);
+            let source = table.placement.rank_of_known(replica as usize);
             let job = table.job_of[replica as usize] as usize;
             let left = &mut self.left[source * table.jobs() + job];
             let rows = (*room).min(*left);

@@ -84,7 +84,8 @@ impl Chooser {
     fn take_off(&mut self, problem: &Problem, replica_rows: &mut [u32]) {
         let placement = problem.placement;
         self.rows.clear();
-        let may_take = |&replica: &u32| problem.is_eligible(placement.rank_of(replica as usize));
+        let may_take =
+            |&replica: &u32| problem.is_eligible(placement.rank_of_known(replica as usize));
         self.rows.extend(placement.jobs().map(|replicas| {
             if !replicas.iter().any(may_take) {
                 return 0;
@@ -99,7 +100,7 @@ impl Chooser {
     /// Each job on the eligible rank with the fewest active experts so far, of equals the cheapest, of those the first.
     fn choose(&mut self, problem: &Problem, bases: &mut [u64]) {
         let placement = problem.placement;
-        let rank_of = |replica: u32| placement.rank_of(replica as usize);
+        let rank_of = |replica: u32| placement.rank_of_known(replica as usize);
         self.chosen.clear();
         self.chosen.resize(placement.physical_experts(), 0);
         for (replicas, &rows) in placement.jobs().zip(&self.rows).filter(|&(_, &rows)| rows > 0) {
@@ -147,7 +148,7 @@ impl Chooser {
                 continue;
             }
             for &taken in placement.replicas_of(job) {
-                let to = placement.rank_of(taken as usize);
+                let to = placement.rank_of_known(taken as usize);
                 if to == rank || !state.problem.is_eligible(to) {
                     continue;
                 }
@@ -184,7 +185,7 @@ impl Chooser {
 
     /// One expert from a replica of its to another.
     fn shift(&mut self, state: &mut State, given: u32, taken: u32) {
-        let rank_of = |replica: u32| state.problem.placement.rank_of(replica as usize);
+        let rank_of = |replica: u32| state.problem.placement.rank_of_known(replica as usize);
         let rows = std::mem::take(&mut state.replica_rows[given as usize]);
         state.replica_rows[taken as usize] = rows;
         let cost = state.problem.cost.cost(rows.into());

@@ -89,7 +89,7 @@ impl Splitter {
                     continue;
                 }
                 for &taken in placement.replicas_of(job) {
-                    let to = placement.rank_of(taken as usize);
+                    let to = placement.rank_of_known(taken as usize);
                     if self.steps[to] != Step::Unreached || !problem.is_eligible(to) {
                         continue;
                     }
@@ -117,7 +117,7 @@ impl Splitter {
         let mut rank = last;
         while let Step::From { given, .. } = self.steps[rank] {
             rows = rows.min(replica_rows[given as usize].into());
-            rank = placement.rank_of(given as usize);
+            rank = placement.rank_of_known(given as usize);
         }
         rows = rows.min(loads[rank] - level);
         loads[rank] -= rows;
@@ -126,7 +126,7 @@ impl Splitter {
         while let Step::From { given, taken } = self.steps[rank] {
             replica_rows[given as usize] -= rows as u32;
             replica_rows[taken as usize] += rows as u32;
-            rank = placement.rank_of(given as usize);
+            rank = placement.rank_of_known(given as usize);
         }
     }
 
@@ -147,7 +147,7 @@ fn leave_ineligible(problem: &Problem, loads: &mut [u64], replica_rows: &mut [u3
     if problem.is_everyone_eligible() {
         return;
     }
-    let rank_of = |replica: u32| problem.placement.rank_of(replica as usize);
+    let rank_of = |replica: u32| problem.placement.rank_of_known(replica as usize);
     for replicas in problem.placement.jobs() {
         let Some(&taken) = replicas.iter().find(|&&r| problem.is_eligible(rank_of(r))) else {
             continue;
