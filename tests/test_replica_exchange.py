@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: make test i
 import torch.distributed as dist
 
 import waterfill_rs
+from waterfill_rs import _native
 from waterfill_rs.exchange import device as on_device
 from waterfill_rs.exchange.device import DeviceExchange, DeviceGroupExchange
 from waterfill_rs.exchange.host import SoloExchange, _primary
@@ -384,6 +385,19 @@ def test_what_is_refused_is_no_call():
 
 
 # The tables
+
+
+def test_a_planner_of_replicas_plans_by_rows_alone():
+    run = int.from_bytes(os.urandom(16), "little")
+    board = _native.Board.create(f"wf-test-{os.getpid()}-rows", RANKS, EXPERTS, run, REDUNDANT)
+    board.unlink()
+    model = waterfill_rs.CostModel.roofline(weights_us=11.2, row_us=0.061, tile=64)
+    for make in (
+        lambda: _native.Port(board, 0, model, plans_patience_us=1000),
+        lambda: _native.PlannerThread(board, model, patience_us=1000, pace="park", core=None),
+    ):
+        with pytest.raises(ValueError, match="4 redundant experts: give that of rows"):
+            make()
 
 
 def test_tables_on_a_device_stay_where_they_are():

@@ -59,7 +59,7 @@ impl fmt::Display for Error {
             ),
             Self::CostWithReplicas { redundant } => write!(
                 f,
-                "a cost model other than rows, with {redundant} redundant experts: give CostModel::Rows, because ranks do \
+                "a cost model other than rows, with {redundant} redundant experts: give that of rows, because ranks do \
                  not post the rows of each expert then"
             ),
             Self::Foreign { path, field, found, expected } => write!(

@@ -308,7 +308,7 @@ fn a_cost_model_that_needs_the_rows_of_each_expert_is_refused() {
     let roofline = || CostModel::Roofline(Roofline::new(11.2, 0.061, 64).unwrap());
     let board = Arc::new(Heap::new(shape()));
     let refused = BoardPlanner::new(board, shape(), roofline(), LONG).unwrap_err().to_string();
-    assert!(refused.contains("3 redundant experts: give CostModel::Rows"), "{refused}");
+    assert!(refused.contains("3 redundant experts: give that of rows"), "{refused}");
     let without = Shape::new(RANKS, 12).unwrap();
     BoardPlanner::new(Arc::new(Heap::new(without)), without, roofline(), LONG).unwrap();
 }
