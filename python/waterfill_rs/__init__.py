@@ -60,7 +60,8 @@ def plan(
             has as few as can be. ``single_replica`` puts all rows of an expert on one replica: first the most active experts
             of a rank are as few as can be, then the slowest rank's cost is as little as a search finds. ``replicas``: one of
             these two, as a server does: the one under which the slowest rank's routed rows take less, where an active expert
-            costs its rows or its weights, 184 rows, whichever is more.
+            costs its rows or its weights, 184 rows, whichever is more. It plans by rows, takes a rank's experts without
+            replicas together, and starts from an even division; ``cost_model`` is asked for the shared rows alone.
 
     Raises:
         ValueError: with the offending numbers, for lengths or values that do not fit.
