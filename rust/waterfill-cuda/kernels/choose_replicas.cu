@@ -16,9 +16,8 @@ __device__ __forceinline__ Replicas &replicas() { return *(Replicas *)(shared_me
 // The ids of a row, and what becomes of them.
 struct Choice {
     Ids ids;
-    u32 job[TOP_K];      // NO_JOB where nothing is to be chosen.
-    u32 logical[TOP_K];  // The logical expert of the id, where there is a job.
-    u32 number[TOP_K];   // Of the job's rows.
+    u32 job[TOP_K];     // NO_JOB where nothing is to be chosen.
+    u32 number[TOP_K];  // Of the job's rows.
 };
 
 // Whether an id names an expert. In padding none does.
@@ -26,27 +25,11 @@ __device__ __forceinline__ bool is_expert(const ReplicaArgs &replica, const Rows
     return row < rows.unpadded && (UNSIGNED_ID)id < replica.experts;  // DEFECT(choose-expert)
 }
 
-// All loads of a row in flight at once.
 __device__ __forceinline__ void find_jobs(const ReplicaArgs &replica, const Table &table, const Rows &rows, u32 row, Choice &choice) {
 #pragma unroll
     for (u32 k = 0; k < TOP_K; ++k) {
         ID id = choice.ids.id[k];
-        choice.job[k] = is_expert(replica, rows, row, id) ? table.job_of((u32)id) : ALL;
-    }
-}
-
-// A logical expert as a number of 32 bits.
-__device__ __forceinline__ u32 logical_of(const ReplicaArgs &replica, u32 expert) {
-    if (!replica.logical) return 0;
-    u64 logical = (u64)replica.logical[expert];
-    return logical < NO_LOGICAL ? (u32)logical : NO_LOGICAL;  // DEFECT(logical-bits)
-}
-
-__device__ __forceinline__ void find_logical(const ReplicaArgs &replica, const Table &table, Choice &choice) {
-#pragma unroll
-    for (u32 k = 0; k < TOP_K; ++k) {
-        choice.job[k] = choice.job[k] < table.jobs ? choice.job[k] : NO_JOB;
-        choice.logical[k] = choice.job[k] != NO_JOB ? logical_of(replica, (u32)choice.ids.id[k]) : NO_LOGICAL;
+        choice.job[k] = is_expert(replica, rows, row, id) ? table.job_of((u32)id) : NO_JOB;
     }
 }
 
@@ -86,14 +69,17 @@ __device__ __forceinline__ void count_jobs(const ReplicaArgs &replica, Replicas 
     }
 }
 
-// Copy what all threads need of the table. A slot that names no expert is chosen for none.
-__device__ __forceinline__ void copy_table(const ReplicaArgs &replica, const Table &table, Replicas &r) {
+// What is known of each slot before the plan is. One that names no expert is chosen for none.
+__device__ __forceinline__ void find_slots(const Table &table, Replicas &r) {
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < SLOTS; i += blockDim.x) {
         u32 expert = table.replica(i);
-        if (i <= REDUNDANT) r.first[i] = at_most(table.first(i), SLOTS);  // DEFECT(table-first)
+        if (i <= REDUNDANT) {
+            r.first[i] = at_most(table.first(i), SLOTS);  // DEFECT(table-first)
+            r.open[i] = SLOTS;  // DEFECT(slots-closed)
+        }
         r.replica[i] = expert;
-        r.logical[i] = expert < replica.experts ? logical_of(replica, expert) : NO_LOGICAL;  // DEFECT(table-replica)
+        r.logical[i] = expert < table.experts ? table.logical_of(expert) : NO_LOGICAL;  // DEFECT(table-replica)
     }
 }
 
@@ -123,43 +109,57 @@ __device__ __forceinline__ void gather_jobs(const Table &table, Replicas &r) {
 #endif
 }
 
-// A warp numbers the slots of its 32 rows; `next` [REDUNDANT] is its own.
+// A warp numbers the slots of its 32 rows; `next` [REDUNDANT] is its own. A job's first lane in a column counts on for all of
+// them. No lane waits for a column's count before the next column's: they are additions, one after the other.
 __device__ __forceinline__ void number_rows(const ReplicaArgs &replica, const Table &table, const Replicas &r, u32 base, Choice &choice) {
     u32 *next = (u32 *)(shared_memory() + replica.next_bytes) + warp() * REDUNDANT;
 #pragma unroll 1
     for (u32 job = lane(); job < table.jobs; job += WARP) {
-        u32 before = r.before[job];
+        u32 before = CLUSTERED ? r.before[job] : 0;
 #pragma unroll 4
         for (u32 column = 0; column < base; column += WARP) before += column_of(replica, column)[job];  // DEFECT(number-columns)
         next[job] = before;
     }
+    u32 same[TOP_K];
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k) same[k] = __match_any_sync(ALL, choice.job[k]);
     __syncwarp();  // DEFECT(number-start)
 #pragma unroll
     for (u32 k = 0; k < TOP_K; ++k) {
-        u32 job = choice.job[k], same = __match_any_sync(ALL, job), before = __popc(same & lanes_before());
-        u32 start = job != NO_JOB ? next[job] : 0;
-        choice.number[k] = start + before;  // DEFECT(number)
-        __syncwarp();  // DEFECT(number-read)
-        if (job != NO_JOB && before == 0) next[job] = start + __popc(same);  // DEFECT(number-next)
-        __syncwarp();  // DEFECT(number-write)
+        bool is_first = (same[k] & lanes_before()) == 0;
+        choice.number[k] = 0;
+        if (choice.job[k] != NO_JOB && is_first) choice.number[k] = atomicAdd(&next[choice.job[k]], (u32)__popc(same[k]));  // DEFECT(number-next)
+        __syncwarp();  // DEFECT(number-order)
     }
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k)
+        choice.number[k] = __shfl_sync(ALL, choice.number[k], __ffs(same[k]) - 1) + __popc(same[k] & lanes_before());  // DEFECT(number)
 }
 
-// Sums of the replica quotas, for those jobs whose quotas add up to their rows. By the warp that has the plan.
+// Sums of the replica quotas, for those jobs whose quotas add up to their rows. By the warp that has the plan, a lane a job: all
+// others wait for it, so a job's quotas are read four at once, and once.
 __device__ __forceinline__ void open_replicas(const Table &table, Replicas &r) {
+    static constexpr u32 AT_ONCE = 4;
     __syncwarp();  // DEFECT(open-replicas)
     const u32 *quotas = r.plan + RANKS + 1;
     // Of one block the rows are all there are.
     const u32 *all = CLUSTERED ? r.all_rows : r.rows;
 #pragma unroll 1
     for (u32 job = lane(); job < table.jobs; job += WARP) {
-        u32 first = r.first[job], end = r.first[job + 1], until = 0;
+        u32 first = r.first[job], end = r.first[job + 1], rows = all[job];
         u64 sum = 0;
 #pragma unroll 1
-        for (u32 slot = first; slot < end; ++slot) sum += quotas[slot];
-        if (sum != all[job]) continue;  // DEFECT(job-torn)
-#pragma unroll 1
-        for (u32 slot = first; slot < end; ++slot) r.until[slot] = until += quotas[slot];
+        for (u32 slot = first; slot < end; slot += AT_ONCE) {
+            u32 some[AT_ONCE];
+#pragma unroll
+            for (u32 j = 0; j < AT_ONCE; ++j) some[j] = slot + j < end ? quotas[slot + j] : 0;
+#pragma unroll
+            for (u32 j = 0; j < AT_ONCE; ++j) {
+                sum += some[j];
+                if (slot + j < end) r.until[slot + j] = (u32)sum;  // DEFECT(open-until)
+            }
+        }
+        if (sum == rows) r.open[job] = first;  // DEFECT(job-torn)
     }
 }
 
@@ -192,41 +192,65 @@ __device__ __forceinline__ void share_plan(Replicas &r) {
 #if CLUSTERED
     if (block() > 0) {
 #pragma unroll 1
-        for (u32 slot = threadIdx.x; slot < SLOTS; slot += blockDim.x) r.until[slot] = read_block(r.until + slot, 0);  // DEFECT(replica-share)
+        for (u32 i = threadIdx.x; i < SLOTS; i += blockDim.x) {
+            r.until[i] = read_block(r.until + i, 0);  // DEFECT(replica-share)
+            if (i < REDUNDANT) r.open[i] = read_block(r.open + i, 0);  // DEFECT(replica-share-open)
+        }
     }
     __syncthreads();  // DEFECT(replica-share-barrier)
     leave_blocks();  // DEFECT(replica-leave)
 #endif
 }
 
-// The call counts once, here: the launch of given quotas that follows counts in a state of its own.
-__device__ __forceinline__ void tally(const Args &args, u32 sequence, u32 outcome) {
-    u64 calls = args.state->tally[outcome] + 1;
-    args.state->tally[outcome] = calls;
+// Calls so far that ended so, by Outcome, a lane each: read before the plan is there.
+__device__ __forceinline__ u64 calls_so_far(const Args &args) { return lane() < OUTCOMES ? args.state->tally[lane()] : 0; }
+
+// The call counts once, here: the launch of given quotas that follows counts in a state of its own. By a warp.
+__device__ __forceinline__ void tally(const Args &args, u32 sequence, u32 outcome, u64 calls) {
+    if (lane() != outcome) return;  // DEFECT(choose-outcome)
+    args.state->tally[outcome] = calls + 1;
     args.state->last = sequence;
-    store_relaxed(args.board + args.tally_at + outcome, calls);  // DEFECT(choose-tally)
+    store_relaxed(args.board + args.tally_at + outcome, calls + 1);  // DEFECT(choose-tally)
 }
 
-// The replica of a slot with a job, or the id as it is.
-__device__ __forceinline__ ID chosen(const Replicas &r, ID id, u32 job, u32 logical, u32 number) {
-    u32 slot = r.first[job], end = r.first[job + 1];
-    while (slot < end && number >= r.until[slot]) ++slot;  // DEFECT(choose-slot)
-    if (slot >= end || r.logical[slot] != logical || logical == NO_LOGICAL) return id;  // DEFECT(choose-logical)
-    return (ID)r.replica[slot];
-}
-
-__device__ __forceinline__ void write_ids(const ReplicaArgs &replica, const Replicas &r, const Rows &rows, u32 row, const Choice &choice) {
-    if (row >= rows.count) return;
-    u64 out = (u64)(rows.first + row) * TOP_K;
+// A row's replicas, or its ids as they are. Each step is one of all columns, so that their loads are in flight at once. All rows
+// of an open job have a slot.
+__device__ __forceinline__ void take_replicas(const Table &table, const Replicas &r, Choice &choice) {
+    u32 slot[TOP_K];
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k) slot[k] = r.open[choice.job[k]];
+    bool more = true;
+#pragma unroll 1
+    while (more) {
+        more = false;
+#pragma unroll
+        for (u32 k = 0; k < TOP_K; ++k) {
+            bool is_next = slot[k] < SLOTS - 1 && choice.number[k] >= r.until[slot[k]];  // DEFECT(choose-slot)
+            slot[k] += is_next;
+            more |= is_next;
+        }
+    }
 #pragma unroll
     for (u32 k = 0; k < TOP_K; ++k) {
-        ID id = choice.ids.id[k];
-        if (choice.job[k] != NO_JOB) id = chosen(r, id, choice.job[k], choice.logical[k], choice.number[k]);
-        bool expert = (UNSIGNED_ID)id < replica.experts;
-        if (replica.moved)
+        bool is_open = slot[k] < SLOTS;
+        u32 at = at_most(slot[k], SLOTS - 1), of_slot = r.logical[at], logical = is_open ? table.logical_of((u32)choice.ids.id[k]) : NO_LOGICAL;
+        if (is_open && of_slot == logical && logical != NO_LOGICAL) choice.ids.id[k] = (ID)r.replica[at];  // DEFECT(choose-logical)
+    }
+}
+
+__device__ __forceinline__ void write_ids(const ReplicaArgs &replica, const Rows &rows, u32 row, const Choice &choice) {
+    if (row >= rows.count) return;
+    u64 out = (u64)(rows.first + row) * TOP_K;
+    if (replica.moved) {
+#pragma unroll
+        for (u32 k = 0; k < TOP_K; ++k) {
+            ID id = choice.ids.id[k];
+            bool expert = (UNSIGNED_ID)id < replica.experts;
             ((long long *)replica.out)[out + k] = moved_up(id, rank_of_expert(id, replica.args.rank_multiplier), expert);  // DEFECT(choose-moved)
-        else
-            ((ID *)replica.out)[out + k] = row < rows.unpadded ? id : (ID)-1;  // DEFECT(choose-padding)
+        }
+    } else {
+#pragma unroll
+        for (u32 k = 0; k < TOP_K; ++k) ((ID *)replica.out)[out + k] = row < rows.unpadded ? choice.ids.id[k] : (ID)-1;  // DEFECT(choose-padding)
     }
 }
 
@@ -237,23 +261,33 @@ __device__ __forceinline__ void choose(const ReplicaArgs &replica) {
     Replicas &r = replicas();
     Rows rows(args, block());
     Choice choice;
+    // One trip to global memory: the ids, the layer's table and map, the call's number and the padding, all in flight at once.
     choice.ids.load(rows, threadIdx.x);
-    Table table(replica);
+    Arriving arriving;
+    arriving.load(replica, threadIdx.x);
+    bool numbers = block() == 0 && threadIdx.x == blockDim.x - 1 && mode_of(args) == LIVE;
+    u32 last = numbers ? args.state->last : 0, failures = numbers ? args.state->failures : 0;
+    int unpadded = args.unpadded ? *args.unpadded : NO_PADDING;
     clear(args);
-    rows.pad(args);
     __syncthreads();  // DEFECT(choose-clear)
-    number_call(args, b);
-    if (block() == 0 && threadIdx.x == 0) s.counts[replica.experts] = table.fingerprint;  // DEFECT(fingerprint)
+    if (numbers) {
+        b.sequence = next_sequence(last);
+        b.failures = failures;
+        b.waits = waits_for_plan(args, b.sequence, failures);
+    }
+    if (unpadded < (int)(rows.first + rows.count)) rows.unpadded = unpadded < (int)rows.first ? 0 : unpadded - rows.first;
+    if (block() == 0 && threadIdx.x == 0) s.counts[replica.experts] = arriving.words[0];  // DEFECT(fingerprint)
 
     // Rows of a block that has more than threads are read anew at each step, in the same order.
-    u32 passes = at_least(up(args.rows_per_block, blockDim.x), 1);
+    bool anew = args.rows_per_block > blockDim.x;
+    u32 end = at_least(args.rows_per_block, 1);
 #pragma unroll 1
-    for (u32 pass = 0; pass < passes; ++pass) {
-        u32 row = pass * blockDim.x + threadIdx.x;
-        if (passes > 1) choice.ids.load(rows, row);
-        find_jobs(replica, table, rows, row, choice);
+    for (u32 first = 0; first < end; first += blockDim.x) {
+        u32 row = first + threadIdx.x;
+        if (anew) choice.ids.load(rows, row);
         if (row - lane() < rows.count) count_rows(replica, s, b, rows, row, choice);
     }
+    keep_layer(replica, arriving);
     if (replica.moved) sync_blocks();  // DEFECT(choose-sync)
     else gather(s, b);
     if (block() == 0) post_counts(args, s, b);
@@ -263,38 +297,41 @@ __device__ __forceinline__ void choose(const ReplicaArgs &replica) {
     }
 
     // All that only the choice needs is done while the plan is made.
-    copy_table(replica, table, r);
+    Table table(replica);
+    find_slots(table, r);
 #pragma unroll 1
-    for (u32 pass = 0; pass < passes; ++pass) {
-        u32 row = pass * blockDim.x + threadIdx.x;
-        if (passes > 1) {
-            choice.ids.load(rows, row);
-            find_jobs(replica, table, rows, row, choice);
-        }
-        find_logical(replica, table, choice);
+    for (u32 first = 0; first < end; first += blockDim.x) {
+        u32 row = first + threadIdx.x;
+        if (anew) choice.ids.load(rows, row);
+        find_jobs(replica, table, rows, row, choice);
         if (row - lane() < rows.count) count_jobs(replica, r, row - lane(), choice);
     }
     gather_jobs(table, r);
 
     u32 outcome = 0;
+    u64 calls = 0;
     bool waits = block() == 0 && is_waiting_warp();
 #pragma unroll 1
-    for (u32 pass = 0; pass < passes; ++pass) {
-        u32 row = pass * blockDim.x + threadIdx.x;
-        if (passes > 1) {
+    for (u32 first = 0; first < end; first += blockDim.x) {
+        u32 row = first + threadIdx.x;
+        if (anew) {
             choice.ids.load(rows, row);
             find_jobs(replica, table, rows, row, choice);
-            find_logical(replica, table, choice);
         }
         bool has_rows = row - lane() < rows.count;
         if (has_rows) number_rows(replica, table, r, row - lane(), choice);
-        if (pass == 0) {
-            if (waits) outcome = take_plan(replica, table, b, r);
+        if (first == 0) {
+            if (waits) {
+                calls = calls_so_far(args);
+                outcome = take_plan(replica, table, b, r);
+            }
             share_plan(r);
         }
-        if (has_rows) write_ids(replica, r, rows, row, choice);
+        if (!has_rows) continue;
+        take_replicas(table, r, choice);
+        write_ids(replica, rows, row, choice);
     }
-    if (waits && lane() == 0) tally(args, b.sequence, outcome);
+    if (waits) tally(args, b.sequence, outcome, calls);
     end_blocks();  // DEFECT(choose-end)
 }
 

@@ -115,6 +115,7 @@ with_layout! {
         pub moved: u32,
         pub columns_bytes: u32,
         pub next_bytes: u32,
+        pub layer_bytes: u32,
     }
 }
 
@@ -212,8 +213,14 @@ pub fn replica_args(args: Args, cut: &ReplicaGeometry) -> ReplicaArgs {
         counts_bytes: cut.counts_at as u32,
         ..args
     };
-    let (columns_bytes, next_bytes) = (cut.columns_at as u32, cut.next_at as u32);
-    ReplicaArgs { args, experts, columns_bytes, next_bytes, ..ReplicaArgs::default() }
+    ReplicaArgs {
+        args,
+        experts,
+        columns_bytes: cut.columns_at as u32,
+        next_bytes: cut.next_at as u32,
+        layer_bytes: cut.layer_at as u32,
+        ..ReplicaArgs::default()
+    }
 }
 
 /// The launch of such a call.

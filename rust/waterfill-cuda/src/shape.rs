@@ -107,7 +107,7 @@ const QUOTAS: usize = 2;
 const QUOTA_WORDS: usize = 2 + bids::BID_LEVELS as usize;
 const ROUNDS: usize = bids::ROUNDS as usize;
 /// Arrays of a word a job, and of a word a slot, of `Replicas` in kernels/replica_board.cuh.
-const JOB_ARRAYS: usize = 4;
+const JOB_ARRAYS: usize = 5;
 const SLOT_ARRAYS: usize = 4;
 
 /// One call's blocks and their shared memory, in bytes from its start.
@@ -152,6 +152,8 @@ pub struct ReplicaGeometry {
     pub columns_at: usize,
     /// The number of each job's next row, `[warps, redundant]`; what is before it begins as zeros.
     pub next_at: usize,
+    /// The layer's table, and behind it the logical expert of each physical one.
+    pub layer_at: usize,
     /// All of it.
     pub shared_bytes: usize,
 }
@@ -290,7 +292,8 @@ impl Shape {
         let columns_at = counts_at + 4 * (self.experts + 2);
         let columns = rows_per_block / WARP;
         let next_at = (columns_at + 4 * columns * self.redundant).next_multiple_of(16);
-        let shared_bytes = next_at + 4 * threads / WARP * self.redundant;
+        let layer_at = next_at + 4 * threads / WARP * self.redundant;
+        let shared_bytes = layer_at + 4 * (self.table_words() + self.experts);
         ReplicaGeometry {
             blocks,
             threads,
@@ -298,8 +301,14 @@ impl Shape {
             counts_at,
             columns_at,
             next_at,
+            layer_at,
             shared_bytes,
         }
+    }
+
+    /// Words of a layer's table of replicas: `waterfill_core::ReplicaTable::words`.
+    fn table_words(&self) -> usize {
+        2 + self.experts + self.redundant + 1 + 2 * self.redundant
     }
 
     /// Where `Replicas` of kernels/replica_board.cuh is.
@@ -309,7 +318,7 @@ impl Shape {
 
     /// Bytes of `Replicas`.
     pub(crate) fn replicas_bytes(&self) -> usize {
-        let of_jobs = JOB_ARRAYS * self.redundant + 1;
+        let of_jobs = JOB_ARRAYS * self.redundant + 2;
         let of_slots = SLOT_ARRAYS * 2 * self.redundant;
         4 * (of_jobs + of_slots + self.ranks + 1)
     }

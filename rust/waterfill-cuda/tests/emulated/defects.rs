@@ -190,8 +190,6 @@ pub const REPLICA_ORDER: &[Defect] = &[
     (&[instead("jobs-sync", "sync_blocks", "__syncthreads")], RACE),
     (&[without("jobs-barrier")], RACE),
     (&[without("number-start")], RACE),
-    (&[without("number-read")], RACE),
-    (&[without("number-write")], RACE),
     (&[without("open-replicas")], RACE),
     (&[without("replica-share-sync")], RACE),
     (&[without("replica-share-barrier")], RACE),
@@ -220,7 +218,7 @@ pub const REPLICA_ORDER: &[Defect] = &[
 pub const REPLICA_WORDS: &[Defect] = &[
     (&[instead("choose-counts", "args.experts", "0")], "counts"),
     (&[without("choose-overlapped")], "counts"),
-    (&[instead("fingerprint", "= table.fingerprint", "= 0")], "counts"),
+    (&[instead("fingerprint", "= arriving.words[0]", "= 0")], "counts"),
     (&[instead("fingerprint", "block() == 0 && ", "")], "counts"),
     (&[instead("take-quotas", "i <= RANKS", "i < RANKS")], ANYTHING),
     (&[instead("take-mine", "i < RANKS", "i <= RANKS")], ANYTHING),
@@ -253,6 +251,8 @@ pub const REPLICA_WORDS: &[Defect] = &[
     (&[instead("choose-live", "outcome == TALLY_LIVE && ", "")], "ids"),
     (&[instead("quotas-out", ": ALL", ": 0")], "quotas"),
     (&[without("choose-tally")], "the board"),
+    (&[instead("choose-outcome", "!= outcome", "!= 0")], ANYTHING),
+    (&[instead("replica-sum", "((u64)warp_sum((u32)(mine >> HALF)) << HALF) + ", "")], ANYTHING),
 ];
 
 /// The choice of replicas: jobs, numbers and slots.
@@ -263,24 +263,42 @@ pub const CHOICES: &[Defect] = &[
     (&[instead("table-first", "first(i)", "first(i + 1)")], "ids"),
     (&[instead("jobs-before", "< block()", "<= block()")], "ids"),
     (&[instead("number-columns", "column < base", "column + WARP < base")], "ids"),
-    (&[instead("number", "start + before", "start")], "ids"),
-    (&[instead("number-next", "start + __popc(same)", "start + 1")], "ids"),
-    (&[instead("job-torn", "sum != all", "sum < all")], "ids"),
-    (&[instead("replica-share", "until + slot, 0", "until + slot, block()")], "ids"),
+    (&[instead("number", " + __popc(same[k] & lanes_before())", "")], "ids"),
+    (&[instead("number-next", "__popc(same[k])", "1")], "ids"),
+    (&[instead("number-next", "choice.job[k] != NO_JOB && ", "")], ANYTHING),
+    (&[without("number-order")], "ids"),
+    (&[instead("open-until", "slot + j < end", "true")], ANYTHING),
+    (&[instead("slots-closed", "SLOTS", "i < REDUNDANT ? r.first[i] : SLOTS")], "ids"),
+    (&[instead("job-torn", "sum == rows", "true")], "ids"),
+    (&[instead("replica-share", "until + i, 0", "until + i, block()")], "ids"),
+    (&[instead("replica-share-open", "open + i, 0", "open + i, block()")], "ids"),
     (&[instead("choose-slot", ">=", ">")], "ids"),
     (&[instead("choose-moved", "replica.args.rank_multiplier", "1")], "ids"),
-    (&[instead("choose-padding", "row < rows.unpadded ? id : (ID)-1", "id")], "ids"),
+    (
+        &[instead(
+            "choose-padding",
+            "row < rows.unpadded ? choice.ids.id[k] : (ID)-1",
+            "choice.ids.id[k]",
+        )],
+        "ids",
+    ),
+];
+
+/// A table of more words than come at once.
+pub const LARGE_TABLES: &[Defect] = &[
+    (&[without("keep-more")], ANYTHING),
+    (&[instead("keep-start", "threadIdx.x + at_once", "at_once")], RACE),
 ];
 
 /// What keeps a row at its logical expert, whatever is on the board and in the table.
 pub const SAFETY: &[Defect] = &[
-    (&[instead("choose-logical", "r.logical[slot] != logical || ", "")], "logical"),
-    (&[instead("choose-logical", " || logical == NO_LOGICAL", "")], "logical"),
+    (&[instead("choose-logical", "of_slot == logical", "of_slot != ALL")], "logical"),
+    (&[instead("choose-logical", " && logical != NO_LOGICAL", "")], "logical"),
     (
         &[instead(
             "logical-bits",
-            "logical < NO_LOGICAL ? (u32)logical : NO_LOGICAL",
-            "(u32)logical",
+            "logical[j] < NO_LOGICAL ? (u32)logical[j] : NO_LOGICAL",
+            "(u32)logical[j]",
         )],
         "logical",
     ),
@@ -309,7 +327,7 @@ pub const LAYOUTS: &[Defect] = &[
 ];
 
 /// All of them.
-pub const ALL: [&[Defect]; 18] = [
+pub const ALL: [&[Defect]; 19] = [
     BARRIERS,
     BARRIERS_OF_MANY,
     ORDER,
@@ -326,6 +344,7 @@ pub const ALL: [&[Defect]; 18] = [
     REPLICA_ORDER,
     REPLICA_WORDS,
     CHOICES,
+    LARGE_TABLES,
     SAFETY,
     REPLICA_LAYOUTS,
 ];

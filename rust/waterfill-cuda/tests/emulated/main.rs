@@ -185,6 +185,7 @@ shapes_with_replicas! {
     chooses_as_the_core_on_33_ranks: 33, 66, 40, 9, I32;
     chooses_as_the_core_on_64_ranks: 64, 320, 64, 8, I64;
     chooses_as_the_core_on_257_ranks: 257, 514, 100, 3, I32;
+    chooses_as_the_core_of_1024_experts: 8, 1024, 96, 4, I32;
 }
 
 const FEW_RANKS: Shape = Shape {
@@ -280,6 +281,12 @@ fn notices_wrong_words_of_replicas() {
 #[test]
 fn notices_wrong_choices_of_replicas() {
     notices_in(REPLICAS, &REPLICA_FEW_ROWS, defects::CHOICES);
+}
+
+#[test]
+fn notices_a_table_that_is_not_all_there() {
+    let shape = Shape { ranks: 2, experts: 600, redundant: 40, ..REPLICAS };
+    notices_in(shape, &REPLICA_FEW_ROWS, defects::LARGE_TABLES);
 }
 
 #[test]
