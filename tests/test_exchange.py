@@ -241,6 +241,14 @@ def test_a_group_on_devices_that_one_rank_has_no_board_for_is_nobodys(monkeypatc
     assert segments() == before
 
 
+def test_a_board_tells_how_many_words_a_rank_posts():
+    """Tokens, visits, counts; or tokens, visits, loads, rows of 32 jobs, bits of 288 experts, a fingerprint."""
+    for experts, redundant, words in [(256, 0, 261), (4, 0, 9), (288, 32, 51)]:
+        board = _native.Board.create(boards.board_name(), 4, experts, 1, redundant)
+        board.unlink()
+        assert board.words == words
+
+
 def test_a_lone_rank_and_a_choice_need_no_peer():
     lone = open_exchange(dist.HashStore(), Member(1, 24, 0))
     assert isinstance(lone, SoloExchange) and lone.reason == "there is one rank"

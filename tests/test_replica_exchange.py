@@ -464,7 +464,8 @@ def test_a_layer_whose_map_cannot_be_used_is_named_and_has_none():
 class Launches:
     """In the place of the kernel: what was asked of it."""
 
-    words = 1 + RANKS + EXPERTS + 1
+    words = 1 + RANKS + RANKS + REDUNDANT + 1 + 1
+    """Tokens, visits, loads, rows of jobs, bits of up to 32 experts, the fingerprint."""
 
     def __init__(self, *_, board, redundant, **__):
         self.asked, self.board = [], board
@@ -531,7 +532,7 @@ def test_on_a_device_one_launch_chooses_and_another_expands(launches):
     assert choose[2:] == (None, True, 99, None)
 
 
-def test_in_a_group_the_counts_have_the_fingerprint_and_come_before(launches):
+def test_in_a_group_the_words_are_those_of_the_board_and_come_before(launches):
     exchange = launches(group="a group")
     ids, weights = torch.zeros(2, TOP_K, dtype=torch.int32), torch.ones(2, TOP_K)
     for moved in (False, True):

@@ -273,6 +273,14 @@ class Board:
         """Take the name away, once all are attached; the memory goes with the last of them."""
     @property
     def path(self) -> Path: ...
+    @property
+    def words(self) -> int:
+        """Words that a rank posts in a call, but for the last, which says whether it waits.
+
+        Tokens, visits ``[R]``, counts ``[experts]``. With redundant experts, where a *job* is a replicated expert: tokens, visits
+        ``[R]``, loads ``[R]`` by experts of no job, rows of each job ``[redundant]``, a bit for each active expert of no job
+        ``[ceil(P / 32)]``, the fingerprint of the map.
+        """
     def snapshot(self) -> Snapshot:
         """What ranks and planner counted until now."""
 
@@ -492,9 +500,9 @@ class CudaRunner:
         """The most rows that a call may have."""
     @property
     def words(self) -> int:
-        """Integers that ``unsafe_count_ptr`` writes: tokens, visits ``[R]``, counts as the board has them.
+        """Integers that ``unsafe_count_ptr`` writes, or with redundant experts ``unsafe_choose_replicas_ptr``: ``Board.words``.
 
-        With redundant experts those that ``unsafe_choose_replicas_ptr`` writes: counts ``[P]``, and the map's fingerprint.
+        Without a board they are tokens, visits ``[R]`` and loads ``[R]``, and with redundant experts as there.
         """
     def unsafe_count_ptr(
         self, ids: int, weights: int, rows: int, unpadded: int, out: int, stream: int

@@ -262,9 +262,13 @@ class Expander:
         """Write what a call with these tensors posts to ``out``, int32 ``[words]`` on the device, by one launch.
 
         Words are tokens, visits ``[ranks]``, and counts ``[physical_experts]``, or ``[ranks]`` without a board of
-        counts per expert. With redundant experts they are as many as experts, and the map's fingerprint follows: give the
-        layer's ``table``, and ``moved``, as to ``choose_replicas``; weights are not looked at. For a collective; see
-        ``gathered``.
+        counts per expert. For a collective; see ``gathered``.
+
+        With redundant experts, give the layer's ``table``, and ``moved``, as to ``choose_replicas``; weights are not looked
+        at. A *job* is a replicated expert. Words are then tokens, visits ``[ranks]``, loads ``[ranks]``, which are the rows of
+        each rank's experts without a job, rows of each job ``[redundant]``, 0 past the table's last, a bit for each expert
+        without a job that has rows ``[ceil(physical_experts / 32)]``, and the fingerprint of the table's map. With 0 for the
+        fingerprint there is no job.
 
         Raises:
             ValueError: tensors that do not fit, before anything is written.

@@ -241,18 +241,23 @@ def test_without_a_plan_ids_stay_and_quotas_are_own(alone):
     assert alone.tally()["timed_out"] == 2
 
 
-def test_counts_for_a_collective_have_the_fingerprint(alone):
+def test_counts_for_a_collective_are_those_of_the_board(alone):
     table = _native.ReplicaTable(1, [0, 1, 2, 3, 0, 1])
     ids, _ = batch(2, 300, 3, 6)
     counts = torch.bincount(ids[ids >= 0].long(), minlength=6).tolist()
     tokens = int((ids >= 0).any(dim=1).sum())
-    fingerprint = table.words[0]
-    assert alone.words == 1 + 1 + 6 + 1
+    assert alone.words == 1 + 1 + 1 + 2 + 1 + 1
+    words = on_device(table)
+    without = words.clone()
+    without[0] = 0
+    jobs = [counts[0] + counts[4], counts[1] + counts[5]]
     out = torch.empty(alone.words, dtype=torch.int32, device="cuda")
     for moved in (False, True):
-        alone.count(ids.cuda(), None, out, table=on_device(table), moved=moved)
         shared = [0, 0] if moved else [tokens, tokens]
-        assert out.tolist() == [*shared, *counts, fingerprint]
+        alone.count(ids.cuda(), None, out, table=words, moved=moved)
+        assert out.tolist() == [*shared, counts[2] + counts[3], *jobs, 0b1100, table.words[0]]
+        alone.count(ids.cuda(), None, out, table=without, moved=moved)
+        assert out.tolist() == [*shared, sum(counts), 0, 0, 0b111111, 0]
 
 
 @pytest.mark.parametrize("gathered", [False, True])

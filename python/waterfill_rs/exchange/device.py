@@ -211,8 +211,7 @@ class DeviceGroupExchange(DeviceExchange):
         )
         self.name = "group"
         self._group = group
-        counts = member.ranks if replicas is None else member.experts + 1
-        words = 1 + member.ranks + counts
+        words = board.words
         self._own = torch.zeros(words, dtype=torch.int32, device=device)
         self._all = torch.zeros(member.ranks * words, dtype=torch.int32, device=device)
 

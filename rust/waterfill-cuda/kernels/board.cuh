@@ -20,7 +20,7 @@ __device__ __forceinline__ u64 *in_slot(const Args &args, u32 at, u32 sequence) 
 }
 
 // Words that a rank posts: tokens, visits [RANKS], counts [experts] or loads [RANKS]. On the board another one follows:
-// whether the rank waits for its plan.
+// whether the rank waits for its plan. replica_board.cuh has others.
 __device__ __forceinline__ u32 posted(const Args &args) { return 1 + RANKS + (args.posts_experts ? args.experts : RANKS); }
 
 // Call `put(i, value)` for each of this rank's.
@@ -39,10 +39,11 @@ __device__ __forceinline__ void for_each_posted(const Args &args, const Shared &
 
 // The warp that waits posts the last word, which says whether it does: of all ranks, where it posts for all. One lane writes
 // the word of this rank, so that what it writes later is later. Here, among the others' posts, because the planner looks for
-// this word first, and the code of the wait is far away.
+// this word first, and the code of the wait is far away. Before it are WORDS words.
+template <u32 (*WORDS)(const Args &) = posted>
 __device__ __forceinline__ void post_waits(const Args &args, u32 sequence, u32 waits) {
     if (!is_waiting_warp()) return;
-    u64 *words = in_slot(args, args.counts_at + posted(args) - args.rank * args.counts_stride, sequence);
+    u64 *words = in_slot(args, args.counts_at + WORDS(args) - args.rank * args.counts_stride, sequence);
     if (!args.words) {  // DEFECT(post-own-wait)
         if (lane() == args.rank % WARP) store_word(words + (u64)args.rank * args.counts_stride, sequence, waits);
         return;
@@ -58,17 +59,18 @@ __device__ __forceinline__ void post(const Args &args, const Shared &s, const Bl
     post_waits(args, b.sequence, b.waits);  // DEFECT(post-waits)
 }
 
-// Post what a collective brought from all ranks, on a board that nobody else writes counts on: a warp a rank.
+// Post what a collective brought from all ranks, WORDS words of each, on a board that nobody else writes counts on: a warp a rank.
+template <u32 (*WORDS)(const Args &) = posted>
 __device__ __forceinline__ void post_all(const Args &args, u32 sequence, u32 waits) {
     u64 *words = in_slot(args, args.counts_at - args.rank * args.counts_stride, sequence);  // DEFECT(post-all-at)
 #pragma unroll 1
     for (u32 rank = warp(); rank < RANKS; rank += warps()) {
-        const u32 *values = args.words + (u64)rank * posted(args);
+        const u32 *values = args.words + (u64)rank * WORDS(args);
 #pragma unroll 1
-        for (u32 i = lane(); i < posted(args); i += WARP)
+        for (u32 i = lane(); i < WORDS(args); i += WARP)
             store_word(words + (u64)rank * args.counts_stride + i, sequence, values[i]);
     }
-    post_waits(args, sequence, waits);
+    post_waits<WORDS>(args, sequence, waits);
 }
 
 // A warp reads this rank's quotas of a call; false as long as any is missing. `sum` is theirs.

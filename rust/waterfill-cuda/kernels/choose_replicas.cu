@@ -22,7 +22,7 @@ struct Choice {
 
 // Whether an id names an expert. In padding none does.
 __device__ __forceinline__ bool is_expert(const ReplicaArgs &replica, const Rows &rows, u32 row, ID id) {
-    return row < rows.unpadded && (UNSIGNED_ID)id < replica.experts;  // DEFECT(choose-expert)
+    return row < rows.unpadded && (UNSIGNED_ID)id < replica.args.experts;  // DEFECT(choose-expert)
 }
 
 __device__ __forceinline__ void find_jobs(const ReplicaArgs &replica, const Table &table, const Rows &rows, u32 row, Choice &choice) {
@@ -54,6 +54,55 @@ __device__ __forceinline__ void count_rows(const ReplicaArgs &replica, const Sha
     if (lane() == 0) atomicAdd(&b.tokens, tokens);  // DEFECT(choose-tokens)
 }
 
+// What the first block posts, from the rows of each expert: those of each job, and by rank those of experts without one, with a bit
+// for each that has any. A thread an expert.
+__device__ __forceinline__ void sum_experts(const Args &args, const Table &table, const Shared &s, Replicas &r) {
+#pragma unroll 1
+    for (u32 first = warp() * WARP; first < args.experts; first += blockDim.x) {
+        u32 expert = first + lane(), last = at_most(first + WARP, args.experts) - 1;
+        u32 rows = expert <= last ? sum_blocks(s.counts + expert) : 0, job = expert <= last ? table.job_of(expert) : NO_JOB;
+        u32 others = job == NO_JOB ? rows : 0;  // DEFECT(sum-others)
+        u32 bits = __ballot_sync(ALL, others > 0);  // DEFECT(sum-active)
+        if (lane() == 0) active_words(args, s)[first / WARP] = bits;
+        if (job != NO_JOB) atomicAdd(&r.all_rows[job], rows);  // DEFECT(sum-jobs)
+        // A warp's experts are mostly of one or two ranks, and additions to one word would wait for each other.
+        u32 rank = rank_of_expert((ID)expert, args.rank_multiplier);
+        u32 end = rank_of_expert((ID)last, args.rank_multiplier);
+#pragma unroll 1
+        for (u32 of = rank_of_expert((ID)first, args.rank_multiplier); of <= end; ++of) {
+            u32 load = warp_sum(rank == of ? others : 0);  // DEFECT(sum-rank)
+            if (lane() == 0) atomicAdd(&s.all_loads[of], load);  // DEFECT(sum-loads)
+        }
+    }
+    __syncthreads();  // DEFECT(sum-barrier)
+}
+
+// The word at `i` of those that a rank posts.
+__device__ __forceinline__ u32 posted_word(const Args &args, const Table &table, const Shared &s, const Block &b, const Replicas &r, u32 i) {
+    if (i == 0) return all_tokens(b);
+    if (i < LOADS_AT) return s.all_visits[i - VISITS_AT];
+    if (i < JOBS_AT) return s.all_loads[i - LOADS_AT];
+    if (i < ACTIVE_AT) return r.all_rows[i - JOBS_AT];
+    return i + 1 < replica_posted(args) ? active_words(args, s)[i - ACTIVE_AT] : table.fingerprint;  // DEFECT(fingerprint)
+}
+
+// What others are to know of this call, by the first block, all threads of it: `post_counts`, where experts are redundant.
+__device__ __forceinline__ void post_replicas(const Args &args, const Table &table, const Shared &s, const Block &b, Replicas &r) {
+    u32 count = replica_posted(args);
+    bool posts_all = mode_of(args) == LIVE && args.words;
+    if (posts_all) post_all<replica_posted>(args, b.sequence, b.waits);
+    sum_experts(args, table, s, r);
+    if (posts_all) return;
+    u64 *words = mode_of(args) == LIVE ? in_slot(args, args.counts_at, b.sequence) : nullptr;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < count; i += blockDim.x) {
+        u32 value = posted_word(args, table, s, b, r, i);
+        if (mode_of(args) == COUNT) args.words[i] = value;
+        else store_word(words + i, b.sequence, value);
+    }
+    if (mode_of(args) == LIVE) post_waits<replica_posted>(args, b.sequence, b.waits);  // DEFECT(replica-post-waits)
+}
+
 // Rows of each job, by warp's rows: [rows_per_block / WARP, REDUNDANT].
 __device__ __forceinline__ u32 *column_of(const ReplicaArgs &replica, u32 base) {
     return (u32 *)(shared_memory() + replica.columns_bytes) + base / WARP * REDUNDANT;
@@ -65,7 +114,7 @@ __device__ __forceinline__ void count_jobs(const ReplicaArgs &replica, Replicas 
     for (u32 k = 0; k < TOP_K; ++k) {
         if (choice.job[k] == NO_JOB) continue;
         atomicAdd(&column[choice.job[k]], 1u);  // DEFECT(job-columns)
-        atomicAdd(&r.rows[choice.job[k]], 1u);  // DEFECT(job-rows)
+        if (CLUSTERED) atomicAdd(&r.rows[choice.job[k]], 1u);  // DEFECT(job-rows)
     }
 }
 
@@ -83,26 +132,22 @@ __device__ __forceinline__ void find_slots(const Table &table, Replicas &r) {
     }
 }
 
-// Rows of each job in all blocks, and in those before this one. All threads call it, and see all of it afterwards.
+// Rows of each job in the blocks before this one. All threads call it, and see all of it afterwards.
 __device__ __forceinline__ void gather_jobs(const Table &table, Replicas &r) {
     sync_blocks();  // DEFECT(jobs-sync)
 #if CLUSTERED
     static constexpr u32 AT_ONCE = 8;
 #pragma unroll 1
     for (u32 job = threadIdx.x; job < table.jobs; job += blockDim.x) {
-        u32 all = 0, before = 0;
+        u32 before = 0;
 #pragma unroll 1
-        for (u32 first = 0; first < blocks(); first += AT_ONCE) {
+        for (u32 first = 0; first < block(); first += AT_ONCE) {
             u32 rows[AT_ONCE];
 #pragma unroll
-            for (u32 j = 0; j < AT_ONCE; ++j) rows[j] = first + j < blocks() ? read_block(r.rows + job, first + j) : 0;
+            for (u32 j = 0; j < AT_ONCE; ++j) rows[j] = first + j < block() ? read_block(r.rows + job, first + j) : 0;  // DEFECT(jobs-before)
 #pragma unroll
-            for (u32 j = 0; j < AT_ONCE; ++j) {
-                all += rows[j];
-                before += first + j < block() ? rows[j] : 0;  // DEFECT(jobs-before)
-            }
+            for (u32 j = 0; j < AT_ONCE; ++j) before += rows[j];
         }
-        r.all_rows[job] = all;
         r.before[job] = before;
     }
     __syncthreads();  // DEFECT(jobs-barrier)
@@ -142,11 +187,9 @@ __device__ __forceinline__ void open_replicas(const Table &table, Replicas &r) {
     static constexpr u32 AT_ONCE = 4;
     __syncwarp();  // DEFECT(open-replicas)
     const u32 *quotas = r.plan + RANKS + 1;
-    // Of one block the rows are all there are.
-    const u32 *all = CLUSTERED ? r.all_rows : r.rows;
 #pragma unroll 1
     for (u32 job = lane(); job < table.jobs; job += WARP) {
-        u32 first = r.first[job], end = r.first[job + 1], rows = all[job];
+        u32 first = r.first[job], end = r.first[job + 1], rows = r.all_rows[job];
         u64 sum = 0;
 #pragma unroll 1
         for (u32 slot = first; slot < end; slot += AT_ONCE) {
@@ -245,7 +288,7 @@ __device__ __forceinline__ void write_ids(const ReplicaArgs &replica, const Rows
 #pragma unroll
         for (u32 k = 0; k < TOP_K; ++k) {
             ID id = choice.ids.id[k];
-            bool expert = (UNSIGNED_ID)id < replica.experts;
+            bool expert = (UNSIGNED_ID)id < replica.args.experts;
             ((long long *)replica.out)[out + k] = moved_up(id, rank_of_expert(id, replica.args.rank_multiplier), expert);  // DEFECT(choose-moved)
         }
     } else {
@@ -276,7 +319,6 @@ __device__ __forceinline__ void choose(const ReplicaArgs &replica) {
         b.waits = waits_for_plan(args, b.sequence, failures);
     }
     if (unpadded < (int)(rows.first + rows.count)) rows.unpadded = unpadded < (int)rows.first ? 0 : unpadded - rows.first;
-    if (block() == 0 && threadIdx.x == 0) s.counts[replica.experts] = arriving.words[0];  // DEFECT(fingerprint)
 
     // Rows of a block that has more than threads are read anew at each step, in the same order.
     bool anew = args.rows_per_block > blockDim.x;
@@ -290,14 +332,14 @@ __device__ __forceinline__ void choose(const ReplicaArgs &replica) {
     keep_layer(replica, arriving);
     if (replica.moved) sync_blocks();  // DEFECT(choose-sync)
     else gather(s, b);
-    if (block() == 0) post_counts(args, s, b);
+    Table table(replica);
+    if (block() == 0) post_replicas(args, table, s, b, r);
     if (mode_of(args) == COUNT) {
         leave_blocks();
         return end_blocks();
     }
 
     // All that only the choice needs is done while the plan is made.
-    Table table(replica);
     find_slots(table, r);
 #pragma unroll 1
     for (u32 first = 0; first < end; first += blockDim.x) {

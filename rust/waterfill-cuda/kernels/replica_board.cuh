@@ -1,5 +1,5 @@
-// This rank's end of a board with redundant experts: board.cuh's, with the fingerprint of a layer's map posted behind the counts,
-// and with a plan that has replica quotas behind the quotas. Partner of each: waterfill-board's port.rs and planner.rs.
+// This rank's end of a board with redundant experts: board.cuh's, where rows of jobs and each rank's others are posted in place of the
+// rows of each expert, and with a plan that has replica quotas behind the quotas. Partner of each: waterfill-board's port.rs and planner.rs.
 #pragma once
 
 #include "types.cuh"
@@ -12,19 +12,24 @@ static constexpr u32 NO_JOB = REDUNDANT;
 static constexpr u32 NO_LOGICAL = ALL;
 // Words of a rank's part of a plan: quotas [RANKS], the fingerprint of the map that it was made for or 0, replica quotas [SLOTS].
 static constexpr u32 PLAN_WORDS = RANKS + 1 + SLOTS;
+// Words that a rank posts: tokens, visits [RANKS], loads [RANKS], which are the rows of each rank's experts without replicas, rows of
+// each job [REDUNDANT], a bit for each expert without replicas that has rows [experts / 32, rounded up], the fingerprint of its map.
+static constexpr u32 VISITS_AT = 1, LOADS_AT = VISITS_AT + RANKS, JOBS_AT = LOADS_AT + RANKS, ACTIVE_AT = JOBS_AT + REDUNDANT;
+__device__ __forceinline__ u32 replica_posted(const Args &args) { return ACTIVE_AT + up(args.experts, WARP) + 1; }
+// The bits, behind the counts.
+__device__ __forceinline__ u32 *active_words(const Args &args, const Shared &s) { return s.counts + args.experts + 1; }
 // Rows that are never reached: without padding it begins there.
 static constexpr int NO_PADDING = 0x7fffffff;
 
 // `ReplicaArgs` in src/args.rs, field by field.
 struct ReplicaArgs {
-    // Of these, ids, unpadded, words, board, state, sizes and places. `experts` is one more than there are: the fingerprint is
-    // posted as the count of one more. In COUNT nothing is written but `words`; in OWN nothing at all.
+    // Of these, ids, unpadded, words, board, state, sizes and places. In COUNT nothing is written but `words`; in OWN nothing at all.
+    // `words` are as many as `replica_posted` says.
     Args args;
     const u32 *table;          // [2 + experts + REDUNDANT + 1 + SLOTS], as waterfill_core's `ReplicaTable::words` says.
     const long long *logical;  // [experts] the logical expert of each by the server's own map, or null.
     void *out;                 // [rows, TOP_K] of long long if `moved`, else of ID.  // DEFECT(replica-out)
     u32 *quotas;               // [RANKS] the board's quotas go there, or ALL for each without a plan; null if `moved`.
-    u32 experts;               // Physical ones.
     u32 moved;                 // Whether ids go out past the shared experts, of a batch whose shared rows are not routed.
     u32 columns_bytes, next_bytes;  // From the start of dynamic shared memory.
     u32 layer_bytes;         // Likewise: [2 + experts + REDUNDANT + 1 + SLOTS] the table, and behind it the map [experts], as 32 bits each.
@@ -32,8 +37,8 @@ struct ReplicaArgs {
 
 // What the threads of a block know of the layer's replicas. It begins as zeros.
 struct Replicas {
-    u32 rows[REDUNDANT];      // This block's rows of each job.
-    u32 all_rows[REDUNDANT];  // Those of all blocks.
+    u32 all_rows[REDUNDANT];  // Rows of each job, in the first block.
+    u32 rows[REDUNDANT];      // This block's, of a cluster.
     u32 before[REDUNDANT];    // Those of the blocks before this one.
     u32 until[SLOTS];         // Sums of the quotas of a job's slots, up to and with each.  // DEFECT(replica-until)
     u32 first[REDUNDANT + 1]; // The first slot of each job.
@@ -43,7 +48,7 @@ struct Replicas {
     u32 plan[PLAN_WORDS];     // As it was read last.
 };
 
-__device__ __forceinline__ u32 table_words(const ReplicaArgs &replica) { return 2 + replica.experts + REDUNDANT + 1 + SLOTS; }
+__device__ __forceinline__ u32 table_words(const ReplicaArgs &replica) { return 2 + replica.args.experts + REDUNDANT + 1 + SLOTS; }
 
 // A layer's table and map in shared memory, where they are once all threads have kept what arrived.
 __device__ __forceinline__ u32 *layer_words(const ReplicaArgs &replica) { return (u32 *)(shared_memory() + replica.layer_bytes); }
@@ -56,7 +61,7 @@ struct Table {
     __device__ __forceinline__ Table(const ReplicaArgs &replica) {
         words = layer_words(replica);
         logical = words + table_words(replica);
-        experts = replica.experts;
+        experts = replica.args.experts;
         fingerprint = words[0];
         jobs = fingerprint == 0 ? 0 : at_most(words[1], REDUNDANT);  // DEFECT(table-jobs)
     }
@@ -82,7 +87,7 @@ struct Arriving {
         for (u32 j = 0; j < AT_ONCE; ++j) {
             u32 i = start + j * blockDim.x;
             words[j] = i < table_words(replica) ? replica.table[i] : 0;
-            logical[j] = replica.logical && i < replica.experts ? (u64)replica.logical[i] : 0;
+            logical[j] = replica.logical && i < replica.args.experts ? (u64)replica.logical[i] : 0;
         }
     }
 
@@ -93,7 +98,7 @@ struct Arriving {
         for (u32 j = 0; j < AT_ONCE; ++j) {
             u32 i = start + j * blockDim.x;
             if (i < table_words(replica)) to[i] = words[j];
-            if (i < replica.experts) to[table_words(replica) + i] = logical[j] < NO_LOGICAL ? (u32)logical[j] : NO_LOGICAL;  // DEFECT(logical-bits)
+            if (i < replica.args.experts) to[table_words(replica) + i] = logical[j] < NO_LOGICAL ? (u32)logical[j] : NO_LOGICAL;  // DEFECT(logical-bits)
         }
     }
 };
@@ -164,7 +169,7 @@ __device__ __forceinline__ bool ends(const Args &args, u32 *plan, const Block &b
     *outcome = none ? TALLY_NO_PLAN : deserted ? TALLY_BROKEN : TALLY_TIMED_OUT;
     if (lane() == 0) args.state->failures = failures;
     if (*outcome == TALLY_TIMED_OUT && lane() == args.rank % WARP)  // DEFECT(replica-take-back)
-        store_word(in_slot(args, args.counts_at, b.sequence) + posted(args), b.sequence, 0);
+        store_word(in_slot(args, args.counts_at, b.sequence) + replica_posted(args), b.sequence, 0);
     return true;
 }
 

@@ -111,7 +111,6 @@ with_layout! {
         pub logical: u64,
         pub out: u64,
         pub quotas: u64,
-        pub experts: u32,
         pub moved: u32,
         pub columns_bytes: u32,
         pub next_bytes: u32,
@@ -203,11 +202,7 @@ pub fn move_args(args: &Args) -> MoveArgs {
 
 /// To choose replicas in a call that is cut so, with what `args` says of the call.
 pub fn replica_args(args: Args, cut: &ReplicaGeometry) -> ReplicaArgs {
-    let experts = args.experts;
     let args = Args {
-        // The fingerprint of the map is posted as the count of one more.
-        experts: experts + 1,
-        posts_experts: 1,
         rows_per_block: cut.rows_per_block as u32,
         cleared_bytes: cut.next_at as u32,
         counts_bytes: cut.counts_at as u32,
@@ -215,7 +210,6 @@ pub fn replica_args(args: Args, cut: &ReplicaGeometry) -> ReplicaArgs {
     };
     ReplicaArgs {
         args,
-        experts,
         columns_bytes: cut.columns_at as u32,
         next_bytes: cut.next_at as u32,
         layer_bytes: cut.layer_at as u32,

@@ -190,16 +190,14 @@ impl Runner {
         Ok(())
     }
 
-    /// Words that [`count`](Self::count) writes, or, with redundant experts, [`count_replicas`](Self::count_replicas): one
-    /// more, the fingerprint.
+    /// Words that [`count`](Self::count) writes, or, with redundant experts, [`count_replicas`](Self::count_replicas): those
+    /// that a rank posts, but for the last, which says whether it waits.
     #[must_use]
     pub fn words(&self) -> usize {
-        let counts = match self.args.posts_experts {
-            _ if self.shape.redundant > 0 => self.shape.experts + 1,
-            0 => self.shape.ranks,
-            _ => self.shape.experts,
-        };
-        1 + self.shape.ranks + counts
+        let Shape { ranks, redundant, .. } = self.shape;
+        let per_rank = self.args.posts_experts == 0 && redundant == 0;
+        let experts = if per_rank { ranks } else { self.shape.experts };
+        BoardShape { ranks, experts, redundant }.posted_waits()
     }
 
     /// The most rows that a call may have.

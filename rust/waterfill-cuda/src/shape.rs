@@ -146,7 +146,7 @@ pub struct ReplicaGeometry {
     pub threads: usize,
     /// Rows of a block, but for the last ones.
     pub rows_per_block: usize,
-    /// Counts of rows by expert, and the fingerprint.
+    /// Counts of rows by expert, and bits of active ones.
     pub counts_at: usize,
     /// Rows of each job by warp's rows, `[rows_per_block / 32, redundant]`.
     pub columns_at: usize,
@@ -288,8 +288,8 @@ impl Shape {
     pub fn replica_geometry(&self, blocks: usize, rows_per_block: usize) -> ReplicaGeometry {
         let threads = threads_of(rows_per_block);
         let counts_at = self.replicas_at(blocks > 1) + self.replicas_bytes();
-        // The fingerprint, and what names no expert.
-        let columns_at = counts_at + 4 * (self.experts + 2);
+        // And what names no expert, and the bits of the active ones.
+        let columns_at = counts_at + 4 * (self.experts + 1 + self.experts.div_ceil(WARP));
         let columns = rows_per_block / WARP;
         let next_at = (columns_at + 4 * columns * self.redundant).next_multiple_of(16);
         let layer_at = next_at + 4 * threads / WARP * self.redundant;

@@ -237,7 +237,8 @@ fn with_replicas(driver: &Driver, compiler: &Compiler) {
     assert_eq!(calls.matches("cuOccupancyMaxActiveClusters").count(), 3, "{calls}");
     assert_eq!(calls.matches("cuMemAlloc_v2 48").count(), 2, "{calls}");
     assert_eq!(calls.matches("cuLaunchKernelEx").count(), 7, "{calls}");
-    assert_eq!(runner.words(), 1 + 8 + 256 + 1);
+    // Tokens, visits, loads, rows of jobs, bits of 256 experts, the fingerprint.
+    assert_eq!(runner.words(), 1 + 8 + 8 + 32 + 8 + 1);
     let call = ReplicaCall {
         ids: 1,
         rows: 4,

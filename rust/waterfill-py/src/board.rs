@@ -79,6 +79,12 @@ impl PyBoard {
         self.inner.path().to_path_buf()
     }
 
+    /// Words that a rank posts in a call, but for the last, which says whether it waits.
+    #[getter]
+    fn words(&self) -> usize {
+        self.shape.posted_waits()
+    }
+
     /// What ranks and planner counted until now.
     fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         snapshot_dict(py, &board_guarded(|| Snapshot::of(&self.inner, self.shape))?)

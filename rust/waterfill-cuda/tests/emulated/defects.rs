@@ -186,6 +186,8 @@ pub const MOVES_OF_32_BITS: &[Defect] = &[(&[instead("moved-out", "long long", "
 pub const REPLICA_ORDER: &[Defect] = &[
     (&[without("choose-clear")], ANYTHING),
     (&[instead("choose-sync", "sync_blocks", "__syncthreads")], RACE),
+    (&[without("sum-barrier")], RACE),
+    (&[instead("sum-jobs", "atomicAdd(&r.all_rows[job], rows)", "r.all_rows[job] += rows")], RACE),
     (&[without("jobs-sync")], RACE),
     (&[instead("jobs-sync", "sync_blocks", "__syncthreads")], RACE),
     (&[without("jobs-barrier")], RACE),
@@ -218,8 +220,11 @@ pub const REPLICA_ORDER: &[Defect] = &[
 pub const REPLICA_WORDS: &[Defect] = &[
     (&[instead("choose-counts", "args.experts", "0")], "counts"),
     (&[without("choose-overlapped")], "counts"),
-    (&[instead("fingerprint", "= arriving.words[0]", "= 0")], "counts"),
-    (&[instead("fingerprint", "block() == 0 && ", "")], "counts"),
+    (&[instead("fingerprint", "table.fingerprint", "0")], "counts"),
+    (&[instead("sum-others", "job == NO_JOB ? rows : 0", "rows")], "counts"),
+    (&[instead("sum-active", "others > 0", "rows > 0")], "counts"),
+    (&[instead("sum-rank", "rank == of ? others : 0", "others")], "counts"),
+    (&[instead("replica-post-waits", "b.waits", "1")], "the board"),
     (&[instead("take-quotas", "i <= RANKS", "i < RANKS")], ANYTHING),
     (&[instead("take-mine", "i < RANKS", "i <= RANKS")], ANYTHING),
     (&[instead("take-fits", "== wanted.fingerprint &&", "!= 0 &&")], ANYTHING),
@@ -259,7 +264,7 @@ pub const REPLICA_WORDS: &[Defect] = &[
 pub const CHOICES: &[Defect] = &[
     (&[instead("choose-expert", "(UNSIGNED_ID)id", "(u32)id")], ANYTHING),
     (&[instead("choose-expert", "row < rows.unpadded && ", "")], "counts"),
-    (&[instead("table-jobs", "words[1]", "words[1] / 2")], "ids"),
+    (&[instead("table-jobs", "words[1]", "words[1] / 2")], "counts"),
     (&[instead("table-first", "first(i)", "first(i + 1)")], "ids"),
     (&[instead("jobs-before", "< block()", "<= block()")], "ids"),
     (&[instead("number-columns", "column < base", "column + WARP < base")], "ids"),
@@ -284,9 +289,10 @@ pub const CHOICES: &[Defect] = &[
     ),
 ];
 
-/// A table of more words than come at once.
+/// A table of more words than come at once, and more experts of a rank than a warp has lanes.
 pub const LARGE_TABLES: &[Defect] = &[
     (&[without("keep-more")], ANYTHING),
+    (&[instead("sum-loads", "atomicAdd(&s.all_loads[of], load)", "s.all_loads[of] += load")], RACE),
     (&[instead("keep-start", "threadIdx.x + at_once", "at_once")], RACE),
 ];
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use waterfill_board::Outcome;
-use waterfill_core::{ReplicaTable, choose_replicas, move_up};
+use waterfill_core::{ReplicaCounts, ReplicaTable, choose_replicas, move_up};
 use waterfill_cuda::internal::{Args, COUNT, OWN, ReplicaArgs, ReplicaGeometry, State};
 use waterfill_cuda::internal::{launch_of_replicas, replica_args};
 use waterfill_cuda::{Shape, Variant};
@@ -84,10 +84,15 @@ impl Choosing<'_> {
         Counted { tokens: 0, visits: vec![0; counted.visits.len()], ..counted }
     }
 
-    fn posted(&self, counted: &Counted) -> Vec<u32> {
-        let mut posted = counted.posted(true);
-        posted.push(self.layer.words[0]);
-        posted
+    fn posted(&self, shape: &Shape, counted: &Counted) -> Vec<u32> {
+        let of_table = self.layer.known().map(|table| table.placement().clone());
+        let mut reduced = ReplicaCounts::new();
+        reduced.reduce(&of_table.unwrap_or_else(|| placement(shape)), &counted.counts).unwrap();
+        let mut jobs = reduced.jobs().to_vec();
+        jobs.resize(shape.redundant, 0);
+        let (tokens, fingerprint) = ([counted.tokens], [self.layer.words[0]]);
+        [&tokens, &counted.visits[..], reduced.loads(), &jobs, reduced.active(), &fingerprint]
+            .concat()
     }
 
     fn args(&self, args: Args, cut: &ReplicaGeometry) -> ReplicaArgs {
@@ -163,7 +168,7 @@ impl Rank<'_> {
         let layer = Layer::random(&mut self.random, &self.shape);
         let choosing = Choosing { layer: &layer, moved, checked: false };
         let batch = Batch::<I, f32>::random(&mut self.random, &self.shape, rows);
-        let posted = choosing.posted(&choosing.counted(batch.counted(&self.shape)));
+        let posted = choosing.posted(&self.shape, &choosing.counted(batch.counted(&self.shape)));
         let (mut words, mut state) = (untouched_like(&posted), State::default());
         let cut = self.cut_replicas(rows);
         let args = Args { mode: COUNT, words: address_mut(&mut words), ..self.args(&mut state) };
@@ -226,7 +231,7 @@ impl Live<'_, '_> {
         let right = counted.random_quotas(random, self.rank.rank);
         let mut planned = if plan == Plan::Wrong { self.rank.wrong(&right) } else { right };
         planned.extend(self.replicas_planned(&layer, &counted));
-        let posted = gathered.then(|| choosing.posted(&counted));
+        let posted = gathered.then(|| choosing.posted(&shape, &counted));
         self.port.set_table(layer.known()).unwrap();
         self.run(plan, &counted, &planned, posted.as_deref(), |live, args, ended, arrives| {
             let (outcome, quotas) = ended;
