@@ -20,6 +20,23 @@ struct Choice {
     u32 number[TOP_K];  // Of the job's rows.
 };
 
+__device__ __forceinline__ bool is_aligned(const void *at) { return ((u64)at & (sizeof(uint4) - 1)) == 0; }
+
+// As `Ids::load`, by 16 bytes where rows are aligned so: one by one, the ids of a warp touch the same lines eight times.
+__device__ __forceinline__ void load_ids(const Rows &rows, u32 row, Ids &ids) {
+    static constexpr u32 EACH = sizeof(uint4) / sizeof(ID);
+    if (TOP_K % EACH != 0 || !is_aligned(rows.ids) || row >= rows.count) return ids.load(rows, row);  // DEFECT(ids-aligned)
+    uint4 four[TOP_K / EACH + 1];
+#pragma unroll
+    for (u32 i = 0; i < TOP_K / EACH; ++i) four[i] = ((const uint4 *)(rows.ids + row * TOP_K))[i];
+#pragma unroll
+    for (u32 k = 0; k < TOP_K; ++k) {
+        u32 words[] = {four[k / EACH].x, four[k / EACH].y, four[k / EACH].z, four[k / EACH].w};
+        u32 at = k % EACH * (4 / EACH);
+        ids.id[k] = EACH == 4 ? (ID)words[at] : (ID)((u64)words[(at + 1) % 4] << 32 | words[at]);  // DEFECT(ids-words)
+    }
+}
+
 // Whether an id names an expert. In padding none does.
 __device__ __forceinline__ bool is_expert(const ReplicaArgs &replica, const Rows &rows, u32 row, ID id) {
     return row < rows.unpadded && (UNSIGNED_ID)id < replica.args.experts;  // DEFECT(choose-expert)
@@ -91,16 +108,19 @@ __device__ __forceinline__ void post_replicas(const Args &args, const Table &tab
     u32 count = replica_posted(args);
     bool posts_all = mode_of(args) == LIVE && args.words;
     if (posts_all) post_all<replica_posted>(args, b.sequence, b.waits);
+    // Before the barrier: a slot is found by a division.
+    u32 sequence = b.sequence, waits = b.waits;
+    u64 *words = mode_of(args) == LIVE ? in_slot(args, args.counts_at, sequence) : nullptr;
     sum_experts(args, table, s, r);
     if (posts_all) return;
-    u64 *words = mode_of(args) == LIVE ? in_slot(args, args.counts_at, b.sequence) : nullptr;
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < count; i += blockDim.x) {
         u32 value = posted_word(args, table, s, b, r, i);
         if (mode_of(args) == COUNT) args.words[i] = value;
-        else store_word(words + i, b.sequence, value);
+        else store_word(words + i, sequence, value);
     }
-    if (mode_of(args) == LIVE) post_waits<replica_posted>(args, b.sequence, b.waits);  // DEFECT(replica-post-waits)
+    // As `post_waits`.
+    if (mode_of(args) == LIVE && is_waiting_warp() && lane() == args.rank % WARP) store_word(words + count, sequence, waits);  // DEFECT(replica-post-waits)
 }
 
 // Rows of each job, by warp's rows: [rows_per_block / WARP, REDUNDANT].
@@ -285,11 +305,22 @@ __device__ __forceinline__ void write_ids(const ReplicaArgs &replica, const Rows
     if (row >= rows.count) return;
     u64 out = (u64)(rows.first + row) * TOP_K;
     if (replica.moved) {
+        long long *to = (long long *)replica.out + out, moved[TOP_K + 1];
 #pragma unroll
         for (u32 k = 0; k < TOP_K; ++k) {
             ID id = choice.ids.id[k];
             bool expert = (UNSIGNED_ID)id < replica.args.experts;
-            ((long long *)replica.out)[out + k] = moved_up(id, rank_of_expert(id, replica.args.rank_multiplier), expert);  // DEFECT(choose-moved)
+            moved[k] = moved_up(id, rank_of_expert(id, replica.args.rank_multiplier), expert);  // DEFECT(choose-moved)
+        }
+        if (TOP_K % 2 == 0 && is_aligned(replica.out)) {  // DEFECT(out-aligned)
+#pragma unroll
+            for (u32 k = 0; k < TOP_K; k += 2) {
+                u64 one = moved[k], other = moved[k + 1];
+                *(uint4 *)(to + k) = uint4{(u32)one, (u32)(one >> 32), (u32)other, (u32)(other >> 32)};  // DEFECT(out-words)
+            }
+        } else {
+#pragma unroll
+            for (u32 k = 0; k < TOP_K; ++k) to[k] = moved[k];
         }
     } else {
 #pragma unroll
@@ -305,7 +336,7 @@ __device__ __forceinline__ void choose(const ReplicaArgs &replica) {
     Rows rows(args, block());
     Choice choice;
     // One trip to global memory: the ids, the layer's table and map, the call's number and the padding, all in flight at once.
-    choice.ids.load(rows, threadIdx.x);
+    load_ids(rows, threadIdx.x, choice.ids);
     Arriving arriving;
     arriving.load(replica, threadIdx.x);
     bool numbers = block() == 0 && threadIdx.x == blockDim.x - 1 && mode_of(args) == LIVE;
@@ -326,7 +357,7 @@ __device__ __forceinline__ void choose(const ReplicaArgs &replica) {
 #pragma unroll 1
     for (u32 first = 0; first < end; first += blockDim.x) {
         u32 row = first + threadIdx.x;
-        if (anew) choice.ids.load(rows, row);
+        if (anew) load_ids(rows, row, choice.ids);
         if (row - lane() < rows.count) count_rows(replica, s, b, rows, row, choice);
     }
     keep_layer(replica, arriving);
@@ -344,7 +375,7 @@ __device__ __forceinline__ void choose(const ReplicaArgs &replica) {
 #pragma unroll 1
     for (u32 first = 0; first < end; first += blockDim.x) {
         u32 row = first + threadIdx.x;
-        if (anew) choice.ids.load(rows, row);
+        if (anew) load_ids(rows, row, choice.ids);
         find_jobs(replica, table, rows, row, choice);
         if (row - lane() < rows.count) count_jobs(replica, r, row - lane(), choice);
     }
@@ -357,7 +388,7 @@ __device__ __forceinline__ void choose(const ReplicaArgs &replica) {
     for (u32 first = 0; first < end; first += blockDim.x) {
         u32 row = first + threadIdx.x;
         if (anew) {
-            choice.ids.load(rows, row);
+            load_ids(rows, row, choice.ids);
             find_jobs(replica, table, rows, row, choice);
         }
         bool has_rows = row - lane() < rows.count;

@@ -379,6 +379,22 @@ mod tests {
     }
 
     #[test]
+    fn calls_that_choose_replicas_fit() {
+        for (ranks, experts, redundant) in [(4, 288, 32), (64, 320, 64), (128, 1152, 128)] {
+            for rows in [0, 1, 128, 256, 4096, 16384] {
+                let shape = Shape { redundant, ..shape(ranks, experts, 8) };
+                // The least that a device with clusters has, and one block where it has none.
+                let cut = shape.cut_replicas(rows, 8, SHARED_BYTES).unwrap();
+                assert!(cut.blocks * cut.rows_per_block >= rows, "{rows} rows: {cut:?}");
+                assert!(rows > 256 || shape.cut_replicas(rows, 1, 64 << 10).is_ok(), "{rows} rows");
+                // The table and the map are all there.
+                let layer = 4 * (2 + experts + redundant + 1 + 2 * redundant + experts);
+                assert_eq!(cut.shared_bytes, cut.layer_at + layer);
+            }
+        }
+    }
+
+    #[test]
     fn one_block_has_no_room_taken_by_what_only_clusters_need() {
         assert!(shape(1024, 4096, 8).cut(256, 1, 99 << 10).is_ok());
         assert!(shape(512, 1 << 15, 8).cut(64, 1, 163 << 10).is_ok());

@@ -224,7 +224,7 @@ pub const REPLICA_WORDS: &[Defect] = &[
     (&[instead("sum-others", "job == NO_JOB ? rows : 0", "rows")], "counts"),
     (&[instead("sum-active", "others > 0", "rows > 0")], "counts"),
     (&[instead("sum-rank", "rank == of ? others : 0", "others")], "counts"),
-    (&[instead("replica-post-waits", "b.waits", "1")], "the board"),
+    (&[instead("replica-post-waits", "sequence, waits", "sequence, 1")], "the board"),
     (&[instead("take-quotas", "i <= RANKS", "i < RANKS")], ANYTHING),
     (&[instead("take-mine", "i < RANKS", "i <= RANKS")], ANYTHING),
     (&[instead("take-fits", "== wanted.fingerprint &&", "!= 0 &&")], ANYTHING),
@@ -278,6 +278,10 @@ pub const CHOICES: &[Defect] = &[
     (&[instead("replica-share", "until + i, 0", "until + i, block()")], "ids"),
     (&[instead("replica-share-open", "open + i, 0", "open + i, block()")], "ids"),
     (&[instead("choose-slot", ">=", ">")], "ids"),
+    (&[instead("ids-aligned", "!is_aligned(rows.ids) || ", "")], "misaligned"),
+    (&[instead("ids-words", "(u64)words[(at + 1) % 4] << 32 | ", "")], ANYTHING),
+    (&[instead("out-aligned", " && is_aligned(replica.out)", "")], "misaligned"),
+    (&[instead("out-words", "(u32)(other >> 32)", "(u32)(one >> 32)")], "ids"),
     (&[instead("choose-moved", "replica.args.rank_multiplier", "1")], "ids"),
     (
         &[instead(

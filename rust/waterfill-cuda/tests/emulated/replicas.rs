@@ -134,11 +134,16 @@ impl Rank<'_> {
     ) -> Checked {
         let cut = self.cut_replicas(batch.rows);
         let narrow: Vec<I> = ids.iter().map(|&id| I::try_from(id).unwrap_or(I::NONE)).collect();
-        let (mut out, mut out_narrow) = (untouched_like(ids), untouched_like(&narrow));
+        // Rows that are aligned to 16 bytes, or only as their ids are.
+        let shift = self.random.below(2);
+        let given = [&vec![I::NONE; shift], &batch.ids[..]].concat();
+        let mut out = untouched_like(&[&vec![0; shift], ids].concat());
+        let mut out_narrow = untouched_like(&narrow);
         let mut out_quotas = untouched_like(quotas);
-        let args = choosing.args(self.batch_args(batch, args), &cut);
+        let args = Args { ids: address(&given[shift..]), ..self.batch_args(batch, args) };
+        let args = choosing.args(args, &cut);
         let (out_at, quotas_at) = match choosing.moved {
-            true => (address_mut(&mut out), 0),
+            true => (address_mut(&mut out[shift..]), 0),
             false => (address_mut(&mut out_narrow), address_mut(&mut out_quotas)),
         };
         self.launch_replicas(
@@ -147,7 +152,7 @@ impl Rank<'_> {
             meanwhile,
         )?;
         if choosing.moved {
-            return same("moved ids", bytes(&out), &guarded(ids));
+            return same("moved ids", bytes(&out[shift..]), &guarded(ids));
         }
         same("ids", bytes(&out_narrow), &guarded(&narrow))?;
         same("quotas", bytes(&out_quotas), &guarded(quotas))
