@@ -378,6 +378,9 @@ class ReplicaTable:
         The fingerprint; the jobs; the job of each physical expert or -1; the first slot of each job; the physical expert of
         each slot or -1.
         """
+    @staticmethod
+    def words_without(physical_experts: int, redundant: int) -> list[int]:
+        """The same of a layer without replicas: fingerprint 0, no job."""
 
 def choose_replicas(
     table: ReplicaTable, quotas: Sequence[int], ids: Sequence[int], top_k: int

@@ -166,6 +166,16 @@ impl ReplicaTable {
         2 + physical_experts + redundant + 1 + 2 * redundant
     }
 
+    /// The words of a layer without replicas: fingerprint 0, no job, no expert in one, slots of nothing.
+    #[must_use]
+    pub fn words_without(physical_experts: usize, redundant: usize) -> Vec<u32> {
+        let mut words = vec![0, 0];
+        words.resize(2 + physical_experts, NO_JOB);
+        words.resize(2 + physical_experts + redundant + 1, 0);
+        words.resize(Self::words_of(physical_experts, redundant), NO_JOB);
+        words
+    }
+
     /// As the kernel reads it: the fingerprint, the number of jobs, the job of each physical expert `[P]`, the first slot
     /// of each job `[redundant + 1]` (past the last job: the number of slots), the physical expert of each slot
     /// `[2 * redundant]` (past the last: [`NO_JOB`]).
@@ -404,6 +414,8 @@ mod tests {
         let expected = vec![fingerprint, 2, 0, no, no, 0, 1, 1, 0, 2, 4, 0, 3, 4, 5];
         assert_eq!(table.words(), expected);
         assert_eq!(table.words().len(), ReplicaTable::words_of(6, 2));
+        let without = ReplicaTable::words_without(6, 2);
+        assert_eq!(without, [0, 0, no, no, no, no, no, no, 0, 0, 0, no, no, no, no]);
         // One expert three times: one job, and words to spare.
         let table = ReplicaTable::new(2, &[0, 0, 1, 0, 2, 3]).unwrap();
         let expected = vec![table.fingerprint(), 1, 0, 0, no, 0, no, no, 0, 3, 3, 0, 1, 3, no];

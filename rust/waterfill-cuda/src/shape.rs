@@ -1,6 +1,6 @@
 //! What a runner is made for, and how a call of so many rows is cut into blocks.
 
-use waterfill_core::bids;
+use waterfill_core::{ReplicaTable, bids};
 
 use crate::error::{Error, Result};
 
@@ -293,7 +293,8 @@ impl Shape {
         let columns = rows_per_block / WARP;
         let next_at = (columns_at + 4 * columns * self.redundant).next_multiple_of(16);
         let layer_at = next_at + 4 * threads / WARP * self.redundant;
-        let shared_bytes = layer_at + 4 * (self.table_words() + self.experts);
+        let table_words = ReplicaTable::words_of(self.experts, self.redundant);
+        let shared_bytes = layer_at + 4 * (table_words + self.experts);
         ReplicaGeometry {
             blocks,
             threads,
@@ -304,11 +305,6 @@ impl Shape {
             layer_at,
             shared_bytes,
         }
-    }
-
-    /// Words of a layer's table of replicas: `waterfill_core::ReplicaTable::words`.
-    fn table_words(&self) -> usize {
-        2 + self.experts + self.redundant + 1 + 2 * self.redundant
     }
 
     /// Where `Replicas` of kernels/replica_board.cuh is.

@@ -65,8 +65,18 @@ impl PyReplicaTable {
     /// The table as a kernel reads it, for an int32 tensor: numbers from 2^31 on are negative.
     #[getter]
     fn words(&self) -> Vec<i32> {
-        self.inner.words().into_iter().map(u32::cast_signed).collect()
+        signed(self.inner.words())
     }
+
+    /// The same of a layer without replicas.
+    #[staticmethod]
+    fn words_without(physical_experts: usize, redundant: usize) -> Vec<i32> {
+        signed(ReplicaTable::words_without(physical_experts, redundant))
+    }
+}
+
+fn signed(words: Vec<u32>) -> Vec<i32> {
+    words.into_iter().map(u32::cast_signed).collect()
 }
 
 /// The ids `[N * top_k]` with the replicas that the quotas `[slots]` say.
