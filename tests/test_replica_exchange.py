@@ -337,7 +337,7 @@ def test_a_map_may_not_change_where_graphs_run_the_first_primaries_alone():
     before, prints = held.clone(), tables.fingerprints
     tables.teach(lambda layer, table: learned.append(layer))
     learned.clear()
-    tables.keeps_first_primaries = True
+    assert [tables.keep_first_primaries(layer) for layer in (None, 1, LAYERS)] == [None, 7, None]
     tables.renew([1], in_place(2))
     assert learned == [1] and not torch.equal(held, before), "other experts may come first"
     before, prints = held.clone(), tables.fingerprints
@@ -351,9 +351,10 @@ def test_a_map_may_not_change_where_graphs_run_the_first_primaries_alone():
             tables.renew([0, 1], changed)
         assert tables.fingerprints == prints and not tables.refused, "before anything is written"
         assert torch.equal(held, before) and learned == [1]
-    tables.keeps_first_primaries = False
+    tables.kept_first.clear()
     tables.renew([0, 1], moved)
     assert tables.first_primaries(1) is None and learned == [1, 0, 1]
+    assert tables.keep_first_primaries(1) is None and not tables.kept_first
 
 
 def test_own_counts_choose_no_replicas():

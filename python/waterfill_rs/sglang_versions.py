@@ -65,6 +65,11 @@ class Seams:
         """The method that changes the map of some layers in place: a rebalance's."""
         return f"{self.expert_location}.ExpertLocationMetadata.update"
 
+    @property
+    def location_init(self) -> str:
+        """The function that every map of experts is made by, before weights are loaded or moved."""
+        return f"{self.expert_location}.ExpertLocationMetadata._init_raw"
+
 
 _SERVER_ARGS = "sglang.srt.server_args.get_global_server_args"
 _CONTEXT = "sglang.srt.runtime_context.get_server_args"

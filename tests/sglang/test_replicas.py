@@ -126,6 +126,33 @@ def test_a_server_that_moves_experts_leaves_no_slots_out(tmp_path):
     for calls in zip(*(found["calls"] for found in written(tmp_path, ranks)), strict=True):
         assert calls[0]["kind"] != replica_ranks.DECODE or takes_primaries(calls)
     assert LINE in ranks[0].stderr
+    reason = "primary replicas are not put first, because --enable-waterfill was not given"
+    assert reason in ranks[0].stderr and reason not in ranks[1].stderr
+
+
+def test_with_eplb_primaries_are_put_first_and_a_layer_that_cannot_have_them_so_stays(tmp_path):
+    ranks = two_ranks(tmp_path, "static", "eplb")
+    first, each = replica_ranks.LOGICAL // 2, replica_ranks.PHYSICAL // 2
+    found = written(tmp_path, ranks)
+    for of_rank in found:
+        assert of_rank["refused"] is None and len(of_rank["calls"]) == replica_ranks.CALLS
+        started, ended = of_rank["started"], of_rank["maps"]
+        assert started != of_rank["given"]
+        assert [ended[layer] == started[layer] for layer in range(3)] == [True, False, True]
+        for row in (*started, *ended):
+            assert waterfill_rs._native.ReplicaTable(2, row).first_primaries == first
+        for call in of_rank["calls"]:
+            if call["kind"] == replica_ranks.DECODE:
+                assert call["used"] == first
+                assert not any(call["ours"][first:each] + call["ours"][each + first :])
+            elif call["kind"] == replica_ranks.BESIDE:
+                assert call["used"] == replica_ranks.SLOTS - 1
+    for calls in zip(*(of_rank["calls"] for of_rank in found), strict=True):
+        decodes = calls[0]["kind"] == replica_ranks.DECODE
+        assert takes_primaries(calls) if decodes else is_planned(calls)
+    assert LINE in ranks[0].stderr and "primary replicas are not put first" not in ranks[0].stderr
+    assert ranks[0].stderr.count("2 of 3 layers keep their map of experts in this rebalance") == 2
+    assert "keep their map" not in ranks[1].stderr
 
 
 @pytest.mark.parametrize("asked", ["auto", "live"])
@@ -149,12 +176,15 @@ def test_ranks_agree_on_their_settings_too():
 
     tables = ReplicaTables(2, 4, replica_ranks.maps_of(1))
 
-    def answer(asked, moves):
+    def answer(asked, moves, *against_order):
         made = Replicas(None, Config(replicas=asked), 4, 100, moves=moves)
+        made._against_order = [*against_order]
         return made._answer(tables)
 
-    answers = [answer(asked, moves) for asked in ("auto", "live") for moves in (False, True)]
-    assert len(set(answers)) == 4 and answers[0] == answer("auto", False)
+    asked, narrows = ("auto", "live"), ([False], [True], [True, "no hook"])
+    answers = [answer(each, *moves) for each in asked for moves in narrows]
+    assert answers[0] == answers[1] == answer("auto", False, "no hook")
+    assert len(set(answers)) == 4
 
 
 def test_sglangs_choice_was_asked_for(tmp_path):

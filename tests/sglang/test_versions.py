@@ -53,6 +53,7 @@ CHECKS = [
     "recorder_takes_them_in_normal_mode",
     "redundant_experts_are_counted_or_refused",
     "redundant_experts_before_and_after_a_rebalance",
+    "redundant_experts_come_after_primary_replicas",
     "redundant_experts_have_live_replicas_through_a_rebalance",
     "redundant_experts_of_a_draft_model_keep_their_replicas",
     "two_batches_are_levelled_one_by_one",

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import inspect
+import types
 from unittest import mock
 
 RANKS, LAYERS, CALLS = 2, 3, 4
@@ -27,6 +29,43 @@ class ReplicaProbe:
             for draft in (True, False):
                 chosen = replicas.Replicas(self.seams, config, 6, 0, draft=draft)
                 assert (chosen.tables(balancers, cpu, None) is None) == draft
+
+    def check_redundant_experts_come_after_primary_replicas(self):
+        """In maps that this sglang makes for a server with Waterfill, and in no others."""
+        from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+
+        from waterfill_rs import _native
+        from waterfill_rs.sglang import primaries_first
+
+        torch, (logical, physical) = self.torch, self.sizes
+        # The first experts of each rank are not its primary replicas: those of the other rank are, once more.
+        half = torch.arange(logical).view(RANKS, -1)
+        more = half[:, : (physical - logical) // RANKS].flip(0)
+        mapping = torch.cat([more, half], dim=1).view(1, physical)
+        places = [(mapping[0] == expert).nonzero().flatten() for expert in range(logical)]
+        padded = torch.nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)
+        server_args = types.SimpleNamespace(ep_dispatch_algorithm=None)
+        known = {"server_args": server_args, "ep_size": RANKS, "physical_to_logical_map": mapping}
+        known |= {"logical_to_all_physical_map": padded[None], "moe_ep_rank": 0}
+        init = ExpertLocationMetadata._init_raw
+        takes = inspect.signature(init).parameters
+        given = {name: value for name, value in known.items() if name in takes}
+        with self.arguments(**{self.seams.switch: False}):
+            assert torch.equal(init(**given).physical_to_logical_map, mapping)
+        with self.arguments(**{self.seams.switch: True}):
+            made, against = init(**given), primaries_first.against_hook(self.seams)
+        if not self.seams.redundant:
+            assert torch.equal(made.physical_to_logical_map, mapping) and against
+            return "refused"
+        assert not against, against
+        expected = torch.tensor([primaries_first.ordered(mapping[0].tolist(), RANKS)])
+        table = _native.ReplicaTable(RANKS, expected[0].tolist())
+        assert table.first_primaries == logical // RANKS
+        assert torch.equal(made.physical_to_logical_map, expected)
+        assert torch.equal(made.physical_to_logical_map_cpu, expected)
+        for expert, physical in enumerate(made.logical_to_all_physical_map[0].tolist()):
+            found = {place for place in physical if place >= 0}
+            assert found == set((expected[0] == expert).nonzero().flatten().tolist())
 
     def replica_rank(self, rank, folder):
         """One of two processes: calls of two layers before and after a rebalance of theirs; rows by rank of each call."""

@@ -93,12 +93,29 @@ def run_beside_dispatch():
     unfusing.Share.decide = decide
 
 
-def enable_eplb():
-    """As if the operator had given the flag, at the place where we read it."""
+def within_ranks(maps, seed):
+    """The same experts on each rank, in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    of_ranks = maps.view(LAYERS, RANKS, -1).clone()
+    for one in of_ranks.flatten(0, 1):
+        one.copy_(one[torch.randperm(len(one), generator=generator)])
+    return of_ranks.view(LAYERS, PHYSICAL)
+
+
+def unfit():
+    """``[layers, P]`` whose first rank has more experts that are nowhere else than half of all."""
+    here = PHYSICAL // RANKS
+    others = list(range(here, LOGICAL))
+    row = [*range(here), *others, *others[: here - len(others)]]
+    return within_ranks(torch.tensor(row).repeat(LAYERS, 1), 5)
+
+
+def give(**flags):
+    """As if the operator had given the flags, at the place where we read them."""
     from sglang.srt import runtime_context
 
     given = runtime_context.get_server_args()
-    fields = {"enable_eplb": True, "__getattr__": lambda _, name: getattr(given, name)}
+    fields = {**flags, "__getattr__": lambda _, name: getattr(given, name)}
     there = type("Given", (), fields)()
     runtime_context.get_server_args = lambda: there
 
@@ -107,7 +124,8 @@ def main(rank, folder, algorithm, maps):
     """``algorithm``: sglang's. Writes what its calls gave to ``RANK.json``.
 
     ``maps``: ``alike``; ``differs``, rank 1 has another one; ``first``, primary replicas are the first; ``moves``, they are and
-    the server may move experts.
+    the server may move experts; ``eplb``, it may, and knows that Waterfill is on. There they can be the first, but in the
+    maps that layers 0 and 2 are to have later.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     os.environ["SGLANG_OPT_USE_FUSED_HASH_TOPK"] = "0"
@@ -120,8 +138,8 @@ def main(rank, folder, algorithm, maps):
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     get_context().override_server_args(model_path="dummy").install()
-    if maps == "moves":
-        enable_eplb()
+    if maps in ("moves", "eplb"):
+        give(enable_eplb=True, enable_waterfill=maps == "eplb")
     shared = SharedExpertsConfig(use_waterfill=True)
     group = types.SimpleNamespace(ranks=[0, 1])
     parallel = {"tp_size": RANKS, "tp_rank": rank, "attn_tp_size": RANKS, "attn_tp_rank": rank}
@@ -146,14 +164,18 @@ def _run(rank, algorithm, maps):
     run_beside_dispatch()
     first = maps in ("first", "moves")
     before, after = maps_of(2 if maps == "differs" and rank else 1, first), maps_of(3)
+    if maps == "eplb":
+        before, after = within_ranks(maps_of(1, True), 4), unfit()
+        after[1] = within_ranks(maps_of(3, True), 4)[1]
     there = metadata(before, rank)
+    found = {"given": before.tolist(), "started": there.physical_to_logical_map.tolist()}
     expert_location.set_global_expert_location_metadata(there)
     hashed = LAYERS if algorithm == "lp" else 1
     layers, draft = _layers(hashed), _layers(1)[:1]
     _prepare(layers)
     _prepare(draft, is_draft_model=True)
     end = layers[0].waterfill_balancer.exchange
-    found = {"live": end.replicas is not None, "calls": [], "refused": None}
+    found |= {"live": end.replicas is not None, "calls": [], "refused": None}
     found["draft"] = draft[0].waterfill_balancer.exchange.replicas is not None
     try:
         for call in range(CALLS):

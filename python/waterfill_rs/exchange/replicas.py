@@ -41,8 +41,8 @@ class ReplicaTables:
         self.ranks, self.redundant = ranks, redundant
         self.refused: dict[int, str] = {}
         """Layers whose map cannot be used, and why: their calls keep the replicas that they are given."""
-        self.keeps_first_primaries = False
-        """Whether a rank's first experts have to stay its primary ones: captured graphs leave the others out."""
+        self.kept_first: dict[int, int] = {}
+        """Layers where so many first experts of each rank have to stay its primary ones."""
         self._tables: list[_native.ReplicaTable | None] = [None] * self.layers
         self._learn: Learn | None = None
         self._device: _DeviceTables | None = None
@@ -102,6 +102,13 @@ class ReplicaTables:
         table = self.of(layer)
         return None if table is None else table.first_primaries
 
+    def keep_first_primaries(self, layer: int | None) -> int | None:
+        """The same, and whatever map the layer has later, it must be as many: captured graphs leave the others out."""
+        first = self.first_primaries(layer)
+        if layer is not None and first is not None:
+            self.kept_first[layer] = first
+        return first
+
     def teach(self, learn: Learn) -> None:
         """Have a planner of this process know all tables, now and whenever they are renewed."""
         self._learn = learn
@@ -116,8 +123,7 @@ class ReplicaTables:
             RuntimeError: a layer's first experts were to stay its primary ones, and are not any more. Nothing is changed.
         """
         tables, refused = self._made(layers, physical_to_logical)
-        if self.keeps_first_primaries:
-            self._check_first_primaries(tables)
+        self._check_first_primaries(tables)
         for layer, table in tables.items():
             self._tables[layer] = table
             self.refused.pop(layer, None)
@@ -141,7 +147,7 @@ class ReplicaTables:
 
     def _check_first_primaries(self, tables: Mapping[int, _native.ReplicaTable | None]) -> None:
         for layer, table in tables.items():
-            first = self.first_primaries(layer)
+            first = self.kept_first.get(layer)
             if first is not None and (table is None or table.first_primaries != first):
                 raise RuntimeError(
                     f"the map of layer {layer} changed, and the first {first} experts of each rank are not each logical expert "

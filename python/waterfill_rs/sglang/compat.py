@@ -13,6 +13,7 @@ from typing import Any
 from waterfill_rs.sglang_versions import KNOWN, ROWS, Seams, row_of
 
 __all__ = [
+    "against_order",
     "against_overlap",
     "against_posting",
     "against_replicas",
@@ -28,6 +29,7 @@ _EXPAND = ("topk_output", "num_tokens")
 _MEGA_MOE = ("moe", "hidden_states")
 _EMPTY = ("self", "device", "layer_id")
 _UPDATE = ("self", "other", "update_layer_ids")
+_INIT = ("ep_size", "physical_to_logical_map", "logical_to_all_physical_map")
 _KEYWORDS = {"is_decode"}
 """Of ``expand_topk``, after 0.5.23: what the forward is for. It changes nothing in a plan of rows."""
 
@@ -103,6 +105,19 @@ def against_replicas(row: Seams) -> list[str]:
     if row_of(version) is None:
         return [f"not known of sglang {version} is how it changes its map of experts"]
     return _headed(row.location_update, _UPDATE)
+
+
+def against_order(row: Seams) -> list[str]:
+    """Why experts of this sglang's maps cannot be put into another order within their ranks."""
+    if reasons := against_replicas(row):
+        return reasons
+    try:
+        takes = tuple(inspect.signature(resolve(row.location_init)).parameters)
+    except (ImportError, AttributeError) as error:
+        return [f"no {row.location_init} ({error})"]
+    if set(_INIT) <= set(takes):
+        return []
+    return [f"{row.location_init} takes {takes}, and waterfill-rs knows {_INIT}"]
 
 
 _ASKS = ("forward_deepep", "_forward_shared_experts", "op_shared_experts")

@@ -94,15 +94,18 @@ def _enter(seams: Seams) -> None:
     from waterfill_rs.sglang import recorder
     from waterfill_rs.sglang.mega_moe import post_without_rows
     from waterfill_rs.sglang.preparation import Preparation
+    from waterfill_rs.sglang.primaries_first import PrimariesFirst
     from waterfill_rs.sglang.replicas import follow_update
 
     ours = _replacements(seams)
     originals = {name: compat.resolve(name) for name in ours}
     replaced = ours | recorder.replacements(seams)
-    around = {
+    around: dict[str, Callable[..., Any]] = {
         seams.prepare: Preparation(seams, ours, originals).hook,
         f"{seams.gatherers}._SinglePassGatherer.init_new": recorder.gatherer_of_auto(seams),
     }
+    if not compat.against_order(seams):
+        around[seams.location_init] = PrimariesFirst(seams).hook
     layer = None if compat.against_posting(seams) else seams.mega_moe
     follows = not compat.against_replicas(seams)
     hooked.update(replaced)

@@ -15,7 +15,7 @@ import torch
 
 from waterfill_rs.config import REPLICAS_VARIABLE, Config
 from waterfill_rs.exchange.replicas import ReplicaTables
-from waterfill_rs.sglang import compat, loaded_hooks, refusal, sizes
+from waterfill_rs.sglang import compat, loaded_hooks, primaries_first, refusal, sizes
 from waterfill_rs.sglang.compat import resolve
 from waterfill_rs.sglang.panics import panics_are_errors
 from waterfill_rs.sglang_versions import Seams
@@ -61,6 +61,7 @@ class Replicas:
         self._metadata: Any = None
         self._layers: list[int] = []
         self._reasons: list[str] = []
+        self._against_order: list[str] = []
 
     @property
     def _redundant(self) -> int:
@@ -78,6 +79,8 @@ class Replicas:
             SystemExit: live plans were asked for by name and cannot be had.
         """
         self._metadata = _in_force(self._seams)
+        if self._metadata is not None:
+            self._against_order = primaries_first.against_hook(self._seams)
         tables, self._reasons = self._own(balancers, device)
         if peers is not None:
             answer = "" if tables is None else self._answer(tables)
@@ -118,10 +121,22 @@ class Replicas:
             overlap = balancer.overlap
             assert overlap is not None
             overlap.decodes_by_primaries = True
-            if not self._moves:
-                overlap.primary_slots = tables.first_primaries(balancer.layer_id)
-                tables.keeps_first_primaries |= overlap.primary_slots is not None
+            if self._narrows:
+                overlap.primary_slots = tables.keep_first_primaries(balancer.layer_id)
+        if self._moves and self._narrows:
+            primaries_first.keep(self._metadata, tables, balancers[0].rank)
+        if self._against_order and len(tables.kept_first) < len(unfused):
+            logger.log(
+                logging.INFO if balancers[0].rank == 0 else logging.DEBUG,
+                "waterfill-rs: primary replicas are not put first, because %s",
+                "; ".join(self._against_order),
+            )
         return " in prefill, primary ones in decode" if unfused else ""
+
+    @property
+    def _narrows(self) -> bool:
+        """May GEMMs in decode leave groups out? Not where a later map may have other primary replicas first."""
+        return not (self._moves and self._against_order)
 
     def _own(
         self, balancers: Sequence[WaterfillBalancer], device: torch.device
@@ -182,8 +197,8 @@ class Replicas:
         """The same on two ranks if their maps are, and if both take live plans and leave groups out in the same steps."""
         prints = b"".join(one.to_bytes(4, "little") for one in tables.fingerprints)
         return (
-            f"its map of experts has fingerprint {zlib.crc32(prints):08x}, its setting is {self._asked}, and its experts may "
-            f"move: {self._moves}; give all ranks the same placement and the same settings"
+            f"its map of experts has fingerprint {zlib.crc32(prints):08x}, its setting is {self._asked}, and its decode may "
+            f"leave groups out: {self._narrows}; give all ranks the same placement and the same settings"
         )
 
     def _stop_if_asked(self) -> None:

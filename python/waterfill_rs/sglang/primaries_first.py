@@ -1,0 +1,205 @@
+"""Maps of experts in which each rank's primary replicas come first, so that decode can leave the other groups out.
+
+sglang makes each map by ``ExpertLocationMetadata._init_raw``, of a file or by EPLB, before it loads or moves weights. Which
+experts a rank holds is left as it is. Their order within the rank is free, and changes here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from waterfill_rs import _native
+from waterfill_rs.config import REPLICAS_VARIABLE, Config
+from waterfill_rs.exchange.replicas import ReplicaTables
+from waterfill_rs.sglang import compat, loaded_hooks
+from waterfill_rs.sglang.compat import resolve
+from waterfill_rs.sglang.panics import panics_are_errors
+from waterfill_rs.sglang_versions import Seams
+from waterfill_rs.trivial_placement import is_trivial
+
+__all__ = ["PrimariesFirst", "against", "against_hook", "arranged", "keep", "ordered"]
+
+logger = logging.getLogger(__name__)
+
+_MAP, _OF_LOGICAL = "physical_to_logical_map", "logical_to_all_physical_map"
+
+_BY_LOGICAL_EXPERT = (
+    "auto",
+    "pt",
+    "safetensors",
+    "npcache",
+    "dummy",
+    "gguf",
+    "bitsandbytes",
+    "mistral",
+    "layered",
+    "flash_rl",
+    "fastsafetensors",
+    "runai_streamer",
+    "instanttensor",
+    # Slots of a peer, which has the same placement and the same flags, so the same order.
+    "remote_instance",
+)
+"""``--load-format`` of weights that sglang puts where the map says. Others bring a rank's slots as somebody wrote them."""
+
+_kept: list[tuple[Any, ReplicaTables, int]] = []
+"""sglang's metadata in force, the tables made of it, and the EP rank: layers of ``kept_first`` keep that many."""
+
+
+def ordered(row: Sequence[int], ranks: int) -> list[int]:
+    """``[P]`` logical experts with each rank's primary replicas first, where all ranks have as many; else as they are.
+
+    The order of the others, and of the primary ones among themselves, stays. So does a map whose first experts are primary,
+    and the trivial one: ``trivial_places`` knows it by its order, and so does sglang where it loads some scales of FP4.
+    """
+    return [row[physical] for physical in _order(row, ranks)]
+
+
+def _order(row: Sequence[int], ranks: int) -> list[int]:
+    """``[P]`` which physical expert of ``row`` comes where."""
+    own = list(range(len(row)))
+    table = _table(row, ranks)
+    if table is None or table.first_primaries is not None or is_trivial([row]):
+        return own
+    is_primary = [primary == physical for physical, primary in enumerate(table.primaries)]
+    each = len(row) // ranks
+    of_ranks = [own[first : first + each] for first in range(0, len(row), each)]
+    if len({sum(is_primary[physical] for physical in rank) for rank in of_ranks}) > 1:
+        return own
+    return [p for rank in of_ranks for p in sorted(rank, key=lambda p: not is_primary[p])]
+
+
+def _table(row: Sequence[int], ranks: int) -> _native.ReplicaTable | None:
+    """None for what is no map: ``Replicas`` says so."""
+    try:
+        return _native.ReplicaTable(ranks, row)
+    except (OverflowError, ValueError):
+        return None
+
+
+def arranged(mapping: Tensor, of_logical: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+    """Both of sglang's maps in the order of ``ordered``, layer by layer.
+
+    Args:
+        mapping: ``[layers, P]`` the logical expert of each physical one.
+        of_logical: ``[layers, L, X]`` physical experts of each logical one, padded with -1.
+    """
+    orders = torch.tensor([_order(row, ranks) for row in mapping.tolist()])
+    physical = mapping.shape[1]
+    if torch.equal(orders, torch.arange(physical).expand_as(orders)):
+        return mapping, of_logical
+    # Where each physical expert goes; the one past the last stands for padding.
+    places = torch.nn.functional.pad(orders.argsort(dim=1), (0, 1), value=-1).to(of_logical)
+    old = of_logical.flatten(1).long()
+    moved = places.gather(1, torch.where(old < 0, physical, old)).reshape(of_logical.shape)
+    return mapping.gather(1, orders.to(mapping.device)), moved
+
+
+def against(seams: Seams) -> list[str]:
+    """Why sglang's order stays in this server; the same on all ranks, if their settings are."""
+    try:
+        arguments = resolve(seams.arguments)()
+    except Exception as error:  # Nobody serves: sglang's tools make maps too.
+        return [f"no server's arguments are in force: {error!r}"]
+    if not getattr(arguments, seams.switch, False):
+        return [f"{seams.flag} was not given"]
+    if not seams.redundant:
+        return ["this sglang's Waterfill takes no redundant experts"]
+    if Config.from_environment(os.environ).replicas == "sglang":
+        return [f"{REPLICAS_VARIABLE}=sglang"]
+    if backend := getattr(arguments, "elastic_ep_backend", None):
+        return [f"--elastic-ep-backend {backend}"]
+    if (found := getattr(arguments, "load_format", "auto")) not in _BY_LOGICAL_EXPERT:
+        return [f"--load-format {found} brings weights in an order of its own"]
+    if getattr(arguments, "weight_cache_mode", "off") != "off":
+        return ["another process loads the weights (--weight-cache-mode)"]
+    return compat.against_order(seams)
+
+
+def against_hook(seams: Seams) -> list[str]:
+    """The same, for a server whose plugins are loaded."""
+    if reasons := against(seams):
+        return reasons
+    if loaded_hooks.found().get(seams.location_init):
+        return []
+    return [f"{seams.location_init} is not waterfill-rs's after registration"]
+
+
+def keep(metadata: Any, tables: ReplicaTables, rank: int) -> None:
+    """From now on a layer of ``tables.kept_first`` gets no map that cannot have so many primary replicas first.
+
+    Args:
+        metadata: sglang's, in force.
+        rank: in EP.
+    """
+    _kept.append((metadata, tables, rank))
+
+
+class PrimariesFirst:
+    """The hook around ``_init_raw``."""
+
+    def __init__(self, seams: Seams) -> None:
+        self._seams = seams
+
+    @panics_are_errors
+    def hook(self, init_raw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """sglang's metadata, of maps in our order. All ranks come to the same one, as of the same arguments.
+
+        At a rebalance a layer whose captured graphs need primary replicas first, and whose new map cannot have them there,
+        gets the map that it has. So sglang moves nothing of it.
+        """
+        call = inspect.signature(init_raw).bind(*args, **kwargs)
+        given = call.arguments
+        redundant = given[_MAP].shape[1] - given[_OF_LOGICAL].shape[1]
+        if redundant > 0 and not against(self._seams):
+            maps = arranged(given[_MAP], given[_OF_LOGICAL], given["ep_size"])
+            given[_MAP], given[_OF_LOGICAL] = self._with_kept(*maps)
+        return init_raw(*call.args, **call.kwargs)
+
+    def _with_kept(self, mapping: Tensor, of_logical: Tensor) -> tuple[Tensor, Tensor]:
+        there = resolve(f"{self._seams.expert_location}.get_global_expert_location_metadata")()
+        for metadata, tables, rank in _kept:
+            if metadata is there and (stay := _unlike(mapping, tables)):
+                logger.log(
+                    logging.INFO if rank == 0 else logging.DEBUG,
+                    "waterfill-rs: %d of %d layers keep their map of experts in this rebalance: captured decode graphs run the "
+                    "first experts of each rank alone, and the new maps have other primary replicas",
+                    len(stay),
+                    len(tables.kept_first),
+                )
+                return _rows_of(there, stay, mapping, of_logical)
+        return mapping, of_logical
+
+
+def _unlike(mapping: Tensor, tables: ReplicaTables) -> list[int]:
+    """Layers that would not have as many primary replicas first as they must."""
+    rows = mapping.tolist()
+    made = {layer: _table(rows[layer], tables.ranks) for layer in tables.kept_first}
+    return [
+        layer
+        for layer, table in made.items()
+        if table is None or table.first_primaries != tables.kept_first[layer]
+    ]
+
+
+def _rows_of(
+    there: Any, layers: list[int], mapping: Tensor, of_logical: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both maps, with those layers' rows as they are in force."""
+    mapping, held = mapping.clone(), getattr(there, _OF_LOGICAL)[layers].to(of_logical)
+    mapping[layers] = getattr(there, _MAP)[layers].to(mapping)
+    # sglang's are padded to P, and may be taken to pieces one by one.
+    used = int((held >= 0).sum(dim=2).max())
+    more = max(used - of_logical.shape[2], 0)
+    of_logical = torch.nn.functional.pad(of_logical, (0, more), value=-1).clone()
+    width = min(held.shape[2], of_logical.shape[2])
+    of_logical[layers] = -1
+    of_logical[layers, :, :width] = held[:, :, :width]
+    return mapping, of_logical
