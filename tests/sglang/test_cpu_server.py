@@ -70,6 +70,37 @@ os._exit(0)
 """
 
 
+MAPS = """
+import json, sys
+import cpu_server
+scheduler = cpu_server.start(sys.argv[1], "--enable-waterfill", *sys.argv[2:])
+from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+model = scheduler.tp_worker.model_runner.model
+print(json.dumps({
+    "map": get_global_expert_location_metadata().physical_to_logical_map.tolist(),
+    "experts": [layer.mlp.experts.num_local_experts for layer in model.model.layers if hasattr(layer.mlp, "topk")],
+}))
+sys.stdout.flush()
+import os
+os._exit(0)
+"""
+
+
+def test_the_map_that_the_scheduler_loads_weights_by_has_primary_replicas_first(tmp_path):
+    row = [7, 3, 3, *range(16), 0]
+    placed = tmp_path / "placed.json"
+    placed.write_text(json.dumps({"physical_to_logical_map": [row] * 3}))
+    flags = ["--ep-num-redundant-experts", "4", "--init-expert-location", str(placed)]
+    done = forked.run(MAPS, str(tmp_path), *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["experts"] == [21, 21], "the shared expert's with them"
+    for of_layer in found["map"]:
+        assert sorted(of_layer) == sorted(row) and sorted(of_layer[:16]) == list(range(16))
+    theirs = forked.run(MAPS, str(tmp_path), *flags, WATERFILL_RS_REPLICAS="sglang")
+    assert json.loads(theirs.stdout.splitlines()[-1])["map"] == [row] * 3
+
+
 def test_layers_of_the_scheduler_give_the_same_both_ways(tmp_path):
     """Layer by layer of the loaded model, not token by token: DeepEP has no form for the CPU."""
     done = forked.run(LAYERS, str(tmp_path))
