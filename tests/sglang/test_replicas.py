@@ -19,7 +19,7 @@ import waterfill_rs
 from waterfill_rs.exchange.replicas import ReplicaTables
 
 CODE = "import sys, replica_ranks; replica_ranks.main(int(sys.argv[1]), *sys.argv[2:])"
-LINE = "replicas: live in prefill, primary ones in decode, 4 redundant experts, "
+LINE = "replicas: live in prefill, primary ones in decode with groups left out in {} of 3 layers, 4 redundant experts, "
 
 
 def two_ranks(folder, algorithm, maps="alike", **environment):
@@ -94,7 +94,7 @@ def test_replicas_are_the_plans_or_primary_before_and_after_a_rebalance(tmp_path
             of_plans += not takes_primaries(calls)
         other += total(calls, "ours") != total(calls, "sglangs")
     assert other > replica_ranks.CALLS // 2 and of_plans > 3, "plans and primaries differ"
-    expected = LINE if asked == "auto" else "replicas: live, 4 redundant experts, "
+    expected = LINE.format(0) if asked == "auto" else "replicas: live, 4 redundant experts, "
     (told,) = (line for line in ranks[0].stderr.splitlines() if "replicas: live" in line)
     assert expected in told and told.endswith(" replicated")
     assert "replicas: as sglang chooses, because this is a draft model" in ranks[0].stderr
@@ -114,7 +114,7 @@ def test_where_primaries_come_first_decode_has_their_slots_alone_and_no_map_may_
         assert of_rank["refused"].startswith(
             f"the map of layer 1 changed, and the first {first} experts of each rank are not"
         )
-    assert LINE in ranks[0].stderr
+    assert LINE.format(3) in ranks[0].stderr
 
 
 def test_a_server_that_moves_experts_leaves_no_slots_out(tmp_path):
@@ -125,7 +125,7 @@ def test_a_server_that_moves_experts_leaves_no_slots_out(tmp_path):
         assert used == {replica_ranks.SLOTS - 1}
     for calls in zip(*(found["calls"] for found in written(tmp_path, ranks)), strict=True):
         assert calls[0]["kind"] != replica_ranks.DECODE or takes_primaries(calls)
-    assert LINE in ranks[0].stderr
+    assert LINE.format(0) in ranks[0].stderr
     reason = "primary replicas are not put first, because --enable-waterfill was not given"
     assert reason in ranks[0].stderr and reason not in ranks[1].stderr
 
@@ -150,7 +150,10 @@ def test_with_eplb_primaries_are_put_first_and_a_layer_that_cannot_have_them_so_
     for calls in zip(*(of_rank["calls"] for of_rank in found), strict=True):
         decodes = calls[0]["kind"] == replica_ranks.DECODE
         assert takes_primaries(calls) if decodes else is_planned(calls)
-    assert LINE in ranks[0].stderr and "primary replicas are not put first" not in ranks[0].stderr
+    assert (
+        LINE.format(3) in ranks[0].stderr
+        and "primary replicas are not put first" not in ranks[0].stderr
+    )
     assert ranks[0].stderr.count("2 of 3 layers keep their map of experts in this rebalance") == 2
     assert "keep their map" not in ranks[1].stderr
 

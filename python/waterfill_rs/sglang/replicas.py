@@ -131,7 +131,10 @@ class Replicas:
                 "waterfill-rs: primary replicas are not put first, because %s",
                 "; ".join(self._against_order),
             )
-        return " in prefill, primary ones in decode" if unfused else ""
+        if not unfused:
+            return ""
+        left_out = f"groups left out in {len(tables.kept_first)} of {len(unfused)} layers"
+        return f" in prefill, primary ones in decode with {left_out}"
 
     @property
     def _narrows(self) -> bool:
