@@ -70,6 +70,11 @@ class Seams:
         """The function that every map of experts is made by, before weights are loaded or moved."""
         return f"{self.expert_location}.ExpertLocationMetadata._init_raw"
 
+    @property
+    def save_slots(self) -> str:
+        """The function that writes a rank's parameters to files as they stand."""
+        return "sglang.srt.model_loader.loader.ShardedStateLoader.save_model"
+
 
 _SERVER_ARGS = "sglang.srt.server_args.get_global_server_args"
 _CONTEXT = "sglang.srt.runtime_context.get_server_args"

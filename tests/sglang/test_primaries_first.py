@@ -251,6 +251,26 @@ def test_where_it_is_not_for_us_sglangs_order_stays(server, monkeypatch, why, re
     assert reason in found
 
 
+def test_slots_in_our_order_are_not_saved(server, tmp_path):
+    """No file says the order, and a server that loads slots does not change sglang's."""
+    from sglang.srt.model_loader.loader import ShardedStateLoader
+
+    by_mapping(server, shuffled(1))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="stand in the order of waterfill-rs"):
+            ShardedStateLoader.save_model(torch.nn.Linear(2, 2), str(tmp_path))
+        # A map that is in order does not undo the earlier one.
+        by_mapping(server, torch.tensor([ordered(row, RANKS) for row in shuffled(1).tolist()]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_slots_in_sglangs_order_are_saved(tmp_path):
+    from waterfill_rs.sglang.primaries_first import PrimariesFirst
+
+    seams, _ = compat.find()
+    PrimariesFirst(seams).refuse_slots(torch.nn.Linear(2, 2), str(tmp_path))
+
+
 def test_the_hook_is_in_place_and_without_it_there_is_a_reason(server, monkeypatch):
     seams, _ = compat.find()
     assert not primaries_first.against_hook(seams)

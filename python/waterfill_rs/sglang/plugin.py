@@ -104,9 +104,12 @@ def _enter(seams: Seams) -> None:
         seams.prepare: Preparation(seams, ours, originals).hook,
         f"{seams.gatherers}._SinglePassGatherer.init_new": recorder.gatherer_of_auto(seams),
     }
+    before: dict[str, Callable[..., Any]] = {}
     if not compat.against_order(seams):
-        around[seams.location_init] = PrimariesFirst(seams).hook
-    layer = None if compat.against_posting(seams) else seams.mega_moe
+        order = PrimariesFirst(seams)
+        around[seams.location_init], before[seams.save_slots] = order.hook, order.refuse_slots
+    if seams.mega_moe and not compat.against_posting(seams):
+        before[seams.mega_moe] = post_without_rows(seams)
     follows = not compat.against_replicas(seams)
     hooked.update(replaced)
     for name, replacement in replaced.items():
@@ -115,8 +118,8 @@ def _enter(seams: Seams) -> None:
         HookRegistry.register(name, hook, HookType.AROUND)
     if follows:
         HookRegistry.register(seams.location_update, follow_update, HookType.AFTER)
-    if layer:
-        HookRegistry.register(layer, post_without_rows(seams), HookType.BEFORE)
+    for name, hook in before.items():
+        HookRegistry.register(name, hook, HookType.BEFORE)
 
 
 def _replacements(seams: Seams) -> dict[str, type]:

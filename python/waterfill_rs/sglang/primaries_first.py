@@ -147,6 +147,22 @@ class PrimariesFirst:
 
     def __init__(self, seams: Seams) -> None:
         self._seams = seams
+        self._has_own_order = False
+        """Was a map in another order than sglang's?"""
+
+    @panics_are_errors
+    def refuse_slots(self, *_: Any, **__: Any) -> None:
+        """Before sglang writes a rank's slots to files, as they stand.
+
+        Raises:
+            RuntimeError: they stand in our order, which no file says and whoever loads them does not know.
+        """
+        if self._has_own_order:
+            raise RuntimeError(
+                "the experts of each rank stand in the order of waterfill-rs, and a server that loads these files would take "
+                "them for others: start this server with --waterfill-rs-replicas sglang, or with a placement by waterfill-rs "
+                "place, and save again"
+            )
 
     @panics_are_errors
     def hook(self, init_raw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -160,6 +176,7 @@ class PrimariesFirst:
         redundant = given[_MAP].shape[1] - given[_OF_LOGICAL].shape[1]
         if redundant > 0 and not against(self._seams):
             maps = arranged(given[_MAP], given[_OF_LOGICAL], given["ep_size"])
+            self._has_own_order |= maps[0] is not given[_MAP]
             given[_MAP], given[_OF_LOGICAL] = self._with_kept(*maps)
         return init_raw(*call.args, **call.kwargs)
 
