@@ -203,19 +203,16 @@ def _breakdowns(cells: Sequence[dict[str, Any]]) -> str:
 def picture(document: dict[str, Any], path: Path) -> bool:
     """Ratios to off with their quartiles, a panel for each phase and placement; False without matplotlib or figures."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        # Without pyplot, which asks a notebook for its windows.
+        from matplotlib.figure import Figure
     except ImportError:
         return False
     cells = [cell for cell in document["cells"] if cell["ratio_off"] is not None]
     panels = list(dict.fromkeys(map(_panel_of, cells)))
     if not panels:
         return False
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(1 + 4.2 * len(panels), 4.4), squeeze=False, constrained_layout=True
-    )
+    figure = Figure(figsize=(1 + 4.2 * len(panels), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         _panel(axis, panel, [cell for cell in cells if _panel_of(cell) == panel])
     axes[0][0].set_ylabel("GPU time of a forward, ratio to Waterfill off")
@@ -225,7 +222,6 @@ def picture(document: dict[str, Any], path: Path) -> bool:
         f"{document['machine']}, EP{document['ranks']}, sglang {document['sglang']}", fontsize=10
     )
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
     return True
 
 
