@@ -343,7 +343,7 @@ def test_a_map_may_not_change_where_graphs_run_the_first_primaries_alone():
     before, prints = held.clone(), tables.fingerprints
     moved = in_place(2)
     moved[1, [0, 7]] = moved[1, [7, 0]]
-    text = r"the map of layer 1 changed, and the first 7 experts of each rank .* Start the server with --enable-eplb"
+    text = r"the map of layer 1 changed, and the first 7 experts of each rank .* Start the server with --waterfill-rs-replicas live"
     unusable = moved.clone()
     unusable[1] %= EXPERTS - RANKS - 1
     for changed in (moved, unusable):

@@ -37,6 +37,8 @@ class Seams:
     arguments: str
     """Function that gives the ``ServerArgs`` in force."""
     group: str = "sglang.srt.distributed.parallel_state.get_moe_ep_group"
+    sender: str = "sglang.srt.model_executor.model_runner.ModelRunner"
+    """The class that sends a rank's parameters to another server."""
     gatherers: str = "sglang.srt.eplb.expert_distribution"
     """Module of the recorder's gatherers."""
     redundant: bool = True
@@ -71,9 +73,11 @@ class Seams:
         return f"{self.expert_location}.ExpertLocationMetadata._init_raw"
 
     @property
-    def save_slots(self) -> str:
-        """The function that writes a rank's parameters to files as they stand."""
-        return "sglang.srt.model_loader.loader.ShardedStateLoader.save_model"
+    def slots_out(self) -> tuple[str, ...]:
+        """The functions that give a rank's parameters away as they stand: to files, to a store, to another server."""
+        loaders = ("ShardedStateLoader", "RemoteModelLoader")
+        saves = (f"sglang.srt.model_loader.loader.{loader}.save_model" for loader in loaders)
+        return (*saves, f"{self.sender}.send_weights_to_remote_instance")
 
 
 _SERVER_ARGS = "sglang.srt.server_args.get_global_server_args"
@@ -110,6 +114,7 @@ _RENAMED = replace(
     arguments=_CONTEXT,
     prefill_graph="sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.context.is_in_breakable_cuda_graph",
     mega_moe="sglang.srt.layers.moe.mega_moe.forward_mega_moe",
+    sender="sglang.srt.model_executor.model_runner_components.weight_exporter.WeightExporter",
 )
 _FOLDED = replace(_RENAMED, versions=("0.5.23", "0.5.23"), weight=SHARED_WEIGHT)
 

@@ -148,6 +148,7 @@ def server(sglang, monkeypatch):
     monkeypatch.setattr(expert_location, "get_device", lambda: types.SimpleNamespace(device="cpu"))
     monkeypatch.setattr(runtime_context, "get_server_args", lambda: given)
     monkeypatch.setattr(primaries_first, "_kept", [])
+    monkeypatch.setattr(primaries_first, "_agreed", [])
     monkeypatch.delenv("WATERFILL_RS_REPLICAS", raising=False)
 
     def in_force(made):
@@ -209,6 +210,7 @@ def test_eplbs_placement_has_them_first(server, monkeypatch):
     server.given.enable_waterfill = False
     theirs = by_eplb(server, 1, monkeypatch)
     server.given.enable_waterfill = True
+    primaries_first._agreed.clear()
     made = by_eplb(server, 1, monkeypatch)
     assert is_consistent(made)
     assert made.physical_to_logical_map.tolist() == [
@@ -251,14 +253,63 @@ def test_where_it_is_not_for_us_sglangs_order_stays(server, monkeypatch, why, re
     assert reason in found
 
 
+class Peers:
+    """Ranks that have ``answer`` to what one of them would do."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    def agree(self, reasons, question, answer):
+        self.asked.append((question, answer))
+        return list(reasons) or self.answer
+
+
+def test_all_ranks_have_one_order_and_are_asked_once(server, monkeypatch):
+    seams, _ = compat.find()
+    maps = shuffled(1)
+    for answer in ([], ["EP rank 1: WATERFILL_RS_REPLICAS=sglang"]):
+        monkeypatch.setattr(primaries_first, "_agreed", [])
+        peers = Peers(answer)
+        monkeypatch.setattr(primaries_first, "peers_of_maps", lambda _, peers=peers: peers)
+        for _ in range(2):
+            mapping = by_mapping(server, maps).physical_to_logical_map
+            assert torch.equal(mapping, maps) == bool(answer)
+        assert peers.asked == [("order", "primaries")]
+        assert primaries_first.against_hook(seams) == answer
+        # What this rank is told later changes nothing: the others have the order that was agreed on.
+        monkeypatch.setenv("WATERFILL_RS_REPLICAS", "sglang")
+        assert torch.equal(by_mapping(server, maps).physical_to_logical_map, maps) == bool(answer)
+        monkeypatch.delenv("WATERFILL_RS_REPLICAS")
+
+
+def test_twins_are_listed_where_one_of_them_is():
+    # Expert 0 twice on the first rank, expert 1 on both and twice on the second.
+    mapping = torch.tensor([[0, 1, 0, 2, 1, 1], [0, 1, 2, 0, 1, 2]])
+    of_logical = torch.tensor([[[0], [1], [3]], [[0], [1], [2]]])
+    found = primaries_first.with_twins(mapping, of_logical, 2)
+    # The second rank's replicas of expert 1 are another rank's, and not listed here.
+    assert found.tolist() == [[[0, 2], [1, -1], [3, -1]], [[0, -1], [1, -1], [2, -1]]]
+    assert of_logical.tolist()[0][0] == [0]
+    alone = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    assert primaries_first.with_twins(alone, of_logical[1:], 2).tolist() == of_logical[1:].tolist()
+    wide = torch.tensor([[[0, 3, -1], [1, 4, 5], [2, -1, -1]]])
+    found = primaries_first.with_twins(torch.tensor([[0, 1, 2, 0, 1, 1]]), wide, 2)
+    assert torch.equal(found, wide)
+
+
 def test_slots_in_our_order_are_not_saved(server, tmp_path):
     """No file says the order, and a server that loads slots does not change sglang's."""
-    from sglang.srt.model_loader.loader import ShardedStateLoader
+    from sglang.srt.model_executor.model_runner_components.weight_exporter import WeightExporter
+    from sglang.srt.model_loader.loader import RemoteModelLoader, ShardedStateLoader
 
     by_mapping(server, shuffled(1))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="stand in the order of waterfill-rs"):
             ShardedStateLoader.save_model(torch.nn.Linear(2, 2), str(tmp_path))
+        with pytest.raises(RuntimeError, match="stand in the order of waterfill-rs"):
+            RemoteModelLoader.save_model(torch.nn.Linear(2, 2), str(tmp_path), "kv://nowhere")
+        with pytest.raises(RuntimeError, match="stand in the order of waterfill-rs"):
+            WeightExporter.send_weights_to_remote_instance(None, "10.0.0.1", "1,2", "group")
         # A map that is in order does not undo the earlier one.
         by_mapping(server, torch.tensor([ordered(row, RANKS) for row in shuffled(1).tolist()]))
     assert not list(tmp_path.iterdir())
@@ -273,6 +324,8 @@ def test_slots_in_sglangs_order_are_saved(tmp_path):
 
 def test_the_hook_is_in_place_and_without_it_there_is_a_reason(server, monkeypatch):
     seams, _ = compat.find()
+    assert primaries_first.against_hook(seams) == ["no map was made since"]
+    by_mapping(server, shuffled(1))
     assert not primaries_first.against_hook(seams)
     raw = server.metadata._init_raw.__wrapped__
     monkeypatch.setattr(server.metadata, "_init_raw", staticmethod(raw))

@@ -158,6 +158,15 @@ def test_with_eplb_primaries_are_put_first_and_a_layer_that_cannot_have_them_so_
     assert "keep their map" not in ranks[1].stderr
 
 
+def test_a_rank_that_keeps_sglangs_order_has_all_keep_it(tmp_path):
+    """Each makes its map by itself, so a rank that is told otherwise must not have another one."""
+    ranks = two_ranks(tmp_path, "static", "disagrees")
+    for of_rank in written(tmp_path, ranks):
+        assert of_rank["started"] == of_rank["given"] and not of_rank["live"]
+        assert of_rank["maps"] == written(tmp_path, ranks)[0]["maps"]
+    assert "EP rank 1: WATERFILL_RS_REPLICAS=sglang" in ranks[0].stderr
+
+
 @pytest.mark.parametrize("asked", ["auto", "live"])
 def test_ranks_whose_maps_differ_are_named(tmp_path, asked):
     ranks = two_ranks(tmp_path, "static", "differs", WATERFILL_RS_REPLICAS=asked)
@@ -214,6 +223,8 @@ def placed(sglang, monkeypatch):
             physical_to_logical_map=torch.arange(physical).repeat(2, 1) % EXPERTS,
         )
         there.physical_to_logical_map_cpu = there.physical_to_logical_map
+        # More than there are: whatever map a test gives, all are listed.
+        there.logical_to_all_physical_map = torch.arange(physical).repeat(2, EXPERTS, 1)
         vars(there).update(fields)
         monkeypatch.setattr(expert_location, "get_global_expert_location_metadata", lambda: there)
         return there
@@ -285,6 +296,21 @@ def test_a_draft_model_is_sglangs_whatever_was_asked_for(sglang, placed, caplog,
     layer.is_draft = True
     assert prepared(sglang, caplog, layer=layer) == (
         "as sglang chooses, because this is a draft model, whose experts stay where they are"
+    )
+
+
+def test_a_slot_that_sglang_loads_no_weights_into_is_not_chosen(sglang, placed, caplog):
+    there = placed(RANKS)
+    each = (EXPERTS + RANKS) // RANKS
+    own = RANK * each
+    there.physical_to_logical_map[1, own + 1] = there.physical_to_logical_map[1, own]
+    for expert in set(range(EXPERTS)) - set(there.physical_to_logical_map[1].tolist()):
+        there.physical_to_logical_map[1, -1 if RANK == 0 else 0] = expert  # It stands somewhere.
+    there.logical_to_all_physical_map[1, :, own + 1] = -1
+    expert = int(there.physical_to_logical_map[1, own])
+    assert (
+        f"expert {expert} stands twice on rank {RANK} in layer 1, and sglang loads the weights of one of them"
+        in prepared(sglang, caplog)
     )
 
 

@@ -125,9 +125,11 @@ def main(rank, folder, algorithm, maps):
 
     ``maps``: ``alike``; ``differs``, rank 1 has another one; ``first``, primary replicas are the first; ``moves``, they are and
     the server may move experts; ``eplb``, it may, and knows that Waterfill is on. There they can be the first, but in the
-    maps that layers 0 and 2 are to have later.
+    maps that layers 0 and 2 are to have later. ``disagrees``: as ``eplb``, and rank 1 is to leave replicas to sglang.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    if maps == "disagrees" and rank == 1:
+        os.environ["WATERFILL_RS_REPLICAS"] = "sglang"
     os.environ["SGLANG_OPT_USE_FUSED_HASH_TOPK"] = "0"
     from sglang.srt.configs.shared_experts import SharedExpertsConfig
     from sglang.srt.plugins import load_plugins
@@ -138,8 +140,8 @@ def main(rank, folder, algorithm, maps):
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     get_context().override_server_args(model_path="dummy").install()
-    if maps in ("moves", "eplb"):
-        give(enable_eplb=True, enable_waterfill=maps == "eplb")
+    if maps in ("moves", "eplb", "disagrees"):
+        give(enable_eplb=True, enable_waterfill=maps != "moves")
     shared = SharedExpertsConfig(use_waterfill=True)
     group = types.SimpleNamespace(ranks=[0, 1])
     parallel = {"tp_size": RANKS, "tp_rank": rank, "attn_tp_size": RANKS, "attn_tp_rank": rank}
@@ -164,7 +166,7 @@ def _run(rank, algorithm, maps):
     run_beside_dispatch()
     first = maps in ("first", "moves")
     before, after = maps_of(2 if maps == "differs" and rank else 1, first), maps_of(3)
-    if maps == "eplb":
+    if maps in ("eplb", "disagrees"):
         before, after = within_ranks(maps_of(1, True), 4), unfit()
         after[1] = within_ranks(maps_of(3, True), 4)[1]
     there = metadata(before, rank)

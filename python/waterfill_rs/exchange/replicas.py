@@ -151,8 +151,8 @@ class ReplicaTables:
             if first is not None and (table is None or table.first_primaries != first):
                 raise RuntimeError(
                     f"the map of layer {layer} changed, and the first {first} experts of each rank are not each logical expert "
-                    "once any more: captured decode graphs run those alone. Start the server with --enable-eplb or "
-                    "--waterfill-rs-replicas live if its experts are to move"
+                    "once any more: captured decode graphs run those alone. Start the server with --waterfill-rs-replicas "
+                    "live if its experts are to move"
                 )
 
     def _table(self, physical_to_logical: Tensor) -> _native.ReplicaTable:
@@ -171,7 +171,7 @@ class ReplicaTables:
 
     def _words(self) -> Tensor:
         """int32 ``[layers + 1, words]``, the last without replicas."""
-        empty = _without_replicas(self.experts, self.redundant)
+        empty = _native.ReplicaTable.words_without(self.experts, self.redundant)
         rows = (empty if table is None else table.words for table in self._tables)
         return torch.tensor([*rows, empty], dtype=torch.int32)
 
@@ -198,9 +198,3 @@ class _DeviceTables:
     def renew(self, words: Tensor, primaries: Tensor) -> None:
         self._words.copy_(words, non_blocking=True)
         self._primaries.copy_(primaries, non_blocking=True)
-
-
-def _without_replicas(experts: int, redundant: int) -> list[int]:
-    """The words of a layer without replicas: fingerprint 0, no job, no expert in one, slots of nothing."""
-    no_jobs, no_slots = [-1] * experts, [0] * (redundant + 1)
-    return [0, 0, *no_jobs, *no_slots, *[-1] * (2 * redundant)]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from waterfill_rs.sglang.compat import resolve
 from waterfill_rs.sglang_versions import Seams
 
-__all__ = ["Peers", "peers_of_next_model"]
+__all__ = ["Peers", "peers_of_maps", "peers_of_next_model"]
 
 LONGEST_WAIT_S = 120.0
 """For the other ranks at preparation. sglang has a barrier once all ranks have loaded a model: a kernel is made meanwhile."""
@@ -73,11 +73,19 @@ class Peers:
 
 def peers_of_next_model(seams: Seams) -> Peers | None:
     """All ranks of a group ask once for each of their models. None without ``torch.distributed``."""
-    runner = next(_runners)
+    return _peers(seams, str(next(_runners)))
+
+
+def peers_of_maps(seams: Seams) -> Peers | None:
+    """Those who make the same maps of experts, which sglang does before any model. None without ``torch.distributed``."""
+    return _peers(seams, "maps")
+
+
+def _peers(seams: Seams, about: str) -> Peers | None:
     if not dist.is_initialized():
         return None
     coordinator: Any = resolve(seams.group)()
     ranks = "-".join(map(str, coordinator.ranks))
     rendezvous: Any = dist.distributed_c10d
-    prefix = f"waterfill_rs/{runner}/{ranks}"
+    prefix = f"waterfill_rs/{about}/{ranks}"
     return Peers(rendezvous.PrefixStore(prefix, rendezvous._get_default_store()), coordinator)

@@ -107,7 +107,8 @@ def _enter(seams: Seams) -> None:
     before: dict[str, Callable[..., Any]] = {}
     if not compat.against_order(seams):
         order = PrimariesFirst(seams)
-        around[seams.location_init], before[seams.save_slots] = order.hook, order.refuse_slots
+        around[seams.location_init] = order.hook
+        before.update(dict.fromkeys(seams.slots_out, order.refuse_slots))
     if seams.mega_moe and not compat.against_posting(seams):
         before[seams.mega_moe] = post_without_rows(seams)
     follows = not compat.against_replicas(seams)

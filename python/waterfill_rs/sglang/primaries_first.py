@@ -21,10 +21,19 @@ from waterfill_rs.exchange.replicas import ReplicaTables
 from waterfill_rs.sglang import compat, loaded_hooks
 from waterfill_rs.sglang.compat import resolve
 from waterfill_rs.sglang.panics import panics_are_errors
+from waterfill_rs.sglang.peers import peers_of_maps
 from waterfill_rs.sglang_versions import Seams
 from waterfill_rs.trivial_placement import is_trivial
 
-__all__ = ["PrimariesFirst", "against", "against_hook", "arranged", "keep", "ordered"]
+__all__ = [
+    "PrimariesFirst",
+    "against",
+    "against_hook",
+    "arranged",
+    "keep",
+    "ordered",
+    "with_twins",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +53,13 @@ _BY_LOGICAL_EXPERT = (
     "fastsafetensors",
     "runai_streamer",
     "instanttensor",
-    # Slots of a peer, which has the same placement and the same flags, so the same order.
-    "remote_instance",
 )
 """``--load-format`` of weights that sglang puts where the map says. Others bring a rank's slots as somebody wrote them."""
 
+_SEED = "remote_instance_weight_loader_start_seed_via_transfer_engine"
+
+_agreed: list[list[str]] = []
+"""What all ranks agreed on, once they have."""
 _kept: list[tuple[Any, ReplicaTables, int]] = []
 """sglang's metadata in force, the tables made of it, and the EP rank: layers of ``kept_first`` keep that many."""
 
@@ -102,8 +113,37 @@ def arranged(mapping: Tensor, of_logical: Tensor, ranks: int) -> tuple[Tensor, T
     return mapping.gather(1, orders.to(mapping.device)), moved
 
 
+def with_twins(mapping: Tensor, of_logical: Tensor, ranks: int) -> Tensor:
+    """``of_logical`` with all replicas of an expert on a rank, where one is listed.
+
+    Of several on its own rank sglang lists one, and loads weights into listed ones alone. Plans take all of them.
+    """
+    each = mapping.shape[1] // ranks
+    longer: dict[tuple[int, int], list[int]] = {}
+    for layer, row in enumerate(mapping.tolist()):
+        slots: dict[tuple[int, int], list[int]] = {}
+        for physical, logical in enumerate(row):
+            slots.setdefault((logical, physical // each), []).append(physical)
+        for (logical, _), twins in slots.items():
+            if len(twins) > 1:
+                listed = longer.get((layer, logical)) or of_logical[layer, logical].tolist()
+                listed = [physical for physical in listed if physical >= 0]
+                if set(twins) & set(listed):
+                    longer[layer, logical] = sorted({*listed, *twins})
+    if not longer:
+        return of_logical
+    width = max(of_logical.shape[2], *map(len, longer.values()))
+    of_logical = torch.nn.functional.pad(
+        of_logical, (0, width - of_logical.shape[2]), value=-1
+    ).clone()
+    for (layer, logical), listed in longer.items():
+        of_logical[layer, logical] = -1
+        of_logical[layer, logical, : len(listed)] = torch.tensor(listed).to(of_logical)
+    return of_logical
+
+
 def against(seams: Seams) -> list[str]:
-    """Why sglang's order stays in this server; the same on all ranks, if their settings are."""
+    """Why sglang's order stays, as far as this rank knows."""
     try:
         arguments = resolve(seams.arguments)()
     except Exception as error:  # Nobody serves: sglang's tools make maps too.
@@ -120,16 +160,33 @@ def against(seams: Seams) -> list[str]:
         return [f"--load-format {found} brings weights in an order of its own"]
     if getattr(arguments, "weight_cache_mode", "off") != "off":
         return ["another process loads the weights (--weight-cache-mode)"]
+    if getattr(arguments, _SEED, False):
+        return [f"other servers read this one's slots (--{_SEED.replace('_', '-')})"]
     return compat.against_order(seams)
 
 
 def against_hook(seams: Seams) -> list[str]:
-    """The same, for a server whose plugins are loaded."""
-    if reasons := against(seams):
-        return reasons
-    if loaded_hooks.found().get(seams.location_init):
-        return []
-    return [f"{seams.location_init} is not waterfill-rs's after registration"]
+    """Why sglang's order stays, as all ranks agreed when the first map was made."""
+    return _missing(seams) or (_agreed[0] if _agreed else ["no map was made since"])
+
+
+def _missing(seams: Seams) -> list[str]:
+    """The first of the hooks that must all be there, if one is not."""
+    there = loaded_hooks.found()
+    gone = (name for name in (seams.location_init, *seams.slots_out) if not there.get(name))
+    return [f"{name} is not waterfill-rs's after registration" for name in gone][:1]
+
+
+def _agree(seams: Seams) -> list[str]:
+    """Why sglang's order stays on all ranks, if it does: asked at the first map, and the same at every later one.
+
+    Each rank makes its maps by itself. One that has no hook, or is told otherwise, must not have another order.
+    """
+    if not _agreed:
+        reasons, peers = against(seams) or _missing(seams), peers_of_maps(seams)
+        # Without peers it is a tool's process, or a test's: there is nobody else.
+        _agreed.append(peers.agree(reasons, "order", "primaries") if peers else reasons)
+    return _agreed[0]
 
 
 def keep(metadata: Any, tables: ReplicaTables, rank: int) -> None:
@@ -152,21 +209,21 @@ class PrimariesFirst:
 
     @panics_are_errors
     def refuse_slots(self, *_: Any, **__: Any) -> None:
-        """Before sglang writes a rank's slots to files, as they stand.
+        """Before sglang gives a rank's slots away as they stand: to files, or to another server.
 
         Raises:
-            RuntimeError: they stand in our order, which no file says and whoever loads them does not know.
+            RuntimeError: they stand in our order, which whoever loads them does not know.
         """
         if self._has_own_order:
             raise RuntimeError(
-                "the experts of each rank stand in the order of waterfill-rs, and a server that loads these files would take "
+                "the experts of each rank stand in the order of waterfill-rs, and a server that loads these slots would take "
                 "them for others: start this server with --waterfill-rs-replicas sglang, or with a placement by waterfill-rs "
-                "place, and save again"
+                "place, and try again"
             )
 
     @panics_are_errors
     def hook(self, init_raw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """sglang's metadata, of maps in our order. All ranks come to the same one, as of the same arguments.
+        """sglang's metadata, of maps in our order. All ranks agreed on it, and come to the same one of the same maps.
 
         At a rebalance a layer whose captured graphs need primary replicas first, and whose new map cannot have them there,
         gets the map that it has. So sglang moves nothing of it.
@@ -174,10 +231,11 @@ class PrimariesFirst:
         call = inspect.signature(init_raw).bind(*args, **kwargs)
         given = call.arguments
         redundant = given[_MAP].shape[1] - given[_OF_LOGICAL].shape[1]
-        if redundant > 0 and not against(self._seams):
-            maps = arranged(given[_MAP], given[_OF_LOGICAL], given["ep_size"])
-            self._has_own_order |= maps[0] is not given[_MAP]
-            given[_MAP], given[_OF_LOGICAL] = self._with_kept(*maps)
+        if redundant > 0 and not _agree(self._seams):
+            mapping, of_logical = arranged(given[_MAP], given[_OF_LOGICAL], given["ep_size"])
+            self._has_own_order |= mapping is not given[_MAP]
+            of_logical = with_twins(mapping, of_logical, given["ep_size"])
+            given[_MAP], given[_OF_LOGICAL] = self._with_kept(mapping, of_logical)
         return init_raw(*call.args, **call.kwargs)
 
     def _with_kept(self, mapping: Tensor, of_logical: Tensor) -> tuple[Tensor, Tensor]:

@@ -160,6 +160,7 @@ class Replicas:
         if not self._layers:
             return None, [f"sglang's map of {tables.layers} layers has none of this model's"]
         refused = [f"layer {i}: {tables.refused[i]}" for i in self._layers if i in tables.refused]
+        refused = refused or _without_weights(metadata, member)
         return (None, refused) if refused else (tables, [])
 
     def _against(self, member: Member, device: torch.device) -> list[str]:
@@ -221,6 +222,26 @@ def _in_force(seams: Seams) -> Any:
         return found if found.num_physical_experts > found.num_logical_experts else None
     except (AssertionError, AttributeError, ImportError):
         return None
+
+
+def _without_weights(metadata: Any, member: Member) -> list[str]:
+    """The first of this rank's slots that sglang loads no weights into: of several replicas on a rank it may list one.
+
+    ``primaries_first.with_twins`` lists all, where the hook is in place.
+    """
+    mapping: torch.Tensor = metadata.physical_to_logical_map_cpu
+    each = member.experts // member.ranks
+    own = torch.arange(member.rank * each, (member.rank + 1) * each)
+    logical = mapping[:, own].long()
+    listed = metadata.logical_to_all_physical_map.cpu()[
+        torch.arange(len(mapping))[:, None], logical
+    ]
+    missing = (~(listed == own[:, None]).any(dim=2)).nonzero().tolist()
+    return [
+        f"expert {int(logical[layer, slot])} stands twice on rank {member.rank} in layer {layer}, and sglang loads the weights "
+        "of one of them: make a placement with waterfill-rs place"
+        for layer, slot in missing[:1]
+    ]
 
 
 def _against_map(logical: torch.Tensor, device: torch.device) -> list[str]:
