@@ -214,6 +214,9 @@ impl Planner {
     /// Replicas are chosen by rows, and from [`Routed::Reduced`] counts: counts per expert are reduced first. The cost model
     /// is asked for the shared rows alone.
     ///
+    /// An expert without a replica on an eligible rank stays as routed. Reduced counts do not tell how it was routed: from them
+    /// its rows are divided evenly over its replicas, in [`Plan::replica_rows`] and in the costs of their ranks.
+    ///
     /// # Errors
     /// As [`joint`](Self::joint).
     pub fn replicas(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
@@ -234,9 +237,12 @@ impl Planner {
         }
         self.counts = counts;
         reduced?;
-        let of_jobs = problem.placement.replicas().iter().map(|&replica| replica as usize);
         let chosen = std::mem::replace(&mut plan.replica_rows, rows.to_vec());
-        of_jobs.for_each(|replica| plan.replica_rows[replica] = chosen[replica]);
+        let may_move =
+            |replicas: &&[u32]| replicas.iter().any(|&replica| problem.may_take(replica));
+        for &replica in problem.placement.jobs().filter(may_move).flatten() {
+            plan.replica_rows[replica as usize] = chosen[replica as usize];
+        }
         problem.base_costs(rows, &mut plan.start_costs);
         problem.base_costs(&plan.replica_rows, &mut self.bases);
         self.place_shared(problem, plan);

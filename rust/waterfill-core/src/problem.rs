@@ -34,7 +34,8 @@ pub struct Problem<'a> {
     pub visits: Option<&'a [u32]>,
     /// `[R]` ranks that may take shared rows, and in a joint plan rows of replicated experts; all when
     /// absent. A rank of which nothing is known must be left out here: its missing counts would make it
-    /// look empty. A replicated expert without a replica on an eligible rank keeps its rows as routed.
+    /// look empty. A replicated expert without a replica on an eligible rank keeps its rows as the plan starts: as routed,
+    /// or of [`Routed::Reduced`] counts divided evenly over all its replicas.
     pub eligible: Option<&'a [bool]>,
 }
 
@@ -46,6 +47,11 @@ impl Problem<'_> {
 
     pub(crate) fn is_eligible(&self, rank: usize) -> bool {
         self.eligible.is_none_or(|eligible| eligible[rank])
+    }
+
+    /// Whether a replica is on an eligible rank.
+    pub(crate) fn may_take(&self, replica: u32) -> bool {
+        self.is_eligible(self.placement.rank_of_known(replica as usize))
     }
 
     pub(crate) fn is_everyone_eligible(&self) -> bool {
@@ -139,13 +145,11 @@ impl Problem<'_> {
 
     /// Over the eligible replicas, or all if none is; the first ones take one row more where some are left.
     fn divide_evenly(&self, replicas: &[u32], rows: u32, replica_rows: &mut [u32]) {
-        let may_take =
-            |replica: u32| self.is_eligible(self.placement.rank_of_known(replica as usize));
-        let eligible = replicas.iter().filter(|&&replica| may_take(replica)).count();
+        let eligible = replicas.iter().filter(|&&replica| self.may_take(replica)).count();
         let all = eligible == 0;
         let takers = if all { replicas.len() } else { eligible } as u32;
         let (each, mut left) = (rows / takers, rows % takers);
-        for &replica in replicas.iter().filter(|&&replica| all || may_take(replica)) {
+        for &replica in replicas.iter().filter(|&&replica| all || self.may_take(replica)) {
             let one_more = left.min(1);
             left -= one_more;
             replica_rows[replica as usize] = each + one_more;

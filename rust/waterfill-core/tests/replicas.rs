@@ -175,7 +175,7 @@ fn counted(
 #[test]
 fn counts_per_expert_and_reduced_ones_give_one_plan() {
     let (mut random, mut planner) = (Random(9), Planner::new());
-    let (mut per_expert, mut reduced_plan) = (Plan::new(), Plan::new());
+    let (mut per_expert, mut reduced_plan, mut kept) = (Plan::new(), Plan::new(), 0);
     for _ in 0..2000 {
         let most = 4 << random.below(12);
         let (layer, routed, reduced) = counted(&mut random, |random| random.below(most) as u32);
@@ -187,17 +187,51 @@ fn counts_per_expert_and_reduced_ones_give_one_plan() {
         planner.replicas(&problem, &mut per_expert).unwrap();
         let problem = Problem { routed: Routed::Reduced(&reduced), ..problem };
         planner.replicas(&problem, &mut reduced_plan).unwrap();
-        assert_eq!(per_expert.optimum(), reduced_plan.optimum());
-        assert_eq!(per_expert.routed_costs(), reduced_plan.routed_costs());
-        assert_eq!(per_expert.transfers(), reduced_plan.transfers());
+        let may_take = |&p: &u32| eligible[placement.rank_of(p as usize)];
+        let can_move: Vec<bool> =
+            placement.jobs().map(|replicas| replicas.iter().any(may_take)).collect();
         for (physical, &rows) in routed.iter().enumerate() {
             let (all, of_jobs) = (per_expert.replica_rows(), reduced_plan.replica_rows());
             match layer.table.job_of(physical) {
-                Some(_) => assert_eq!(all[physical], of_jobs[physical]),
+                Some(job) if can_move[job] => assert_eq!(all[physical], of_jobs[physical]),
+                Some(_) => assert_eq!(all[physical], rows),
                 None => assert_eq!((all[physical], of_jobs[physical]), (rows, 0)),
             }
         }
+        let of_eligible = |plan: &Plan| {
+            let costs = plan.routed_costs().iter().zip(&eligible);
+            costs.filter(|&(_, &eligible)| eligible).map(|(&cost, _)| cost).collect::<Vec<_>>()
+        };
+        assert_eq!(of_eligible(&per_expert), of_eligible(&reduced_plan));
+        if can_move.contains(&false) {
+            kept += 1;
+            continue;
+        }
+        assert_eq!(per_expert.optimum(), reduced_plan.optimum());
+        assert_eq!(per_expert.routed_costs(), reduced_plan.routed_costs());
+        assert_eq!(per_expert.transfers(), reduced_plan.transfers());
     }
+    assert!((100..1000).contains(&kept), "{kept}");
+}
+
+#[test]
+fn experts_that_no_eligible_rank_has_stay_as_routed() {
+    // Expert 0 twice on rank 0, and expert 1 on ranks 0 and 1: neither may move where rank 2 alone is eligible.
+    let table = ReplicaTable::new(3, &[0, 0, 1, 1, 2, 3, 4, 4, 5]).unwrap();
+    let (placement, routed, tokens) = (table.placement(), [10, 0, 7, 2, 1, 1, 5, 0, 3], [0; 3]);
+    let eligible = Some(&[false, false, true][..]);
+    let problem = Problem { eligible, ..problem(placement, &routed, &tokens) };
+    let mut plan = Plan::new();
+    for plan_of in [Planner::joint, Planner::single_replica, Planner::replicas] {
+        plan_of(&mut Planner::new(), &problem, &mut plan).unwrap();
+        assert_eq!(plan.replica_rows(), routed);
+        assert_eq!((plan.start_costs(), plan.routed_costs()), (&[17, 4, 8][..], &[17, 4, 8][..]));
+    }
+    let mut reduced = ReplicaCounts::new();
+    reduced.reduce(placement, &routed).unwrap();
+    let problem = Problem { routed: Routed::Reduced(&reduced), ..problem };
+    Planner::new().replicas(&problem, &mut plan).unwrap();
+    assert_eq!(plan.replica_rows(), [5, 5, 5, 4, 0, 0, 5, 0, 0], "nothing tells how they were");
 }
 
 #[test]
