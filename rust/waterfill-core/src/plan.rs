@@ -99,7 +99,7 @@ pub struct Planner {
     splitter: Splitter,
     chooser: Chooser,
     sweeps: Sweeps,
-    /// What [`replicas`](Self::replicas) compares with: `[P]` rows and `[R]` costs.
+    /// What [`replicas`](Self::replicas) compares with, or copies from: `[P]` rows and `[R]` costs.
     other_rows: Vec<u32>,
     other_bases: Vec<u64>,
     /// What it plans from, where counts per expert were given.
@@ -237,7 +237,10 @@ impl Planner {
         }
         self.counts = counts;
         reduced?;
-        let chosen = std::mem::replace(&mut plan.replica_rows, rows.to_vec());
+        let chosen = &mut self.other_rows;
+        std::mem::swap(&mut plan.replica_rows, chosen);
+        plan.replica_rows.clear();
+        plan.replica_rows.extend_from_slice(rows);
         let may_move =
             |replicas: &&[u32]| replicas.iter().any(|&replica| problem.may_take(replica));
         for &replica in problem.placement.jobs().filter(may_move).flatten() {

@@ -5,7 +5,7 @@ use std::cell::Cell;
 
 use waterfill_core::{
     Assigner, CostModel, Error, Expander, OwnCounts, OwnPlanner, Placement, Plan, Planner, Problem,
-    Roofline, Routed, Rows, RowsMut, Table, count,
+    ReplicaCounts, ReplicaQuotas, ReplicaTable, Roofline, Routed, Rows, RowsMut, Table, count,
 };
 
 thread_local! {
@@ -38,15 +38,18 @@ fn allocations(call: impl FnOnce()) -> u64 {
     ALLOCATIONS.get() - before
 }
 
+/// Two experts a rank; the last expert of each rank is a replica of the next rank's first.
+fn pairs(ranks: usize) -> Vec<u32> {
+    (0..2 * ranks as u32).map(|p| p.div_ceil(2) % ranks as u32).collect()
+}
+
 #[test]
 fn second_calls_allocate_nothing() {
     assert_eq!(allocations(|| drop(std::hint::black_box(vec![1u8]))), 1, "the count counts");
     let roofline = CostModel::Roofline(Roofline::new(20.0, 0.08, 64).unwrap());
     let table = CostModel::Table(Table::new(&[(16, 20.0), (256, 41.0)]).unwrap());
     for ranks in [1, 8, 72] {
-        // Two experts a rank; the last expert of each rank is a replica of the next rank's first.
-        let map: Vec<u32> = (0..2 * ranks as u32).map(|p| p.div_ceil(2) % ranks as u32).collect();
-        let placement = Placement::replicated(ranks, &map).unwrap();
+        let placement = Placement::replicated(ranks, &pairs(ranks)).unwrap();
         let ids: Vec<i32> = (0..600).map(|i| i * i % 37 % (2 * ranks as i32)).collect();
         let (mut counts, mut visits) = (vec![0; 2 * ranks], vec![0; ranks]);
         let tokens = count(&placement, &ids, 6, &mut counts, &mut visits).unwrap();
@@ -93,6 +96,42 @@ fn second_calls_allocate_nothing() {
             };
             layer();
             assert_eq!(allocations(&mut layer), 0, "{ranks} ranks, {cost:?}");
+        }
+    }
+}
+
+#[test]
+fn second_plans_of_replicas_allocate_nothing() {
+    let roofline = CostModel::Roofline(Roofline::new(20.0, 0.08, 64).unwrap());
+    for ranks in [1, 8, 72] {
+        let table = ReplicaTable::new(ranks, &pairs(ranks)).unwrap();
+        let placement = table.placement();
+        let tokens = vec![50; ranks];
+        // Rows that stay together, rows for which both ways are tried, and rows that are split.
+        for most in [20, 600, 9000] {
+            let (mut planner, mut plan) = (Planner::new(), Plan::new());
+            let (mut reduced, mut quotas) = (ReplicaCounts::new(), ReplicaQuotas::new());
+            let rows: Vec<u32> = (0..2 * ranks as u32).map(|i| i * i * most % 37 + most).collect();
+            let mut layer = || {
+                let problem = Problem {
+                    placement,
+                    cost: &roofline,
+                    routed: Routed::PerExpert(&rows),
+                    tokens: &tokens,
+                    visits: None,
+                    eligible: None,
+                };
+                planner.replicas(&problem, &mut plan).unwrap();
+                reduced.reduce(placement, &rows).unwrap();
+                let (cost, routed) = (&CostModel::Rows, Routed::Reduced(&reduced));
+                planner.replicas(&Problem { cost, routed, ..problem }, &mut plan).unwrap();
+                // As many jobs as redundant experts. All rows are of one source.
+                let mut jobs = [0; 72 * 72];
+                jobs[..ranks].copy_from_slice(reduced.jobs());
+                quotas.divide(&table, &jobs[..ranks * ranks], plan.replica_rows()).unwrap();
+            };
+            layer();
+            assert_eq!(allocations(&mut layer), 0, "{ranks} ranks, {most} rows an expert");
         }
     }
 }
