@@ -4,6 +4,7 @@
 mod support;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
@@ -31,7 +32,16 @@ fn shape() -> Shape {
 
 /// Quotas and replica quotas of `rank` in the core's plan, with shared rows or without.
 fn expected(table: &ReplicaTable, call: u64, rank: usize, shared: bool) -> (Vec<u32>, Vec<u32>) {
-    let batches: Vec<Batch> = (0..RANKS).map(|rank| Batch::new(shape(), rank, call)).collect();
+    let batches = [0, 1, 2].map(|rank| Batch::new(shape(), rank, call));
+    expected_of(table, &batches, rank, shared)
+}
+
+fn expected_of(
+    table: &ReplicaTable,
+    batches: &[Batch; RANKS],
+    rank: usize,
+    shared: bool,
+) -> (Vec<u32>, Vec<u32>) {
     let counts: Vec<u32> = batches.iter().flat_map(|batch| batch.counts.clone()).collect();
     let routed: Vec<u32> = (0..12).map(|e| counts.iter().skip(e).step_by(12).sum()).collect();
     let told = |words: &[u32]| if shared { words.to_vec() } else { vec![0; words.len()] };
@@ -321,25 +331,31 @@ fn words_past_the_jobs_and_bits_of_replicas_are_not_taken() {
     planner.set_map(0, Arc::clone(table));
     let mut ports =
         [0, 1, 2].map(|rank| Port::new(Arc::clone(&board), shape(), COST, rank).unwrap());
-    let batches = [0, 1, 2].map(|rank| Batch::new(shape(), rank, 0));
-    for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
-        port.set_table(Some(table)).unwrap();
-        port.post(batch.posted()).unwrap();
-        let start = shape().counts(1, rank);
-        let words = &board.words()[start..];
-        let past = shape().posted_jobs().end - 1;
-        assert_eq!(words[past].load(std::sync::atomic::Ordering::Relaxed), 1 << 32);
-        words[past].store(1 << 32 | u64::from(u32::MAX), std::sync::atomic::Ordering::Relaxed);
-        // Bits past the last expert.
-        let bits = shape().posted_active().start;
-        words[bits].fetch_or(0xffff_f000, std::sync::atomic::Ordering::Relaxed);
-    }
-    assert!(planner.poll());
-    for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
-        let mut quotas = vec![0; RANKS];
-        port.finish(batch.posted(), LONG, &mut quotas).unwrap();
-        let found = (quotas, port.replica_quotas().unwrap().to_vec());
-        assert_eq!(found, expected(table, 0, rank, true));
+    // Those of replicas, and those past the last expert.
+    let no_experts =
+        table.replicas().iter().fold(0xffff_f000, |bits, &replica| bits | 1u64 << replica);
+    for call in 0..40u32 {
+        let mut batches = [0, 1, 2].map(|rank| Batch::new(shape(), rank, call.into()));
+        // So few rows that active experts decide.
+        batches.iter_mut().flat_map(|batch| &mut batch.counts).for_each(|rows| *rows %= 4);
+        for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
+            port.set_table(Some(table)).unwrap();
+            port.post(batch.posted()).unwrap();
+            let start = shape().counts(call + 1, rank);
+            let words = &board.words()[start..];
+            let past = &words[shape().posted_jobs().end - 1];
+            let sequence = u64::from(call + 1) << 32;
+            assert_eq!(past.load(Ordering::Relaxed), sequence);
+            past.store(sequence | u64::from(u32::MAX), Ordering::Relaxed);
+            words[shape().posted_active().start].fetch_or(no_experts, Ordering::Relaxed);
+        }
+        assert!(planner.poll());
+        for (rank, (port, batch)) in ports.iter_mut().zip(&batches).enumerate() {
+            let mut quotas = vec![0; RANKS];
+            port.finish(batch.posted(), LONG, &mut quotas).unwrap();
+            let found = (quotas, port.replica_quotas().unwrap().to_vec());
+            assert_eq!(found, expected_of(table, &batches, rank, true), "call {call}");
+        }
     }
 }
 

@@ -26,6 +26,8 @@ pub struct Placement {
     replicated: Vec<Vec<(u32, u32)>>,
     /// `[P]` the rank of each physical expert: plans ask so often that a division would be felt.
     ranks_of: Vec<u16>,
+    /// `[ceil(P / 32)]` bit `p % 32` of word `p / 32`: physical expert `p` is a replica of a job.
+    replica_bits: Vec<u32>,
     /// `[P + 1]` the bit of each physical expert's rank in its word of 64 ranks; the last is of no expert.
     rank_bits: Vec<u64>,
 }
@@ -45,6 +47,7 @@ impl Placement {
             replicas: Vec::new(),
             replicated: vec![Vec::new(); ranks],
             ranks_of: ranks_of(ranks, experts_per_rank),
+            replica_bits: replica_bits(physical_experts, &[]),
             rank_bits: rank_bits(ranks, experts_per_rank),
         })
     }
@@ -69,6 +72,7 @@ impl Placement {
             experts_per_rank,
             logical_experts,
             replicated: replicated(ranks, experts_per_rank, &jobs),
+            replica_bits: replica_bits(physical_experts, &replicas),
             first,
             replicas,
             ranks_of: ranks_of(ranks, experts_per_rank),
@@ -138,6 +142,11 @@ impl Placement {
         &self.replicas
     }
 
+    /// `[ceil(P / 32)]` bit `p % 32` of word `p / 32`: physical expert `p` is a replica of a job.
+    pub(crate) fn replica_bits(&self) -> &[u32] {
+        &self.replica_bits
+    }
+
     /// The physical replicas of the replicated expert at place `job` of [`jobs`](Self::jobs).
     pub(crate) fn replicas_of(&self, job: u32) -> &[u32] {
         let job = job as usize;
@@ -166,6 +175,14 @@ fn experts_per_rank(ranks: usize, physical_experts: usize) -> Result<usize> {
 
 fn ranks_of(ranks: usize, experts_per_rank: usize) -> Vec<u16> {
     (0..ranks as u16).flat_map(|rank| std::iter::repeat_n(rank, experts_per_rank)).collect()
+}
+
+fn replica_bits(physical_experts: usize, replicas: &[u32]) -> Vec<u32> {
+    let mut bits = vec![0; physical_experts.div_ceil(u32::BITS as usize)];
+    for &replica in replicas {
+        bits[(replica / u32::BITS) as usize] |= 1 << (replica % u32::BITS);
+    }
+    bits
 }
 
 fn rank_bits(ranks: usize, experts_per_rank: usize) -> Vec<u64> {

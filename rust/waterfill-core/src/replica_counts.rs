@@ -51,7 +51,7 @@ impl ReplicaCounts {
         physical_experts.div_ceil(BITS)
     }
 
-    /// The active experts of `rank` that belong to no job.
+    /// The active experts of `rank` that belong to no job, whatever the bits of those that do.
     #[must_use]
     pub(crate) fn active_on(&self, placement: &Placement, rank: usize) -> u64 {
         let experts = placement.experts_per_rank();
@@ -59,11 +59,12 @@ impl ReplicaCounts {
         // Bit 31 stands for all up to it.
         let below = |bits: usize| (1u64 << bits) - 1;
         let (first, last) = (start / BITS, (end - 1) / BITS);
-        let words = self.active[first..=last].iter().zip(first..);
-        let count = |(&word, index): (&u32, usize)| {
+        let replicas = &placement.replica_bits()[first..=last];
+        let words = self.active[first..=last].iter().zip(replicas).zip(first..);
+        let count = |((&word, &replicas), index): ((&u32, &u32), usize)| {
             let from = start.saturating_sub(index * BITS);
             let until = (end - index * BITS).min(BITS);
-            (u64::from(word) & below(until) & !below(from)).count_ones()
+            (u64::from(word & !replicas) & below(until) & !below(from)).count_ones()
         };
         words.map(count).sum::<u32>().into()
     }
@@ -150,11 +151,19 @@ mod tests {
                 (0..physical)
                     .filter(move |&p| placement_of(p, physical, ranks) == rank && !of_job(p))
             };
+            // Bits of replicas, which whoever posts may have set.
+            let mut all = reduced.clone();
+            let mut of_replicas = vec![0; ReplicaCounts::active_words(physical)];
+            for p in (0..physical).filter(|&p| of_job(p)) {
+                of_replicas[p / 32] |= 1 << (p % 32);
+            }
+            all.add(&[], &[], &of_replicas);
             for rank in 0..ranks {
                 let rows: u32 = others(rank).map(|p| counts[p]).sum();
                 assert_eq!(reduced.loads()[rank], rows);
                 let active = others(rank).filter(|&p| counts[p] > 0).count() as u64;
                 assert_eq!(reduced.active_on(&placement, rank), active);
+                assert_eq!(all.active_on(&placement, rank), active, "bits of replicas count");
             }
             for (p, &rows) in counts.iter().enumerate() {
                 let bit = reduced.active()[p / 32] >> (p % 32) & 1;
