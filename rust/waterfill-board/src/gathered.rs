@@ -94,10 +94,13 @@ impl Gathered {
                 &self.active[of_rank(words)],
             );
         }
-        if !known {
-            let rows: u64 = self.jobs.iter().map(|&rows| u64::from(rows)).sum();
-            let each = u32::try_from(rows / ranks as u64).unwrap_or(u32::MAX);
-            all.add(&vec![each; ranks], &[], &[]); // Seldom: while a map is renewed.
+        if known {
+            return;
+        }
+        let rows: u64 = self.jobs.iter().map(|&rows| u64::from(rows)).sum();
+        // None in any call of a layer without a map. Some while a map is renewed, which is seldom.
+        if rows > 0 {
+            all.add_to_each_rank(u32::try_from(rows / ranks as u64).unwrap_or(u32::MAX));
         }
     }
 }

@@ -121,6 +121,11 @@ impl ReplicaCounts {
         self.jobs.iter_mut().zip(jobs).for_each(add);
         self.active.iter_mut().zip(active).for_each(|(all, &bits)| *all |= bits);
     }
+
+    /// Add so many rows to those of each rank.
+    pub fn add_to_each_rank(&mut self, rows: u32) {
+        self.loads.iter_mut().for_each(|load| *load = load.saturating_add(rows));
+    }
 }
 
 fn clamped(rows: u64) -> u32 {
@@ -197,6 +202,8 @@ mod tests {
             (all.loads(), all.jobs(), all.active()),
             (&[u32::MAX, 1][..], &[u32::MAX][..], &[6][..])
         );
+        all.add_to_each_rank(3);
+        assert_eq!((all.loads(), all.jobs()), (&[u32::MAX, 4][..], &[u32::MAX][..]));
     }
 
     #[test]
