@@ -95,7 +95,8 @@ __device__ __forceinline__ void sum_experts(const Args &args, const Table &table
 }
 
 // The word at `i` of those that a rank posts.
-__device__ __forceinline__ u32 posted_word(const Args &args, const Table &table, const Shared &s, const Block &b, const Replicas &r, u32 i) {
+__device__ __forceinline__ u32 posted_word(const Args &args, const Table &table, const Shared &s, const Block &b,
+                                           const Replicas &r, u32 i) {
     if (i == 0) return all_tokens(b);
     if (i < LOADS_AT) return s.all_visits[i - VISITS_AT];
     if (i < JOBS_AT) return s.all_loads[i - LOADS_AT];
@@ -104,7 +105,8 @@ __device__ __forceinline__ u32 posted_word(const Args &args, const Table &table,
 }
 
 // What others are to know of this call, by the first block, all threads of it: `post_counts`, where experts are redundant.
-__device__ __forceinline__ void post_replicas(const Args &args, const Table &table, const Shared &s, const Block &b, Replicas &r) {
+__device__ __forceinline__ void post_replicas(const Args &args, const Table &table, const Shared &s, const Block &b,
+                                              Replicas &r) {
     u32 count = replica_posted(args);
     bool posts_all = mode_of(args) == LIVE && args.words;
     if (posts_all) post_all<replica_posted>(args, b.sequence, b.waits);
@@ -120,7 +122,8 @@ __device__ __forceinline__ void post_replicas(const Args &args, const Table &tab
         else store_word(words + i, sequence, value);
     }
     // As `post_waits`.
-    if (mode_of(args) == LIVE && is_waiting_warp() && lane() == args.rank % WARP) store_word(words + count, sequence, waits);  // DEFECT(replica-post-waits)
+    if (mode_of(args) == LIVE && is_waiting_warp() && lane() == args.rank % WARP)
+        store_word(words + count, sequence, waits);  // DEFECT(replica-post-waits)
 }
 
 // Rows of each job, by warp's rows: [rows_per_block / WARP, REDUNDANT].
