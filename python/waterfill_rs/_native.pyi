@@ -379,6 +379,9 @@ class ReplicaTable:
         each slot or -1.
         """
     @staticmethod
+    def words_of(physical_experts: int, redundant: int) -> int:
+        """How many numbers ``words`` has, whatever the map: ``2 + P + redundant + 1 + 2 * redundant``."""
+    @staticmethod
     def words_without(physical_experts: int, redundant: int) -> list[int]:
         """The same of a layer without replicas: fingerprint 0, no job."""
 

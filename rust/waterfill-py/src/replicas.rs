@@ -68,6 +68,12 @@ impl PyReplicaTable {
         signed(self.inner.words())
     }
 
+    /// How many numbers `words` has, whatever the map.
+    #[staticmethod]
+    fn words_of(physical_experts: usize, redundant: usize) -> usize {
+        ReplicaTable::words_of(physical_experts, redundant)
+    }
+
     /// The same of a layer without replicas.
     #[staticmethod]
     fn words_without(physical_experts: usize, redundant: usize) -> Vec<i32> {
