@@ -25,7 +25,7 @@ Outputs = list[list[np.ndarray]]
 """By rank and forward, float32 ``[layers, rows, hidden]``. The first forward is a prefill, and the others decode."""
 KINDS = ("prefill", "decode")
 HEAD = (
-    "| phase | mode | placement | forwards | rows | rebalances | to off: median, largest | equal bit for bit "
+    "| phase | mode | placement | forwards | rows | changes of the map | to off: median, largest | equal bit for bit "
     "| to itself: median, largest | with other experts: smallest |"
 )
 
@@ -56,6 +56,13 @@ def _ask_one(
 
     first, second = round_of(0), round_of(0)
     if first is None or second is None:
+        return
+    if _shapes(first[0]) != _shapes(second[0]) or (
+        phase.off_layers and _shapes(first[0]) != _shapes(phase.off_layers)
+    ):
+        print(
+            f"engine {plan.name}: its forwards are others than off's, so its layers are not compared"
+        )
         return
     entry: dict[str, Any] = {"rebalances": first[1] + second[1]}
     if who[0] == "off":
@@ -88,6 +95,9 @@ def _round(
     if result is None:
         return None
     ranks = result["ranks"]
+    if any("layers_file" not in own for own in ranks):
+        print(f"engine {plan.name}: a rank ran no forward, so its layers are not compared")
+        return None
     return [_read(Path(own["layers_file"])) for own in ranks], ranks[0]["rebalances"]
 
 
@@ -97,6 +107,10 @@ def _read(path: Path) -> list[np.ndarray]:
         found = [content[name] for name in sorted(content.files, key=int)]
     path.unlink()
     return found
+
+
+def _shapes(outputs: Outputs) -> list[list[tuple[int, ...]]]:
+    return [[forward.shape for forward in own] for own in outputs]
 
 
 def compared(reference: Outputs, other: Outputs) -> dict[str, dict[str, Any]]:
@@ -126,7 +140,7 @@ def _pairs(
     reference: Outputs, other: Outputs, kind: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for of_reference, of_other in zip(reference, other, strict=True):
-        shapes = [[forward.shape for forward in of] for of in (of_reference, of_other)]
+        shapes = _shapes([of_reference, of_other])
         if shapes[0] != shapes[1]:
             raise ValueError(f"forwards of shapes {shapes[0]} and {shapes[1]} cannot be compared")
         split = slice(0, 1) if kind == "prefill" else slice(1, None)
