@@ -96,7 +96,7 @@ class Expander:
             redundant=redundant,
         )
         self.experts, self.redundant = physical_experts, redundant
-        self._table_words = len(_native.ReplicaTable.words_without(physical_experts, redundant))
+        self._table_words = _native.ReplicaTable.words_of(physical_experts, redundant)
         self._launch = self._runner.unsafe_launch_ptr
         self._move_up = self._runner.unsafe_move_up_ptr
         self._choose = self._runner.unsafe_choose_replicas_ptr

@@ -33,7 +33,7 @@ class DeviceExchange:
     capture of a graph. With ``board`` (of ``ranks`` experts: loads a rank) plans are from live counts; without,
     from own ones.
 
-    With ``replicas`` the board has counts per expert, and each call first chooses replicas, by one launch more where
+    With ``replicas`` the board has rows of replicated experts and loads of the rest, and each call first chooses replicas, by one launch more where
     shared rows are routed. That launch then has the exchange in it.
 
     Args:
