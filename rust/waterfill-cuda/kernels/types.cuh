@@ -123,8 +123,8 @@ struct Shared {
     // Of `Zeros`. One block's loads, visits and bids are all, and it has none before it.
     u32 *loads, *visits, *bids, *all_loads, *all_visits, *granted_before, *all_bids, *bids_before;
     u8 *table;     // [ROUNDS, ENTRIES, table_stride] bids by destination and warp's rows; in the end [0, NO_RANK] has the pending
-    u32 *counts;   // [experts + 1] rows routed to each expert, where the board has counts an expert. `choose_replicas` has them too,
-                   // but its board does not: there the bits of active experts follow them, see `active_words`.
+    u32 *counts;   // [experts + 1] rows routed to each expert, where the board has counts an expert. The choice of replicas has
+                   // them too, but its board does not: there the bits of active experts follow them, see `active_words`.
     // Of `PerRank`.
     u32 *allowed, *until;
     Quotas *quotas;
