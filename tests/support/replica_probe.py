@@ -52,6 +52,7 @@ class ReplicaProbe:
         given = {name: value for name, value in known.items() if name in takes}
         with self.arguments(**{self.seams.switch: False}):
             assert torch.equal(init(**given).physical_to_logical_map, mapping)
+        primaries_first._agreed.clear()  # As in another server.
         with self.arguments(**{self.seams.switch: True}):
             made, against = init(**given), primaries_first.against_hook(self.seams)
         if not self.seams.redundant:
@@ -115,7 +116,8 @@ class ReplicaProbe:
         from sglang.srt.eplb.expert_location import ExpertLocationMetadata
 
         logical, physical = self.sizes
-        of_all = self.torch.full((LAYERS, logical, physical), -1)
+        # More than there are: whatever the map is, all are listed.
+        of_all = self.torch.arange(physical).repeat(LAYERS, logical, 1)
         fields = {
             "physical_to_logical_map": mapping.clone(),
             "physical_to_logical_map_cpu": mapping.clone(),
