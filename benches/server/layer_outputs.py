@@ -57,9 +57,9 @@ def _ask_one(
     first, second = round_of(0), round_of(0)
     if first is None or second is None:
         return
-    if _shapes(first[0]) != _shapes(second[0]) or (
-        phase.off_layers and _shapes(first[0]) != _shapes(phase.off_layers)
-    ):
+    other = round_of(OTHER_BASE) if who[0] == "off" else None
+    asked = [phase.off_layers or first[0], first[0], second[0], *([other[0]] if other else [])]
+    if any(_shapes(one) != _shapes(asked[0]) for one in asked):
         print(
             f"engine {plan.name}: its forwards are others than off's, so its layers are not compared"
         )
@@ -67,7 +67,6 @@ def _ask_one(
     entry: dict[str, Any] = {"rebalances": first[1] + second[1]}
     if who[0] == "off":
         phase.off_layers = first[0]
-        other = round_of(OTHER_BASE)
         entry["other_experts"] = compared(first[0], other[0]) if other else None
     else:
         entry["to_off"] = compared(phase.off_layers, first[0])

@@ -33,8 +33,8 @@ class DeviceExchange:
     capture of a graph. With ``board`` (of ``ranks`` experts: loads a rank) plans are from live counts; without,
     from own ones.
 
-    With ``replicas`` the board has rows of replicated experts and loads of the rest, and each call first chooses replicas, by one launch more where
-    shared rows are routed. That launch then has the exchange in it.
+    With ``replicas`` the board has rows of replicated experts and loads of the rest, and each call first chooses replicas,
+    by one launch more where shared rows are routed. That launch then has the exchange in it.
 
     Args:
         replicas: tables on the device, with as many redundant experts as the board has.
