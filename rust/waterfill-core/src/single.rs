@@ -84,10 +84,8 @@ impl Chooser {
     fn take_off(&mut self, problem: &Problem, replica_rows: &mut [u32]) {
         let placement = problem.placement;
         self.rows.clear();
-        let may_take =
-            |&replica: &u32| problem.is_eligible(placement.rank_of_known(replica as usize));
         self.rows.extend(placement.jobs().map(|replicas| {
-            if !replicas.iter().any(may_take) {
+            if !replicas.iter().any(|&replica| problem.may_take(replica)) {
                 return 0;
             }
             let all = replicas.iter().map(|&r| std::mem::take(&mut replica_rows[r as usize]));
@@ -104,7 +102,7 @@ impl Chooser {
         self.chosen.clear();
         self.chosen.resize(placement.physical_experts(), 0);
         for (replicas, &rows) in placement.jobs().zip(&self.rows).filter(|&(_, &rows)| rows > 0) {
-            let eligible = replicas.iter().filter(|&&r| problem.is_eligible(rank_of(r)));
+            let eligible = replicas.iter().filter(|&&replica| problem.may_take(replica));
             let best = eligible.min_by_key(|&&r| (self.active[rank_of(r)], bases[rank_of(r)]));
             if let Some(&best) = best {
                 self.chosen[best as usize] = 1;
