@@ -32,7 +32,8 @@ fn shape() -> Shape {
     Shape::new(RANKS, 16).unwrap()
 }
 
-/// One test with busy processes at a time: together they would want more cores than there are.
+/// One test that forks at a time. Together their busy processes would want more cores than there are, and the
+/// child of one test's fork has copies of the locks of the others' ends, so that who left still looks here.
 fn alone() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -282,6 +283,7 @@ fn from_a_peers_death_to_the_first_call_that_does_not_wait_it_takes_milliseconds
 
 #[test]
 fn who_is_gone_is_seen_from_everywhere_and_a_stopped_one_lives() {
+    let _alone = alone();
     let name = name("presence");
     let board = Segment::create(&name, pair(), RUN).unwrap();
     let observer = Observer::attach(board.path()).unwrap();
@@ -321,6 +323,7 @@ fn who_is_gone_is_seen_from_everywhere_and_a_stopped_one_lives() {
 
 #[test]
 fn who_cannot_be_watched_is_not_taken_for_gone() {
+    let _alone = alone();
     let name = name("unwatched");
     let board = Segment::create(&name, pair(), RUN).unwrap();
     let child = fork(|| {
