@@ -20,7 +20,8 @@ import synthetic_routing
 import torch
 
 import waterfill_rs
-from waterfill_rs.replay import place, placements, primaries
+from waterfill_rs.placement import place, primaries
+from waterfill_rs.replay import placements
 
 SHAPES = ((8, 32), (16, 32), (32, 32), (32, 64), (64, 64))
 """EP size and redundant experts."""

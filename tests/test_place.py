@@ -14,7 +14,8 @@ import synthetic_routing
 from test_replay import EXPERTS, LAYERS, RANKS, dump
 
 from waterfill_rs.cli import main
-from waterfill_rs.replay import place, placements, primaries
+from waterfill_rs.placement import place, primaries
+from waterfill_rs.replay import placements
 
 ROWS = 1_000_000
 

@@ -8,11 +8,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed: make test i
 
 from waterfill_rs import CostModel
 from waterfill_rs.cli import main
+from waterfill_rs.placement import place
+from waterfill_rs.placement.trivial import is_trivial
 from waterfill_rs.policies import live_replicas
 from waterfill_rs.policies.comparison import Layer, compare
 from waterfill_rs.policies.routed_rows import RoutedRows, measure, print_routed_rows, trap
-from waterfill_rs.replay import place, placements
-from waterfill_rs.trivial_placement import is_trivial
+from waterfill_rs.replay import placements
 
 ROWS = CostModel.rows()
 RANKS = 4

@@ -14,7 +14,7 @@ from server.figures import Mode, Sent
 from server.modes import Placed
 from server.switch import Switch
 
-from waterfill_rs.replay import place
+from waterfill_rs.placement import place
 
 EXPERTS, RANKS = 8, 2
 

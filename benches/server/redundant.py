@@ -96,7 +96,8 @@ def check(asked: Asked, experts: int, ranks: int) -> None:
     Raises:
         ValueError: experts that do not divide over the ranks, naming what would.
     """
-    from waterfill_rs.replay import place, placements
+    from waterfill_rs.placement import place
+    from waterfill_rs.replay import placements
 
     for number in asked.numbers:
         placements.check_divides(experts, "logical", ranks, number)
@@ -111,7 +112,8 @@ def mapping(name: str, recording: Recording, redundant: int) -> Map:
     """
     import torch
 
-    from waterfill_rs.replay import place, placements
+    from waterfill_rs.placement import place
+    from waterfill_rs.replay import placements
 
     other = recording.other
     if name == "trivial":

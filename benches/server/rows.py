@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 import waterfill_rs
+from waterfill_rs.placement import place
 from waterfill_rs.policies.comparison import Batch, Layer, compare
-from waterfill_rs.replay import place, sglang_waterfill
+from waterfill_rs.replay import sglang_waterfill
 
 Policy = Literal["joint", "single_replica"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from waterfill_rs.operate.checks import Finding
-from waterfill_rs.trivial_placement import TRIVIAL, is_trivial
+from waterfill_rs.placement.trivial import TRIVIAL, is_trivial
 
 __all__ = ["placement", "running", "value_of"]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs import outputs
+from waterfill_rs.placement.trivial import is_trivial
 from waterfill_rs.policies import picture, report, routed_rows, summary, verdict
 from waterfill_rs.policies.comparison import POLICIES, Layer, Result, compare
 from waterfill_rs.policies.report import Compared
 from waterfill_rs.policies.routed_rows import RoutedRows
 from waterfill_rs.replay import cost_models, page
-from waterfill_rs.trivial_placement import is_trivial
 
 if TYPE_CHECKING:
     from waterfill_rs.replay.dumps import Counts, Tokens

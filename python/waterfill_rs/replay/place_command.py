@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from waterfill_rs import outputs
-from waterfill_rs.replay import place, primaries
+from waterfill_rs.placement import place, primaries
 from waterfill_rs.replay.command import given_path
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from waterfill_rs._native import MAX_RANKS
-from waterfill_rs.replay import place, whole_numbers
+from waterfill_rs.placement import place
+from waterfill_rs.replay import whole_numbers
 
 __all__ = ["DoesNotDivideError", "check_divides", "checked", "placed", "trivial"]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from waterfill_rs.replay import dump_files, dumps, place, placements
+from waterfill_rs.placement import place
+from waterfill_rs.replay import dump_files, dumps, placements
 from waterfill_rs.replay.dumps import Counts, Tokens
 
 __all__ = ["Places", "logical_sums"]

@@ -18,12 +18,12 @@ from torch import Tensor
 from waterfill_rs import _native
 from waterfill_rs.config import REPLICAS_VARIABLE, Config
 from waterfill_rs.exchange.replicas import ReplicaTables
+from waterfill_rs.placement.trivial import is_trivial
 from waterfill_rs.sglang import compat, loaded_hooks
 from waterfill_rs.sglang.compat import resolve
 from waterfill_rs.sglang.panics import panics_are_errors
 from waterfill_rs.sglang.peers import peers_of_maps
 from waterfill_rs.sglang_versions import Seams
-from waterfill_rs.trivial_placement import is_trivial
 
 __all__ = [
     "PrimariesFirst",

@@ -6,8 +6,8 @@ import functools
 import logging
 from typing import Any
 
+from waterfill_rs.placement.trivial import is_trivial
 from waterfill_rs.sglang.compat import resolve
-from waterfill_rs.trivial_placement import is_trivial
 
 __all__ = ["tell"]
 

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from itertools import product
 
 import waterfill_rs
-from waterfill_rs.replay import primaries
+from waterfill_rs.placement import primaries
 
 __all__ = ["check", "even", "joint", "place", "resampled", "scaled"]
 
