@@ -73,6 +73,11 @@ class Seams:
         return f"{self.expert_location}.ExpertLocationMetadata._init_raw"
 
     @property
+    def location_by_eplb(self) -> str:
+        """The function that makes a map by EPLB from counts: at start of a file, and at each rebalance."""
+        return f"{self.expert_location}.ExpertLocationMetadata.init_by_eplb"
+
+    @property
     def slots_out(self) -> tuple[str, ...]:
         """The functions that give a rank's parameters away as they stand: to files, to a store, to another server."""
         loaders = ("ShardedStateLoader", "RemoteModelLoader")

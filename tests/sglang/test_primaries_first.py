@@ -12,6 +12,7 @@ from inside import RANK, RANKS
 
 from waterfill_rs import _native
 from waterfill_rs.exchange.replicas import ReplicaTables
+from waterfill_rs.placement.repair import repaired
 from waterfill_rs.sglang import compat, primaries_first
 from waterfill_rs.sglang.primaries_first import arranged, ordered
 
@@ -156,18 +157,24 @@ def server(sglang, monkeypatch):
         return made
 
     with sglang.moe.override(moe_a2a_backend="deepep", ep_dispatch_algorithm="static"):
-        yield types.SimpleNamespace(given=given, metadata=metadata, in_force=in_force)
+        yield types.SimpleNamespace(
+            given=given, metadata=metadata, in_force=in_force, common=common
+        )
 
 
 def by_mapping(server, maps):
     return server.metadata.init_by_mapping(None, maps.clone(), moe_ep_rank=RANK)
 
 
+def counts(seed, layers=LAYERS, logical=LOGICAL, most=6):
+    """``[layers, L]``"""
+    draws = torch.Generator().manual_seed(seed)
+    return (torch.rand((layers, logical), generator=draws) * most).exp().long().tolist()
+
+
 def by_eplb(server, seed, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: RANK)
-    draws = torch.Generator().manual_seed(seed)
-    counts = (torch.rand((LAYERS, LOGICAL), generator=draws) * 6).exp().long()
-    return server.metadata.init_by_eplb(None, counts)
+    return server.metadata.init_by_eplb(None, torch.tensor(counts(seed)))
 
 
 def is_consistent(made):
@@ -213,10 +220,11 @@ def test_eplbs_placement_has_them_first(server, monkeypatch):
     primaries_first._agreed.clear()
     made = by_eplb(server, 1, monkeypatch)
     assert is_consistent(made)
-    assert made.physical_to_logical_map.tolist() == [
-        ordered(row, RANKS) for row in theirs.physical_to_logical_map.tolist()
-    ]
-    assert firsts(theirs) == [None] * LAYERS and firsts(made).count(FIRST) == 2, "one does not fit"
+    rows = theirs.physical_to_logical_map.tolist()
+    fitting = [repaired(row, of, RANKS, RANKS) for row, of in zip(rows, counts(1), strict=True)]
+    assert [one != row for one, row in zip(fitting, rows, strict=True)].count(True) == 1
+    assert made.physical_to_logical_map.tolist() == [ordered(row, RANKS) for row in fitting]
+    assert firsts(theirs) == [None] * LAYERS and firsts(made) == [FIRST] * LAYERS
 
 
 def test_the_trivial_placement_stays(server):
@@ -274,7 +282,7 @@ def test_all_ranks_have_one_order_and_are_asked_once(server, monkeypatch):
         for _ in range(2):
             mapping = by_mapping(server, maps).physical_to_logical_map
             assert torch.equal(mapping, maps) == bool(answer)
-        assert peers.asked == [("order", "primaries")]
+        assert peers.asked == [("order", primaries_first._HOW)]
         assert primaries_first.against_hook(seams) == answer
         # What this rank is told later changes nothing: the others have the order that was agreed on.
         monkeypatch.setenv("WATERFILL_RS_REPLICAS", "sglang")

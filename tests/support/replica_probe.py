@@ -68,6 +68,62 @@ class ReplicaProbe:
             found = {place for place in physical if place >= 0}
             assert found == set((expected[0] == expert).nonzero().flatten().tolist())
 
+    def check_redundant_experts_are_swapped_in_eplbs_maps(self):
+        """Where no order puts primary replicas first, so at EP8 in some layers of these counts, and all hold what they should."""
+        if not self.seams.redundant:
+            return "refused"
+        from waterfill_rs import _native
+        from waterfill_rs.sglang import primaries_first
+
+        torch, ranks, (logical, _) = self.torch, 8, self.sizes
+        counts = (torch.rand((6, logical), generator=torch.Generator().manual_seed(1)) * 6).exp()
+        with self.eplb(ranks) as by_eplb, self.arguments(**{self.seams.switch: True, "nnodes": 1}):
+            primaries_first._agreed[:] = [["as sglang makes it"]]
+            theirs = by_eplb(counts.long()).physical_to_logical_map.tolist()
+            primaries_first._agreed.clear()  # As in another server.
+            made = by_eplb(counts.long())
+            primaries_first._agreed.clear()
+        fits = [_native.ReplicaTable(ranks, primaries_first.ordered(row, ranks)) for row in theirs]
+        assert {table.first_primaries for table in fits} == {None, logical // ranks}
+        for layer, row in enumerate(made.physical_to_logical_map.tolist()):
+            table = _native.ReplicaTable(ranks, row)
+            assert table.first_primaries == logical // ranks and sorted(row) == sorted(
+                theirs[layer]
+            )
+            for expert, physical in enumerate(made.logical_to_all_physical_map[layer].tolist()):
+                listed = [place for place in physical if place >= 0]
+                assert listed and {row[place] for place in listed} == {expert}
+                assert len(listed) == row.count(expert)
+
+    @contextlib.contextmanager
+    def eplb(self, ranks):
+        """This sglang's maps by EPLB of counts ``[layers, L]``, without a model's configuration."""
+        from sglang.srt.eplb import expert_location
+
+        logical, physical = self.sizes
+        model = types.SimpleNamespace(num_logical_experts=logical, num_groups=None)
+        common = {"ep_size": ranks, "num_physical_experts": physical}
+        common["model_config_for_expert_location"] = model
+        server_args = types.SimpleNamespace(
+            device="cpu", nnodes=1, eplb_algorithm="auto", ep_dispatch_algorithm=None
+        )
+        metadata = expert_location.ExpertLocationMetadata
+        first = (
+            [server_args]
+            if "server_args" in inspect.signature(metadata.init_by_eplb).parameters
+            else []
+        )
+        with contextlib.ExitStack() as patched:
+            patched.enter_context(
+                mock.patch.object(metadata, "_init_common", staticmethod(lambda *_: common))
+            )
+            if hasattr(expert_location, "get_device"):
+                device = types.SimpleNamespace(device="cpu")
+                patched.enter_context(
+                    mock.patch.object(expert_location, "get_device", lambda: device)
+                )
+            yield lambda counts: metadata.init_by_eplb(*first, None, counts)
+
     def replica_rank(self, rank, folder):
         """One of two processes: calls of two layers before and after a rebalance of theirs; rows by rank of each call."""
         with self.placed(self.maps_of(1)) as there:

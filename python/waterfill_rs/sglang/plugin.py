@@ -108,6 +108,7 @@ def _enter(seams: Seams) -> None:
     if not compat.against_order(seams):
         order = PrimariesFirst(seams)
         around[seams.location_init] = order.hook
+        around[seams.location_by_eplb] = order.with_counts
         before.update(dict.fromkeys(seams.slots_out, order.refuse_slots))
     if seams.mega_moe and not compat.against_posting(seams):
         before[seams.mega_moe] = post_without_rows(seams)

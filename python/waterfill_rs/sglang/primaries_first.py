@@ -1,7 +1,10 @@
 """Maps of experts in which each rank's primary replicas come first, so that decode can leave the other groups out.
 
-sglang makes each map by ``ExpertLocationMetadata._init_raw``, of a file or by EPLB, before it loads or moves weights. Which
-experts a rank holds is left as it is. Their order within the rank is free, and changes here.
+sglang makes each map by ``ExpertLocationMetadata._init_raw``, of a file or by EPLB, before it loads or moves weights. Their
+order within a rank is free, and changes here.
+
+Which experts a rank holds changes in EPLB's maps alone, where no order will do: by a few swaps (``placement/repair.py``), from
+the counts that EPLB makes the map of. A map of a file stays as somebody placed it.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 from waterfill_rs import _native
 from waterfill_rs.config import REPLICAS_VARIABLE, Config
 from waterfill_rs.exchange.replicas import ReplicaTables
+from waterfill_rs.placement.repair import repaired
 from waterfill_rs.placement.trivial import is_trivial
 from waterfill_rs.sglang import compat, loaded_hooks
 from waterfill_rs.sglang.compat import resolve
@@ -32,12 +36,16 @@ __all__ = [
     "arranged",
     "keep",
     "ordered",
+    "swapped",
     "with_twins",
 ]
 
 logger = logging.getLogger(__name__)
 
 _MAP, _OF_LOGICAL = "physical_to_logical_map", "logical_to_all_physical_map"
+_COUNTS = "logical_count"
+_HOW = "it makes other maps of experts: install the same waterfill-rs on all ranks"
+"""What a rank with other rules says of this one: all are to make the same maps."""
 
 _BY_LOGICAL_EXPERT = (
     "auto",
@@ -61,7 +69,7 @@ _SEED = "remote_instance_weight_loader_start_seed_via_transfer_engine"
 _agreed: list[list[str]] = []
 """What all ranks agreed on, once they have."""
 _kept: list[tuple[Any, ReplicaTables, int]] = []
-"""sglang's metadata in force, the tables made of it, and the EP rank: layers of ``kept_first`` keep that many."""
+"""sglang's metadata in force, the tables made of it, and the EP rank: layers of ``kept_first`` keep that many. One at most."""
 
 
 def ordered(row: Sequence[int], ranks: int) -> list[int]:
@@ -111,6 +119,46 @@ def arranged(mapping: Tensor, of_logical: Tensor, ranks: int) -> tuple[Tensor, T
     old = of_logical.flatten(1).long()
     moved = places.gather(1, torch.where(old < 0, physical, old)).reshape(of_logical.shape)
     return mapping.gather(1, orders.to(mapping.device)), moved
+
+
+def swapped(
+    mapping: Tensor,
+    of_logical: Tensor,
+    counts: Tensor,
+    layers: Collection[int],
+    ranks: int,
+    ranks_per_host: int,
+) -> tuple[Tensor, Tensor]:
+    """Both of sglang's maps once swaps have made it possible to order these layers. Where they cannot, a layer stays.
+
+    Args:
+        mapping: ``[all layers, P]`` the logical expert of each physical one.
+        of_logical: ``[all layers, L, X]`` all physical experts of each logical one, padded with -1.
+        counts: rows ``[all layers, L]``.
+    """
+    before, rows = mapping.tolist(), counts.tolist()
+    after = {layer: repaired(before[layer], rows[layer], ranks, ranks_per_host) for layer in layers}
+    changed = [layer for layer in layers if after[layer] != before[layer]]
+    if not changed:
+        return mapping, of_logical
+    mapping = mapping.clone()
+    mapping[changed] = torch.tensor([after[layer] for layer in changed]).to(mapping)
+    listed = [_listed(after[layer], of_logical.shape[1]) for layer in changed]
+    return mapping, _with_rows(of_logical, changed, torch.tensor(_padded(listed)))
+
+
+def _listed(row: Sequence[int], experts: int) -> list[list[int]]:
+    """Of each logical expert all physical ones."""
+    listed: list[list[int]] = [[] for _ in range(experts)]
+    for physical, logical in enumerate(row):
+        listed[logical].append(physical)
+    return listed
+
+
+def _padded(listed: Sequence[Sequence[list[int]]]) -> list[list[list[int]]]:
+    """All as long as the longest, with -1."""
+    width = max(len(of) for one in listed for of in one)
+    return [[of + [-1] * (width - len(of)) for of in one] for one in listed]
 
 
 def with_twins(mapping: Tensor, of_logical: Tensor, ranks: int) -> Tensor:
@@ -173,7 +221,8 @@ def against_hook(seams: Seams) -> list[str]:
 def _missing(seams: Seams) -> list[str]:
     """The first of the hooks that must all be there, if one is not."""
     there = loaded_hooks.found()
-    gone = (name for name in (seams.location_init, *seams.slots_out) if not there.get(name))
+    ours = (seams.location_init, seams.location_by_eplb, *seams.slots_out)
+    gone = (name for name in ours if not there.get(name))
     return [f"{name} is not waterfill-rs's after registration" for name in gone][:1]
 
 
@@ -185,7 +234,7 @@ def _agree(seams: Seams) -> list[str]:
     if not _agreed:
         reasons, peers = against(seams) or _missing(seams), peers_of_maps(seams)
         # Without peers it is a tool's process, or a test's: there is nobody else.
-        _agreed.append(peers.agree(reasons, "order", "primaries") if peers else reasons)
+        _agreed.append(peers.agree(reasons, "order", _HOW) if peers else reasons)
     return _agreed[0]
 
 
@@ -196,16 +245,18 @@ def keep(metadata: Any, tables: ReplicaTables, rank: int) -> None:
         metadata: sglang's, in force.
         rank: in EP.
     """
-    _kept.append((metadata, tables, rank))
+    _kept[:] = [(metadata, tables, rank)]
 
 
 class PrimariesFirst:
-    """The hook around ``_init_raw``."""
+    """The hooks around ``_init_raw``, and around ``init_by_eplb``, which calls it."""
 
     def __init__(self, seams: Seams) -> None:
         self._seams = seams
         self._has_own_order = False
         """Was a map in another order than sglang's?"""
+        self._counts: Any = None
+        """What EPLB makes a map of, while it does."""
 
     @panics_are_errors
     def refuse_slots(self, *_: Any, **__: Any) -> None:
@@ -222,6 +273,16 @@ class PrimariesFirst:
             )
 
     @panics_are_errors
+    def with_counts(self, init_by_eplb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """sglang's metadata by EPLB. Within it ``hook`` knows the counts ``[layers, L]`` or ``[steps, layers, L]``."""
+        given = inspect.signature(init_by_eplb).bind(*args, **kwargs).arguments
+        self._counts = given.get(_COUNTS)
+        try:
+            return init_by_eplb(*args, **kwargs)
+        finally:
+            self._counts = None
+
+    @panics_are_errors
     def hook(self, init_raw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """sglang's metadata, of maps in our order. All ranks agreed on it, and come to the same one of the same maps.
 
@@ -232,14 +293,42 @@ class PrimariesFirst:
         given = call.arguments
         redundant = given[_MAP].shape[1] - given[_OF_LOGICAL].shape[1]
         if redundant > 0 and not _agree(self._seams):
-            mapping, of_logical = arranged(given[_MAP], given[_OF_LOGICAL], given["ep_size"])
+            ranks = given["ep_size"]
+            mapping, of_logical = self._swapped(given[_MAP], given[_OF_LOGICAL], ranks)
+            mapping, of_logical = arranged(mapping, of_logical, ranks)
             self._has_own_order |= mapping is not given[_MAP]
-            of_logical = with_twins(mapping, of_logical, given["ep_size"])
+            of_logical = with_twins(mapping, of_logical, ranks)
             given[_MAP], given[_OF_LOGICAL] = self._with_kept(mapping, of_logical)
         return init_raw(*call.args, **call.kwargs)
 
+    def _swapped(self, mapping: Tensor, of_logical: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+        """At start all layers are repaired, because any may leave groups out, and later those that do.
+
+        All ranks have the same counts: sglang adds up the recorder's over all of them, and at start each reads the file.
+        """
+        if self._counts is None:
+            return mapping, of_logical
+        counts = torch.as_tensor(self._counts)
+        counts = counts.sum(dim=0) if counts.dim() == 3 else counts
+        if counts.shape != of_logical.shape[:2]:
+            return mapping, of_logical
+        there = self._in_force()
+        layers: Collection[int] = range(len(mapping)) if there is None else ()
+        for metadata, tables, _ in _kept:
+            if metadata is there:
+                layers = tables.kept_first
+        return swapped(mapping, of_logical, counts, layers, ranks, self._ranks_per_host(ranks))
+
+    def _ranks_per_host(self, ranks: int) -> int:
+        """1, for which hosts do not matter, where ranks do not divide over them."""
+        hosts = getattr(resolve(self._seams.arguments)(), "nnodes", 1)
+        return 1 if ranks % hosts else ranks // hosts
+
+    def _in_force(self) -> Any:
+        return resolve(f"{self._seams.expert_location}.get_global_expert_location_metadata")()
+
     def _with_kept(self, mapping: Tensor, of_logical: Tensor) -> tuple[Tensor, Tensor]:
-        there = resolve(f"{self._seams.expert_location}.get_global_expert_location_metadata")()
+        there = self._in_force()
         for metadata, tables, rank in _kept:
             if metadata is there and (stay := _unlike(mapping, tables)):
                 logger.log(
@@ -249,7 +338,9 @@ class PrimariesFirst:
                     len(stay),
                     len(tables.kept_first),
                 )
-                return _rows_of(there, stay, mapping, of_logical)
+                mapping = mapping.clone()
+                mapping[stay] = getattr(there, _MAP)[stay].to(mapping)
+                return mapping, _with_rows(of_logical, stay, getattr(there, _OF_LOGICAL)[stay])
         return mapping, of_logical
 
 
@@ -264,17 +355,13 @@ def _unlike(mapping: Tensor, tables: ReplicaTables) -> list[int]:
     ]
 
 
-def _rows_of(
-    there: Any, layers: list[int], mapping: Tensor, of_logical: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Both maps, with those layers' rows as they are in force."""
-    mapping, held = mapping.clone(), getattr(there, _OF_LOGICAL)[layers].to(of_logical)
-    mapping[layers] = getattr(there, _MAP)[layers].to(mapping)
+def _with_rows(of_logical: Tensor, layers: list[int], listed: Tensor) -> Tensor:
+    """``of_logical`` with these rows for those layers. They may be longer, and are padded with -1."""
     # sglang's are padded to P, and may be taken to pieces one by one.
-    used = int((held >= 0).sum(dim=2).max())
+    used = int((listed >= 0).sum(dim=2).max())
     more = max(used - of_logical.shape[2], 0)
     of_logical = torch.nn.functional.pad(of_logical, (0, more), value=-1).clone()
-    width = min(held.shape[2], of_logical.shape[2])
+    width = min(listed.shape[2], of_logical.shape[2])
     of_logical[layers] = -1
-    of_logical[layers, :, :width] = held[:, :, :width]
-    return mapping, of_logical
+    of_logical[layers, :, :width] = listed[:, :, :width].to(of_logical)
+    return of_logical
