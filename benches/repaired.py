@@ -1,5 +1,7 @@
 """EPLB's maps before and after the swaps that let primary replicas come first: ``repaired.py [COUNTS.npz] [--other 3]``.
 
+``repaired.py --made 500`` tells how many layers of made counts were repaired, by both of sglang's algorithms for EPLB.
+
 COUNTS.npz holds arrays ``[layers, experts]`` of rows for each logical expert, one a workload; layers without rows are dense.
 The installed sglang's EPLB makes maps of the first workload, and joint plans are of another one. Without a file the rows are
 synthetic (``synthetic_routing.py``). Figures are max/mean of ranks' rows, mean over layers.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,13 +88,48 @@ def line(counts: np.ndarray, ranks: int, redundant: int, hosts: int) -> str:
     )
 
 
+def repairs_of_made(number: int) -> str:
+    """Of so many maps of 8 layers each, with any skew, also of counts that are nothing for most experts."""
+    from sglang.srt.eplb.eplb_algorithms import EplbAlgorithm, rebalance_experts
+
+    found: Counter[str] = Counter()
+    for seed in range(number):
+        draws = np.random.default_rng(seed)
+        ranks, experts = int(draws.choice([4, 8, 16, 32])), int(draws.choice([64, 128, 256]))
+        redundant = ranks * int(draws.choice([1, 2, 4]))
+        vec = "" if draws.random() < 0.5 else "_vec"
+        hosts = max(ranks // RANKS_PER_HOST, 1)
+        split = "_hierarchical" if hosts > 1 and draws.random() < 0.5 else ""
+        counts = np.exp(draws.random((8, experts)) * draws.choice([0, 1, 3, 6, 10, 16]))
+        counts *= draws.random((8, experts)) < draws.choice([1, 1, 1, 0.3])
+        counts = counts.astype(np.int64)
+        maps = rebalance_experts(
+            tokens_per_expert=torch.tensor(counts)[None],
+            num_physical_experts=experts + redundant,
+            num_local_physical_experts=(experts + redundant) // ranks,
+            num_groups=GROUPS,
+            num_nodes=hosts if split else 1,
+            algorithm=EplbAlgorithm[f"deepseek{vec}{split}"],
+        )[0].tolist()
+        for one, rows in zip(maps, counts.tolist(), strict=True):
+            after = repaired(one, rows, ranks, min(ranks, RANKS_PER_HOST))
+            is_ordered = primaries.fewest(after, experts, ranks) * ranks == experts
+            how = "repaired" if after != one else "ordered before"
+            found[how if is_ordered else f"not repaired at EP{ranks}, {experts} + {redundant}"] += 1
+    return ", ".join(f"{layers} {how}" for how, layers in sorted(found.items()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("counts", type=Path, metavar="COUNTS.npz", nargs="?")
     parser.add_argument("--other", type=int, default=3, help="number of the other workload")
+    parser.add_argument("--made", type=int, metavar="MAPS", help="so many, of made counts")
     asked = parser.parse_args()
+    if asked.made:
+        print(repairs_of_made(asked.made))
+        return 0
     counts = counts_of(asked.counts, asked.other)
     print(
         f"| EP | redundant | EPLB | ordered, of {counts.shape[1]} | after | swaps a layer "

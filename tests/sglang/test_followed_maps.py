@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("sglang", reason="sglang is not installed: make test installs it")
 
+import repaired as bench
 from inside import RANK, RANKS
 from test_primaries_first import (
     FIRST,
@@ -214,3 +215,11 @@ def test_maps_of_any_counts_have_primary_replicas_first(
             for expert, of in enumerate(listed):
                 assert {p for p in of if p >= 0} == replicas_of(row, expert)
                 assert {table.primaries[p] for p in of if p >= 0} <= replicas_of(row, expert)
+
+
+def test_the_bench_tells_how_many_layers_swaps_put_in_order():
+    rows = bench.counts_of(None, 0)[:, :4]
+    words = bench.line(rows, 32, 32, 4).strip("| ").split(" | ")
+    assert words[:3] == ["32", "32", "4 hosts"]
+    assert int(words[3]) < int(words[4]) == 4 and float(words[5]) > 0
+    assert bench.repairs_of_made(4).endswith("repaired")
