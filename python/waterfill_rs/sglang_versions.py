@@ -78,6 +78,16 @@ class Seams:
         return f"{self.expert_location}.ExpertLocationMetadata.init_by_eplb"
 
     @property
+    def location_trivial(self) -> str:
+        """The function that makes the map of a server without a placement."""
+        return f"{self.expert_location}.ExpertLocationMetadata.init_trivial"
+
+    @property
+    def location_mapping(self) -> str:
+        """The function that makes the same of any map."""
+        return f"{self.expert_location}.ExpertLocationMetadata.init_by_mapping"
+
+    @property
     def slots_out(self) -> tuple[str, ...]:
         """The functions that give a rank's parameters away as they stand: to files, to a store, to another server."""
         loaders = ("ShardedStateLoader", "RemoteModelLoader")

@@ -9,14 +9,17 @@ pytest.importorskip("sglang", reason="sglang is not installed: make test install
 
 from inside import EXPERTS, RANK, hash_layer, prepare
 
-from waterfill_rs.sglang import trivial_places
+from waterfill_rs.sglang import spread_places, trivial_places
+from waterfill_rs.sglang_versions import ROWS
 
-REDUNDANT, LAYERS = 16, 3
+REDUNDANT, LAYERS, SEAMS = 16, 3, ROWS[0]
 WORDS = "16 redundant experts stand in trivial places, sglang's default"
 
 
 @pytest.fixture(autouse=True)
-def told_anew():
+def told_anew(monkeypatch):
+    monkeypatch.setattr(spread_places, "_agreed", [])
+    monkeypatch.setattr(spread_places, "_rows", [])
     trivial_places._tell_once.cache_clear()
     yield
     trivial_places._tell_once.cache_clear()
@@ -61,31 +64,41 @@ def arguments(redundant=REDUNDANT, **fields):
 
 def test_sglangs_default_is_told_once_by_rank_0(in_force, caplog):
     in_force()
-    trivial_places.tell(arguments(), 1)
-    trivial_places.tell(arguments(redundant=0), 0)
+    trivial_places.tell(arguments(), 1, SEAMS)
+    trivial_places.tell(arguments(redundant=0), 0, SEAMS)
     assert not caplog.text
     for _ in range(2):
-        trivial_places.tell(arguments(), 0)
+        trivial_places.tell(arguments(), 0, SEAMS)
     assert caplog.text.count(WORDS) == 1
     assert "waterfill-rs place" in caplog.text and "--init-expert-location" in caplog.text
     assert "EPLB" not in caplog.text
+    assert "because the placement that was given is the trivial one. Make" in caplog.text
+
+
+def test_why_they_were_not_spread_is_told(in_force, caplog, monkeypatch):
+    in_force()
+    monkeypatch.setattr(spread_places, "_agreed", [["give --ep-dispatch-algorithm static", "more"]])
+    trivial_places.tell(arguments(), 0, SEAMS)
+    assert "not spread over the ranks, because give --ep-dispatch-algorithm static. Make a" in (
+        caplog.text
+    )
 
 
 def test_with_eplb_it_is_so_until_the_first_rebalance(in_force, caplog):
     in_force()
-    trivial_places.tell(arguments(enable_eplb=True), 0)
+    trivial_places.tell(arguments(enable_eplb=True), 0, SEAMS)
     assert f"{WORDS}, until EPLB rebalances: balance" in caplog.text
 
 
 def test_another_map_and_none_are_not_told_of(in_force, caplog, monkeypatch):
     in_force(changed=True)
-    trivial_places.tell(arguments(), 0)
+    trivial_places.tell(arguments(), 0, SEAMS)
     from sglang.srt.runtime_context import get_resources
 
     monkeypatch.setattr(get_resources(), "expert_location_metadata", None)
-    trivial_places.tell(arguments(), 0)
+    trivial_places.tell(arguments(), 0, SEAMS)
     monkeypatch.setattr(trivial_places, "_LOCATION", "sglang.no_such.module")
-    trivial_places.tell(arguments(), 0)
+    trivial_places.tell(arguments(), 0, SEAMS)
     assert not caplog.text
 
 
@@ -99,5 +112,5 @@ def test_a_servers_preparation_tells(sglang, in_force, caplog, monkeypatch):
     monkeypatch.setattr(runtime_context, "get_server_args", lambda: given)
     with sglang.moe.override(ep_num_redundant_experts=REDUNDANT), caplog.at_level(logging.INFO):
         prepare(sglang, hash_layer(sglang))
-    assert told == [(given, RANK)]
+    assert told == [(given, RANK, SEAMS)]
     assert "waterfill-rs active" in caplog.text

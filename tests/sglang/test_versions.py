@@ -52,6 +52,7 @@ CHECKS = [
     "recorder_takes_counts_with_a_shared_slot",
     "recorder_takes_them_in_normal_mode",
     "redundant_experts_are_counted_or_refused",
+    "redundant_experts_are_spread_where_ids_are_mapped",
     "redundant_experts_are_swapped_in_eplbs_maps",
     "redundant_experts_before_and_after_a_rebalance",
     "redundant_experts_come_after_primary_replicas",

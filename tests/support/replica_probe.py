@@ -124,6 +124,91 @@ class ReplicaProbe:
                 )
             yield lambda counts: metadata.init_by_eplb(*first, None, counts)
 
+    def check_redundant_experts_are_spread_where_ids_are_mapped(self):
+        """With an algorithm that maps ids sglang's routers reach the experts that were asked for; without one nothing changes."""
+        if not self.seams.redundant:
+            return "refused"
+        from sglang.srt.eplb import expert_location, expert_location_dispatch
+
+        from waterfill_rs.placement.spread import spread
+        from waterfill_rs.sglang import primaries_first, spread_places
+
+        torch, (logical, physical) = self.torch, self.sizes
+        for algorithm in (None, "static", "dynamic"):
+            primaries_first._agreed.clear()  # As in another server.
+            spread_places._agreed.clear()
+            with self.trivially_placed(
+                expert_location, expert_location_dispatch, algorithm
+            ) as given:
+                made = expert_location.ExpertLocationMetadata.init_trivial(**given)
+                row = made.physical_to_logical_map[0].tolist()
+                reasons = spread_places.against_hook(self.seams)
+                if algorithm is None:
+                    assert row == [place % logical for place in range(physical)]
+                    assert "give --ep-dispatch-algorithm static" in reasons[0], reasons
+                    continue
+                assert not reasons, reasons
+                assert row == spread(logical, physical - logical, RANKS, RANKS)
+                name = "get_global_expert_location_metadata"
+                with mock.patch.object(expert_location_dispatch, name, lambda made=made: made):
+                    info = expert_location_dispatch.ExpertLocationDispatchInfo.init_new(0)
+                ids = torch.arange(logical).repeat(9, 1)
+                found = expert_location_dispatch.topk_ids_logical_to_physical(ids, info)
+                assert torch.equal(torch.tensor(row)[found], ids)
+                for place in range(physical // RANKS):
+                    assert place in made.logical_to_all_physical(0, row[place])
+
+    @contextlib.contextmanager
+    def trivially_placed(self, location, dispatch, algorithm):
+        """What ``init_trivial`` of this sglang takes, for rank 0 of a server of DeepSeek's model with such an algorithm."""
+        from sglang.srt import model_loader
+
+        torch, (logical, physical) = self.torch, self.sizes
+        model = type("Model", (), {"__module__": "sglang.srt.models.deepseek_v2"})
+        sizes = types.SimpleNamespace(num_layers=1, num_logical_experts=logical, num_groups=None)
+        common = {
+            "model_config_for_expert_location": sizes,
+            "num_physical_experts": physical,
+            "base_num_physical_experts": physical,
+            "num_local_physical_experts": physical // RANKS,
+            "ep_size": RANKS,
+        }
+        fields = {
+            "ep_dispatch_algorithm": algorithm,
+            "ep_join_mode": None,
+            "ep_size": RANKS,
+            "nnodes": 1,
+            "device": "cpu",
+        }
+        arguments = types.SimpleNamespace(**fields)
+        here = types.SimpleNamespace(
+            moe=types.SimpleNamespace(ep_dispatch_algorithm=algorithm, moe_a2a_backend="deepep"),
+            **fields,
+        )
+        home, _, name = self.seams.backend.rpartition(".")
+        backend = types.SimpleNamespace(is_deepep=lambda: True, value="deepep")
+        with contextlib.ExitStack() as patches:
+            patch = mock.patch.object
+            init = staticmethod(lambda *_, **__: common)
+            patches.enter_context(patch(location.ExpertLocationMetadata, "_init_common", init))
+            patches.enter_context(patch(torch.distributed, "get_rank", lambda *_: 0))
+            patches.enter_context(
+                patch(model_loader, "get_model_architecture", lambda _: (model, ""))
+            )
+            patches.enter_context(patch(self.resolve(home), name, lambda: backend))
+            for module in (location, dispatch):
+                for getter in ("get_exec", "get_device", "get_parallel"):
+                    if hasattr(module, getter):
+                        patches.enter_context(patch(module, getter, lambda: here))
+                for getter in ("get_server_args", "get_global_server_args"):
+                    if hasattr(module, getter):
+                        patches.enter_context(patch(module, getter, lambda: arguments))
+            patches.enter_context(self.arguments(**{self.seams.switch: True}, **fields))
+            known = {"server_args": arguments, "moe_ep_rank": 0}
+            known["model_config"] = types.SimpleNamespace(quantization="fp8")
+            takes = inspect.signature(location.ExpertLocationMetadata.init_trivial).parameters
+            yield {one: value for one, value in known.items() if one in takes}
+
     def replica_rank(self, rank, folder):
         """One of two processes: calls of two layers before and after a rebalance of theirs; rows by rank of each call."""
         with self.placed(self.maps_of(1)) as there:

@@ -15,14 +15,17 @@ from waterfill_rs.sglang_versions import KNOWN, ROWS, Seams, row_of
 __all__ = [
     "against_order",
     "against_overlap",
+    "against_places",
     "against_posting",
     "against_replicas",
     "differences",
+    "dispatch_algorithm",
     "find",
     "resolve",
 ]
 
 _ROUTER = "sglang.srt.layers.moe.topk.TopK"
+_DISPATCH = "sglang.srt.eplb.expert_location_dispatch"
 
 _CONSTRUCTOR = ("num_routed_experts", "world_size", "rank", "layer_id")
 _EXPAND = ("topk_output", "num_tokens")
@@ -30,6 +33,7 @@ _MEGA_MOE = ("moe", "hidden_states")
 _EMPTY = ("self", "device", "layer_id")
 _UPDATE = ("self", "other", "update_layer_ids")
 _INIT = ("ep_size", "physical_to_logical_map", "logical_to_all_physical_map")
+_TRIVIAL = ("model_config", "moe_ep_rank")
 _KEYWORDS = {"is_decode"}
 """Of ``expand_topk``, after 0.5.23: what the forward is for. It changes nothing in a plan of rows."""
 
@@ -118,6 +122,37 @@ def against_order(row: Seams) -> list[str]:
     if set(_INIT) <= set(takes):
         return []
     return [f"{row.location_init} takes {takes}, and waterfill-rs knows {_INIT}"]
+
+
+def against_places(row: Seams) -> list[str]:
+    """Why this sglang's trivial map cannot be replaced by another."""
+    if reasons := against_order(row):
+        return reasons
+    try:
+        trivial, by_mapping = (
+            set(inspect.signature(resolve(name)).parameters)
+            for name in (row.location_trivial, row.location_mapping)
+        )
+    except (ImportError, AttributeError) as error:
+        return [f"no {row.location_trivial} ({error})"]
+    if set(_TRIVIAL) <= trivial and trivial | {"physical_to_logical_map"} <= by_mapping:
+        return []
+    return [f"{row.location_trivial} takes {sorted(trivial)}, and waterfill-rs knows {_TRIVIAL}"]
+
+
+def dispatch_algorithm() -> str | None:
+    """How this sglang makes physical ids of logical ones, read where its routers read it. None: it takes them for the same.
+
+    Raises:
+        ImportError, AttributeError: it is another sglang.
+    """
+    dispatch = resolve(_DISPATCH)
+    if hasattr(dispatch, "get_exec"):  # From 0.5.17 on; arguments have what was asked for.
+        found: str | None = dispatch.get_exec().moe.ep_dispatch_algorithm
+        return found
+    read = getattr(dispatch, "get_server_args", None) or dispatch.get_global_server_args
+    found = read().ep_dispatch_algorithm
+    return found
 
 
 _ASKS = ("forward_deepep", "_forward_shared_experts", "op_shared_experts")

@@ -30,6 +30,7 @@ from waterfill_rs.config import (
     named,
 )
 from waterfill_rs.exchange.settings import CHOICES
+from waterfill_rs.placement.trivial import TRIVIAL
 from waterfill_rs.sglang import compat, eligibility, metrics, ray, refusal, registration
 from waterfill_rs.sglang.panics import panics_are_errors
 from waterfill_rs.sglang_versions import ROWS, Seams
@@ -96,6 +97,7 @@ def _enter(seams: Seams) -> None:
     from waterfill_rs.sglang.preparation import Preparation
     from waterfill_rs.sglang.primaries_first import PrimariesFirst
     from waterfill_rs.sglang.replicas import follow_update
+    from waterfill_rs.sglang.spread_places import SpreadPlaces
 
     ours = _replacements(seams)
     originals = {name: compat.resolve(name) for name in ours}
@@ -109,6 +111,8 @@ def _enter(seams: Seams) -> None:
         order = PrimariesFirst(seams)
         around[seams.location_init] = order.hook
         around[seams.location_by_eplb] = order.with_counts
+        if not compat.against_places(seams):
+            around[seams.location_trivial] = SpreadPlaces(seams, order).hook
         before.update(dict.fromkeys(seams.slots_out, order.refuse_slots))
     if seams.mega_moe and not compat.against_posting(seams):
         before[seams.mega_moe] = post_without_rows(seams)
@@ -216,6 +220,7 @@ def _flags_to_environment(from_cli_args: Callable[..., Any], *args: Any, **kwarg
     if config.enabled:
         ray.load_in_actors(compat.resolve(SERVER_ARGS))
         _judge(config, parsed)
+        _have_ids_mapped(parsed)
     elif config.required:
         logger.warning(
             "waterfill-rs was required, and balances nothing with %s=%s",
@@ -236,3 +241,27 @@ def _judge(config: Config, parsed: Any) -> None:
     elif config.required and not asked:
         flag = (compat.find()[0] or ROWS[0]).flag
         logger.warning("waterfill-rs was required, and balances nothing without sglang's %s", flag)
+
+
+def _have_ids_mapped(parsed: Any) -> None:
+    """Redundant experts without a placement: have sglang map ids, as it does by itself for any placement but the trivial one.
+
+    Else it takes logical ids for physical ones, and the trivial places have to stay.
+    """
+    from waterfill_rs.sglang import spread_places
+
+    seams, _ = compat.find()
+    if (
+        seams is None
+        or _against_entering()
+        or not getattr(parsed, "ep_num_redundant_experts", 0)
+        or getattr(parsed, "init_expert_location", None) != TRIVIAL
+        or getattr(parsed, spread_places.DISPATCH, "") is not None
+        or spread_places.against_arguments(parsed, seams)
+    ):
+        return
+    setattr(parsed, spread_places.DISPATCH, "static")
+    logger.warning(
+        "waterfill-rs: --ep-dispatch-algorithm is set to static, as sglang does for a placement, so that redundant experts can be "
+        "spread over the ranks"
+    )

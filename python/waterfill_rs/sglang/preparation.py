@@ -111,7 +111,7 @@ class Preparation:
             draft = _is_draft(args, kwargs) or any(getattr(r, "is_draft", False) for r in routers)
             replicas = self._replicas(routers, config, arguments, alone, draft)
             self._join(balancers, config, peers, alone, device, where, replicas)
-            trivial_places.tell(arguments, balancers[0].rank)
+            trivial_places.tell(arguments, balancers[0].rank, self.seams)
         return result
 
     def _has_sglangs(self, routers: list[Any]) -> bool:

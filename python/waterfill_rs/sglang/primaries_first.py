@@ -32,10 +32,13 @@ from waterfill_rs.sglang_versions import Seams
 __all__ = [
     "PrimariesFirst",
     "against",
+    "against_arguments",
     "against_hook",
+    "all_agree",
     "arranged",
     "keep",
     "ordered",
+    "ranks_per_host",
     "swapped",
     "with_twins",
 ]
@@ -196,6 +199,11 @@ def against(seams: Seams) -> list[str]:
         arguments = resolve(seams.arguments)()
     except Exception as error:  # Nobody serves: sglang's tools make maps too.
         return [f"no server's arguments are in force: {error!r}"]
+    return against_arguments(arguments, seams)
+
+
+def against_arguments(arguments: Any, seams: Seams) -> list[str]:
+    """The same, of these arguments or parsed flags."""
     if not getattr(arguments, seams.switch, False):
         return [f"{seams.flag} was not given"]
     if not seams.redundant:
@@ -232,10 +240,22 @@ def _agree(seams: Seams) -> list[str]:
     Each rank makes its maps by itself. One that has no hook, or is told otherwise, must not have another order.
     """
     if not _agreed:
-        reasons, peers = against(seams) or _missing(seams), peers_of_maps(seams)
-        # Without peers it is a tool's process, or a test's: there is nobody else.
-        _agreed.append(peers.agree(reasons, "order", _HOW) if peers else reasons)
+        reasons = against(seams) or _missing(seams)
+        _agreed.append(all_agree(seams, reasons, "order", _HOW))
     return _agreed[0]
+
+
+def all_agree(seams: Seams, reasons: list[str], question: str, answer: str) -> list[str]:
+    """As ``Peers.agree``, of those who make the same maps."""
+    peers = peers_of_maps(seams)
+    # Without peers it is a tool's process, or a test's: there is nobody else.
+    return peers.agree(reasons, question, answer) if peers else reasons
+
+
+def ranks_per_host(seams: Seams, ranks: int) -> int:
+    """As sglang counts them for its choice of replicas; all, where ranks do not divide over hosts."""
+    hosts = int(getattr(resolve(seams.arguments)(), "nnodes", 1))
+    return ranks // hosts if hosts > 0 and ranks % hosts == 0 else ranks
 
 
 def keep(metadata: Any, tables: ReplicaTables, rank: int) -> None:
@@ -253,8 +273,10 @@ class PrimariesFirst:
 
     def __init__(self, seams: Seams) -> None:
         self._seams = seams
-        self._has_own_order = False
-        """Was a map in another order than sglang's?"""
+        self.has_own_order = False
+        """Was a map in another order than sglang's, or in other places?"""
+        self.ranks = 0
+        """EP size of the last map. sglang 0.5.13's metadata do not have it."""
         self._counts: Any = None
         """What EPLB makes a map of, while it does."""
 
@@ -265,7 +287,7 @@ class PrimariesFirst:
         Raises:
             RuntimeError: they stand in our order, which whoever loads them does not know.
         """
-        if self._has_own_order:
+        if self.has_own_order:
             raise RuntimeError(
                 "the experts of each rank stand in the order of waterfill-rs, and a server that loads these slots would take "
                 "them for others: start this server with --waterfill-rs-replicas sglang, or with a placement by waterfill-rs "
@@ -291,13 +313,13 @@ class PrimariesFirst:
         """
         call = inspect.signature(init_raw).bind(*args, **kwargs)
         given = call.arguments
+        self.ranks = given["ep_size"]
         redundant = given[_MAP].shape[1] - given[_OF_LOGICAL].shape[1]
         if redundant > 0 and not _agree(self._seams):
-            ranks = given["ep_size"]
-            mapping, of_logical = self._swapped(given[_MAP], given[_OF_LOGICAL], ranks)
-            mapping, of_logical = arranged(mapping, of_logical, ranks)
-            self._has_own_order |= mapping is not given[_MAP]
-            of_logical = with_twins(mapping, of_logical, ranks)
+            mapping, of_logical = self._swapped(given[_MAP], given[_OF_LOGICAL], self.ranks)
+            mapping, of_logical = arranged(mapping, of_logical, self.ranks)
+            self.has_own_order |= mapping is not given[_MAP]
+            of_logical = with_twins(mapping, of_logical, self.ranks)
             given[_MAP], given[_OF_LOGICAL] = self._with_kept(mapping, of_logical)
         return init_raw(*call.args, **call.kwargs)
 
@@ -317,12 +339,8 @@ class PrimariesFirst:
         for metadata, tables, _ in _kept:
             if metadata is there:
                 layers = tables.kept_first
-        return swapped(mapping, of_logical, counts, layers, ranks, self._ranks_per_host(ranks))
-
-    def _ranks_per_host(self, ranks: int) -> int:
-        """1, for which hosts do not matter, where ranks do not divide over them."""
-        hosts = getattr(resolve(self._seams.arguments)(), "nnodes", 1)
-        return 1 if ranks % hosts else ranks // hosts
+        per_host = ranks_per_host(self._seams, ranks)
+        return swapped(mapping, of_logical, counts, layers, ranks, per_host)
 
     def _in_force(self) -> Any:
         return resolve(f"{self._seams.expert_location}.get_global_expert_location_metadata")()
