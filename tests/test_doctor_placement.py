@@ -20,21 +20,59 @@ def found(*words):
     return placement({"the given command": [*LAUNCH, *words]})
 
 
-def test_redundant_experts_without_a_placement_are_warned_of():
+APART = ["--speculative-algorithm", "EAGLE"]
+"""Beside it nothing is spread."""
+
+
+def test_redundant_experts_in_trivial_places_are_warned_of():
     for words in (
         ["--ep-num-redundant-experts", "32"],
         ["--ep-num-redundant-experts=32"],
         ["--ep-num-redundant-experts", "16", "--ep-num-redundant-experts", "32"],
         ["--ep-num-redundant-experts", "32", "--init-expert-location", "trivial"],
     ):
-        warned = found(*words)
+        warned = found(*words, *APART)
         assert (warned.check, warned.severity) == ("placement", "warn"), words
-        assert "32 redundant experts stand in trivial places: " in warned.text
+        assert "32 redundant experts stand in trivial places, because of --spec" in warned.text
         assert (
             "--redundant 32 -o placed.json, and --init-expert-location placed.json" in warned.advice
         )
-    words = ["--ep-num-redundant-experts", "32", "--enable-eplb"]
-    assert "trivial places until EPLB rebalances: " in found(*words).text
+        fine = found(*words)
+        assert fine.severity == "ok" and not fine.advice
+        assert "32 redundant experts, which waterfill-rs spreads over the ranks" in fine.text
+    words = ["--ep-num-redundant-experts", "32", "--enable-eplb", *APART]
+    assert "trivial places until EPLB rebalances, because" in found(*words).text
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["--enable-lora"], "of --enable-lora:"),
+        (["--kt-weight-path", "x"], "of --kt-weight-path:"),
+        (["--ep-dispatch-algorithm", "fake"], "of --ep-dispatch-algorithm fake:"),
+        (["--ep-dispatch-algorithm", "static"], None),
+        (["--moe-a2a-backend", "megamoe"], "of --moe-a2a-backend megamoe:"),
+        (["--moe-a2a-backend", "deepep", "--quantization", "fp8"], None),
+        (["--quantization=modelopt_fp4"], "of --quantization modelopt_fp4:"),
+        (["--load-format", "sharded_state"], "of --load-format sharded_state:"),
+        (["--waterfill-rs-replicas", "sglang"], "of --waterfill-rs-replicas sglang:"),
+        (["--waterfill-rs", "off"], "of --waterfill-rs off:"),
+    ],
+)
+def test_what_keeps_them_from_being_spread_is_named(words, reason):
+    told = found("--ep-num-redundant-experts", "8", *words)
+    assert told.severity == ("warn" if reason else "ok")
+    assert reason is None or f"because {reason}" in told.text
+
+
+def test_without_waterfill_nothing_is_spread():
+    for switch, severity in (([], "warn"), (["--enable-deepep-waterfill"], "ok")):
+        words = ["sglang.launch_server", *switch, "--ep-num-redundant-experts", "8"]
+        told = placement({"it": words})
+        assert told.severity == severity
+    assert (
+        "because --enable-waterfill was not given" in placement({"it": words[:1] + words[2:]}).text
+    )
 
 
 def test_none_and_placed_ones_are_fine(tmp_path):
@@ -57,7 +95,8 @@ def test_a_map_that_is_the_trivial_one_is_no_placement(as_text, tmp_path):
     path.write_text(json.dumps(TRIVIAL))
     location = json.dumps(TRIVIAL) if as_text else str(path)
     words = ["--ep-num-redundant-experts", "2", "--init-expert-location", location]
-    assert found(*words).severity == "warn"
+    told = found(*words)
+    assert told.severity == "warn" and "because this placement is the trivial one" in told.text
 
 
 def test_a_file_that_is_none_is_the_servers_to_refuse(tmp_path):
@@ -87,7 +126,7 @@ def put(proc, pid, *words):
 
 
 def test_servers_among_processes(tmp_path):
-    put(tmp_path, 7, *LAUNCH, "--ep-num-redundant-experts", "32")
+    put(tmp_path, 7, *LAUNCH, "--ep-num-redundant-experts", "32", *APART)
     put(tmp_path, 8, "/usr/bin/sglang", "serve", "--model-path", "x")
     put(tmp_path, 9, "sglang::scheduler_DP0_TP0")
     put(tmp_path, 10, "grep", "launch_server")
@@ -96,7 +135,7 @@ def test_servers_among_processes(tmp_path):
     (tmp_path / "self").mkdir()
     commands = running(tmp_path)
     assert list(commands) == ["server 7", "server 8"]
-    assert commands["server 7"] == [*LAUNCH, "--ep-num-redundant-experts", "32"]
+    assert commands["server 7"] == [*LAUNCH, "--ep-num-redundant-experts", "32", *APART]
     told = placement(commands)
     assert told.severity == "warn" and told.text.startswith("server 7: 32 redundant")
     del commands["server 7"]
@@ -123,6 +162,6 @@ def test_the_command_takes_a_servers_words(capsys, monkeypatch):
         checks = json.loads(capsys.readouterr().out)["checks"]
         return next(one for one in checks if one["check"] == "placement")
 
-    warned = told("--", *LAUNCH, "--ep-num-redundant-experts", "8")
+    warned = told("--", *LAUNCH, "--ep-num-redundant-experts", "8", *APART)
     assert warned["level"] == "warn" and "the given command: 8 redundant" in warned["text"]
     assert told()["text"] == "server 1: no redundant experts"

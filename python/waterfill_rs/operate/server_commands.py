@@ -10,6 +10,7 @@ from typing import Any
 
 from waterfill_rs.operate.checks import Finding
 from waterfill_rs.placement.trivial import TRIVIAL, is_trivial
+from waterfill_rs.sglang_versions import ROWS
 
 __all__ = ["placement", "running", "value_of"]
 
@@ -18,6 +19,25 @@ REDUNDANT, LOCATION, EPLB = (
     "--init-expert-location",
     "--enable-eplb",
 )
+_APART = (
+    "--speculative-algorithm",
+    "--enable-lora",
+    "--lora-paths",
+    "--kt-weight-path",
+    "--kt-num-gpu-experts",
+)
+_APART += ("--kt-cpuinfer", "--elastic-ep-backend", "--ep-join-mode")
+"""Flags beside which waterfill-rs spreads no experts, whatever their values."""
+_BESIDE = {
+    "--ep-dispatch-algorithm": ("static", "dynamic", "lp"),
+    "--moe-a2a-backend": ("none", "deepep"),
+    "--quantization": ("fp8",),
+    "--load-format": ("auto", "safetensors", "pt", "dummy"),
+    "--waterfill-rs-replicas": ("auto", "live"),
+    "--waterfill-rs": ("auto", "rust"),
+    "--weight-cache-mode": ("off",),
+}
+"""Values of flags beside which it does; some others that it knows are rare, and the server's log has the last word."""
 _LAUNCHERS = ("sglang.launch_server", "sglang/launch_server.py")
 
 
@@ -72,16 +92,34 @@ def _placement(name: str, words: Sequence[str]) -> Finding:
         return Finding(
             "placement", "ok", f"{name}: {redundant} redundant experts, placed by {shown}"
         )
+    reason = _against_spread(words) if location == TRIVIAL else "this placement is the trivial one"
+    if reason is None:
+        text = f"{name}: {redundant} redundant experts, which waterfill-rs spreads over the ranks at start"
+        return Finding("placement", "ok", text)
     until = " until EPLB rebalances" if value_of(words, EPLB) is not None else ""
     text = (
-        f"{name}: {redundant} redundant experts stand in trivial places{until}: the first experts twice, whichever are hot. "
-        "Balance is often worse than without them, and no choice of replicas mends it"
+        f"{name}: {redundant} redundant experts stand in trivial places{until}, because {reason}: the first experts twice, "
+        "whichever are hot. Balance is often worse than without them, and no choice of replicas mends it"
     )
     advice = (
         f"waterfill-rs place RECORDING... --ep R --redundant {redundant} -o placed.json, and {LOCATION} placed.json; "
         "waterfill-rs replay RECORDING tells by how much"
     )
     return Finding("placement", "warn", text, advice)
+
+
+def _against_spread(words: Sequence[str]) -> str | None:
+    """Why waterfill-rs would leave experts in trivial places, as far as a command tells."""
+    switches = [row.flag for row in ROWS]
+    if all(value_of(words, switch) is None for switch in switches):
+        return f"{switches[0]} was not given"
+    for flag in _APART:
+        if value_of(words, flag) is not None:
+            return f"of {flag}"
+    for flag, values in _BESIDE.items():
+        if (value := value_of(words, flag)) is not None and value not in values:
+            return f"of {flag} {value}"
+    return None
 
 
 def _is_trivial_file(location: str) -> bool:
