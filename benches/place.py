@@ -21,9 +21,10 @@ import torch
 
 import waterfill_rs
 from waterfill_rs.placement import place, primaries
+from waterfill_rs.placement.spread import spread
 from waterfill_rs.replay import placements
 
-SHAPES = ((8, 32), (16, 32), (32, 32), (32, 64), (64, 64))
+SHAPES = ((4, 16), (8, 32), (16, 32), (32, 32), (32, 64), (64, 64))
 """EP size and redundant experts."""
 WORKLOADS, LAYERS = 8, 10
 
@@ -71,6 +72,7 @@ def _placed(
     scaled = np.array([[place.scaled(rows) for rows in of] for of in counts.tolist()])
     sums = scaled.sum(0)
     yield "trivial", placements.trivial(layers, experts, redundant).tolist()
+    yield "spread", [spread(experts, redundant, ranks, ranks)] * layers
     yield "heaviest first", [joint.place(rows, ranks, redundant) for rows in sums]
     if eplb:
         from waterfill_rs.sglang.eplb import by_eplb

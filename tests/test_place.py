@@ -15,6 +15,7 @@ from test_replay import EXPERTS, LAYERS, RANKS, dump
 
 from waterfill_rs.cli import main
 from waterfill_rs.placement import place, primaries
+from waterfill_rs.placement.spread import spread
 from waterfill_rs.replay import placements
 
 ROWS = 1_000_000
@@ -127,9 +128,10 @@ def test_on_other_workloads_it_is_better_than_replicas_of_the_heaviest(ranks, re
     found = bench.judge(workloads(6, layers=5), [0, 1], ranks, redundant)
     assert found["place"].joint - 1 < 0.8 * (found["heaviest first"].joint - 1)
     assert found["place"].with_shared <= found["heaviest first"].with_shared
+    assert found["place"].joint < found["spread"].joint < found["trivial"].joint
     for name, one in found.items():
         assert 1 <= one.with_shared <= one.joint <= one.even
-        assert (one.primary >= one.joint) == name.startswith("place")
+        assert (one.primary >= one.joint) == name.startswith(("place", "spread"))
     assert found["place, none redundant"].primary == found["place, none redundant"].even
 
 
@@ -322,6 +324,22 @@ def test_trivial_replicas_that_make_balance_worse_are_named(tmp_path, capsys):
     # The first 4 experts are hot, so these replicas help.
     hot = counts_file(tmp_path / "hot.json", [[40] * 4 + [10] * 12])
     assert "worse than none" not in run(capsys, [hot], output, "--ep", "4", "--redundant", "4")
+
+
+def test_the_table_has_what_a_server_does_without_a_placement(tmp_path, capsys):
+    counts = counts_file(tmp_path / "counts.json", [[10 + e for e in range(16)]])
+    output = tmp_path / "placed.json"
+    for per_host in (4, 2):
+        options = ["--ep", "4", "--redundant", "8", "--ranks-per-host", str(per_host)]
+        said = run(capsys, [counts], output, *options).splitlines()
+        heads = next(line for line in said if "trivial" in line).split()
+        figures = next(line for line in said if line.startswith(str(counts))).split()[1:]
+        at = 2 * (heads.index("spread") - 1)  # "no redundant" is two words.
+        row = spread(16, 8, 4, per_host)
+        rows = place.scaled([10 + e for e in range(16)])
+        expected = [f"{measure(row, rows, 4):.3f}" for measure in (place.even, place.joint)]
+        assert figures[at : at + 2] == expected
+    assert "spread" not in run(capsys, [counts], output, "--ep", "4", "--redundant", "0")
 
 
 def test_what_does_not_fit_is_refused_with_its_numbers(two, tmp_path, capsys):

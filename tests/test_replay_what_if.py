@@ -11,6 +11,7 @@ from test_replay import EXPERTS, LAYERS, RANKS, TOKENS, TOP_K, dump, ids_of
 from test_replay_counts import per_pass
 
 from waterfill_rs.cli import main
+from waterfill_rs.placement.spread import spread
 from waterfill_rs.replay import dump_files
 
 PASSES = (100, 101)
@@ -116,6 +117,16 @@ def test_tokens_take_replicas_in_turn(tokens, redundant):
             assert row["routed_max"] == max(routed) and row["max"] == max(routed) + TOKENS - 2
     assert ((1, 100, "joint") in found["rows"]) == (redundant > 0)
     assert found["rows"][1, 100, "sglang-static"]["extra_copies"] is not None
+
+
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_spread_places_are_those_of_a_server_without_a_placement(tokens, redundant, tmp_path):
+    found = replay(tokens, "--redundant", str(redundant), "--placement", "spread")
+    row = spread(EXPERTS, redundant, RANKS, RANKS) if redundant else list(range(EXPERTS))
+    path = tmp_path / "spread.json"
+    path.write_text(json.dumps({"physical_to_logical_map": [row] * LAYERS}))
+    assert found["rows"] == replay(tokens, "--placement", str(path))["rows"]
+    assert found["trivial"] is False
 
 
 def test_counts_of_each_source_are_split_as_its_tokens_are(tokens, tmp_path):
@@ -379,7 +390,7 @@ def test_maps_that_do_not_fit_are_refused(content, options, text, tokens, tmp_pa
 def test_options_that_cannot_be_are_refused(tokens, counts, tmp_path, capsys):
     error = refused(capsys, tokens, "--placement", "nowhere")
     assert (
-        "--placement nowhere: there is no such file or folder: give trivial, eplb, place, a file"
+        "--placement nowhere: there is no such file or folder: give trivial, spread, eplb, place, a file"
         in error
     )
     assert "--redundant -1: give at least 0" in refused(capsys, tokens, "--redundant", "-1")

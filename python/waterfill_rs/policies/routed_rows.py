@@ -157,4 +157,7 @@ def trap(totals: dict[str, RoutedRows]) -> str:
             f".\nLive replicas there give {ratios['replicas']:.3f}, and {placed:.3f} where waterfill-rs place "
             "puts them for this recording"
         )
-    return f"{start}.\nMake a placement (waterfill-rs place), and start the server with --init-expert-location."
+    return (
+        f"{start}.\nA server with waterfill-rs spreads them at start, where it can: --placement spread tells what that gives."
+        "\nMake a placement (waterfill-rs place), and start the server with --init-expert-location."
+    )

@@ -65,8 +65,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--placement",
         type=given_path,
-        help="what if experts stood as in sglang's default ('trivial'), as its EPLB places them ('eplb'), as waterfill-rs place "
-        "does ('place'), or as a file says that --init-expert-location takes",
+        help="what if experts stood as in sglang's default ('trivial'), as waterfill-rs spreads them without a placement "
+        "('spread'), as sglang's EPLB places them ('eplb'), as waterfill-rs place does ('place'), or as a file says that --init-expert-location takes",
     )
     parser.add_argument(
         "--beside", type=given_path, help="another recording, in one table with this one"

@@ -85,9 +85,14 @@ def _run(arguments: argparse.Namespace) -> None:
     placements.check_divides(experts, "logical", ranks, redundant)
     per_host = arguments.ranks_per_host or 1
     place.check(experts, ranks, redundant, per_host)
-    table = {"trivial": placements.trivial(len(workloads[0]), experts, redundant).tolist()}
+    layers = len(workloads[0])
+    table = {"trivial": placements.trivial(layers, experts, redundant).tolist()}
+    if redundant:
+        hosts = arguments.ranks_per_host
+        spread_out = placements.spread_out(layers, experts, redundant, ranks, hosts)
+        table["spread"] = spread_out.tolist()
     if redundant and experts % ranks == 0:
-        table = {"no redundant": placements.trivial(len(workloads[0]), experts, 0).tolist()} | table
+        table = {"no redundant": placements.trivial(layers, experts, 0).tolist()} | table
     if arguments.beside_eplb:
         table["EPLB"] = _by_eplb(workloads, ranks, redundant)
     placed = list(_placed(workloads, table["trivial"], ranks, redundant, per_host))

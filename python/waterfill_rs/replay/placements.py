@@ -9,9 +9,10 @@ from torch import Tensor
 
 from waterfill_rs._native import MAX_RANKS
 from waterfill_rs.placement import place
+from waterfill_rs.placement.spread import spread
 from waterfill_rs.replay import whole_numbers
 
-__all__ = ["DoesNotDivideError", "check_divides", "checked", "placed", "trivial"]
+__all__ = ["DoesNotDivideError", "check_divides", "checked", "placed", "spread_out", "trivial"]
 
 
 class DoesNotDivideError(ValueError):
@@ -48,6 +49,20 @@ def _some(numbers: list[int]) -> str:
 def trivial(layers: int, logical: int, redundant: int) -> Tensor:
     """sglang's default: physical expert p is logical expert p mod E, so the first experts have the replicas."""
     return (torch.arange(logical + redundant) % logical).repeat(layers, 1)
+
+
+def spread_out(
+    layers: int, logical: int, redundant: int, ranks: int, ranks_per_host: int | None = None
+) -> Tensor:
+    """As a server with waterfill-rs and without a placement starts: a map ``[L, P]``. Without redundant experts: trivial.
+
+    Args:
+        ranks_per_host: all ranks, where hosts do not matter.
+    """
+    if not redundant or ranks == 1:
+        return trivial(layers, logical, redundant)
+    row = spread(logical, redundant, ranks, ranks_per_host or ranks)
+    return torch.tensor([row]).repeat(layers, 1)
 
 
 def placed(counts: Tensor, redundant: int, ranks: int) -> Tensor:

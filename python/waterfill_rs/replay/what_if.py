@@ -21,7 +21,7 @@ class Places:
     Args:
         dump: the recording; where its experts stood is forgotten.
         redundant: experts beyond one of each; None: as many as a map says, else 0.
-        placement: ``trivial``; ``eplb``; ``place``, as ``waterfill-rs place`` does; a file with a
+        placement: ``trivial``; ``spread``, as a server without a placement starts; ``eplb``; ``place``, as ``waterfill-rs place`` does; a file with a
             ``physical_to_logical_map``; or a recording, for EPLB.
 
     Raises:
@@ -36,9 +36,12 @@ class Places:
         self._map: Tensor | None = None
         self._counts: Tensor | None = None
         self._by_place = str(placement) == "place"
+        self._is_spread = str(placement) == "spread"
         if str(placement) == "trivial":
             again = ", the first ones again at the end: sglang's default" if redundant else ""
             self._note = f"Experts stand in order{again}."
+        elif self._is_spread:
+            self._note = "Experts stand as waterfill-rs spreads them in a server without a placement, on one host."
         elif str(placement) == "eplb":
             self._counts = sums
             self._note = (
@@ -59,7 +62,7 @@ class Places:
         self._name = dump_files.name_of(path)
         if self._name == str(path) and not os.path.exists(path):
             raise ValueError(
-                f"--placement {path}: there is no such file or folder: give trivial, eplb, place, a file with a "
+                f"--placement {path}: there is no such file or folder: give trivial, spread, eplb, place, a file with a "
                 "physical_to_logical_map, or a recording"
             )
         given = dumps.read_map(path)
@@ -144,6 +147,8 @@ class Places:
             from waterfill_rs.sglang import eplb
 
             return eplb.by_eplb(self._counts, self._redundant, ranks)
+        if self._is_spread:
+            return placements.spread_out(self._layers, self._logical, self._redundant, ranks)
         return placements.trivial(self._layers, self._logical, self._redundant)
 
 
