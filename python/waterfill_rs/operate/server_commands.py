@@ -25,8 +25,10 @@ _APART = (
     "--lora-paths",
     "--kt-weight-path",
     "--kt-num-gpu-experts",
+    "--kt-cpuinfer",
+    "--elastic-ep-backend",
+    "--ep-join-mode",
 )
-_APART += ("--kt-cpuinfer", "--elastic-ep-backend", "--ep-join-mode")
 """Flags beside which waterfill-rs spreads no experts, whatever their values."""
 _BESIDE = {
     "--ep-dispatch-algorithm": ("static", "dynamic", "lp"),
