@@ -157,6 +157,7 @@ class ReplicaProbe:
                 assert torch.equal(torch.tensor(row)[found], ids)
                 for place in range(physical // RANKS):
                     assert place in made.logical_to_all_physical(0, row[place])
+        primaries_first._agreed.clear()
 
     @contextlib.contextmanager
     def trivially_placed(self, location, dispatch, algorithm):
@@ -182,7 +183,7 @@ class ReplicaProbe:
         }
         arguments = types.SimpleNamespace(**fields)
         here = types.SimpleNamespace(
-            moe=types.SimpleNamespace(ep_dispatch_algorithm=algorithm, moe_a2a_backend="deepep"),
+            moe=types.SimpleNamespace(moe_a2a_backend="deepep", **fields),
             **fields,
         )
         home, _, name = self.seams.backend.rpartition(".")
