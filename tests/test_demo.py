@@ -102,11 +102,12 @@ def test_a_killed_planner_leaves_own_counts_without_a_wait(tmp_path):
 def test_a_stopped_rank_makes_up_for_its_steps(tmp_path, capsys):
     ranks = run_live(tmp_path, "--stall", "2@10", "--stall-ms", "200", "--cap-us", "20000")
     assert [ranks[rank]["steps"] for rank in range(3)] == [30, 30, 30]
-    # Where one rank has no plan, no rank has. On a busy machine one may reach its cap before the planner tells it so.
+    # Where one rank has no plan, no rank has. On a busy machine one may reach its cap before the planner tells it so, and one
+    # that did so twice waits for no plan for a while.
     fallbacks = [ranks[rank]["fallbacks_by_reason"] for rank in range(3)]
     assert len({(ranks[rank]["live"], ranks[rank]["fallbacks"]) for rank in range(3)}) == 1
     assert fallbacks[2]["none"] > 0
-    assert all(by["broken"] == by["torn"] == 0 for by in fallbacks)
+    assert all(by["torn"] == 0 and (not by["broken"] or by["timed_out"]) for by in fallbacks)
     assert "stopped at step 10" in capsys.readouterr().out
 
 

@@ -196,7 +196,7 @@ def test_all_ranks_are_asked_once_and_one_keeps_all_from_it(places, monkeypatch)
         for _ in range(2):
             assert is_trivial(rows(places.made())) == bool(answer)
         assert peers.asked == [
-            ("order", "primaries"),
+            ("order", primaries_first._HOW),
             ("places", "it spreads experts over hosts of 8 ranks"),
         ]
         assert spread_places.against_hook(compat.find()[0]) == answer
