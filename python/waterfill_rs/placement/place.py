@@ -8,7 +8,7 @@ workload, and of traffic that nobody has seen. Shared rows are left out: they ar
 2. Experts with replicas are placed first. Each rank gets about as many, and an expert's replicas join ranks that no chain of
    replicas joined before: along such chains a joint plan moves rows from any rank to any other.
 3. The other experts go to the rank that stays lightest over all workloads, those with most rows first.
-   Where ranks cannot have equally many *primary replicas* then (``primaries.py``), a few swaps see to it.
+   Where ranks cannot have equally many *primary replicas* then (``primaries.py``), a few swaps see to it (``repair.py``).
 4. A local search swaps experts of the slowest rank and of others, never replicas.
 5. Each rank's primary replicas come first, and its redundant ones last. Which experts it holds stays.
 
@@ -21,10 +21,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from itertools import product
 
 import waterfill_rs
 from waterfill_rs.placement import primaries
+from waterfill_rs.placement.repair import repaired
 
 __all__ = ["check", "even", "joint", "place", "resampled", "scaled"]
 
@@ -136,16 +136,26 @@ class Held:
         self.slots = (experts + redundant) // ranks
         self.of: list[list[int]] = [[] for _ in range(ranks)]
         self.on: list[set[int]] = [set() for _ in range(experts)]
-        self._ranks_per_host = ranks_per_host
+        self.ranks_per_host = ranks_per_host
 
     def mapping(self) -> list[int]:
         """``[P]``"""
         return [expert for held in self.of for expert in held]
 
+    def stand_as(self, mapping: Sequence[int]) -> None:
+        """``[P]``, other places of the same experts."""
+        slots = self.slots
+        self.of = [list(mapping[rank * slots : (rank + 1) * slots]) for rank in range(self.ranks)]
+        for on in self.on:
+            on.clear()
+        for rank, held in enumerate(self.of):
+            for expert in held:
+                self.on[expert].add(rank)
+
     def beside(self, expert: int, rank: int) -> int:
         """How many replicas of the expert the rank's host holds."""
-        host = rank // self._ranks_per_host
-        return sum(other // self._ranks_per_host == host for other in self.on[expert])
+        host = rank // self.ranks_per_host
+        return sum(other // self.ranks_per_host == host for other in self.on[expert])
 
     def put(self, expert: int, rank: int) -> None:
         self.of[rank].append(expert)
@@ -227,27 +237,10 @@ def _make_room(held: Held, expert: int, room: int) -> int:
 
 
 def level_primaries(held: Held, workloads: list[Rows]) -> None:
-    """The end of step 3: swaps until each rank can have as many primary replicas, if experts divide over ranks and swaps do it.
-
-    A rank with too many gives one of them, for a replica that is not primary on a rank with too few.
-    """
+    """The end of step 3: each rank can have as many primary replicas, if experts divide over ranks and swaps do it."""
     most = [max(one) for one in zip(*workloads, strict=True)]
-    for _ in most if len(most) % held.ranks == 0 else ():
-        primary = primaries.counts(held.mapping(), len(most), held.ranks)
-        has = primaries.by_rank(primary, held.ranks)
-        many, few = has.index(max(has)), has.index(min(has))
-        given = [i for i in range(held.slots) if primary[many * held.slots + i]]
-        taken = [j for j in range(held.slots) if not primary[few * held.slots + j]]
-        swaps = []
-        for i, j in product(given, taken) if many != few else ():
-            mine, theirs = held.of[many][i], held.of[few][j]
-            if few not in held.on[mine] and many not in held.on[theirs]:
-                apart = abs(most[mine] / len(held.on[mine]) - most[theirs] / len(held.on[theirs]))
-                worth = len(held.on[mine]), held.beside(theirs, many), apart
-                swaps.append((worth, (many, i, few, j)))
-        if not swaps:
-            break
-        held.swap(*min(swaps)[1])
+    mapping = repaired(held.mapping(), most, held.ranks, held.ranks_per_host)
+    held.stand_as(mapping)
 
 
 def search(held: Held, workloads: list[Rows]) -> None:
