@@ -7,6 +7,7 @@
 use crate::cost::CostModel;
 use crate::level::{level, room};
 use crate::problem::Problem;
+use crate::workspace::hold;
 
 /// At most: fewer are made when nothing moves.
 const MOST_SWEEPS: usize = 32;
@@ -24,8 +25,11 @@ pub(crate) struct Sweeps {
 impl Sweeps {
     /// Split `replica_rows` (`[P]`, rows as routed) anew; `bases` (`[R]`, each rank's routed cost) follows.
     pub(crate) fn run(&mut self, problem: &Problem, bases: &mut [u64], replica_rows: &mut [u32]) {
+        let ranks = problem.placement.ranks();
+        hold(&mut self.ranks, ranks);
+        hold(&mut self.bases, ranks);
         self.shared.clear();
-        self.shared.resize(problem.placement.ranks(), 0);
+        self.shared.resize(ranks, 0);
         for sweep in 0..MOST_SWEEPS {
             let moved = self.sweep_replicas(problem, bases, replica_rows);
             let shared_moved = self.sweep_shared(problem, bases, sweep == 0);

@@ -95,6 +95,7 @@ pub mod score;
 mod single;
 mod split;
 mod transport;
+mod workspace;
 
 pub use assign::{Assigner, NO_RANK};
 pub use check::{check_length, check_rank};

@@ -15,6 +15,7 @@ use crate::error::Result;
 use crate::level::{level, room};
 use crate::placement::Placement;
 use crate::problem::base_costs;
+use crate::workspace::hold;
 
 /// Own counts of so many routed rows a rank are trusted by half.
 pub const HALF_TRUSTED: u64 = 48;
@@ -95,10 +96,14 @@ impl OwnPlanner {
     /// # Errors
     /// What [`OwnCounts::check`] refuses, or `quotas` of another length. Nothing is written then.
     pub fn plan(&mut self, own: &OwnCounts, quotas: &mut [u32]) -> Result<()> {
+        let ranks = own.placement.ranks();
         own.check()?;
-        check_length("quotas", quotas.len(), own.placement.ranks())?;
+        check_length("quotas", quotas.len(), ranks)?;
+        for list in [&mut self.rooms, &mut self.others, &mut self.capacities] {
+            hold(list, ranks);
+        }
         self.rows.clear();
-        self.rows.resize(own.placement.ranks(), 0);
+        self.rows.resize(ranks, 0);
         let worth_moving = match own.cost {
             CostModel::Rows => self.rooms_of_rows(own),
             _ => self.rooms_of_layer(own),

@@ -11,6 +11,7 @@ use crate::replica_counts::ReplicaCounts;
 use crate::single::{Chooser, FEW_TRIES, MORE_TRIES, MOST_TRIES};
 use crate::split::Splitter;
 use crate::transport::{Transfer, Transport};
+use crate::workspace::hold;
 
 /// What [`Planner`] decided for one layer and step.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -312,8 +313,24 @@ impl Planner {
         times.iter().copied().max().unwrap_or(0).max(mean)
     }
 
+    /// Memory for every way of choosing replicas, whichever the counts ask for.
+    fn hold(&mut self, placement: &Placement) {
+        let ranks = placement.ranks();
+        hold(&mut self.eligible_bases, ranks);
+        if placement.jobs().len() == 0 {
+            return;
+        }
+        self.splitter.hold(ranks);
+        self.chooser.hold(placement);
+        hold(&mut self.other_rows, placement.physical_experts());
+        for list in [&mut self.other_bases, &mut self.fixed_times, &mut self.times] {
+            hold(list, ranks);
+        }
+    }
+
     /// What a plan begins with: rows of experts, and the ranks' costs of them.
     fn start(&mut self, problem: &Problem, plan: &mut Plan) {
+        self.hold(problem.placement);
         problem.start(&mut plan.replica_rows);
         problem.base_costs(&plan.replica_rows, &mut self.bases);
         plan.start_costs.clone_from(&self.bases);

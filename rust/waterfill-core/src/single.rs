@@ -7,8 +7,10 @@
 //! expert off a rank that is too costly or has too many, and then one off the rank that took it where need be, depth
 //! first, fewest moves first. With no bound on its tries it would find every such way of up to [`MOST_MOVES`] moves.
 
+use crate::placement::Placement;
 use crate::problem::Problem;
 use crate::split::Splitter;
+use crate::workspace::hold;
 
 /// Experts that change their rank in one step of the search, at most.
 const MOST_MOVES: usize = 8;
@@ -48,6 +50,16 @@ struct State<'a> {
 }
 
 impl Chooser {
+    pub(crate) fn hold(&mut self, placement: &Placement) {
+        let (ranks, jobs) = (placement.ranks(), placement.jobs().len());
+        self.splitter.hold(ranks);
+        hold(&mut self.chosen, placement.physical_experts());
+        hold(&mut self.rows, jobs);
+        hold(&mut self.active, ranks);
+        hold(&mut self.moved, jobs);
+        hold(&mut self.touched, ranks + MOST_MOVES);
+    }
+
     /// Put the rows of each replicated expert (`replica_rows`, `[P]`, however divided) on one replica; `bases` becomes `[R]`,
     /// the cost of each rank's routed rows then. `tries`: moves that the search may try.
     pub(crate) fn run(

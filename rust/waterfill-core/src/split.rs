@@ -9,6 +9,7 @@
 
 use crate::placement::Placement;
 use crate::problem::Problem;
+use crate::workspace::hold;
 
 /// Workspace; reused, it allocates nothing.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +29,11 @@ enum Step {
 }
 
 impl Splitter {
+    pub(crate) fn hold(&mut self, ranks: usize) {
+        hold(&mut self.reached, ranks);
+        hold(&mut self.steps, ranks);
+    }
+
     /// Split `replica_rows` (`[P]`, rows as routed) anew; `loads` (`[R]`, each rank's routed rows) follows.
     ///
     /// Counts are taken as rows: the cost model is not asked.

@@ -4,6 +4,8 @@
 //! more copy. Own rank first, then visited ranks in proportion, then shortest augmenting paths while a
 //! token is left that could still be free, then anywhere with room.
 
+use crate::workspace::hold;
+
 /// Shared rows that go from one source rank to one destination rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transfer {
@@ -59,6 +61,7 @@ impl Transport {
         visits: Option<&[u32]>,
         transfers: &mut Vec<Transfer>,
     ) {
+        self.hold(tokens.len(), visits.is_some(), transfers);
         self.start(tokens, room);
         transfers.clear();
         match visits {
@@ -69,6 +72,19 @@ impl Transport {
                     self.improve(tokens, visits, transfers);
                 }
             }
+        }
+    }
+
+    fn hold(&mut self, ranks: usize, has_visits: bool, transfers: &mut Vec<Transfer>) {
+        hold(&mut self.left, ranks);
+        hold(&mut self.open, ranks);
+        if has_visits {
+            hold(&mut self.rows, ranks * ranks);
+            self.search.hold(ranks);
+            hold(transfers, ranks * ranks);
+        } else {
+            // Each source keeps some, and each other transfer uses up a source or a room.
+            hold(transfers, 3 * ranks);
         }
     }
 
@@ -231,6 +247,11 @@ fn free(source: usize, destination: usize, tokens: &[u32], visits: &[u32], rows:
 }
 
 impl Search {
+    fn hold(&mut self, ranks: usize) {
+        let lists = [&mut self.queue, &mut self.reached_from, &mut self.reached_through];
+        lists.into_iter().for_each(|list| hold(list, ranks));
+    }
+
     /// The nearest destination with room that rows of `source` reach, others giving way.
     fn path(
         &mut self,

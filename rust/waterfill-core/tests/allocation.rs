@@ -1,42 +1,13 @@
 //! A call that reuses its workspace allocates nothing.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-
 use waterfill_core::{
     Assigner, CostModel, Error, Expander, OwnCounts, OwnPlanner, Placement, Plan, Planner, Problem,
     ReplicaCounts, ReplicaQuotas, ReplicaTable, Roofline, Routed, Rows, RowsMut, Table, count,
 };
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-// SAFETY: every call is passed on unchanged to the system's allocator; counting in a thread-local
-// without a destructor neither allocates nor unwinds.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promise, passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise, passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
+use waterfill_testing::{Counting, allocations};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
-
-fn allocations(call: impl FnOnce()) -> u64 {
-    let before = ALLOCATIONS.get();
-    call();
-    ALLOCATIONS.get() - before
-}
 
 /// Two experts a rank; the last expert of each rank is a replica of the next rank's first.
 fn pairs(ranks: usize) -> Vec<u32> {

@@ -5,6 +5,10 @@
 //! assert_eq!(draw(7), draw(7));
 //! ```
 
+mod allocations;
+
+pub use allocations::{Counting, allocations};
+
 /// The random generator of tests and benchmarks: its seed says everything, on every machine.
 ///
 /// A linear congruential generator. Figures in `benches/instructions.json` and in `docs/` are of its draws. Source: D. Knuth's
