@@ -61,7 +61,7 @@ class DeviceExchange:
         self.reason = reason
         self.replicas = None if board is None else replicas
         self.device, self.board, self.member = device, board, member
-        self._longest_us, self._cap_us = cap_us, None if board is None else cap_us
+        self._cap_us = cap_us
         self._expander: Expander | None = None
         self._planner: _native.PlannerThread | None = None
         self._end: _native.DeviceEnd | None = None
@@ -93,7 +93,8 @@ class DeviceExchange:
             chosen, quotas = self._choose(self.replicas, expander, ids, layer, moved=False)
             return expander(chosen, weights, shared_weight, quotas=quotas)
         self._wake()
-        return expander(ids, weights, shared_weight, cap_us=self._cap_us)
+        cap_us = None if self.board is None else self._cap_us
+        return expander(ids, weights, shared_weight, cap_us=cap_us)
 
     def move_up(
         self,
@@ -136,7 +137,7 @@ class DeviceExchange:
         self._wake()
         table, logical = replicas.on_device(layer)
         return expander.choose_replicas(
-            ids, table, logical, moved=moved, cap_us=self._longest_us, gathered=gathered
+            ids, table, logical, moved=moved, cap_us=self._cap_us, gathered=gathered
         )
 
     def _wake(self) -> None:
