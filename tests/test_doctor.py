@@ -130,11 +130,15 @@ def test_variables():
     check(checks.variables({"WATERFILL_RS_REQUIRE": "1"}), "ok", "required")
 
 
-@pytest.mark.parametrize("ranks, experts", [(1, 1), (2, 6), (8, 256), (12, 12), (72, 288)])
-def test_a_board_takes_what_the_doctor_says(ranks, experts):
-    board = _native.Board.create(f"waterfill-rs-{os.getpid()}-{ranks:x}", ranks, experts, 7)
+@pytest.mark.parametrize(
+    "ranks, experts, redundant",
+    [(1, 1, 0), (2, 6, 0), (8, 256, 0), (12, 12, 0), (72, 288, 0), (8, 288, 32), (64, 512, 256)],
+)
+def test_a_board_takes_what_the_doctor_says(ranks, experts, redundant):
+    name = f"waterfill-rs-{os.getpid()}-{ranks:x}"
+    board = _native.Board.create(name, ranks, experts, 7, redundant)
     try:
-        assert board.path.stat().st_size == _native.board_bytes(ranks, experts)
+        assert board.path.stat().st_size == _native.board_bytes(ranks, experts, redundant)
     finally:
         board.unlink()
 
@@ -159,6 +163,27 @@ def test_shared_memory(tmp_path):
     check(checks.shared_memory(folder, "", plenty, 8), "warn", "/proc is not there", "mount /proc")
     check(checks.shared_memory(folder, "", plenty, 8, "board"), "fail", "/proc is not there")
     assert doctor._free(tmp_path / "absent") is None and doctor._free(tmp_path) > 0
+
+
+@pytest.mark.parametrize(
+    "ranks, redundant, text, experts",
+    [
+        (8, 0, "two boards of 8 ranks x 256 experts take 0.2,", 256),
+        (6, 0, "two boards of 6 ranks x 258 experts take 0.1,", 258),
+        (8, 256, "two boards of 8 ranks x 512 experts, 256 of them redundant, take 0.4,", 512),
+        (6, 32, "two boards of 6 ranks x 288 experts, 32 of them redundant, take 0.1,", 288),
+    ],
+)
+def test_redundant_experts_take_shared_memory(ranks, redundant, text, experts, tmp_path):
+    mounts, needed = (
+        f"none {tmp_path} tmpfs rw 0 0\n",
+        2 * _native.board_bytes(ranks, experts, redundant),
+    )
+    tmp_path.chmod(0o1777)
+    found = checks.shared_memory(tmp_path, mounts, needed, ranks, redundant=redundant)
+    check(found, "ok", text)
+    found = checks.shared_memory(tmp_path, mounts, needed - 1, ranks, redundant=redundant)
+    check(found, "warn", text, "--shm-size")
 
 
 def test_a_file_system_without_room_for_a_name_is_not_one_to_be_made_writable(

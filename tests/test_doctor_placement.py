@@ -9,7 +9,7 @@ import pytest
 
 from waterfill_rs.cli import main
 from waterfill_rs.operate import server_commands
-from waterfill_rs.operate.server_commands import placement, running, value_of
+from waterfill_rs.operate.server_commands import placement, redundant_experts, running, value_of
 
 LAUNCH = ["python", "-m", "sglang.launch_server", "--enable-waterfill"]
 PLACED = {"physical_to_logical_map": [[0, 1, 2, 3, 3, 2]]}
@@ -160,8 +160,21 @@ def test_the_command_takes_a_servers_words(capsys, monkeypatch):
     def told(*words):
         main(["doctor", "--json", *words])
         checks = json.loads(capsys.readouterr().out)["checks"]
-        return next(one for one in checks if one["check"] == "placement")
+        return {one["check"]: one for one in checks}
 
-    warned = told("--", *LAUNCH, "--ep-num-redundant-experts", "8", *APART)
+    given = told("--", *LAUNCH, "--ep-num-redundant-experts", "8", *APART)
+    warned = given["placement"]
     assert warned["level"] == "warn" and "the given command: 8 redundant" in warned["text"]
-    assert told()["text"] == "server 1: no redundant experts"
+    assert "264 experts, 8 of them redundant, take" in given["shm"]["text"]
+    running_here = told()
+    assert running_here["placement"]["text"] == "server 1: no redundant experts"
+    assert "256 experts take" in running_here["shm"]["text"]
+
+
+def test_the_server_with_most_redundant_experts_counts():
+    def most(*numbers):
+        flag = "--ep-num-redundant-experts"
+        return redundant_experts({f"server {n}": [*LAUNCH, flag, n] for n in numbers})
+
+    assert most("8", "32", "x", "-4") == 32
+    assert redundant_experts({"server 1": LAUNCH}) == most() == most("-4") == 0

@@ -64,8 +64,6 @@ VARIABLES = (
 )
 LEAST_CAP_US = 100_000
 """Below it, ranks that are late for usual reasons cost live plans; the planner may be asleep for 8 ms of it."""
-LARGEST = (_native.MAX_RANKS, _native.MAX_RANKS)
-"""Ranks and experts of the largest board."""
 USUAL_EXPERTS = 256
 MOST_NAMED = 8
 """Ranks that are named one by one."""
@@ -270,9 +268,18 @@ def without_board(choice: str, gpus: int) -> Severity:
 
 
 def shared_memory(
-    folder: Path, mounts: str, free: int | None, ranks: int, choice: str = "auto", gpus: int = 0
+    folder: Path,
+    mounts: str,
+    free: int | None,
+    ranks: int,
+    choice: str = "auto",
+    gpus: int = 0,
+    redundant: int = 0,
 ) -> Finding:
-    """``mounts``: as in ``/proc/mounts``. ``free``: bytes, if the folder is there. ``choice``: the exchange asked for."""
+    """``mounts``: as in ``/proc/mounts``. ``free``: bytes, if the folder is there. ``choice``: the exchange asked for.
+
+    ``redundant``: the redundant experts of a server here, which add words to its board.
+    """
     severity = without_board(choice, gpus)
     if choice == "group" and not gpus:
         text = "exchange group is for CUDA devices: with layers on the CPU the server stops"
@@ -285,14 +292,16 @@ def shared_memory(
     mode = stat.S_IMODE(folder.stat().st_mode)
     kinds = [line.split()[2] for line in mounts.splitlines() if line.split()[1] == str(folder)]
     kind = kinds[-1] if kinds else "no file system of its own"
-    needed = 2 * _native.board_bytes(ranks, USUAL_EXPERTS)
-    largest = _native.board_bytes(*LARGEST)
+    usual, most = _experts(ranks, USUAL_EXPERTS, redundant), _native.MAX_RANKS
+    many = _experts(most, most, redundant)
+    needed = 2 * _native.board_bytes(ranks, usual, redundant)
+    largest = _native.board_bytes(most, many, redundant)
     if not mounts:
         text = f"/proc is not there, and a board gets its name by it; {folder} itself may be well"
         return Finding("shm", severity, text, f"mount /proc{others}")
     text = (
         f"{folder}: {kind}, mode {mode:04o}, {_mib(free)} MiB free; two boards of {ranks} ranks x "
-        f"{USUAL_EXPERTS} experts take {_mib(needed)}, one of {LARGEST[0]} x {LARGEST[1]} {_mib(largest)}"
+        f"{usual} experts{_redundant(redundant)} take {_mib(needed)}, one of {most} x {many} {_mib(largest)}"
     )
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -312,6 +321,15 @@ def shared_memory(
     if mode & 0o1002 == 0o0002:
         return Finding("shm", "warn", text, f"chmod 1777 {folder}: any user can delete a board")
     return Finding("shm", "ok", text)
+
+
+def _experts(ranks: int, logical: int, redundant: int) -> int:
+    """Physical experts, as many on each rank."""
+    return -(-(logical + redundant) // ranks) * ranks
+
+
+def _redundant(redundant: int) -> str:
+    return f", {redundant} of them redundant," if redundant else ""
 
 
 def _mib(count: int) -> str:

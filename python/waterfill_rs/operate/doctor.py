@@ -112,6 +112,10 @@ def _looks(
     settings = config.board
     pipes = Path(environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
     folder = Path(waterfill_rs.__file__).parent
+
+    def servers() -> Mapping[str, Sequence[str]]:
+        return {"the given command": command} if command else server_commands.running(Path("/proc"))
+
     looks: dict[str, Callable[[], Finding]] = {
         "python": lambda: checks.python(sys.version_info[:3]),
         "package": lambda: checks.package(_native.__version__, _installed(), folder),
@@ -124,9 +128,7 @@ def _looks(
         ),
         "one_batch": lambda: checks.one_batch(_folder("sglang")),
         "variables": lambda: checks.variables(environment),
-        "placement": lambda: server_commands.placement(
-            {"the given command": command} if command else server_commands.running(Path("/proc"))
-        ),
+        "placement": lambda: server_commands.placement(servers()),
         "shm": lambda: checks.shared_memory(
             board_finder.SHARED_MEMORY,
             _text(Path("/proc/mounts")),
@@ -134,6 +136,7 @@ def _looks(
             ranks_here,
             config.exchange,
             gpus,
+            server_commands.redundant_experts(servers()),
         ),
         "cpu": lambda: checks.cpus(
             len(os.sched_getaffinity(0)), _quota(), ranks_here, settings.pace, gpus

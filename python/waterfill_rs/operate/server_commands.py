@@ -12,7 +12,7 @@ from waterfill_rs.operate.checks import Finding
 from waterfill_rs.placement.trivial import TRIVIAL, is_trivial
 from waterfill_rs.sglang_versions import ROWS
 
-__all__ = ["placement", "running", "value_of"]
+__all__ = ["placement", "redundant_experts", "running", "value_of"]
 
 REDUNDANT, LOCATION, EPLB = (
     "--ep-num-redundant-experts",
@@ -73,6 +73,12 @@ def value_of(words: Sequence[str], flag: str) -> str | None:
             after = words[i + 1] if i + 1 < len(words) else "--"
             value = "" if after.startswith("--") else after
     return value
+
+
+def redundant_experts(commands: Mapping[str, Sequence[str]]) -> int:
+    """How many redundant experts the server has that has most of these; 0 for what is no number."""
+    asked = (value_of(words, REDUNDANT) or "" for words in commands.values())
+    return max((int(text) for text in asked if text.isdecimal()), default=0)
 
 
 def placement(commands: Mapping[str, Sequence[str]]) -> Finding:
