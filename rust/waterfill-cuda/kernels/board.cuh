@@ -114,34 +114,37 @@ __device__ __forceinline__ u32 stage(const Args &args, u64 waited_ns) {
     return waited_ns >= args.cap_ns ? SPENT : waited_ns >= LATE_NS ? LATE : SOON;
 }
 
-// The planner has nothing for a late warp, whose quotas were not there: how that ends its wait, if it does.
-__device__ __forceinline__ bool ends(const Args &args, u32 *quotas, const Block &b, u32 stage, u64 *sum, u32 *outcome) {
+// The planner has nothing for a late warp, whose plan was not there: how that ends its wait, if it does.
+template <u32 (*WORDS)(const Args &), typename Look>
+__device__ __forceinline__ bool ends(const Args &args, const Block &b, u32 stage, const Look &look, u32 *outcome) {
     // Each lane's own acquire: a vote orders no memory.
     bool none = __all_sync(ALL, is_without_plan(args, b.sequence));
     bool deserted = __all_sync(ALL, load_acquire(args.board + args.deserted_at) != 0);
     // A plan that came before either was said is seen by now.
-    if ((none || deserted) && take(args, quotas, b.sequence, sum)) return *outcome = TALLY_LIVE, true;
+    if ((none || deserted) && look()) return *outcome = TALLY_LIVE, true;
     if (!none && !deserted && stage != SPENT) return false;  // DEFECT(wait-on)
     u32 failures = none ? 0 : deserted ? at_least(b.failures, BREAK_AFTER) : b.failures + (b.failures != ALL);  // DEFECT(failures)
     *outcome = none ? TALLY_NO_PLAN : deserted ? TALLY_BROKEN : TALLY_TIMED_OUT;
     if (lane() == 0) args.state->failures = failures;
     // The planner is told that this rank goes on alone: then no other is to have a plan, if it is not too late.
     if (*outcome == TALLY_TIMED_OUT && lane() == args.rank % WARP)  // DEFECT(take-back)
-        store_word(in_slot(args, args.counts_at, b.sequence) + posted(args), b.sequence, 0);
+        store_word(in_slot(args, args.counts_at, b.sequence) + WORDS(args), b.sequence, 0);
     return true;
 }
 
-// A warp waits for this call's quotas, at most `cap_ns`; `quotas` has them if the outcome is TALLY_LIVE.
-__device__ __forceinline__ u32 wait(const Args &args, u32 *quotas, const Block &b) {
+// A warp waits for this call's plan, at most `cap_ns`. `look()` reads it, and is false as long as any of it is missing; `sum` is
+// that of the quotas that it read. This rank posts WORDS words before the one that says whether it waits.
+template <u32 (*WORDS)(const Args &) = posted, typename Look>
+__device__ __forceinline__ u32 wait(const Args &args, const Block &b, const u64 &sum, const Look &look) {
     if (!b.waits) return TALLY_BROKEN;
-    u64 begun = now_ns(), sum = 0;
+    u64 begun = now_ns();
     u32 outcome = TALLY_LIVE;
     while (true) {
         // The clock first: a rank that was kept from running past its cap looks once more, as the plan may have come.
         // The lanes may read different times; the first one's counts for all.
         u32 now = __shfl_sync(ALL, stage(args, now_ns() - begun), 0);  // DEFECT(wait-clock)
-        if (take(args, quotas, b.sequence, &sum)) break;  // DEFECT(wait-look)
-        if (now != SOON && ends(args, quotas, b, now, &sum, &outcome)) break;
+        if (look()) break;  // DEFECT(wait-look)
+        if (now != SOON && ends<WORDS>(args, b, now, look, &outcome)) break;
     }
     if (outcome != TALLY_LIVE) return outcome;
     if (lane() == 0) args.state->failures = 0;

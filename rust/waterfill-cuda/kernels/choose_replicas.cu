@@ -239,11 +239,13 @@ __device__ __forceinline__ bool is_in_order(const Table &table, const Replicas &
 
 // The warp that waits, in the first block: take the plan, and hand on the quotas. Gives how the call ended.
 __device__ __forceinline__ u32 take_plan(const ReplicaArgs &replica, const Table &table, const Block &b, Replicas &r) {
+    const Args &args = replica.args;
     Wanted wanted;
     bool ordered = is_in_order(table, r);
     wanted.fingerprint = ordered ? table.fingerprint : 0;
     wanted.slots = ordered && table.fingerprint != 0 ? r.first[table.jobs] : 0;
-    u32 outcome = wait(replica.args, r.plan, b, wanted);
+    wanted.words = in_slot(args, args.quotas_at, b.sequence);
+    u32 outcome = wait<replica_posted>(args, b, wanted.sum, [&] { return take(args, r.plan, b.sequence, wanted); });
     if (outcome == TALLY_LIVE && wanted.fits) open_replicas(table, r);  // DEFECT(choose-live)
     if (replica.quotas) {
 #pragma unroll 1

@@ -26,10 +26,10 @@ __device__ __forceinline__ void take_quotas(const Args &args, const Shared &s, B
     if (mode_of(args) == OWN || (mode_of(args) == LIVE && block() > 0)) return;
     Quotas &quotas = s.quotas[TAKEN];
     u32 outcome = TALLY_TORN;
+    u64 sum = 0;
     if (mode_of(args) == LIVE) {
-        outcome = wait(args, quotas.left, b);
+        outcome = wait(args, b, sum, [&] { return take(args, quotas.left, b.sequence, &sum); });
     } else {
-        u64 sum = 0;
 #pragma unroll 1
         for (u32 rank = lane(); rank < RANKS; rank += WARP) {
             quotas.left[rank] = args.quotas[rank];

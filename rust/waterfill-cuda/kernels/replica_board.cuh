@@ -158,33 +158,3 @@ __device__ __forceinline__ bool take(const Args &args, u32 *plan, u32 sequence, 
     wanted.sum = ((u64)warp_sum((u32)(mine >> HALF)) << HALF) + warp_sum((u32)mine & ((1u << HALF) - 1));  // DEFECT(replica-sum)
     return true;
 }
-
-// The planner has nothing for a late warp, whose plan was not there: how that ends its wait, if it does. As in board.cuh.
-__device__ __forceinline__ bool ends(const Args &args, u32 *plan, const Block &b, u32 stage, Wanted &wanted, u32 *outcome) {
-    bool none = __all_sync(ALL, is_without_plan(args, b.sequence));
-    bool deserted = __all_sync(ALL, load_acquire(args.board + args.deserted_at) != 0);
-    if ((none || deserted) && take(args, plan, b.sequence, wanted)) return *outcome = TALLY_LIVE, true;
-    if (!none && !deserted && stage != SPENT) return false;  // DEFECT(replica-wait-on)
-    u32 failures = none ? 0 : deserted ? at_least(b.failures, BREAK_AFTER) : b.failures + (b.failures != ALL);  // DEFECT(replica-failures)
-    *outcome = none ? TALLY_NO_PLAN : deserted ? TALLY_BROKEN : TALLY_TIMED_OUT;
-    if (lane() == 0) args.state->failures = failures;
-    if (*outcome == TALLY_TIMED_OUT && lane() == args.rank % WARP)  // DEFECT(replica-take-back)
-        store_word(in_slot(args, args.counts_at, b.sequence) + replica_posted(args), b.sequence, 0);
-    return true;
-}
-
-// A warp waits for this call's plan, at most `cap_ns`; `plan` has it if the outcome is TALLY_LIVE. As in board.cuh.
-__device__ __forceinline__ u32 wait(const Args &args, u32 *plan, const Block &b, Wanted &wanted) {
-    if (!b.waits) return TALLY_BROKEN;
-    wanted.words = in_slot(args, args.quotas_at, b.sequence);
-    u64 begun = now_ns();
-    u32 outcome = TALLY_LIVE;
-    while (true) {
-        u32 now = __shfl_sync(ALL, stage(args, now_ns() - begun), 0);  // DEFECT(replica-clock)
-        if (take(args, plan, b.sequence, wanted)) break;  // DEFECT(replica-look)
-        if (now != SOON && ends(args, plan, b, now, wanted, &outcome)) break;
-    }
-    if (outcome != TALLY_LIVE) return outcome;
-    if (lane() == 0) args.state->failures = 0;
-    return wanted.sum == all_tokens(b) ? TALLY_LIVE : TALLY_TORN;  // DEFECT(replica-torn)
-}

@@ -126,12 +126,8 @@ pub const WORDS: &[Defect] = &[
     // The look before the clock.
     (
         &[
-            instead(
-                "wait-clock",
-                "u32 now",
-                "bool is_there = take(args, quotas, b.sequence, &sum);\n        u32 now",
-            ),
-            instead("wait-look", "take(args, quotas, b.sequence, &sum)", "is_there"),
+            instead("wait-clock", "u32 now", "bool is_there = look();\n        u32 now"),
+            instead("wait-look", "look()", "is_there"),
         ],
         ANYTHING,
     ),
@@ -229,13 +225,13 @@ pub const REPLICA_WORDS: &[Defect] = &[
     (&[instead("take-mine", "i < RANKS", "i <= RANKS")], ANYTHING),
     (&[instead("take-fits", "== wanted.fingerprint &&", "!= 0 &&")], ANYTHING),
     (&[without("take-replicas")], ANYTHING),
-    (&[instead("replica-wait-on", "!= SPENT", "!= LATE")], ANYTHING),
-    (&[instead("replica-failures", "none ? 0 : ", "")], "sequence and failures"),
-    (&[instead("replica-take-back", "lane() ==", "WARP ==")], "the board"),
-    (&[instead("replica-torn", " == all_tokens(b)", "")], ANYTHING),
+    (&[instead("wait-on", "!= SPENT", "!= LATE")], ANYTHING),
+    (&[instead("failures", "none ? 0 : ", "")], "sequence and failures"),
+    (&[instead("take-back", "lane() ==", "WARP ==")], "the board"),
+    (&[instead("torn", " == all_tokens(b)", "")], ANYTHING),
     (
         &[instead(
-            "replica-clock",
+            "wait-clock",
             "__shfl_sync(ALL, stage(args, now_ns() - begun), 0)",
             "stage(args, now_ns() - begun)",
         )],
@@ -244,12 +240,8 @@ pub const REPLICA_WORDS: &[Defect] = &[
     // The look before the clock.
     (
         &[
-            instead(
-                "replica-clock",
-                "u32 now",
-                "bool is_there = take(args, plan, b.sequence, wanted);\n        u32 now",
-            ),
-            instead("replica-look", "take(args, plan, b.sequence, wanted)", "is_there"),
+            instead("wait-clock", "u32 now", "bool is_there = look();\n        u32 now"),
+            instead("wait-look", "look()", "is_there"),
         ],
         ANYTHING,
     ),
