@@ -72,7 +72,7 @@ def _placed(
     scaled = np.array([[place.scaled(rows) for rows in of] for of in counts.tolist()])
     sums = scaled.sum(0)
     yield "trivial", placements.trivial(layers, experts, redundant).tolist()
-    yield "spread", [spread(experts, redundant, ranks, ranks)] * layers
+    yield "spread", [spread(experts, redundant, ranks)] * layers
     yield "heaviest first", [joint.place(rows, ranks, redundant) for rows in sums]
     if eplb:
         from waterfill_rs.sglang.eplb import by_eplb

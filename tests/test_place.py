@@ -329,16 +329,14 @@ def test_trivial_replicas_that_make_balance_worse_are_named(tmp_path, capsys):
 def test_the_table_has_what_a_server_does_without_a_placement(tmp_path, capsys):
     counts = counts_file(tmp_path / "counts.json", [[10 + e for e in range(16)]])
     output = tmp_path / "placed.json"
-    for per_host in (4, 2):
-        options = ["--ep", "4", "--redundant", "8", "--ranks-per-host", str(per_host)]
-        said = run(capsys, [counts], output, *options).splitlines()
-        heads = next(line for line in said if "trivial" in line).split()
-        figures = next(line for line in said if line.startswith(str(counts))).split()[1:]
-        at = 2 * (heads.index("spread") - 1)  # "no redundant" is two words.
-        row = spread(16, 8, 4, per_host)
-        rows = place.scaled([10 + e for e in range(16)])
-        expected = [f"{measure(row, rows, 4):.3f}" for measure in (place.even, place.joint)]
-        assert figures[at : at + 2] == expected
+    said = run(capsys, [counts], output, "--ep", "4", "--redundant", "8").splitlines()
+    heads = next(line for line in said if "trivial" in line).split()
+    figures = next(line for line in said if line.startswith(str(counts))).split()[1:]
+    at = 2 * (heads.index("spread") - 1)  # "no redundant" is two words.
+    row = spread(16, 8, 4)
+    rows = place.scaled([10 + e for e in range(16)])
+    expected = [f"{measure(row, rows, 4):.3f}" for measure in (place.even, place.joint)]
+    assert figures[at : at + 2] == expected
     assert "spread" not in run(capsys, [counts], output, "--ep", "4", "--redundant", "0")
 
 

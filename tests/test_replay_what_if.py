@@ -122,7 +122,7 @@ def test_tokens_take_replicas_in_turn(tokens, redundant):
 @pytest.mark.parametrize("redundant", [0, 4])
 def test_spread_places_are_those_of_a_server_without_a_placement(tokens, redundant, tmp_path):
     found = replay(tokens, "--redundant", str(redundant), "--placement", "spread")
-    row = spread(EXPERTS, redundant, RANKS, RANKS) if redundant else list(range(EXPERTS))
+    row = spread(EXPERTS, redundant, RANKS) if redundant else list(range(EXPERTS))
     path = tmp_path / "spread.json"
     path.write_text(json.dumps({"physical_to_logical_map": [row] * LAYERS}))
     assert found["rows"] == replay(tokens, "--placement", str(path))["rows"]

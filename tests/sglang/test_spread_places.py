@@ -58,7 +58,7 @@ def reason():
 
 def test_a_server_without_a_placement_has_its_experts_spread(places):
     made = places.made()
-    assert rows(made) == [spread(LOGICAL, REDUNDANT, RANKS, RANKS)] * LAYERS
+    assert rows(made) == [spread(LOGICAL, REDUNDANT, RANKS)] * LAYERS
     assert maps.is_consistent(made) and maps.firsts(made) == [LOGICAL // RANKS] * LAYERS
     assert made.physical_to_logical_map.dtype == torch.int64
     assert spread_places.is_spread(rows(made)) and not spread_places.against_hook(compat.find()[0])
@@ -66,12 +66,13 @@ def test_a_server_without_a_placement_has_its_experts_spread(places):
     assert rows(places.made()) == rows(made)
 
 
-@pytest.mark.parametrize("nodes", [2, 3])
-def test_hosts_keep_their_experts(places, nodes):
-    places.given.nnodes = nodes
-    made = places.made()
-    per_host = {2: RANKS // 2, 3: RANKS}[nodes]
-    assert rows(made)[0] == spread(LOGICAL, REDUNDANT, RANKS, per_host)
+def test_where_experts_do_not_divide_over_ranks_they_stay(places, monkeypatch):
+    common = places.metadata._init_common()
+    ranks = next(n for n in range(RANK + 1, 99) if LOGICAL % n and (LOGICAL + REDUNDANT) % n == 0)
+    local = {"ep_size": ranks, "num_local_physical_experts": (LOGICAL + REDUNDANT) // ranks}
+    monkeypatch.setattr(places.metadata, "_init_common", staticmethod(lambda *_: common | local))
+    assert is_trivial(rows(places.made()))
+    assert reason() == f"{LOGICAL} + {REDUNDANT} experts do not divide over {ranks} ranks each"
 
 
 @pytest.mark.parametrize("algorithm", ["static", "dynamic"])
@@ -195,11 +196,19 @@ def test_all_ranks_are_asked_once_and_one_keeps_all_from_it(places, monkeypatch)
         monkeypatch.setattr(primaries_first, "peers_of_maps", lambda _, peers=peers: peers)
         for _ in range(2):
             assert is_trivial(rows(places.made())) == bool(answer)
-        assert peers.asked == [
-            ("order", primaries_first._HOW),
-            ("places", "it spreads experts over hosts of 8 ranks"),
-        ]
+        assert [question for question, _ in peers.asked] == ["order", "places"]
+        assert all("install the same waterfill-rs on all ranks" in told for _, told in peers.asked)
         assert spread_places.against_hook(compat.find()[0]) == answer
+
+
+def test_ranks_of_other_versions_or_maps_do_not_agree(monkeypatch):
+    peers = Peers([])
+    monkeypatch.setattr(primaries_first, "peers_of_maps", lambda _: peers)
+    for version in ("1", "2"):
+        monkeypatch.setattr(primaries_first.waterfill_rs, "__version__", version)
+        for row in ([0, 1], [1, 0]):
+            primaries_first.all_agree(None, [], "order", row)
+    assert len({answer for _, answer in peers.asked}) == 4
 
 
 def test_a_rank_that_keeps_the_order_keeps_the_places(places, monkeypatch):

@@ -148,7 +148,7 @@ class ReplicaProbe:
                     assert "give --ep-dispatch-algorithm static" in reasons[0], reasons
                     continue
                 assert not reasons, reasons
-                assert row == spread(logical, physical - logical, RANKS, RANKS)
+                assert row == spread(logical, physical - logical, RANKS)
                 name = "get_global_expert_location_metadata"
                 with mock.patch.object(expert_location_dispatch, name, lambda made=made: made):
                     info = expert_location_dispatch.ExpertLocationDispatchInfo.init_new(0)

@@ -88,8 +88,7 @@ def _run(arguments: argparse.Namespace) -> None:
     layers = len(workloads[0])
     table = {"trivial": placements.trivial(layers, experts, redundant).tolist()}
     if redundant:
-        hosts = arguments.ranks_per_host
-        spread_out = placements.spread_out(layers, experts, redundant, ranks, hosts)
+        spread_out = placements.spread_out(layers, experts, redundant, ranks)
         table["spread"] = spread_out.tolist()
     if redundant and experts % ranks == 0:
         table = {"no redundant": placements.trivial(layers, experts, 0).tolist()} | table

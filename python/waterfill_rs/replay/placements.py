@@ -51,17 +51,17 @@ def trivial(layers: int, logical: int, redundant: int) -> Tensor:
     return (torch.arange(logical + redundant) % logical).repeat(layers, 1)
 
 
-def spread_out(
-    layers: int, logical: int, redundant: int, ranks: int, ranks_per_host: int | None = None
-) -> Tensor:
-    """As a server with waterfill-rs and without a placement starts: a map ``[L, P]``. Without redundant experts: trivial.
+def spread_out(layers: int, logical: int, redundant: int, ranks: int) -> Tensor:
+    """As a server with waterfill-rs and without a placement starts: a map ``[L, P]``.
 
-    Args:
-        ranks_per_host: all ranks, where hosts do not matter.
+    Trivial without redundant experts, and where none can be spread.
     """
-    if not redundant or ranks == 1:
+    if not redundant:
+        return trivial(layers, logical, 0)
+    try:
+        row = spread(logical, redundant, ranks)
+    except ValueError:
         return trivial(layers, logical, redundant)
-    row = spread(logical, redundant, ranks, ranks_per_host or ranks)
     return torch.tensor([row]).repeat(layers, 1)
 
 

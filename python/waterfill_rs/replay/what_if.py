@@ -41,7 +41,9 @@ class Places:
             again = ", the first ones again at the end: sglang's default" if redundant else ""
             self._note = f"Experts stand in order{again}."
         elif self._is_spread:
-            self._note = "Experts stand as waterfill-rs spreads them in a server without a placement, on one host."
+            self._note = (
+                "Experts stand as waterfill-rs spreads them in a server without a placement."
+            )
         elif str(placement) == "eplb":
             self._counts = sums
             self._note = (

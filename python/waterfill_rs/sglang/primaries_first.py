@@ -12,12 +12,14 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import waterfill_rs
 from waterfill_rs import _native
 from waterfill_rs.config import REPLICAS_VARIABLE, Config
 from waterfill_rs.exchange.replicas import ReplicaTables
@@ -38,7 +40,6 @@ __all__ = [
     "arranged",
     "keep",
     "ordered",
-    "ranks_per_host",
     "swapped",
     "with_twins",
 ]
@@ -47,8 +48,8 @@ logger = logging.getLogger(__name__)
 
 _MAP, _OF_LOGICAL = "physical_to_logical_map", "logical_to_all_physical_map"
 _COUNTS = "logical_count"
-_HOW = "it makes other maps of experts: install the same waterfill-rs on all ranks"
-"""What a rank with other rules says of this one: all are to make the same maps."""
+_HOW = "it makes other maps of experts, {:08x}: install the same waterfill-rs on all ranks"
+"""What another rank says of one that makes other maps."""
 
 _BY_LOGICAL_EXPERT = (
     "auto",
@@ -241,18 +242,21 @@ def _agree(seams: Seams) -> list[str]:
     """
     if not _agreed:
         reasons = against(seams) or _missing(seams)
-        _agreed.append(all_agree(seams, reasons, "order", _HOW))
+        _agreed.append(all_agree(seams, reasons, "order"))
     return _agreed[0]
 
 
-def all_agree(seams: Seams, reasons: list[str], question: str, answer: str) -> list[str]:
-    """As ``Peers.agree``, of those who make the same maps."""
+def all_agree(
+    seams: Seams, reasons: list[str], question: str, row: Sequence[int] = ()
+) -> list[str]:
+    """As ``Peers.agree``, of those who make the same maps: by the same rules, which are this version's, and of this ``row``."""
     peers = peers_of_maps(seams)
+    answer = _HOW.format(zlib.crc32(f"{waterfill_rs.__version__} {list(row)}".encode()))
     # Without peers it is a tool's process, or a test's: there is nobody else.
     return peers.agree(reasons, question, answer) if peers else reasons
 
 
-def ranks_per_host(seams: Seams, ranks: int) -> int:
+def _ranks_per_host(seams: Seams, ranks: int) -> int:
     """As sglang counts them for its choice of replicas; all, where ranks do not divide over hosts."""
     hosts = int(getattr(resolve(seams.arguments)(), "nnodes", 1))
     return ranks // hosts if hosts > 0 and ranks % hosts == 0 else ranks
@@ -339,7 +343,7 @@ class PrimariesFirst:
         for metadata, tables, _ in _kept:
             if metadata is there:
                 layers = tables.kept_first
-        per_host = ranks_per_host(self._seams, ranks)
+        per_host = _ranks_per_host(self._seams, ranks)
         return swapped(mapping, of_logical, counts, layers, ranks, per_host)
 
     def _in_force(self) -> Any:

@@ -141,29 +141,37 @@ class SpreadPlaces:
             return made
         given = inspect.signature(init_trivial).bind(*args, **kwargs).arguments
         layers, physical = made.physical_to_logical_map.shape
-        logical, ranks = made.num_logical_experts, self._order.ranks
-        if self._agree(ranks, given["model_config"]):
+        row, reasons = self._row(made.num_logical_experts, physical)
+        if self._agree(row, reasons, given["model_config"]):
             return made
-        per_host = primaries_first.ranks_per_host(self._seams, ranks)
-        row = spread(logical, physical - logical, ranks, per_host)
         _rows.append(row)
         self._order.has_own_order = True
         by_mapping = resolve(self._seams.location_mapping)
         return by_mapping(**given, physical_to_logical_map=torch.tensor([row]).repeat(layers, 1))
 
-    def _agree(self, ranks: int, model_config: Any) -> list[str]:
+    def _row(self, logical: int, physical: int) -> tuple[list[int], list[str]]:
+        """``[P]``, and why there is none."""
+        ranks = self._order.ranks
+        if ranks == 1:
+            return [], ["there is one rank"]
+        try:
+            return spread(logical, physical - logical, ranks), []
+        except ValueError as error:
+            return [], [str(error)]
+
+    def _agree(self, row: list[int], reasons: list[str], model_config: Any) -> list[str]:
         """Why the trivial map stays on all ranks, if it does: asked when it is first made.
 
         The order was asked before, as sglang made the trivial map: whoever has no hooks is known from there.
         """
         if not _agreed:
-            reasons = primaries_first.against_hook(self._seams) or _missing(self._seams)
-            if not reasons and ranks == 1:
-                reasons = ["there is one rank"]
-            reasons = reasons or self._against(model_config)
-            each = None if reasons else primaries_first.ranks_per_host(self._seams, ranks)
-            answer = f"it spreads experts over hosts of {each} ranks"
-            _agreed.append(primaries_first.all_agree(self._seams, reasons, "places", answer))
+            reasons = (
+                primaries_first.against_hook(self._seams)
+                or _missing(self._seams)
+                or reasons
+                or self._against(model_config)
+            )
+            _agreed.append(primaries_first.all_agree(self._seams, reasons, "places", row))
         return _agreed[0]
 
     def _against(self, model_config: Any) -> list[str]:
