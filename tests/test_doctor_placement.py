@@ -33,7 +33,7 @@ def test_redundant_experts_in_trivial_places_are_warned_of():
     ):
         warned = found(*words, *APART)
         assert (warned.check, warned.severity) == ("placement", "warn"), words
-        assert "32 redundant experts stand in trivial places, because of --spec" in warned.text
+        assert "32 redundant experts stand in trivial places, because --spec" in warned.text
         assert (
             "--redundant 32 -o placed.json, and --init-expert-location placed.json" in warned.advice
         )
@@ -47,22 +47,51 @@ def test_redundant_experts_in_trivial_places_are_warned_of():
 @pytest.mark.parametrize(
     "words, reason",
     [
-        (["--enable-lora"], "of --enable-lora:"),
-        (["--kt-weight-path", "x"], "of --kt-weight-path:"),
-        (["--ep-dispatch-algorithm", "fake"], "of --ep-dispatch-algorithm fake:"),
+        (["--enable-lora"], "--enable-lora:"),
+        (["--kt-weight-path", "x"], "--kt-weight-path:"),
+        (["--ep-dispatch-algorithm", "fake"], "--ep-dispatch-algorithm fake is none of"),
         (["--ep-dispatch-algorithm", "static"], None),
-        (["--moe-a2a-backend", "megamoe"], "of --moe-a2a-backend megamoe:"),
+        (["--moe-a2a-backend", "megamoe"], "--moe-a2a-backend megamoe:"),
         (["--moe-a2a-backend", "deepep", "--quantization", "fp8"], None),
-        (["--quantization=modelopt_fp4"], "of --quantization modelopt_fp4:"),
-        (["--load-format", "sharded_state"], "of --load-format sharded_state:"),
-        (["--waterfill-rs-replicas", "sglang"], "of --waterfill-rs-replicas sglang:"),
-        (["--waterfill-rs", "off"], "of --waterfill-rs off:"),
+        (["--quantization=modelopt_fp4"], "weights quantized as modelopt_fp4"),
+        (["--load-format", "sharded_state"], "--load-format sharded_state brings"),
+        (
+            ["--waterfill-rs-replicas", "sglang"],
+            "WATERFILL_RS_REPLICAS or --waterfill-rs-replicas is sglang",
+        ),
+        (["--waterfill-rs", "off"], "WATERFILL_RS or --waterfill-rs leaves all to sglang"),
     ],
 )
 def test_what_keeps_them_from_being_spread_is_named(words, reason):
     told = found("--ep-num-redundant-experts", "8", *words)
     assert told.severity == ("warn" if reason else "ok")
     assert reason is None or f"because {reason}" in told.text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--load-format", "fastsafetensors"],
+        ["--waterfill-rs", "on"],
+        ["--waterfill-rs-replicas", " LIVE"],
+        ["--weight-cache-mode", "off"],
+    ],
+)
+def test_what_lets_them_be_spread(words):
+    assert found("--ep-num-redundant-experts", "8", *words).severity == "ok"
+
+
+@pytest.mark.parametrize(
+    "variable, value", [("WATERFILL_RS", "off"), ("WATERFILL_RS_REPLICAS", "sglang")]
+)
+def test_the_environment_counts_unless_a_flag_sets_it(variable, value, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    words = ["--ep-num-redundant-experts", "8"]
+    assert found(*words).severity == "warn"
+    flag = "--" + variable.lower().replace("_", "-")
+    assert found(*words, flag, "auto").severity == "ok"
+    seed = "--remote-instance-weight-loader-start-seed-via-transfer-engine"
+    assert f"read this one's slots ({seed})" in found(*words, flag, "auto", seed).text
 
 
 def test_without_waterfill_nothing_is_spread():

@@ -39,6 +39,8 @@ class Seams:
     group: str = "sglang.srt.distributed.parallel_state.get_moe_ep_group"
     sender: str = "sglang.srt.model_executor.model_runner.ModelRunner"
     """The class that sends a rank's parameters to another server."""
+    updater: str = "sglang.srt.model_executor.model_runner.ModelRunner"
+    """The class that takes tensors for a rank's parameters while it serves."""
     gatherers: str = "sglang.srt.eplb.expert_distribution"
     """Module of the recorder's gatherers."""
     redundant: bool = True
@@ -94,6 +96,11 @@ class Seams:
         saves = (f"sglang.srt.model_loader.loader.{loader}.save_model" for loader in loaders)
         return (*saves, f"{self.sender}.send_weights_to_remote_instance")
 
+    @property
+    def slots_in(self) -> str:
+        """The method that is sent tensors for a rank's parameters, by names of a checkpoint or as they stand."""
+        return f"{self.updater}.update_weights_from_tensor"
+
 
 _SERVER_ARGS = "sglang.srt.server_args.get_global_server_args"
 _CONTEXT = "sglang.srt.runtime_context.get_server_args"
@@ -130,6 +137,7 @@ _RENAMED = replace(
     prefill_graph="sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph.context.is_in_breakable_cuda_graph",
     mega_moe="sglang.srt.layers.moe.mega_moe.forward_mega_moe",
     sender="sglang.srt.model_executor.model_runner_components.weight_exporter.WeightExporter",
+    updater="sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater",
 )
 _FOLDED = replace(_RENAMED, versions=("0.5.23", "0.5.23"), weight=SHARED_WEIGHT)
 

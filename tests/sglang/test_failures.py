@@ -157,7 +157,7 @@ def test_installed_and_off_is_as_not_installed():
     without, off, on = look(SGLANG_PLUGINS="none"), look(WATERFILL_RS="off"), look()
     arguments = [f"sglang.srt.server_args.ServerArgs.{n}_cli_args" for n in ("add", "from")]
     assert off.pop("hooks") == arguments and without.pop("hooks") == []
-    assert len(on.pop("hooks")) == 17
+    assert len(on.pop("hooks")) == 18
     assert off["modules"] == without["modules"]
     assert off["threads"] == without["threads"] == on["threads"]
     assert off["names"] == without["names"]

@@ -51,7 +51,7 @@ def test_the_doctors_look_sees_every_class_that_is_ours(sglang):
 
     found = loaded_hooks.found()
     assert set(plugin.hooked) < set(found) and all(found.values())
-    assert len(found) == 17
+    assert len(found) == 18
 
 
 def test_hash_layer_refuses_to_run_before_preparation(sglang):

@@ -295,7 +295,7 @@ def test_all_ranks_have_one_order_and_are_asked_once(server, monkeypatch):
         for _ in range(2):
             mapping = by_mapping(server, maps).physical_to_logical_map
             assert torch.equal(mapping, maps) == bool(answer)
-        assert peers.asked == [("order", primaries_first._HOW)]
+        assert [question for question, _ in peers.asked] == ["order"]
         assert primaries_first.against_hook(seams) == answer
         # What this rank is told later changes nothing: the others have the order that was agreed on.
         monkeypatch.setenv("WATERFILL_RS_REPLICAS", "sglang")
@@ -334,6 +334,49 @@ def test_slots_in_our_order_are_not_saved(server, tmp_path):
         # A map that is in order does not undo the earlier one.
         by_mapping(server, torch.tensor([ordered(row, RANKS) for row in shuffled(1).tolist()]))
     assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_are_copied_to_slots_are_refused_in_our_order(server):
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+
+    seams, _ = compat.find()
+    taken = []
+    model = torch.nn.Linear(2, 2)
+    model.load_weights = taken.append
+    updater = types.SimpleNamespace(
+        get_model=lambda: model,
+        device="cpu",
+        custom_weight_loaders=["mine.loader"],
+        _assert_weight_cache_inactive=lambda _: None,
+    )
+
+    def update(load_format):
+        return WeightUpdater.update_weights_from_tensor(updater, [], load_format)
+
+    hook = WeightUpdater.update_weights_from_tensor
+    assert hook is not hook.__wrapped__, seams.slots_in
+    by_mapping(server, shuffled(1))
+    for load_format in ("direct", "mine.loader"):
+        done, why = update(load_format)
+        assert not done and "copied to slots as somebody else orders them" in why
+    assert not taken
+
+
+def test_tensors_by_name_or_in_sglangs_order_are_taken():
+    from waterfill_rs.sglang.primaries_first import PrimariesFirst
+
+    order = PrimariesFirst(compat.find()[0])
+
+    def update(self, named_tensors, load_format=None):
+        return True, (self, named_tensors, load_format)
+
+    for load_format in (None, "flattened_bucket", "direct"):
+        answer = order.refuse_tensors_of_slots(update, "it", ["some"], load_format)
+        assert answer == (True, ("it", ["some"], load_format))
+    order.has_own_order = True
+    for load_format in (None, "flattened_bucket"):
+        assert order.refuse_tensors_of_slots(update, "it", [], load_format=load_format)[0]
+    assert not order.refuse_tensors_of_slots(update, "it", [], load_format="direct")[0]
 
 
 def test_slots_in_sglangs_order_are_saved(tmp_path):

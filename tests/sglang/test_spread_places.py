@@ -126,7 +126,6 @@ def test_where_sglang_maps_no_ids_the_trivial_places_stay(places, sglang):
         ({"enable_waterfill": False}, {}, "--enable-waterfill was not given"),
         ({"load_format": "sharded_state"}, {}, "--load-format sharded_state"),
         ({"elastic_ep_backend": "mooncake"}, {}, "--elastic-ep-backend mooncake"),
-        ({"ep_join_mode": "scale"}, {}, "--ep-join-mode"),
         ({"speculative_algorithm": "EAGLE"}, {}, "--speculative-algorithm EAGLE"),
         ({"enable_lora": True}, {}, "--enable-lora"),
         ({"lora_paths": ["a"]}, {}, "--enable-lora"),
@@ -150,6 +149,13 @@ def test_weights_that_go_by_the_map_are_spread(places, quantization):
 
     made = places.made(model=DeepseekV4ForCausalLM, quantization=quantization)
     assert spread_places.is_spread(rows(made))
+
+
+def test_on_other_gpus_they_stay(places, monkeypatch):
+    """sglang 0.5.13 maps ids on CUDA alone."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert is_trivial(rows(places.made()))
+    assert reason().startswith("this torch has no CUDA")
 
 
 def test_layers_that_do_not_run_on_deepep_keep_trivial_places(places, monkeypatch):

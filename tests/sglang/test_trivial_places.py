@@ -9,7 +9,7 @@ pytest.importorskip("sglang", reason="sglang is not installed: make test install
 
 from inside import EXPERTS, RANK, hash_layer, prepare
 
-from waterfill_rs.sglang import spread_places, trivial_places
+from waterfill_rs.sglang import preparation, spread_places, trivial_places
 from waterfill_rs.sglang_versions import ROWS
 
 REDUNDANT, LAYERS, SEAMS = 16, 3, ROWS[0]
@@ -100,6 +100,28 @@ def test_another_map_and_none_are_not_told_of(in_force, caplog, monkeypatch):
     monkeypatch.setattr(trivial_places, "_LOCATION", "sglang.no_such.module")
     trivial_places.tell(arguments(), 0, SEAMS)
     assert not caplog.text
+
+
+def test_a_server_that_stands_aside_still_tells_of_what_was_spread(
+    sglang, in_force, caplog, monkeypatch
+):
+    from sglang.srt import runtime_context
+    from sglang.srt.runtime_context import get_resources
+
+    in_force()
+    trivial_places._tell_once_of_spread.cache_clear()
+    spread_out = get_resources().expert_location_metadata.physical_to_logical_map
+    given = arguments()
+    monkeypatch.setattr(runtime_context, "get_server_args", lambda: given)
+    why = ["no kernel of ours runs here"]
+    monkeypatch.setattr(preparation.eligibility, "against_machine", lambda: list(why))
+    for rows in ([], [spread_out[0].tolist()]):
+        monkeypatch.setattr(spread_places, "_rows", rows)
+        with sglang.moe.override(ep_num_redundant_experts=REDUNDANT), caplog.at_level(logging.INFO):
+            prepare(sglang, hash_layer(sglang))
+        assert why[0] in caplog.text
+        assert ("are spread over the ranks" in caplog.text) == bool(rows)
+    assert WORDS not in caplog.text
 
 
 def test_a_servers_preparation_tells(sglang, in_force, caplog, monkeypatch):

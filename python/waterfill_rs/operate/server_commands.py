@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from waterfill_rs import sglang_flags
+from waterfill_rs.config import BACKEND_VARIABLE, REPLICAS_VARIABLE, backend_named, named
 from waterfill_rs.operate.checks import Finding
 from waterfill_rs.placement.trivial import TRIVIAL, is_trivial
 from waterfill_rs.sglang_versions import ROWS
@@ -19,27 +22,8 @@ REDUNDANT, LOCATION, EPLB = (
     "--init-expert-location",
     "--enable-eplb",
 )
-_APART = (
-    "--speculative-algorithm",
-    "--enable-lora",
-    "--lora-paths",
-    "--kt-weight-path",
-    "--kt-num-gpu-experts",
-    "--kt-cpuinfer",
-    "--elastic-ep-backend",
-    "--ep-join-mode",
-)
-"""Flags beside which waterfill-rs spreads no experts, whatever their values."""
-_BESIDE = {
-    "--ep-dispatch-algorithm": ("static", "dynamic", "lp"),
-    "--moe-a2a-backend": ("none", "deepep"),
-    "--quantization": ("fp8",),
-    "--load-format": ("auto", "safetensors", "pt", "dummy"),
-    "--waterfill-rs-replicas": ("auto", "live"),
-    "--waterfill-rs": ("auto", "rust"),
-    "--weight-cache-mode": ("off",),
-}
-"""Values of flags beside which it does; some others that it knows are rare, and the server's log has the last word."""
+_DISPATCH = "--ep-dispatch-algorithm"
+_BACKEND, _REPLICAS = "--waterfill-rs", "--waterfill-rs-replicas"
 _LAUNCHERS = ("sglang.launch_server", "sglang/launch_server.py")
 
 
@@ -102,7 +86,7 @@ def _placement(name: str, words: Sequence[str]) -> Finding:
         )
     reason = _against_spread(words) if location == TRIVIAL else "this placement is the trivial one"
     if reason is None:
-        text = f"{name}: {redundant} redundant experts, which waterfill-rs spreads over the ranks at start"
+        text = f"{name}: {redundant} redundant experts, which waterfill-rs spreads over the ranks at start, if its model allows it"
         return Finding("placement", "ok", text)
     until = " until EPLB rebalances" if value_of(words, EPLB) is not None else ""
     text = (
@@ -117,17 +101,27 @@ def _placement(name: str, words: Sequence[str]) -> Finding:
 
 
 def _against_spread(words: Sequence[str]) -> str | None:
-    """Why waterfill-rs would leave experts in trivial places, as far as a command tells."""
+    """Why waterfill-rs would leave experts in trivial places, as far as a command and this environment tell."""
     switches = [row.flag for row in ROWS]
     if all(value_of(words, switch) is None for switch in switches):
         return f"{switches[0]} was not given"
-    for flag in _APART:
-        if value_of(words, flag) is not None:
-            return f"of {flag}"
-    for flag, values in _BESIDE.items():
-        if (value := value_of(words, flag)) is not None and value not in values:
-            return f"of {flag} {value}"
-    return None
+    if backend_named(_own(words, _BACKEND, BACKEND_VARIABLE)) in ("off", "upstream"):
+        return f"{BACKEND_VARIABLE} or {_BACKEND} leaves all to sglang"
+    if named(_own(words, _REPLICAS, REPLICAS_VARIABLE)) == "sglang":
+        return f"{REPLICAS_VARIABLE} or {_REPLICAS} is sglang"
+
+    def value(name: str) -> str | None:
+        return value_of(words, f"--{name.replace('_', '-')}")
+
+    reasons = sglang_flags.against_order(value) or sglang_flags.against_spread(value)
+    if not reasons and (algorithm := value_of(words, _DISPATCH)) is not None:
+        reasons = sglang_flags.against_unmapped(algorithm)
+    return reasons[0] if reasons else None
+
+
+def _own(words: Sequence[str], flag: str, variable: str) -> str:
+    """A flag sets the variable."""
+    return value_of(words, flag) or os.environ.get(variable, "")
 
 
 def _is_trivial_file(location: str) -> bool:

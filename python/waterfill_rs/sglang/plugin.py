@@ -111,6 +111,7 @@ def _enter(seams: Seams) -> None:
         order = PrimariesFirst(seams)
         around[seams.location_init] = order.hook
         around[seams.location_by_eplb] = order.with_counts
+        around[seams.slots_in] = order.refuse_tensors_of_slots
         if not compat.against_places(seams):
             around[seams.location_trivial] = SpreadPlaces(seams, order).hook
         before.update(dict.fromkeys(seams.slots_out, order.refuse_slots))

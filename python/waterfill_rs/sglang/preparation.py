@@ -13,6 +13,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from waterfill_rs.config import Config
 from waterfill_rs.sglang import eligibility, refusal, sizes, trivial_places, unfusing
 from waterfill_rs.sglang.compat import resolve
@@ -135,6 +137,9 @@ class Preparation:
         """
         refusal.stand_aside(config, reasons)
         self._stood_aside = True
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            arguments = resolve(self.seams.arguments)()
+            trivial_places.tell_of_spread(getattr(arguments, "ep_num_redundant_experts", 0))
         with self._sglangs_balancer():
             return prepare(*args, **kwargs)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import waterfill_rs
-from waterfill_rs import _native
+from waterfill_rs import _native, sglang_flags
 from waterfill_rs.config import REPLICAS_VARIABLE, Config
 from waterfill_rs.exchange.replicas import ReplicaTables
 from waterfill_rs.placement.repair import repaired
@@ -51,24 +51,8 @@ _COUNTS = "logical_count"
 _HOW = "it makes other maps of experts, {:08x}: install the same waterfill-rs on all ranks"
 """What another rank says of one that makes other maps."""
 
-_BY_LOGICAL_EXPERT = (
-    "auto",
-    "pt",
-    "safetensors",
-    "npcache",
-    "dummy",
-    "gguf",
-    "bitsandbytes",
-    "mistral",
-    "layered",
-    "flash_rl",
-    "fastsafetensors",
-    "runai_streamer",
-    "instanttensor",
-)
-"""``--load-format`` of weights that sglang puts where the map says. Others bring a rank's slots as somebody wrote them."""
-
-_SEED = "remote_instance_weight_loader_start_seed_via_transfer_engine"
+_BY_NAME = (None, "flattened_bucket")
+"""Formats in which sglang is sent weights by their names in a checkpoint."""
 
 _agreed: list[list[str]] = []
 """What all ranks agreed on, once they have."""
@@ -211,15 +195,9 @@ def against_arguments(arguments: Any, seams: Seams) -> list[str]:
         return ["this sglang's Waterfill takes no redundant experts"]
     if Config.from_environment(os.environ).replicas == "sglang":
         return [f"{REPLICAS_VARIABLE}=sglang"]
-    if backend := getattr(arguments, "elastic_ep_backend", None):
-        return [f"--elastic-ep-backend {backend}"]
-    if (found := getattr(arguments, "load_format", "auto")) not in _BY_LOGICAL_EXPERT:
-        return [f"--load-format {found} brings weights in an order of its own"]
-    if getattr(arguments, "weight_cache_mode", "off") != "off":
-        return ["another process loads the weights (--weight-cache-mode)"]
-    if getattr(arguments, _SEED, False):
-        return [f"other servers read this one's slots (--{_SEED.replace('_', '-')})"]
-    return compat.against_order(seams)
+    return sglang_flags.against_order(
+        lambda name: getattr(arguments, name, None)
+    ) or compat.against_order(seams)
 
 
 def against_hook(seams: Seams) -> list[str]:
@@ -230,7 +208,7 @@ def against_hook(seams: Seams) -> list[str]:
 def _missing(seams: Seams) -> list[str]:
     """The first of the hooks that must all be there, if one is not."""
     there = loaded_hooks.found()
-    ours = (seams.location_init, seams.location_by_eplb, *seams.slots_out)
+    ours = (seams.location_init, seams.location_by_eplb, *seams.slots_out, seams.slots_in)
     gone = (name for name in ours if not there.get(name))
     return [f"{name} is not waterfill-rs's after registration" for name in gone][:1]
 
@@ -297,6 +275,24 @@ class PrimariesFirst:
                 "them for others: start this server with --waterfill-rs-replicas sglang, or with a placement by waterfill-rs "
                 "place, and try again"
             )
+
+    @panics_are_errors
+    def refuse_tensors_of_slots(
+        self, update: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> tuple[bool, str]:
+        """What ``update_weights_from_tensor`` answers: whether it is done, and why not.
+
+        Tensors that come by names of the checkpoint go by the map. Those of any other format may be copied as they are.
+        """
+        load_format = inspect.signature(update).bind(*args, **kwargs).arguments.get("load_format")
+        if self.has_own_order and load_format not in _BY_NAME:
+            return False, (
+                "the experts of each rank stand in the order of waterfill-rs, and these tensors would be copied to slots as "
+                "somebody else orders them: send weights by their names in the checkpoint, or start this server with "
+                "--waterfill-rs-replicas sglang"
+            )
+        result: tuple[bool, str] = update(*args, **kwargs)
+        return result
 
     @panics_are_errors
     def with_counts(self, init_by_eplb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

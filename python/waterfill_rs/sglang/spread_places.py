@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from waterfill_rs import sglang_flags
 from waterfill_rs.placement.spread import spread
 from waterfill_rs.placement.trivial import is_trivial
 from waterfill_rs.sglang import compat, loaded_hooks, primaries_first
@@ -24,16 +25,8 @@ __all__ = ["DISPATCH", "SpreadPlaces", "against", "against_arguments", "against_
 
 DISPATCH = "ep_dispatch_algorithm"
 """``ServerArgs``' attribute."""
-_DISPATCHES = ("static", "dynamic", "lp")
-"""Those that take the replicas of the map."""
-_FORMATS = (None, "fp8")
-"""Of weights. Others load some scales by trivial places (ModelOpt's FP4), or did (``moe_wna16``)."""
 _MODELS = ("sglang.srt.models.deepseek_v2", "sglang.srt.models.deepseek_v4")
 """Modules of models whose routers map all ids, and whose weights come by the map: those that Waterfill is for."""
-_UNMAPPED = "megamoe"
-"""Of the backends that Waterfill takes, the one beside DeepEP."""
-_KTRANSFORMERS = ("kt_weight_path", "kt_num_gpu_experts", "kt_cpuinfer")
-
 _agreed: list[list[str]] = []
 """What all ranks agreed on, once they have."""
 _rows: list[list[int]] = []
@@ -42,22 +35,9 @@ _rows: list[list[int]] = []
 
 def against_arguments(arguments: Any, seams: Seams) -> list[str]:
     """Why these arguments, or parsed flags, keep the trivial map; whether sglang maps ids is another question."""
-    if reasons := primaries_first.against_arguments(arguments, seams):
-        return reasons
-    if algorithm := getattr(arguments, "speculative_algorithm", None):
-        return [
-            f"--speculative-algorithm {algorithm}: draft layers load weights by this map, and take logical ids for physical ones"
-        ]
-    if getattr(arguments, "enable_lora", None) or getattr(arguments, "lora_paths", None):
-        return ["--enable-lora: adapters of experts are found by physical ids"]
-    for name in _KTRANSFORMERS:
-        if getattr(arguments, name, None) is not None:
-            return [f"--{name.replace('_', '-')}: KTransformers counts experts in trivial places"]
-    if getattr(arguments, "ep_join_mode", None):
-        return ["--ep-join-mode: ranks that join add trivial places"]
-    if getattr(arguments, "moe_a2a_backend", None) == _UNMAPPED:
-        return _against_backend(_UNMAPPED)
-    return _against_format(getattr(arguments, "quantization", None))
+    return primaries_first.against_arguments(arguments, seams) or sglang_flags.against_spread(
+        lambda name: getattr(arguments, name, None)
+    )
 
 
 def against(seams: Seams, model_config: Any) -> list[str]:
@@ -65,46 +45,24 @@ def against(seams: Seams, model_config: Any) -> list[str]:
     return (
         compat.against_places(seams)
         or against_arguments(resolve(seams.arguments)(), seams)
-        or _against_backend(resolve(seams.backend)().value)
-        or _against_dispatch()
+        or _against_torch()
+        or sglang_flags.against_backend(resolve(seams.backend)().value)
+        or sglang_flags.against_unmapped(compat.dispatch_algorithm())
         or _against_model(model_config)
     )
 
 
-def _against_backend(found: str) -> list[str]:
-    """Until 0.5.22 layers map ids on DeepEP's path, and elsewhere only with ``--enable-eplb``. ``found``: in force."""
-    if found == "deepep":
+def _against_torch() -> list[str]:
+    if torch.version.cuda is not None:
         return []
-    return [
-        f"--moe-a2a-backend {found}: sglang takes logical ids for physical ones on some of its paths, but not on deepep's"
-    ]
-
-
-def _against_dispatch() -> list[str]:
-    """With any other map than the trivial one, a sglang that maps no ids runs wrong experts."""
-    algorithm = compat.dispatch_algorithm()
-    if algorithm in _DISPATCHES:
-        return []
-    if algorithm is None:
-        return [
-            "without --ep-dispatch-algorithm sglang takes logical ids for physical ones: give --ep-dispatch-algorithm static"
-        ]
-    return [f"--ep-dispatch-algorithm {algorithm} is none of {', '.join(_DISPATCHES)}"]
-
-
-def _against_format(quantization: str | None) -> list[str]:
-    if quantization in _FORMATS:
-        return []
-    return [
-        f"weights quantized as {quantization} may load scales by trivial places: fp8 and unquantized ones do not"
-    ]
+    return ["this torch has no CUDA: sglang 0.5.13 maps no ids on other GPUs"]
 
 
 def _against_model(model_config: Any) -> list[str]:
     model, _ = resolve("sglang.srt.model_loader.get_model_architecture")(model_config)
     if not any(kind.__module__ in _MODELS for kind in model.__mro__):
         return [f"not known of {model.__name__} is whether all its routers and loaders go by a map"]
-    return _against_format(getattr(model_config, "quantization", None))
+    return sglang_flags.against_format(getattr(model_config, "quantization", None))
 
 
 def against_hook(seams: Seams) -> list[str]:
@@ -124,7 +82,7 @@ def _missing(seams: Seams) -> list[str]:
 
 def is_spread(mapping: list[list[int]]) -> bool:
     """Is this sglang's map ``[L, P]``, and was it made by us?"""
-    return bool(_rows) and all(row == _rows[-1] for row in mapping)
+    return bool(_rows and mapping) and all(row == _rows[-1] for row in mapping)
 
 
 class SpreadPlaces:

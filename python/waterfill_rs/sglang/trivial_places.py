@@ -11,7 +11,7 @@ from waterfill_rs.sglang import spread_places
 from waterfill_rs.sglang.compat import resolve
 from waterfill_rs.sglang_versions import Seams
 
-__all__ = ["tell"]
+__all__ = ["tell", "tell_of_spread"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +26,26 @@ def tell(arguments: Any, rank: int, seams: Seams) -> None:
     redundant = getattr(arguments, "ep_num_redundant_experts", 0)
     if not redundant or rank != 0:
         return
-    mapping = _in_force()
-    if mapping is None:
-        return
-    if spread_places.is_spread(mapping):
-        _tell_once_of_spread(redundant)
-    elif is_trivial(mapping):
+    if not tell_of_spread(redundant) and is_trivial(_in_force()):
         reason = "; ".join(spread_places.against_hook(seams)[:1])
         _tell_once(redundant, bool(getattr(arguments, "enable_eplb", False)), reason)
 
 
-def _in_force() -> list[list[int]] | None:
-    """sglang's map ``[L, P]``; None where it has none, or is another sglang: a warning stops no server."""
+def tell_of_spread(redundant: int) -> bool:
+    """Say once that we spread the experts, if we did: also where we stand aside later, because their places stay."""
+    if spread_places.is_spread(_in_force()):
+        _tell_once_of_spread(redundant)
+        return True
+    return False
+
+
+def _in_force() -> list[list[int]]:
+    """sglang's map ``[L, P]``; empty where it has none, or is another sglang: a warning stops no server."""
     try:
         metadata = resolve(_LOCATION)()
         mapping: list[list[int]] = metadata.physical_to_logical_map.tolist()
     except (AssertionError, AttributeError, ImportError):
-        return None
+        return []
     return mapping
 
 
