@@ -1,6 +1,7 @@
 """docs/messages.md has every message of the code, and no other."""
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ OF_RUST = (
 
 def _normal(text: str) -> str:
     """One blank between words, each value ``{}``, no joints at the ends."""
-    return " ".join(re.sub(r"%[dgrs]", "{}", text).split()).strip(" :;,")
+    return " ".join(re.sub(r"%[dgrs]|\{:\w+\}", "{}", text).split()).strip(" :;,")
 
 
 def _is_message(text: str) -> bool:
@@ -29,7 +30,7 @@ def _is_message(text: str) -> bool:
 
 
 def _of_python(source: str) -> set[str]:
-    """Texts of a module: all but docstrings, help of flags, descriptions of metrics and parsed code."""
+    """Texts of a module: all but docstrings, help of flags, descriptions of metrics, parsed code and assertions."""
     tree = ast.parse(source)
     left_out = {
         id(child)
@@ -61,7 +62,7 @@ def _shown_elsewhere(node: ast.AST) -> Iterator[ast.AST]:
         yield node
     elif isinstance(node, ast.Call):
         first = node.args[0] if node.args else None
-        if ast.unparse(node.func) == "ast.parse":
+        if ast.unparse(node.func) in ("ast.parse", "AssertionError"):
             yield node
         if isinstance(first, ast.Constant) and str(first.value).startswith("sglang:"):
             yield from node.args
@@ -83,7 +84,9 @@ def _of_rust(source: str) -> set[str]:
 
 
 def _of_code() -> set[str]:
-    modules = [*PACKAGE.glob("sglang/*.py"), *PACKAGE.glob("exchange/*.py"), PACKAGE / "config.py"]
+    rooms = (PACKAGE.glob(f"{room}/*.py") for room in ("sglang", "exchange"))
+    alone = ("config.py", "sglang_flags.py", "placement/spread.py")
+    modules = [*itertools.chain(*rooms), *(PACKAGE / name for name in alone)]
     found = set().union(*(_of_python(module.read_text()) for module in modules))
     return found.union(
         *(
@@ -125,13 +128,15 @@ parser.add_argument("--flag", help="A help text.")
 def f():
     """Another docstring of words."""
     raise ValueError(f"{name}={value!r}: give one of {', '.join(known)}")
-    return [f"{key}: {value}", "name", {"its reason": "that follows it"}]
+    raise AssertionError("no message to anybody")
+    return [f"{key}: {value}", "name", {"its reason": "that follows it"}, "its sum is {:08x}"]
 '''
     assert _of_python(source) == {
         "waterfill-rs: rank {} is late: {}",
         "{}={}: give one of {}",
         "that follows it",
         "its reason",
+        "its sum is {}",
     }
     rust = '/// "No such text here"\nwrite!(f, "{name} has {found} entries: \\\n    give {}", 1)'
     assert _of_rust(rust) == {"{} has {} entries: give {}"}
