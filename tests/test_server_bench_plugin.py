@@ -446,7 +446,8 @@ def test_the_hooks_fit_the_installed_sglang(tmp_path):
     known = {field.name for field in structs.fields(ServerArgs)}
     for needs in ({"prefill": [64]}, {"prefill": [64], "decode": [8], "mixed": [2048]}):
         assert set(model.arguments(needs, 2, "m", True)) <= known
-    assert set(redundant.arguments(modes.Placed("p", 16, "static", 9), {})) <= known
+    plan = modes.Plan("it", ("off-static",), placed=modes.Placed("p", 16, "static", 9))
+    assert set(redundant.arguments(plan, {("p", 16): Path("p.json")})) <= known
     # A rank's weights are by the logical experts of its slots.
     from sglang.srt.eplb.expert_location import ExpertLocationMetadata
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE

@@ -44,6 +44,7 @@ def test_what_places_experts_is_not_what_is_measured(shifted):
     # Replicas are of the experts that the other traffic asks for.
     assert {expert for expert in mapping[0] if mapping[0].count(expert) > 1} == {0, 1}
     assert redundant.mapping("trivial", one, 2) == [[*range(8), 0, 1]] * 2
+    assert redundant.mapping("spread", one, 2) == [[0, 2, 4, 6, 1, 1, 3, 5, 7, 0]] * 2
 
 
 def test_a_dials_other_traffic_has_other_prompts_and_the_same_hot_ranks():
@@ -71,17 +72,37 @@ def test_sglang_is_told_where_experts_stand(tmp_path):
     content = json.loads(path.read_text())
     # A dense layer, then the recording's two layers round and round.
     assert content == {"physical_to_logical_map": [[0, 1, 0], [1, 0, 1], [0, 1, 0], [1, 0, 1]]}
-    files = {("place", 1): path}
-    assert redundant.arguments(Placed("place", 1, "dynamic"), files) == {
+    files = {(name, 1): path for name in ("place", "spread", "packed-spread", "trivial")}
+
+    def given(name, mode="off-static", algorithm="dynamic", rebalance=0):
+        placed = Placed(name, 1, algorithm, rebalance)
+        return redundant.arguments(modes.Plan("it", (mode,), placed=placed), files)
+
+    assert given("place") == {
         "ep_num_redundant_experts": 1,
         "init_expert_location": str(path),
         "ep_dispatch_algorithm": "dynamic",
     }
-    rebalanced = redundant.arguments(Placed("place", 1, "dynamic", 12), files)
+    rebalanced = given("place", rebalance=12)
     assert rebalanced["enable_eplb"] and rebalanced["eplb_rebalance_num_iterations"] == 12
-    trivial = redundant.arguments(Placed("trivial", 1, "static"), files)
-    assert trivial["init_expert_location"] == "trivial"
-    assert redundant.arguments(None, files) == {}
+    # Where an engine has such places by itself it is given none, and the others are given the same map.
+    by_itself = {("trivial", mode) for mode in ("off-static", "off-dynamic", "sglang-replicas")}
+    by_itself |= {
+        (name, f"{who}-replicas")
+        for name in ("spread", "packed-spread")
+        for who in ("auto", "live")
+    }
+    for name in ("trivial", "spread", "packed-spread"):
+        for mode in (
+            "off-static",
+            "off-dynamic",
+            "auto-replicas",
+            "live-replicas",
+            "sglang-replicas",
+        ):
+            expected = "trivial" if (name, mode) in by_itself else str(path)
+            assert given(name, mode)["init_expert_location"] == expected, (name, mode)
+    assert redundant.arguments(modes.Plan("off", ("off",)), files) == {}
 
 
 def test_engines_of_a_placement():
@@ -296,7 +317,7 @@ def test_wrong_redundant_options_are_told(capsys):
     wrong = {
         ("--redundant", "x"): "--redundant 'x': give numbers",
         ("--redundant", "6"): "64 logical experts and 6 redundant ones do not divide over 4 ranks",
-        ("--redundant", "16", "--placement", "best"): "--placement 'best': give some of place, eplb, trivial",
+        ("--redundant", "16", "--placement", "best"): "--placement 'best': give some of place, eplb, spread, trivial",
         ("--redundant", "16", "--dispatch", "lp"): "--dispatch 'lp': give some of static, dynamic",
         ("--redundant", "16", "--replicas", "all"): "--replicas 'all': give some of auto, live, sglang",
         ("--redundant", "16", "--mixed"): "--mixed has no redundant experts",

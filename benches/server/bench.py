@@ -107,14 +107,12 @@ class Bench:
         }
 
     def _placements(self, phases: Sequence[Phase]) -> dict[redundant.Place, Path]:
-        """Files for those that sglang does not make itself."""
+        """Files of where experts stand."""
         files = {}
         for phase in phases:
-            for (name, number), (made_by, mapping) in phase.maps.items():
-                path = self._space.folder / f"placement-{name}-{number}.json"
-                if made_by != "trivial":
-                    redundant.write(path, mapping, phase.layers)
-                    files[name, number] = path
+            for (name, number), mapping in phase.maps.items():
+                path = files[name, number] = self._space.folder / f"placement-{name}-{number}.json"
+                redundant.write(path, mapping, phase.layers)
         return files
 
 

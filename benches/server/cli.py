@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--placement",
         default="place",
-        help="with --redundant, some of place, eplb, trivial: made from other traffic than is measured, which is a recording's "
+        help="with --redundant, some of place, eplb, spread, trivial: the first two made from other traffic than is measured, which is a recording's "
         "first half, or a dial's other seed (place)",
     )
     parser.add_argument(

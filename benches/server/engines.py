@@ -72,7 +72,7 @@ class Engines:
         started: list[Engine] = []
         for plan, port in zip(new, workspace.ports(len(new)) if new else [], strict=True):
             arguments = model.arguments(needs, ranks, str(folder), plan.waterfill)
-            arguments |= redundant.arguments(plan.placed, placements)
+            arguments |= redundant.arguments(plan, placements)
             arguments |= {"port": port, "nccl_port": port + 20} | more
             told = self._space.told(f"{name}-{plan.name}", plan, arguments, routing)
             most = max(model.graph_sizes(needs), default=0)

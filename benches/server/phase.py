@@ -25,7 +25,7 @@ class Phase:
     """``recordings``, ``placements``: one of each for each table of the cells; a mixed cell has two, for prefill and decode.
 
     ``requests``: of a mixed round. ``first_table``: the place of the phase's tables among those that its engines read.
-    ``maps``: by placement of engines whose experts are placed, what made it and the map.
+    ``maps``: by placement of engines whose experts are placed, the map.
     ``outputs``: are answers compared? ``output_prompts``: of each rank, for that. ``answers``: by who gave them, see ``output_figures``.
     ``compares_layers``, ``layer_prompts``, ``layers_found``: the same of outputs of layers, see ``layer_outputs``. ``off_layers``: off's.
     """
@@ -39,7 +39,7 @@ class Phase:
     layers: int
     requests: int = 0
     first_table: int = 0
-    maps: dict[Place, tuple[str, Map]] = field(default_factory=dict)
+    maps: dict[Place, Map] = field(default_factory=dict)
     outputs: bool = False
     compares_layers: bool = False
     output_prompts: int = 0
@@ -88,7 +88,7 @@ class Phase:
                 tables[i], places, cell.tokens, self.recordings[i].experts
             )
             if cell.placed:
-                _, mapping = self.maps[cell.name, cell.redundant]
+                mapping = self.maps[cell.name, cell.redundant]
                 fused = self.name == "prefill"
                 allowed = rows.placed(tables[i], places, cell.tokens, mapping, fused)
                 self.modelled[cell] = {"routed": self.modelled[cell]["routed"], **allowed}

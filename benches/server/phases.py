@@ -238,11 +238,11 @@ def _placed(
     layers: int,
 ) -> list[Phase]:
     """Phases whose engines place experts: ids stay logical, and a recording has one table for all placements."""
-    maps: dict[redundant.Place, tuple[str, redundant.Map]] = {}
+    maps: dict[redundant.Place, redundant.Map] = {}
     places: list[tuple[int, str, int]] = []
     for i, one in enumerate(recordings):
         for cell_name, made_by, number in asked.places(f"{one.name}-" if one.placed else ""):
-            maps[cell_name, number] = made_by, redundant.mapping(made_by, one, number)
+            maps[cell_name, number] = redundant.mapping(made_by, one, number)
             places.append((i, cell_name, number))
     found = []
     for name, of in tokens.items():

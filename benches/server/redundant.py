@@ -12,14 +12,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from server import model
-from server.modes import Placed, Plan, with_redundant
+from server.modes import REPLICAS_VARIABLE, Plan, with_redundant
 from server.recording import Recording
 
-PLACEMENTS = ("place", "eplb", "trivial")
-"""``place``: ``waterfill-rs place``. ``eplb``: sglang's own EPLB. ``trivial``: sglang's default, which knows no traffic."""
+PLACEMENTS = ("place", "eplb", "spread", "trivial")
+"""``place``: ``waterfill-rs place``. ``eplb``: sglang's own EPLB. Two know no traffic: ``spread``, what a server has with
+waterfill-rs and without a placement, and ``trivial``, sglang's default. Each is the same map in all of its engines."""
+_BY_THEMSELVES = ("spread", "trivial")
 CHOICES = {
     "placement": PLACEMENTS,
     "dispatch": ("static", "dynamic"),
@@ -45,13 +47,13 @@ class Asked:
     def places(self, recorded: str) -> list[tuple[str, str, int]]:
         """For one recording: a cell's name of the placement, ``PLACEMENTS``'s, and the number of redundant experts.
 
-        Without redundant experts trivial places are those of ``off``.
+        Without redundant experts spread and trivial places are those of ``off``.
         """
         return [
             (recorded + name, name, number)
             for number in self.numbers
             for name in self.placement
-            if number or name != "trivial"
+            if number or name not in _BY_THEMSELVES
         ]
 
     def plans(self, phase: str, recorded: Sequence[str]) -> list[Plan]:
@@ -117,8 +119,10 @@ def mapping(name: str, recording: Recording, redundant: int) -> Map:
 
     other = recording.other
     if name == "trivial":
-        found: Map = placements.trivial(len(other), recording.experts, redundant).tolist()
-        return found
+        return cast(Map, placements.trivial(len(other), recording.experts, redundant).tolist())
+    if name == "spread":
+        spread = placements.spread_out(len(other), recording.experts, redundant, recording.ranks)
+        return cast(Map, spread.tolist())
     if name == "eplb":
         from waterfill_rs.sglang.eplb import by_eplb
 
@@ -145,17 +149,20 @@ def write(path: Path, of_recording: Map, layers: int) -> None:
     path.write_text(json.dumps({"physical_to_logical_map": [dense] * model.DENSE_LAYERS + moe}))
 
 
-def arguments(placed: Placed | None, files: Mapping[Place, Path]) -> dict[str, Any]:
+def arguments(plan: Plan, files: Mapping[Place, Path]) -> dict[str, Any]:
     """sglang's, for an engine whose experts stand so; none for one without.
 
-    ``files``: what ``write`` wrote. A trivial placement has no file: sglang makes it.
+    ``files``: what ``write`` wrote. An engine gets none for the places that it has by itself: spread ones where waterfill-rs
+    chooses replicas, and trivial ones elsewhere.
     """
+    placed = plan.placed
     if placed is None:
         return {}
-    file = files.get((placed.name, placed.redundant))
+    ours = plan.waterfill and plan.settings.get(REPLICAS_VARIABLE) != "sglang"
+    own = placed.name.endswith("spread") if ours else placed.name.endswith("trivial")
     return {
         "ep_num_redundant_experts": placed.redundant,
-        "init_expert_location": "trivial" if file is None else str(file),
+        "init_expert_location": "trivial" if own else str(files[placed.name, placed.redundant]),
         # Without one sglang leaves trivial places as they are, and no replica gets a row.
         "ep_dispatch_algorithm": placed.dispatch,
         **_rebalances(placed.rebalance),
