@@ -2,6 +2,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::hint::black_box;
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
@@ -25,9 +26,29 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// How often `call` asks for memory in this thread: 0 where [`Counting`] is not the allocator.
+/// How often `call` asks for memory in this thread.
+///
+/// # Panics
+/// Where [`Counting`] is not the program's `#[global_allocator]`: nothing would be counted.
 pub fn allocations(call: impl FnOnce()) -> u64 {
+    let one = counted(|| drop(black_box(vec![1u8])));
+    assert_eq!(one, 1, "`Counting` is not the #[global_allocator]");
+    counted(call)
+}
+
+fn counted(call: impl FnOnce()) -> u64 {
     let before = ALLOCATIONS.get();
     call();
     ALLOCATIONS.get() - before
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "is not the #[global_allocator]")]
+    fn what_is_not_counted_is_no_zero() {
+        allocations(|| ());
+    }
 }
