@@ -139,7 +139,7 @@ fn time_of(rows: u32) -> u64 {
 }
 
 impl Planner {
-    /// A planner whose workspace grows to the largest problem it meets; then it allocates nothing.
+    /// A planner whose workspace grows to the largest problem of each method and cost model; then it allocates nothing.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -172,6 +172,7 @@ impl Planner {
     /// As [`live`](Self::live), and [`Error::NeedsExpertCounts`] for counts per rank.
     pub fn joint(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
         check_movable(problem)?;
+        self.splitter.hold(problem.placement.ranks());
         self.start(problem, plan);
         if matches!(problem.cost, CostModel::Rows) {
             self.splitter.run(problem, &mut self.bases, &mut plan.replica_rows);
@@ -198,6 +199,7 @@ impl Planner {
     /// As [`joint`](Self::joint).
     pub fn single_replica(&mut self, problem: &Problem, plan: &mut Plan) -> Result<()> {
         check_movable(problem)?;
+        self.chooser.hold(problem.placement);
         self.start(problem, plan);
         self.chooser.run(problem, &mut self.bases, &mut plan.replica_rows, MOST_TRIES);
         self.place_shared(problem, plan);
@@ -255,6 +257,7 @@ impl Planner {
 
     /// The rule of [`replicas`](Self::replicas), of a checked problem with these counts.
     fn by_rule(&mut self, problem: &Problem, counts: &ReplicaCounts, plan: &mut Plan) {
+        self.hold(problem.placement);
         self.start(problem, plan);
         problem.active(&plan.replica_rows, &mut self.active);
         let (bases, rows) = (&mut self.bases, &mut plan.replica_rows);
@@ -316,10 +319,6 @@ impl Planner {
     /// Memory for every way of choosing replicas, whichever the counts ask for.
     fn hold(&mut self, placement: &Placement) {
         let ranks = placement.ranks();
-        hold(&mut self.eligible_bases, ranks);
-        if placement.jobs().len() == 0 {
-            return;
-        }
         self.splitter.hold(ranks);
         self.chooser.hold(placement);
         hold(&mut self.other_rows, placement.physical_experts());
@@ -330,7 +329,6 @@ impl Planner {
 
     /// What a plan begins with: rows of experts, and the ranks' costs of them.
     fn start(&mut self, problem: &Problem, plan: &mut Plan) {
-        self.hold(problem.placement);
         problem.start(&mut plan.replica_rows);
         problem.base_costs(&plan.replica_rows, &mut self.bases);
         plan.start_costs.clone_from(&self.bases);
@@ -338,9 +336,12 @@ impl Planner {
 
     /// The least that the slowest rank can cost with the shared rows on top of `self.bases`.
     fn optimum(&mut self, problem: &Problem) -> u64 {
-        self.eligible_bases.clear();
-        let bases = self.bases.iter().enumerate();
-        self.eligible_bases.extend(bases.filter(|&(r, _)| problem.is_eligible(r)).map(|(_, &b)| b));
+        // All ranks' at first, for the memory: more of them may be eligible in a later call.
+        self.eligible_bases.clone_from(&self.bases);
+        if let Some(eligible) = problem.eligible {
+            let mut eligible = eligible.iter();
+            self.eligible_bases.retain(|_| eligible.next() == Some(&true));
+        }
         let level = level(problem.cost, &self.eligible_bases, problem.shared_rows());
         level.max(self.bases.iter().copied().max().unwrap_or(0))
     }

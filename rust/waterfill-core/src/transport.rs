@@ -76,7 +76,6 @@ impl Transport {
     }
 
     fn hold(&mut self, ranks: usize, has_visits: bool, transfers: &mut Vec<Transfer>) {
-        hold(&mut self.left, ranks);
         hold(&mut self.open, ranks);
         if has_visits {
             hold(&mut self.rows, ranks * ranks);

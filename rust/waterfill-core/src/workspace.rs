@@ -2,5 +2,7 @@
 
 /// Make room for `most` entries, of which none is asked for later.
 pub(crate) fn hold<T>(list: &mut Vec<T>, most: usize) {
-    list.reserve_exact(most.saturating_sub(list.len()));
+    if list.capacity() < most {
+        list.reserve_exact(most - list.len());
+    }
 }

@@ -105,3 +105,72 @@ fn second_plans_of_replicas_allocate_nothing() {
         }
     }
 }
+
+/// A way to plan that a [`Planner`] has.
+type Way = fn(&mut Planner, &Problem, &mut Plan) -> Result<(), Error>;
+
+#[test]
+fn plans_after_the_least_one_allocate_nothing() {
+    let table = CostModel::Table(Table::new(&[(16, 20.0), (256, 41.0)]).unwrap());
+    let ways: [Way; 4] =
+        [Planner::live, Planner::joint, Planner::single_replica, Planner::replicas];
+    for ranks in [3, 8, 72] {
+        let placement = Placement::replicated(ranks, &pairs(ranks)).unwrap();
+        for cost in [&CostModel::Rows, &table] {
+            for has_visits in [false, true] {
+                for way in ways {
+                    plan_after_the_least_one(&placement, cost, has_visits, way);
+                }
+            }
+        }
+    }
+}
+
+/// In the first plan one rank alone is eligible and nobody has a token; later ones move as many rows as they can.
+fn plan_after_the_least_one(placement: &Placement, cost: &CostModel, has_visits: bool, way: Way) {
+    let ranks = placement.ranks();
+    let (mut planner, mut plan) = (Planner::new(), Plan::new());
+    let mut found = |rows: &[u32], tokens: &[u32], visits: &[u32], eligible: Option<&[bool]>| {
+        let (routed, visits) = (Routed::PerExpert(rows), has_visits.then_some(visits));
+        let problem = Problem { placement, cost, routed, tokens, visits, eligible };
+        allocations(|| way(&mut planner, &problem, &mut plan).unwrap())
+    };
+    let mut eligible = vec![false; ranks];
+    eligible[0] = true;
+    let mut tokens = vec![0; ranks];
+    found(&vec![0; 2 * ranks], &tokens, &vec![0; ranks * ranks], Some(&eligible));
+    // Rows that stay together, rows for which both ways are tried, and rows that are split.
+    for most in [20, 600, 9000] {
+        let rows: Vec<u32> = (0..2 * ranks as u32).map(|i| i * i % 37 * most / 37).collect();
+        // The tokens of one rank go to all others, then those of more.
+        for (source, more) in [(0, 9000), (1, 50), (ranks - 1, 600)] {
+            tokens[source] = more;
+            let part = |cell: usize| tokens[cell / ranks] * (cell as u32 % 3) / 3;
+            let visits: Vec<u32> = (0..ranks * ranks).map(part).collect();
+            let found = found(&rows, &tokens, &visits, None);
+            assert_eq!(found, 0, "{ranks} ranks, {cost:?}, {most} rows, {tokens:?}, {has_visits}");
+        }
+    }
+}
+
+#[test]
+fn own_quotas_after_the_least_ones_allocate_nothing() {
+    let roofline = CostModel::Roofline(Roofline::new(20.0, 0.08, 64).unwrap());
+    for ranks in [3, 8, 72] {
+        let placement = Placement::contiguous(ranks, 2 * ranks).unwrap();
+        for cost in [&CostModel::Rows, &roofline] {
+            let (mut planner, mut quotas) = (OwnPlanner::new(), vec![0; ranks]);
+            let mut found = |routed: &[u32], tokens| {
+                let visits = &vec![tokens / 2; ranks];
+                let own =
+                    OwnCounts { placement: &placement, cost, source: 0, routed, visits, tokens };
+                allocations(|| planner.plan(&own, &mut quotas).unwrap())
+            };
+            // At first nothing is worth moving.
+            found(&vec![0; 2 * ranks], 0);
+            let rows: Vec<u32> = (0..2 * ranks as u32).map(|i| 40 * (i % 7)).collect();
+            assert_eq!(found(&rows, 600), 0, "{ranks} ranks, {cost:?}");
+            assert!(quotas[0] < 600, "some are moved: {quotas:?}");
+        }
+    }
+}
