@@ -40,7 +40,7 @@ __device__ __forceinline__ void for_each_posted(const Args &args, const Shared &
 // The warp that waits posts the last word, which says whether it does: of all ranks, where it posts for all. One lane writes
 // the word of this rank, so that what it writes later is later. Here, among the others' posts, because the planner looks for
 // this word first, and the code of the wait is far away. Before it are WORDS words.
-template <u32 (*WORDS)(const Args &) = posted>
+template <u32 (*WORDS)(const Args &)>
 __device__ __forceinline__ void post_waits(const Args &args, u32 sequence, u32 waits) {
     if (!is_waiting_warp()) return;
     u64 *words = in_slot(args, args.counts_at + WORDS(args) - args.rank * args.counts_stride, sequence);
@@ -56,11 +56,11 @@ __device__ __forceinline__ void post_waits(const Args &args, u32 sequence, u32 w
 __device__ __forceinline__ void post(const Args &args, const Shared &s, const Block &b) {
     u64 *words = in_slot(args, args.counts_at, b.sequence);
     for_each_posted(args, s, b, [&](u32 i, u32 value) { store_word(words + i, b.sequence, value); });
-    post_waits(args, b.sequence, b.waits);  // DEFECT(post-waits)
+    post_waits<posted>(args, b.sequence, b.waits);  // DEFECT(post-waits)
 }
 
 // Post what a collective brought from all ranks, WORDS words of each, on a board that nobody else writes counts on: a warp a rank.
-template <u32 (*WORDS)(const Args &) = posted>
+template <u32 (*WORDS)(const Args &)>
 __device__ __forceinline__ void post_all(const Args &args, u32 sequence, u32 waits) {
     u64 *words = in_slot(args, args.counts_at - args.rank * args.counts_stride, sequence);  // DEFECT(post-all-at)
 #pragma unroll 1
@@ -134,7 +134,7 @@ __device__ __forceinline__ bool ends(const Args &args, const Block &b, u32 stage
 
 // A warp waits for this call's plan, at most `cap_ns`. `look()` reads it, and is false as long as any of it is missing; `sum` is
 // that of the quotas that it read. This rank posts WORDS words before the one that says whether it waits.
-template <u32 (*WORDS)(const Args &) = posted, typename Look>
+template <u32 (*WORDS)(const Args &), typename Look>
 __device__ __forceinline__ u32 wait(const Args &args, const Block &b, const u64 &sum, const Look &look) {
     if (!b.waits) return TALLY_BROKEN;
     u64 begun = now_ns();

@@ -15,7 +15,7 @@ __device__ __forceinline__ void post_counts(const Args &args, const Shared &s, c
     if (mode_of(args) == COUNT) {
         for_each_posted(args, s, b, [&](u32 i, u32 value) { args.words[i] = value; });
     } else if (mode_of(args) == LIVE && args.words) {
-        post_all(args, b.sequence, b.waits);
+        post_all<posted>(args, b.sequence, b.waits);
     } else if (mode_of(args) == LIVE) {
         post(args, s, b);
     }
@@ -28,7 +28,7 @@ __device__ __forceinline__ void take_quotas(const Args &args, const Shared &s, B
     u32 outcome = TALLY_TORN;
     u64 sum = 0;
     if (mode_of(args) == LIVE) {
-        outcome = wait(args, b, sum, [&] { return take(args, quotas.left, b.sequence, &sum); });
+        outcome = wait<posted>(args, b, sum, [&] { return take(args, quotas.left, b.sequence, &sum); });
     } else {
 #pragma unroll 1
         for (u32 rank = lane(); rank < RANKS; rank += WARP) {
