@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import types
 from unittest import mock
@@ -197,7 +198,10 @@ class ReplicaProbe:
                 patch(model_loader, "get_model_architecture", lambda _: (model, ""))
             )
             patches.enter_context(patch(self.resolve(home), name, lambda: backend))
-            for module in (location, dispatch):
+            modules = [location, dispatch]
+            with contextlib.suppress(ImportError):  # 0.5.17 and 0.5.18 import from it at each call.
+                modules.append(importlib.import_module("sglang.srt.runtime_context"))
+            for module in modules:
                 for getter in ("get_exec", "get_device", "get_parallel"):
                     if hasattr(module, getter):
                         patches.enter_context(patch(module, getter, lambda: here))
