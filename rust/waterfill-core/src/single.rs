@@ -13,9 +13,9 @@ use crate::split::Splitter;
 use crate::workspace::hold;
 
 /// Experts that change their rank in one step of the search, at most.
-const MOST_MOVES: usize = 8;
-/// Moves that are tried in one plan, at most: about ten microseconds. What was found until then stays.
-pub(crate) const MOST_TRIES: u32 = 512;
+const MOST_MOVES: usize = 10;
+/// Moves that are tried in one plan, at most. What was found until then stays.
+pub(crate) const MOST_TRIES: u32 = 1024;
 /// Those of a plan that a layer of few rows waits for: under a microsecond.
 pub(crate) const FEW_TRIES: u32 = 32;
 /// Those that such a plan goes on with where it may be far from the best.
