@@ -151,6 +151,17 @@ def test_weights_that_go_by_the_map_are_spread(places, quantization):
     assert spread_places.is_spread(rows(made))
 
 
+def test_a_later_map_of_other_sizes_stays_though_places_were_agreed_on(places, monkeypatch):
+    assert spread_places.is_spread(rows(places.made()))
+    monkeypatch.setattr(spread_places, "spread", refuse)
+    made = places.made()
+    assert is_trivial(rows(made)) and not spread_places._agreed[0]
+
+
+def refuse(*_):
+    raise ValueError("they do not divide")
+
+
 def test_on_other_gpus_they_stay(places, monkeypatch):
     """sglang 0.5.13 maps ids on CUDA alone."""
     monkeypatch.setattr(torch.version, "cuda", None)

@@ -113,6 +113,7 @@ def _looks(
     pipes = Path(environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
     folder = Path(waterfill_rs.__file__).parent
 
+    @functools.cache
     def servers() -> Mapping[str, Sequence[str]]:
         return {"the given command": command} if command else server_commands.running(Path("/proc"))
 

@@ -138,8 +138,7 @@ class Preparation:
         refusal.stand_aside(config, reasons)
         self._stood_aside = True
         if not dist.is_initialized() or dist.get_rank() == 0:
-            arguments = resolve(self.seams.arguments)()
-            trivial_places.tell_of_spread(getattr(arguments, "ep_num_redundant_experts", 0))
+            trivial_places.tell_of_spread()
         with self._sglangs_balancer():
             return prepare(*args, **kwargs)
 

@@ -100,7 +100,8 @@ class SpreadPlaces:
         given = inspect.signature(init_trivial).bind(*args, **kwargs).arguments
         layers, physical = made.physical_to_logical_map.shape
         row, reasons = self._row(made.num_logical_experts, physical)
-        if self._agree(row, reasons, given["model_config"]):
+        # What was agreed on stays, and a later map may have sizes that cannot be spread.
+        if self._agree(row, reasons, given["model_config"]) or reasons:
             return made
         _rows.append(row)
         self._order.has_own_order = True

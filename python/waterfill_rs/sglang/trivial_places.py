@@ -24,19 +24,18 @@ def tell(arguments: Any, rank: int, seams: Seams) -> None:
     Nothing where no redundant experts were asked for, or another placement is in force.
     """
     redundant = getattr(arguments, "ep_num_redundant_experts", 0)
-    if not redundant or rank != 0:
-        return
-    if not tell_of_spread(redundant) and is_trivial(_in_force()):
+    if redundant and rank == 0 and not tell_of_spread() and is_trivial(_in_force()):
         reason = "; ".join(spread_places.against_hook(seams)[:1])
         _tell_once(redundant, bool(getattr(arguments, "enable_eplb", False)), reason)
 
 
-def tell_of_spread(redundant: int) -> bool:
+def tell_of_spread() -> bool:
     """Say once that we spread the experts, if we did: also where we stand aside later, because their places stay."""
-    if spread_places.is_spread(_in_force()):
-        _tell_once_of_spread(redundant)
-        return True
-    return False
+    mapping = _in_force()
+    if not spread_places.is_spread(mapping):
+        return False
+    _tell_once_of_spread(len(mapping[0]) - len(set(mapping[0])))
+    return True
 
 
 def _in_force() -> list[list[int]]:
