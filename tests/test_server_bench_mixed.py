@@ -247,7 +247,7 @@ def test_layers_are_as_many_as_let_all_engines_be_up(monkeypatch, capsys):
     shape = {
         "modes": None, "layers": None, "experts": None, "together": None, "apart": False, "top_k": 6,
         "one_start": False, "mixed": None, "prefill": "1024", "decode": None, "recording": None,
-        "dial": "1.0", "ranks": 2, "placements": None, "engine": {}, "outputs": False, "layer_outputs": False, "redundant": None,
+        "dial": "1.0", "ranks": 2, "placements": None, "engine": {}, "outputs": False, "layer_outputs": False, "redundant": None, "profiled": None,
     }  # fmt: skip
     monkeypatch.setattr(results, "gpus", lambda: [("H100", 81559)] * 2)
 

@@ -17,7 +17,7 @@ np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 
 
-from server import model, modes, plugin, redundant, schedule, traffic, weights
+from server import model, modes, moving, plugin, redundant, schedule, traffic, weights
 from server.control import CLOSED, MIXED, OPEN, PROFILED, ROWS, TIMED, Control
 from server.engine import Rounds, serve
 from server.forced import Forced, save
@@ -126,6 +126,61 @@ def test_a_ranks_forwards_have_modes_and_tokens_in_turn(control, tmp_path):
     assert len(json.loads((tmp_path / "round-2-0.json").read_text())["forwards"]) == 1
     with pytest.raises(ValueError, match="9 tokens, and routing is there for 8"):
         rank.forced.into(torch.zeros(9, 1), 0)
+
+
+def test_experts_move_before_the_first_forward_of_a_round(control, tmp_path):
+    rank, moved = a_rank(control, tmp_path), []
+    rank._move = lambda runner, location: moved.append((location, rank._index))
+    for number, location in ((1, 0), (2, 2), (3, 2), (4, 0)):
+        set_round(control, round=number, kind=TIMED, location=location)
+        run_forwards(rank, [4, 4])
+    # Where they are already, nothing is moved.
+    assert [location for location, _ in moved] == [2, 0]
+
+
+def test_a_location_is_made_as_sglang_makes_it_at_start(tmp_path, monkeypatch):
+    """With a stand-in for its two modules: each of its ways gets what this version takes."""
+    calls = []
+
+    class Metadata:
+        @staticmethod
+        def init_trivial(server_args, model_config, moe_ep_rank):
+            return ("trivial", server_args, model_config, moe_ep_rank)
+
+        @staticmethod
+        def init_by_mapping(model_config, physical_to_logical_map, moe_ep_rank=None):
+            return ("mapping", model_config, physical_to_logical_map, moe_ep_rank)
+
+        @staticmethod
+        def init_by_eplb(server_args, model_config, logical_count):
+            return ("eplb", server_args, model_config, logical_count)
+
+    class Updater:
+        def update(self, layers, made, **given):
+            calls.append((layers, made, given))
+
+    for name, content in (
+        ("expert_location", {"ExpertLocationMetadata": Metadata}),
+        ("expert_location_updater", {"ExpertLocationUpdater": Updater}),
+    ):
+        monkeypatch.setitem(sys.modules, f"sglang.srt.eplb.{name}", SimpleNamespace(**content))
+    weights_of = {3: "c", 1: "a"}
+    runner = SimpleNamespace(
+        server_args="args",
+        model_config="config",
+        model=SimpleNamespace(routed_experts_weights_of_layer=weights_of),
+    )
+    redundant.write(tmp_path / "map.json", [[0, 1, 0, 1]], 1)
+    redundant.write_counts(tmp_path / "counts.json", [[5, 6]], 1)
+    for location in ("trivial", str(tmp_path / "map.json"), str(tmp_path / "counts.json")):
+        moving.move(runner, location, 1)
+    assert [made for _, made, _ in calls] == [
+        ("trivial", "args", "config", 1),
+        ("mapping", "config", [[0, 1, 0, 1], [0, 1, 0, 1]], 1),
+        ("eplb", "args", "config", [[1, 1], [5, 6]]),
+    ]
+    given = {"update_layer_ids": [1, 3], "nnodes": 1, "rank": 1}
+    assert all(layers is weights_of and of == given for layers, _, of in calls)
 
 
 def test_rows_and_calls_are_those_of_the_round(control, tmp_path):
@@ -446,20 +501,28 @@ def test_the_hooks_fit_the_installed_sglang(tmp_path):
     known = {field.name for field in structs.fields(ServerArgs)}
     for needs in ({"prefill": [64]}, {"prefill": [64], "decode": [8], "mixed": [2048]}):
         assert set(model.arguments(needs, 2, "m", True)) <= known
-    plan = modes.Plan("it", ("off-static",), placed=modes.Placed("p", 16, "static", 9))
+    plan = modes.Plan("it", ("off-static",), placed=modes.Placed(("p",), 16, "static", 9))
     assert set(redundant.arguments(plan, {("p", 16): Path("p.json")})) <= known
     # A rank's weights are by the logical experts of its slots.
-    from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+    from sglang.srt.eplb.expert_location import ExpertLocationMetadata as Metadata
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     plugin._map_of_experts()
-    assert "physical_to_logical_map" in inspect.signature(ExpertLocationMetadata).parameters
+    assert "physical_to_logical_map" in inspect.signature(Metadata).parameters
     named = FusedMoE.__init__.__code__.co_names
     assert {weights.FUSED, "layer_id", "moe_ep_rank", "moe_ep_size"} <= set(named)
     # One can be told which rank a request is for, and asked for logprobs.
     assert {traffic.rank_argument(sglang.Engine), "return_logprob"} <= set(
         inspect.signature(sglang.Engine.async_generate).parameters
     )
+    # Experts move as sglang's EPLB moves them.
+    from sglang.srt.eplb.expert_location_updater import ExpertLocationUpdater
+
+    given = {"routed_experts_weights_of_layer", "new_expert_location_metadata"}
+    given |= {"update_layer_ids", "nnodes", "rank"}
+    assert given <= set(inspect.signature(ExpertLocationUpdater.update).parameters)
+    assert "physical_to_logical_map" in inspect.signature(Metadata.init_by_mapping).parameters
+    assert "logical_count" in inspect.signature(Metadata.init_by_eplb).parameters
     space = workspace.Workspace(tmp_path)
     (plan,) = modes.engines("prefill", ["live", "home"])
     routing = {"routing": "r", "placements": 1, "longest": 8, "experts": 8}

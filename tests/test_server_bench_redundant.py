@@ -75,7 +75,7 @@ def test_sglang_is_told_where_experts_stand(tmp_path):
     files = {(name, 1): path for name in ("place", "spread", "packed-spread", "trivial")}
 
     def given(name, mode="off-static", algorithm="dynamic", rebalance=0):
-        placed = Placed(name, 1, algorithm, rebalance)
+        placed = Placed((name,), 1, algorithm, rebalance)
         return redundant.arguments(modes.Plan("it", (mode,), placed=placed), files)
 
     assert given("place") == {
@@ -140,6 +140,58 @@ def test_engines_of_a_placement():
     assert len({plan.name for plan in (*decode, switched, alone, off)}) == 7
     with pytest.raises(ValueError, match="give --redundant instead"):
         modes.engines("decode", ["live-replicas"])
+
+
+def test_one_engine_has_several_placements_in_turn(tmp_path):
+    names = ["spread", "place", "eplb", "trivial"]
+    static, auto = modes.with_redundant("decode", names, 16, ["static"], ["auto"])
+    assert (static.name, auto.name) == ("off-static-moved-16", "auto-replicas-moved-16")
+    assert static.moves and static.placed.names == tuple(names)
+    # Its graphs leave groups out, which trivial places do not allow.
+    assert auto.placed.names == ("spread", "place", "eplb") and not auto.serves("trivial", 16)
+    assert auto.serves("eplb", 16) and not auto.serves("eplb", 32)
+    assert auto.place("eplb", 16) == ("eplb", 16)
+    files = {(name, 16): tmp_path / name for name in names}
+    paths = [str(tmp_path / name) for name in names]
+    assert redundant.locations(static, files) == [*paths[:3], "trivial"]
+    assert redundant.locations(auto, files) == ["trivial", *paths[1:3]]
+    assert redundant.arguments(auto, files)["init_expert_location"] == "trivial"
+    (off,) = modes.engines("decode", ["off"])
+    assert redundant.locations(off, files) == [] and not off.moves
+    redundant.write_counts(tmp_path / "counts.json", [[5, 3], [0, 9]], 3)
+    assert json.loads((tmp_path / "counts.json").read_text()) == {
+        "logical_count": [[1, 1], [5, 3], [0, 9], [5, 3]]
+    }
+
+
+def test_experts_move_between_rounds(stub, tmp_path):  # noqa: F811
+    options = ("--redundant", "2,4", "--placement", "spread,place,trivial", "--moved")
+    more = ("--decode", "4,8", "--sweeps", "2", "--profiled", "4")
+    done = run(stub, tmp_path, *options, *more)
+    assert done.returncode == 0, done.stderr
+    document = results.read(tmp_path / "out.json")
+    found = {(c["placement"], c["redundant"], c["tokens"], c["mode"]) for c in document["cells"]}
+    assert found == {
+        (name, number, tokens, mode)
+        for number in (2, 4)
+        for tokens in (4, 8)
+        for name in ("spread", "place", "trivial")
+        for mode in ("off", "off-static", "auto-replicas")
+        if (name, mode) != ("trivial", "auto-replicas")
+    }
+    assert document["failures"] == document["mismatches"] == []
+    assert {profile["tokens"] for profile in document["profiles"]} == {4}
+    logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
+    assert logs == [
+        "decode-auto-replicas-moved-2.log", "decode-auto-replicas-moved-4.log",
+        "decode-off-static-moved-2.log", "decode-off-static-moved-4.log", "decode-off.log",
+    ]  # fmt: skip
+    log = (tmp_path / "logs" / "decode-auto-replicas-moved-2.log").read_text()
+    moves = [line for line in log.splitlines() if line.startswith("moved")]
+    # Two ranks in step, and no move where the experts stand there already.
+    assert moves[:4] == ["moved to 1", "moved to 1", "moved to 0", "moved to 0"], moves
+    assert all(a == b for a, b in zip(moves[::2], moves[1::2], strict=True))
+    assert "moved" not in (tmp_path / "logs" / "decode-off.log").read_text()
 
 
 def test_a_switched_layer_keeps_sglangs_replicas_in_a_call_of_all_ranks():
@@ -321,6 +373,8 @@ def test_wrong_redundant_options_are_told(capsys):
         ("--redundant", "16", "--dispatch", "lp"): "--dispatch 'lp': give some of static, dynamic",
         ("--redundant", "16", "--replicas", "all"): "--replicas 'all': give some of auto, live, sglang",
         ("--redundant", "16", "--mixed"): "--mixed has no redundant experts",
+        ("--redundant", "16", "--moved", "--rebalance", "9"): "--moved: give another --placement",
+        ("--redundant", "16", "--moved", "--placement", "trivial"): "--moved: give another --placement",
         ("--redundant", "16", "--outputs", "--modes", "auto"): "--outputs compares engines with off",
         ("--modes", "off-static"): "give --redundant instead",
     }  # fmt: skip
@@ -332,7 +386,7 @@ def test_wrong_redundant_options_are_told(capsys):
 def test_a_dials_placement_is_named_after_it():
     asked = redundant.of_options(
         SimpleNamespace(redundant="16", mixed=None, rebalance=0, placement="place",
-                        dispatch="static", replicas="live")
+                        dispatch="static", replicas="live", moved=False)
     )  # fmt: skip
     assert asked.places("dial-1.30-") == [("dial-1.30-place", "place", 16)]
     names = [plan.name for plan in asked.plans("decode", ["dial-1.00-", "dial-1.30-"])]

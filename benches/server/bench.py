@@ -112,7 +112,10 @@ class Bench:
         for phase in phases:
             for (name, number), mapping in phase.maps.items():
                 path = files[name, number] = self._space.folder / f"placement-{name}-{number}.json"
-                redundant.write(path, mapping, phase.layers)
+                if counts := phase.counts.get((name, number)):
+                    redundant.write_counts(path, counts, phase.layers)
+                else:
+                    redundant.write(path, mapping, phase.layers)
         return files
 
 

@@ -113,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         help="with --redundant: sglang's EPLB places those engines' experts anew after so many forwards (0: never)",
     )
+    parser.add_argument(
+        "--moved",
+        action="store_true",
+        help="with --redundant: one engine for all placements of a number, whose experts sglang moves between rounds as in a rebalance",
+    )
     parser.add_argument("--ranks", type=int, help="GPUs, one a rank: by default all")
     parser.add_argument(
         "--layers",
@@ -149,6 +154,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="before anything is timed: do MoE layers make of the same inputs what they make in off? "
         "Times beside it are not to be quoted: graphs have more kernels",
+    )
+    parser.add_argument(
+        "--profiled",
+        type=int,
+        metavar="TOKENS",
+        help="a rank, of the forward that is profiled at the end: by default the most",
     )
     parser.add_argument("--apart", action="store_true", help="one engine after the other")
     parser.add_argument(

@@ -25,6 +25,7 @@ _SCALARS = (
     "lead",  # forwards at the begin that do not count
     "base",  # the place of the first that does, in forwards of the recording
     "placement",  # its table; in a mixed round that of prefill, and the next one is that of decode
+    "location",  # of experts, among those that the engine was told
     "length",  # of the cycle of modes
     "gate",  # the scheduler's turn from which requests are let in
     "asked",  # the round whose results are to be written

@@ -77,7 +77,7 @@ class Rounds:
         control.set(
             **{
                 name: asked[name]
-                for name in ("kind", "tokens", "chunk", "lead", "base", "placement")
+                for name in ("kind", "tokens", "chunk", "lead", "base", "placement", "location")
             },
             length=len(asked["cycle"]),
             round=asked["round"],

@@ -74,7 +74,8 @@ class Engines:
             arguments = model.arguments(needs, ranks, str(folder), plan.waterfill)
             arguments |= redundant.arguments(plan, placements)
             arguments |= {"port": port, "nccl_port": port + 20} | more
-            told = self._space.told(f"{name}-{plan.name}", plan, arguments, routing)
+            locations = redundant.locations(plan, placements)
+            told = self._space.told(f"{name}-{plan.name}", plan, arguments, routing, locations)
             most = max(model.graph_sizes(needs), default=0)
             environment = self._space.environment(plan, told, os.environ, most)
             log = self._logs / f"{name}-{plan.name}.log"

@@ -17,7 +17,7 @@ from server import output_figures
 from server.engines import Engines
 from server.modes import MODES, Plan
 from server.output_figures import Who
-from server.outputs import OTHER_BASE, ROUND_S, cell_of, modes_of
+from server.outputs import OTHER_BASE, ROUND_S, asked
 from server.phase import Phase
 from server.schedule import Cell, Clock, answers_message
 
@@ -38,12 +38,9 @@ def ask(phase: Phase, engines: Engines, plans: Sequence[Plan], clock: Clock) -> 
     if not phase.layer_prompts:
         return
     begin = time.monotonic()
-    for plan in plans:
-        cell = cell_of(phase, plan)
-        for mode in modes_of(plan) if cell is not None else ():
-            who = (mode, plan.place)
-            if who not in phase.layers_found and (mode == "off" or phase.off_layers):
-                _ask_one(phase, engines, plan, who, cell, clock)
+    for plan, cell, who in asked(phase, plans):
+        if who not in phase.layers_found and (who[0] == "off" or phase.off_layers):
+            _ask_one(phase, engines, plan, who, cell, clock)
     names = ", ".join(output_figures.name(*who) for who in phase.layers_found)
     print(f"{phase.name}: outputs of layers of {names} after {time.monotonic() - begin:.1f} s")
 
@@ -58,8 +55,8 @@ def _ask_one(
     if first is None or second is None:
         return
     other = round_of(OTHER_BASE) if who[0] == "off" else None
-    asked = [phase.off_layers or first[0], first[0], second[0], *([other[0]] if other else [])]
-    if any(_shapes(one) != _shapes(asked[0]) for one in asked):
+    found = [phase.off_layers or first[0], first[0], second[0], *([other[0]] if other else [])]
+    if any(_shapes(one) != _shapes(found[0]) for one in found):
         print(
             f"engine {plan.name}: its forwards are others than off's, so its layers are not compared"
         )
@@ -79,7 +76,7 @@ def _round(
     phase: Phase, engines: Engines, plan: Plan, mode: str, cell: Cell, clock: Clock, base: int
 ) -> tuple[Outputs, int] | None:
     """Outputs and rebalances; None where the engine is not up or fails."""
-    asked = answers_message(
+    message = answers_message(
         cell,
         plan,
         mode,
@@ -90,7 +87,7 @@ def _round(
         base=base,
         layers=True,
     )
-    result = engines.round(plan, asked, min(ROUND_S, max(10.0, clock.left() + 5)))
+    result = engines.round(plan, message, min(ROUND_S, max(10.0, clock.left() + 5)))
     if result is None:
         return None
     ranks = result["ranks"]

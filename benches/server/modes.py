@@ -58,12 +58,13 @@ REPLICAS_VARIABLE = "WATERFILL_RS_REPLICAS"
 
 @dataclass(frozen=True)
 class Placed:
-    """Where an engine's experts stand: the placement's name in cells, redundant experts, sglang's ``dispatch`` algorithm.
+    """Where an engine's experts stand: placements' names in cells, redundant experts, sglang's ``dispatch`` algorithm.
 
+    ``names``: the engine starts with the first, and between rounds its experts move to the one that is measured next.
     ``rebalance``: its EPLB places them anew after so many forwards, or 0.
     """
 
-    name: str
+    names: tuple[str, ...]
     redundant: int
     dispatch: str
     rebalance: int = 0
@@ -86,13 +87,18 @@ class Plan:
         return not self.modes[0].startswith("off")
 
     @property
-    def place(self) -> tuple[str, int] | None:
-        """The placement's name and the number of redundant experts; None where experts are not placed."""
-        return (self.placed.name, self.placed.redundant) if self.placed else None
+    def moves(self) -> bool:
+        """Do its experts move between rounds?"""
+        return self.placed is not None and len(self.placed.names) > 1
 
     def serves(self, placement: str, redundant: int) -> bool:
         """Is this engine measured in the cells of that placement? One whose experts are not placed is in all."""
-        return self.place in (None, (placement, redundant))
+        placed = self.placed
+        return placed is None or (placement in placed.names and redundant == placed.redundant)
+
+    def place(self, placement: str, redundant: int) -> tuple[str, int] | None:
+        """That of its results in those cells; None where experts are not placed."""
+        return (placement, redundant) if self.placed else None
 
     @property
     def upstream(self) -> bool:
@@ -151,7 +157,7 @@ def engines(phase: str, modes: Sequence[str]) -> list[Plan]:
 
 def with_redundant(
     phase: str,
-    placement: str,
+    placement: str | Sequence[str],
     redundant: int,
     dispatch: Sequence[str],
     replicas: Sequence[str],
@@ -160,12 +166,17 @@ def with_redundant(
     """The engines whose experts are placed so: one without Waterfill for each of ``dispatch``, and those with it.
 
     In prefill one engine takes turns with ``replicas``, forward by forward. A graph holds one choice, so there it is an
-    engine each. Without redundant experts there is no choice.
+    engine each. Without redundant experts there is no choice. Of several placements each engine moves from one to the other.
     """
+    names = (placement,) if isinstance(placement, str) else tuple(placement)
+    where = placement if isinstance(placement, str) else "moved"
 
     def plan(name: str, modes: tuple[str, ...], algorithm: str, switches: bool = False) -> Plan:
-        placed = Placed(placement, redundant, algorithm, rebalance)
-        return Plan(f"{name}-{placement}-{redundant}", modes, switches, placed)
+        # Their captured graphs need primary replicas first, which trivial places do not have.
+        own = tuple(one for one in names if not one.endswith("trivial"))
+        ours = where == "moved" and not name.startswith("off")
+        placed = Placed(own if ours else names, redundant, algorithm, rebalance)
+        return Plan(f"{name}-{where}-{redundant}", modes, switches, placed)
 
     found = [plan(f"off-{one}", (f"off-{one}",), one) for one in dispatch]
     asked = tuple(f"{who}-replicas" for who in replicas) if redundant else ()

@@ -6,13 +6,15 @@ Engines whose experts are placed are asked too: routing is forced on all of them
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from server import accounts, output_figures
 from server.engines import Engines
 from server.modes import Plan
+from server.output_figures import Who
 from server.phase import Phase
+from server.redundant import Place
 from server.schedule import Cell, Clock, answers_message
 
 ROUND_S = 240.0
@@ -32,30 +34,33 @@ def ask(phase: Phase, engines: Engines, plans: Sequence[Plan], clock: Clock) -> 
     if not phase.output_prompts:
         return
     begin = time.monotonic()
-    for plan in plans:
-        cell = cell_of(phase, plan)
-        if cell is None:
-            continue
-        for mode in modes_of(plan):
-            if (mode, plan.place) not in phase.answers:
-                # Off a third time with other experts: so far are answers by wrong ones.
-                bases = [0, 0, OTHER_BASE] if mode == "off" else [0, 0]
-                told = [_round(phase, engines, plan, mode, cell, clock, base) for base in bases]
-                if None not in told:
-                    phase.answers[mode, plan.place] = told
+    for plan, cell, who in asked(phase, plans):
+        if who not in phase.answers:
+            # Off a third time with other experts: so far are answers by wrong ones.
+            bases = [0, 0, OTHER_BASE] if who[0] == "off" else [0, 0]
+            told = [_round(phase, engines, plan, who[0], cell, clock, base) for base in bases]
+            if None not in told:
+                phase.answers[who] = told
     names = ", ".join(output_figures.name(*who) for who in phase.answers)
     print(f"{phase.name}: outputs of {names} after {time.monotonic() - begin:.1f} s", flush=True)
 
 
-def cell_of(phase: Phase, plan: Plan) -> Cell | None:
-    """One of the engine's own placement, with the routing of the first."""
-    of = (cell for cell in phase.cells if cell.placement == phase.cells[0].placement)
-    return next((cell for cell in of if plan.serves(cell.name, cell.redundant)), None)
+def asked(phase: Phase, plans: Sequence[Plan]) -> Iterator[tuple[Plan, Cell, Who]]:
+    """Who is asked, in a cell of each of the engine's placements, with the routing of the first."""
+    for plan in plans:
+        cells: dict[Place | None, Cell] = {}
+        for cell in phase.cells:
+            first = cell.placement == phase.cells[0].placement
+            if first and plan.serves(cell.name, cell.redundant):
+                cells.setdefault(plan.place(cell.name, cell.redundant), cell)
+        for place, cell in cells.items():
+            for mode in _modes(plan):
+                yield plan, cell, (mode, place)
 
 
-def modes_of(plan: Plan) -> Sequence[str]:
+def _modes(plan: Plan) -> Sequence[str]:
     """All ways to choose replicas, but one or two of those that place shared rows."""
-    if plan.place:
+    if plan.placed:
         return plan.modes
     return [mode for mode in OF_SWITCHED if mode in plan.modes] or plan.modes[:1]
 
@@ -66,10 +71,10 @@ def _round(
     """The answers, or None where the engine is not up or fails."""
     number = engines.next_number()
     prompts = phase.output_prompts
-    asked = answers_message(
+    message = answers_message(
         cell, plan, mode, prompts, phase.ranks, number, phase.first_table, base=base
     )
-    result = engines.round(plan, asked, min(ROUND_S, max(10.0, clock.left() + 5)))
+    result = engines.round(plan, message, min(ROUND_S, max(10.0, clock.left() + 5)))
     if result is None:
         return None
     for rank, own in enumerate(result["ranks"]):

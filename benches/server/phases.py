@@ -224,6 +224,7 @@ def _phase(
         options.engine,
         layers,
         requests=options.mixed or 0,
+        profiled=options.profiled,
         outputs=options.outputs and _has_off(plans),
         compares_layers=options.layer_outputs and _has_off(plans),
     )
@@ -239,10 +240,13 @@ def _placed(
 ) -> list[Phase]:
     """Phases whose engines place experts: ids stay logical, and a recording has one table for all placements."""
     maps: dict[redundant.Place, redundant.Map] = {}
+    counts: dict[redundant.Place, list[list[int]]] = {}
     places: list[tuple[int, str, int]] = []
     for i, one in enumerate(recordings):
         for cell_name, made_by, number in asked.places(f"{one.name}-" if one.placed else ""):
             maps[cell_name, number] = redundant.mapping(made_by, one, number)
+            if made_by == "eplb":
+                counts[cell_name, number] = one.other.tolist()
             places.append((i, cell_name, number))
     found = []
     for name, of in tokens.items():
@@ -252,6 +256,8 @@ def _placed(
             for count in of
             for i, cell_name, number in places
         ]
+        if asked.moved:  # Experts move from cell to cell: as seldom as can be.
+            cells.sort(key=lambda cell: (cell.redundant, cell.placement, cell.name))
         tables = [order(one) for one in recordings]
         logical = [recording.place("trivial", one) for one in tables]
         has_off = _has_off(plans[name])
@@ -264,6 +270,8 @@ def _placed(
             options.engine,
             layers,
             maps=maps,
+            counts=counts,
+            profiled=options.profiled,
             outputs=options.outputs and has_off,
             compares_layers=options.layer_outputs and has_off,
         )

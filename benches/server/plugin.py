@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from server import weights
+from server import moving, weights
 from server.control import Control
 from server.forced import Forced
 from server.gate import Gate
@@ -70,12 +70,17 @@ def register() -> None:
 class Bench:
     """One process. ``told``: ``control``, ``folder``, ``routing``, ``placements``, ``longest``, ``ranks``, ``first_layer``,
     ``experts`` (physical ones), ``mode`` (of graphs), ``switches`` (are balancers replaced?), ``upstream`` (are they to be
-    sglang's own?), ``layer_rows`` (of a forward whose layers' outputs are compared, or 0)."""
+    sglang's own?), ``layer_rows`` (of a forward whose layers' outputs are compared, or 0), ``locations`` (of experts: see
+    ``redundant.locations``)."""
 
     def __init__(self, told: dict[str, Any], seams: Any, theirs: type) -> None:
         self.told, self._seams, self._theirs = told, seams, theirs
         self.rank = Rank(
-            Control(Path(told["control"])), Path(told["folder"]), told["experts"], told["ranks"]
+            Control(Path(told["control"])),
+            Path(told["folder"]),
+            told["experts"],
+            told["ranks"],
+            move=self._move,
         )
         self.rank.mode, self.rank.switches = told["mode"], told["switches"]
         self._gate = Gate(self.rank.control, lambda: max(0, self.rank.number), told["ranks"])
@@ -138,6 +143,9 @@ class Bench:
             flush=True,
         )
         return result
+
+    def _move(self, runner: Any, location: int) -> None:
+        moving.move(runner, self.told["locations"][location], self.rank.number)
 
     def turn(self, original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """Around each turn of the scheduler."""

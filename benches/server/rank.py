@@ -69,6 +69,7 @@ class Rank:
         folder: where results of rounds are written.
         experts: physical ones over all ranks, and ``ranks``: what is counted where no balancer is.
         event, synchronize, memory: torch's for CUDA, but for tests.
+        move: moves the runner's experts to another of the engine's locations; all ranks call it in step.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Rank:
         event: Callable[[], Any] = _event,
         synchronize: Callable[[], None] = _synchronize,
         memory: Callable[[], dict[str, int]] = _memory,
+        move: Callable[[Any, int], None] = lambda runner, location: None,
     ) -> None:
         self.control, self.folder = control, folder
         self._experts, self._ranks = experts, ranks
@@ -96,6 +98,7 @@ class Rank:
         """Are its modes switched, so that each forward is told whether it overlaps?"""
         self._choice = Choice(lambda: self.balancers)
         self._event, self._synchronize, self._memory = event, synchronize, memory
+        self._move, self._location = move, 0
         self._prepared: dict[str, int] | None = None
         self._round, self._index, self._written = 0, 0, 0
         self._ready = False
@@ -159,6 +162,9 @@ class Rank:
         self.before_forward()
         self._ready = False
         control = self.control
+        if (location := control.get("location")) != self._location:
+            self._move(runner, location)
+            self._location = location
         lead, length = control.get("lead"), max(1, control.get("length"))
         index, self._index = self._index, self._index + 1
         place = control.get("base") + max(0, index - lead) // length

@@ -36,13 +36,15 @@ Place = tuple[str, int]
 @dataclass(frozen=True)
 class Asked:
     """``numbers`` of redundant experts. ``dispatch``: sglang's ``ep_dispatch_algorithm`` of engines without Waterfill; those
-    with it have the first. ``replicas``: who chooses them where Waterfill is on. ``rebalance``: forwards between rebalances, or 0."""
+    with it have the first. ``replicas``: who chooses them where Waterfill is on. ``rebalance``: forwards between rebalances, or 0.
+    ``moved``: one engine has all placements of a number in turn, and not an engine each."""
 
     numbers: list[int]
     placement: list[str]
     dispatch: list[str]
     replicas: list[str]
     rebalance: int = 0
+    moved: bool = False
 
     def places(self, recorded: str) -> list[tuple[str, str, int]]:
         """For one recording: a cell's name of the placement, ``PLACEMENTS``'s, and the number of redundant experts.
@@ -59,12 +61,18 @@ class Asked:
     def plans(self, phase: str, recorded: Sequence[str]) -> list[Plan]:
         return [
             plan
-            for before in recorded
-            for name, _, number in self.places(before)
+            for names, number in self._together(recorded)
             for plan in with_redundant(
-                phase, name, number, self.dispatch, self.replicas, self.rebalance
+                phase, names, number, self.dispatch, self.replicas, self.rebalance
             )
         ]
+
+    def _together(self, recorded: Sequence[str]) -> list[tuple[str | list[str], int]]:
+        """Placements that an engine has in turn, or the one that it has, and the number of redundant experts."""
+        places = [(name, n) for before in recorded for name, _, n in self.places(before)]
+        if not self.moved:
+            return [*places]
+        return [([name for name, of in places if of == number], number) for number in self.numbers]
 
 
 def of_options(options: argparse.Namespace) -> Asked | None:
@@ -83,7 +91,12 @@ def of_options(options: argparse.Namespace) -> Asked | None:
     chosen = {name: _some_of(name, getattr(options, name)) for name in CHOICES}
     if options.rebalance < 0:
         raise ValueError(f"--rebalance {options.rebalance}: give a number of forwards from 1 on")
-    return Asked(sorted({int(part) for part in parts}), **chosen, rebalance=options.rebalance)
+    if options.moved and (options.rebalance or chosen["placement"] == ["trivial"]):
+        raise ValueError(
+            "--moved: give another --placement than trivial, and no --rebalance, whose maps would be in the way"
+        )
+    numbers = sorted({int(part) for part in parts})
+    return Asked(numbers, **chosen, rebalance=options.rebalance, moved=options.moved)
 
 
 def _some_of(option: str, text: str) -> list[str]:
@@ -145,28 +158,51 @@ def write(path: Path, of_recording: Map, layers: int) -> None:
     """
     experts = max(of_recording[0]) + 1
     dense = [place % experts for place in range(len(of_recording[0]))]
-    moe = [of_recording[layer % len(of_recording)] for layer in range(layers)]
-    path.write_text(json.dumps({"physical_to_logical_map": [dense] * model.DENSE_LAYERS + moe}))
+    _write(path, "physical_to_logical_map", dense, of_recording, layers)
+
+
+def write_counts(path: Path, of_recording: Sequence[list[int]], layers: int) -> None:
+    """The same of counts ``[L, E]``: sglang's EPLB makes the map of them."""
+    _write(path, "logical_count", [1] * len(of_recording[0]), of_recording, layers)
+
+
+def _write(path: Path, key: str, dense: list[int], moe: Sequence[list[int]], layers: int) -> None:
+    of_model = [moe[layer % len(moe)] for layer in range(layers)]
+    path.write_text(json.dumps({key: [dense] * model.DENSE_LAYERS + of_model}))
 
 
 def arguments(plan: Plan, files: Mapping[Place, Path]) -> dict[str, Any]:
     """sglang's, for an engine whose experts stand so; none for one without.
 
-    ``files``: what ``write`` wrote. An engine gets none for the places that it has by itself: spread ones where waterfill-rs
-    chooses replicas, and trivial ones elsewhere.
+    ``files``: what ``write`` and ``write_counts`` wrote.
     """
     placed = plan.placed
     if placed is None:
         return {}
-    ours = plan.waterfill and plan.settings.get(REPLICAS_VARIABLE) != "sglang"
-    own = placed.name.endswith("spread") if ours else placed.name.endswith("trivial")
     return {
         "ep_num_redundant_experts": placed.redundant,
-        "init_expert_location": "trivial" if own else str(files[placed.name, placed.redundant]),
+        "init_expert_location": locations(plan, files)[0],
         # Without one sglang leaves trivial places as they are, and no replica gets a row.
         "ep_dispatch_algorithm": placed.dispatch,
         **_rebalances(placed.rebalance),
     }
+
+
+def locations(plan: Plan, files: Mapping[Place, Path]) -> list[str]:
+    """sglang's ``init_expert_location`` for each of the engine's placements.
+
+    An engine gets no file for the places that it has by itself: spread ones where waterfill-rs chooses replicas, and trivial
+    ones elsewhere.
+    """
+    placed = plan.placed
+    if placed is None:
+        return []
+    ours = plan.waterfill and plan.settings.get(REPLICAS_VARIABLE) != "sglang"
+    own = "spread" if ours else "trivial"
+    return [
+        "trivial" if name.endswith(own) else str(files[name, placed.redundant])
+        for name in placed.names
+    ]
 
 
 def _rebalances(every: int) -> dict[str, Any]:

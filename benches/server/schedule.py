@@ -20,6 +20,8 @@ SHORT_DECODE = 4
 """Steps that count in a round of decode that is not timed."""
 ROWS_S = 2.0
 """About what it takes one engine to count the rows of one cell of decode."""
+MOST_ROWS_S = 60.0
+"""Where there are more cells, the first have their rows counted."""
 PROFILE_S = 4.0
 """About what a profile of one engine takes."""
 STOPPING_S = 8.0
@@ -179,6 +181,7 @@ def _common(cell: Cell, plan: Plan, number: int, sweep: int, first_table: int) -
         "tokens": cell.tokens,
         "lead": cell.lead,
         "placement": first_table + cell.placement,
+        "location": plan.placed.names.index(cell.name) if plan.placed else 0,
         "cycle": list(plan.cycle(sweep)),
     }
 
@@ -198,11 +201,17 @@ class Clock:
 
 
 def after_s(engines: int, cells: Sequence[Cell]) -> float:
-    """What is kept for the end: a profile of each engine, and rows of decode."""
+    """What is kept for the end: a profile of each engine, and rows of decode, of all cells or of the first."""
     rows = sum(cell.placed and cell.phase == "decode" for cell in cells)
-    return STOPPING_S + engines * (PROFILE_S * len(profiled_cells(cells)) + ROWS_S * rows)
+    return profiles_s(engines) + min(engines * ROWS_S * rows, MOST_ROWS_S)
 
 
-def profiled_cells(cells: Sequence[Cell]) -> list[Cell]:
-    """The largest number of tokens, in its last placement."""
-    return [max(cells, key=lambda cell: (cell.tokens, cell.placement))]
+def profiles_s(engines: int) -> float:
+    """What is kept for a profile of each engine."""
+    return STOPPING_S + engines * PROFILE_S
+
+
+def profiled_cells(cells: Sequence[Cell], tokens: int | None = None) -> list[Cell]:
+    """The largest number of tokens, or this one if it is among them, in its last placement."""
+    of = [cell for cell in cells if cell.tokens == tokens] or cells
+    return [max(of, key=lambda cell: (cell.tokens, cell.placement))]

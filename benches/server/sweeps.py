@@ -10,7 +10,7 @@ from typing import Any
 from server import figures, kernels, layer_outputs, outputs
 from server.control import PROFILED, ROWS, TIMED
 from server.modes import LIVE, Plan
-from server.schedule import Cell, Clock, after_s, message, profiled_cells
+from server.schedule import Cell, Clock, after_s, message, profiled_cells, profiles_s
 from server.turns import SAYS_S, Turns
 
 ROUND_S, PROFILE_ROUND_S = 240.0, 45.0
@@ -25,11 +25,7 @@ class Sweeps(Turns):
         """Warm-up, outputs, rows, sweeps, profiles. Gives the number of the next sweep."""
         phase = self._phase
         begin = time.monotonic()
-        for i, cell in enumerate(phase.cells):
-            for plan in self._of(cell, self._there(group)):
-                # A number of tokens that is new compiles kernels; once more, so that nothing of it is left.
-                for _ in range(2 if cell.placement == phase.cells[0].placement else 1):
-                    self._round(plan, cell, i, TIMED, clock, short=True, keep=False)
+        self._warm(group, clock)
         print(
             f"{phase.name}: warm after {time.monotonic() - begin:.0f} s, {clock.left():.0f} s left",
             flush=True,
@@ -41,21 +37,36 @@ class Sweeps(Turns):
         sweep = self._timed(group, clock, sweep)
         if phase.name == "decode" and phase.maps:
             # Last, because a step without its graph is nothing that a server of the bench did before.
-            self._count_rows(group, clock)
-        for cell in profiled_cells(phase.cells):
+            self._count_rows(group, clock, profiles_s(len(group)))
+        for cell in profiled_cells(phase.cells, phase.profiled):
             for plan in self._of(cell, self._there(group)):
                 if clock.left() > 2:
                     self._round(plan, cell, 0, PROFILED, clock, short=True)
         self._save()
         return sweep
 
+    def _warm(self, group: Sequence[Plan], clock: Clock) -> None:
+        """Each number of tokens that is new to an engine compiles kernels; once more, so that nothing of it is left.
+
+        Another placement may need other kernels in prefill. In decode the graphs are there.
+        """
+        phase = self._phase
+        seen: set[tuple[str, int]] = set()
+        for i, cell in enumerate(phase.cells):
+            for plan in self._of(cell, self._there(group)):
+                new = (plan.name, cell.tokens) not in seen
+                seen.add((plan.name, cell.tokens))
+                again = not (plan.moves and phase.name == "decode")
+                for _ in range(2 if new else int(again)):
+                    self._round(plan, cell, i, TIMED, clock, short=True, keep=False)
+
     def _of(self, cell: Cell, plans: Sequence[Plan]) -> list[Plan]:
         return [plan for plan in plans if plan.serves(cell.name, cell.redundant)]
 
-    def _count_rows(self, group: Sequence[Plan], clock: Clock) -> None:
+    def _count_rows(self, group: Sequence[Plan], clock: Clock, kept: float = 0.0) -> None:
         for cell in self._phase.cells:
             for plan in self._of(cell, self._there(group)):
-                if (plan.waterfill or cell.placed) and clock.left() > 0:
+                if (plan.waterfill or cell.placed) and clock.left() > kept:
                     self._round(plan, cell, 0, ROWS, clock, short=True)
 
     def _timed(self, group: Sequence[Plan], clock: Clock, sweep: int) -> int:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,15 @@ class Workspace:
         return folder
 
     def told(
-        self, name: str, plan: Plan, arguments: Mapping[str, Any], routing: Mapping[str, Any]
+        self,
+        name: str,
+        plan: Plan,
+        arguments: Mapping[str, Any],
+        routing: Mapping[str, Any],
+        locations: Sequence[str] = (),
     ) -> Path:
         """The file that an engine's processes read; ``routing``: ``routing``, ``placements``, ``longest``, the logical
-        ``experts``, and ``layer_rows``."""
+        ``experts``, and ``layer_rows``. ``locations``: see ``redundant.locations``."""
         folder = self.folder / name
         folder.mkdir()
         control = folder / "control"
@@ -66,6 +71,7 @@ class Workspace:
             "mode": plan.modes[0],
             "switches": plan.switches,
             "upstream": plan.upstream,
+            "locations": list(locations),
             "arguments": dict(arguments),
             **routing,
             "experts": routing["experts"] + arguments.get("ep_num_redundant_experts", 0),

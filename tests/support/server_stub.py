@@ -93,6 +93,7 @@ class Stub:
             event=self.clock.event,
             synchronize=lambda: None,
             memory=lambda: {"allocated": mib * 2**20, "free": 1, "total": 2},
+            move=lambda runner, location: print(f"moved to {location}", flush=True),
         )
         self.rank.number, self.rank.mode = number, told["mode"]
         self.rank.switches = told["switches"]
