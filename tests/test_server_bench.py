@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 
 
 from server import (
+    cli,
     dial,
     figures,
     kernels,
@@ -443,7 +444,7 @@ def test_kernels_are_of_one_group_each():
     assert kernels.mean([{"a": 1.0}, {"a": 3.0}]) == {"a": 2.0} and kernels.mean([]) is None
 
 
-def test_a_picture_has_every_panel(tmp_path):
+def test_a_picture_has_every_panel(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     cells = [
         figures.cell(
@@ -465,3 +466,26 @@ def test_a_picture_has_every_panel(tmp_path):
     assert table.picture(document, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert not table.picture({**document, "cells": []}, tmp_path / "b.png")
+    # More panels than a row has, and a legend of every mode, one that the first panel lacks too.
+    names = [f"p{i}" for i in range(6)]
+    many = [{**cells[0], "placement": name} for name in names]
+    many.append({**cells[0], "placement": "p5", "mode": "own"})
+    from matplotlib.figure import Figure
+
+    shown = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: shown.append(figure))
+    assert table.picture({**document, "cells": many}, tmp_path / "c.png")
+    (figure,) = shown
+    titled = [axis.get_title() for axis in figure.axes if axis.axison]
+    assert titled == [f"prefill, {name}" for name in names] and len(figure.axes) == 8
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["home", "own"]
+
+
+def test_a_picture_that_cannot_be_drawn_fails_no_run(tmp_path, monkeypatch, capsys):
+    def fails(document, path):
+        raise AttributeError("module 'IPython' has no attribute 'version_info'")
+
+    monkeypatch.setattr(table, "picture", fails)
+    assert not cli._draw({}, tmp_path / "a.png")
+    assert "no picture: AttributeError(" in capsys.readouterr().err

@@ -269,9 +269,21 @@ def _run(options: argparse.Namespace, asked: Sequence[Phase], begin: float) -> i
             bench.run(start, clock.part(1 / (len(starts) - i)), together)
     print(table.markdown([document]))
     picture = options.picture or out.with_suffix(".png")
-    drawn = table.picture(document, picture)
+    drawn = _draw(document, picture)
     print(f"\nresults: {out}" + (f", picture: {picture}" if drawn else ""))
     return 0 if document["cells"] or document["mixed"] else 1
+
+
+def _draw(document: dict[str, Any], picture: Path) -> bool:
+    """Is there a picture? The results are written, so nothing that matplotlib raises ends the run as a failure.
+
+    sglang, which is imported for its EPLB, was seen to leave a module of the name IPython that matplotlib cannot use.
+    """
+    try:
+        return table.picture(document, picture)
+    except Exception as error:
+        print(f"no picture: {error!r}", file=sys.stderr)
+        return False
 
 
 def _found(bench: Bench, asked: Sequence[Phase]) -> dict[str, Any]:

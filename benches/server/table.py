@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ TOO_SLOW = 1.005
 """A median ratio above it is marked: ``auto`` is to be nowhere slower by more."""
 MARK = "**above 1.005**"
 MOST_SHOWN = 6
+MOST_COLUMNS = 4
+"""Of panels in a picture."""
 
 
 def markdown(documents: Sequence[dict[str, Any]]) -> str:
@@ -201,7 +204,7 @@ def _breakdowns(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(document: dict[str, Any], path: Path) -> bool:
-    """Ratios to off with their quartiles, a panel for each phase and placement; False without matplotlib or figures."""
+    """Ratios to off with their quartiles, a panel for each phase and placement, in rows; False without matplotlib or figures."""
     try:
         # Without pyplot, which asks a notebook for its windows.
         from matplotlib.figure import Figure
@@ -211,13 +214,20 @@ def picture(document: dict[str, Any], path: Path) -> bool:
     panels = list(dict.fromkeys(map(_panel_of, cells)))
     if not panels:
         return False
-    figure = Figure(figsize=(1 + 4.2 * len(panels), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        _panel(axis, panel, [cell for cell in cells if _panel_of(cell) == panel])
-    axes[0][0].set_ylabel("GPU time of a forward, ratio to Waterfill off")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    columns = min(len(panels), MOST_COLUMNS)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(1 + 4.2 * columns, 1 + 3.4 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=lines > 1)
+    for axis, panel in zip_longest(axes.flat, panels):
+        if panel is None:
+            axis.set_axis_off()
+        else:
+            _panel(axis, panel, [cell for cell in cells if _panel_of(cell) == panel])
+    figure.supylabel("GPU time of a forward, ratio to Waterfill off", fontsize=10)
+    shown = {}
+    for axis in axes.flat:  # A panel may lack a mode.
+        shown.update(dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown), fontsize=8)
     figure.suptitle(
         f"{document['machine']}, EP{document['ranks']}, sglang {document['sglang']}", fontsize=10
     )
