@@ -129,18 +129,22 @@ def test_a_ranks_forwards_have_modes_and_tokens_in_turn(control, tmp_path):
 
 
 def test_experts_move_before_the_first_forward_of_a_round(control, tmp_path):
-    rank, moved = a_rank(control, tmp_path), []
-    rank._move = lambda runner, location: moved.append((location, rank._index))
+    rank, done = a_rank(control, tmp_path), []
+    rank._move = lambda runner, location: done.append(f"moved to {location}")
+    event = rank._event
+    rank._event = lambda: done.append("event") or event()
     for number, location in ((1, 0), (2, 2), (3, 2), (4, 0)):
         set_round(control, round=number, kind=TIMED, location=location)
         run_forwards(rank, [4, 4])
-    # Where they are already, nothing is moved.
-    assert [location for location, _ in moved] == [2, 0]
+        done.append("round")
+    # Where they are already, nothing is moved. A move is in no forward's time, and before the lead.
+    a_round = ["event"] * 4 + ["round"]
+    assert done == [*a_round, "moved to 2", *a_round, *a_round, "moved to 0", *a_round]
 
 
 def test_a_location_is_made_as_sglang_makes_it_at_start(tmp_path, monkeypatch):
-    """With a stand-in for its two modules: each of its ways gets what this version takes."""
-    calls = []
+    """With a stand-in for its module: each of its ways gets what this version takes."""
+    calls, there = [], SimpleNamespace(ep_size=2)
 
     class Metadata:
         @staticmethod
@@ -151,36 +155,40 @@ def test_a_location_is_made_as_sglang_makes_it_at_start(tmp_path, monkeypatch):
         def init_by_mapping(model_config, physical_to_logical_map, moe_ep_rank=None):
             return ("mapping", model_config, physical_to_logical_map, moe_ep_rank)
 
-        @staticmethod
-        def init_by_eplb(server_args, model_config, logical_count):
-            return ("eplb", server_args, model_config, logical_count)
+    def update(weights, made, **given):
+        calls.append((weights, made, given))
 
-    class Updater:
-        def update(self, layers, made, **given):
-            calls.append((layers, made, given))
-
-    for name, content in (
-        ("expert_location", {"ExpertLocationMetadata": Metadata}),
-        ("expert_location_updater", {"ExpertLocationUpdater": Updater}),
-    ):
-        monkeypatch.setitem(sys.modules, f"sglang.srt.eplb.{name}", SimpleNamespace(**content))
-    weights_of = {3: "c", 1: "a"}
+    monkeypatch.setitem(
+        sys.modules,
+        "sglang.srt.eplb.expert_location",
+        SimpleNamespace(
+            ExpertLocationMetadata=Metadata, get_global_expert_location_metadata=lambda: there
+        ),
+    )
+    weights_of = {2: "c", 1: "a"}
     runner = SimpleNamespace(
         server_args="args",
         model_config="config",
         model=SimpleNamespace(routed_experts_weights_of_layer=weights_of),
+        expert_location_updater=SimpleNamespace(update=update),
     )
-    redundant.write(tmp_path / "map.json", [[0, 1, 0, 1]], 1)
-    redundant.write_counts(tmp_path / "counts.json", [[5, 6]], 1)
-    for location in ("trivial", str(tmp_path / "map.json"), str(tmp_path / "counts.json")):
+    asked = [[0, 1, 0, 2, 1, 0], [0, 1, 2, 2, 1, 0], [0, 2, 0, 1, 1, 2]]
+    redundant.write(tmp_path / "map.json", asked[1:], 2)
+    # Within a rank the order may be another; a dense layer has no experts to move.
+    there.physical_to_logical_map = torch.tensor([[0] * 6, [2, 1, 0, 0, 1, 2], [0, 0, 2, 2, 1, 1]])
+    for location in ("trivial", str(tmp_path / "map.json")):
         moving.move(runner, location, 1)
-    assert [made for _, made, _ in calls] == [
+    made = [[0, 1, 2, 0, 1, 2], *asked[1:]]
+    assert [one for _, one, _ in calls] == [
         ("trivial", "args", "config", 1),
-        ("mapping", "config", [[0, 1, 0, 1], [0, 1, 0, 1]], 1),
-        ("eplb", "args", "config", [[1, 1], [5, 6]]),
+        ("mapping", "config", made, 1),
     ]
-    given = {"update_layer_ids": [1, 3], "nnodes": 1, "rank": 1}
+    given = {"update_layer_ids": [1, 2], "nnodes": 1, "rank": 1}
     assert all(layers is weights_of and of == given for layers, _, of in calls)
+    there.physical_to_logical_map[2, 0] = 1
+    with pytest.raises(RuntimeError, match=r"layer 2 has the map \[1, 0, 2, 2, 1, 1\], and was to"):
+        moving.move(runner, str(tmp_path / "map.json"), 1)
+    moving.move(runner, "trivial", 1)
 
 
 def test_rows_and_calls_are_those_of_the_round(control, tmp_path):
@@ -502,7 +510,9 @@ def test_the_hooks_fit_the_installed_sglang(tmp_path):
     for needs in ({"prefill": [64]}, {"prefill": [64], "decode": [8], "mixed": [2048]}):
         assert set(model.arguments(needs, 2, "m", True)) <= known
     plan = modes.Plan("it", ("off-static",), placed=modes.Placed(("p",), 16, "static", 9))
-    assert set(redundant.arguments(plan, {("p", 16): Path("p.json")})) <= known
+    assert (
+        set(redundant.arguments(plan, {("p", 16): redundant.Files(Path("p"), Path("p"))})) <= known
+    )
     # A rank's weights are by the logical experts of its slots.
     from sglang.srt.eplb.expert_location import ExpertLocationMetadata as Metadata
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -521,8 +531,11 @@ def test_the_hooks_fit_the_installed_sglang(tmp_path):
     given = {"routed_experts_weights_of_layer", "new_expert_location_metadata"}
     given |= {"update_layer_ids", "nnodes", "rank"}
     assert given <= set(inspect.signature(ExpertLocationUpdater.update).parameters)
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    assert "self.expert_location_updater = " in inspect.getsource(ModelRunner)
     assert "physical_to_logical_map" in inspect.signature(Metadata.init_by_mapping).parameters
-    assert "logical_count" in inspect.signature(Metadata.init_by_eplb).parameters
+    assert {"physical_to_logical_map", "ep_size"} <= set(Metadata.__annotations__)
     space = workspace.Workspace(tmp_path)
     (plan,) = modes.engines("prefill", ["live", "home"])
     routing = {"routing": "r", "placements": 1, "longest": 8, "experts": 8}

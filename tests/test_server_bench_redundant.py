@@ -9,12 +9,25 @@ from test_server_bench_run import run, stub  # noqa: F401
 np = pytest.importorskip("numpy")
 pytest.importorskip("torch")
 
-from server import accounts, engines, figures, modes, recording, redundant, results, rows, table
+from server import (
+    accounts,
+    engines,
+    figures,
+    modes,
+    outputs,
+    recording,
+    redundant,
+    results,
+    rows,
+    schedule,
+    table,
+)
 from server.figures import Mode, Sent
 from server.modes import Placed
+from server.schedule import Cell
 from server.switch import Switch
 
-from waterfill_rs.placement import place
+from waterfill_rs.placement import place, repair
 
 EXPERTS, RANKS = 8, 2
 
@@ -72,7 +85,8 @@ def test_sglang_is_told_where_experts_stand(tmp_path):
     content = json.loads(path.read_text())
     # A dense layer, then the recording's two layers round and round.
     assert content == {"physical_to_logical_map": [[0, 1, 0], [1, 0, 1], [0, 1, 0], [1, 0, 1]]}
-    files = {(name, 1): path for name in ("place", "spread", "packed-spread", "trivial")}
+    both = redundant.Files(path, path)
+    files = {(name, 1): both for name in ("place", "spread", "packed-spread", "trivial")}
 
     def given(name, mode="off-static", algorithm="dynamic", rebalance=0):
         placed = Placed((name,), 1, algorithm, rebalance)
@@ -151,17 +165,56 @@ def test_one_engine_has_several_placements_in_turn(tmp_path):
     assert auto.placed.names == ("spread", "place", "eplb") and not auto.serves("trivial", 16)
     assert auto.serves("eplb", 16) and not auto.serves("eplb", 32)
     assert auto.place("eplb", 16) == ("eplb", 16)
-    files = {(name, 16): tmp_path / name for name in names}
+    files = {
+        (name, 16): redundant.Files(tmp_path / f"our-{name}", tmp_path / name) for name in names
+    }
     paths = [str(tmp_path / name) for name in names]
     assert redundant.locations(static, files) == [*paths[:3], "trivial"]
-    assert redundant.locations(auto, files) == ["trivial", *paths[1:3]]
+    ours = [str(tmp_path / f"our-{name}") for name in names]
+    assert redundant.locations(auto, files) == ["trivial", *ours[1:3]]
     assert redundant.arguments(auto, files)["init_expert_location"] == "trivial"
+    *_, live, sglang = modes.with_redundant("decode", names, 16, ["static"], ["live", "sglang"])
+    assert redundant.locations(live, files) == ["trivial", *ours[1:]]
+    assert redundant.locations(sglang, files) == [*paths[:3], "trivial"]
     (off,) = modes.engines("decode", ["off"])
     assert redundant.locations(off, files) == [] and not off.moves
-    redundant.write_counts(tmp_path / "counts.json", [[5, 3], [0, 9]], 3)
-    assert json.loads((tmp_path / "counts.json").read_text()) == {
-        "logical_count": [[1, 1], [5, 3], [0, 9], [5, 3]]
-    }
+    # Without redundant experts spread places are those of off, and nothing is left to move to.
+    none = redundant.Asked([0, 16], ["spread"], ["static"], ["auto"], moved=True)
+    assert {plan.placed.redundant for plan in none.plans("decode", [""])} == {16}
+
+
+def test_eplbs_map_is_repaired_for_engines_that_need_primaries_first(shifted):
+    one = recording.read(shifted, RANKS, EXPERTS, hold_out=True)
+    # Rank 0 has five experts of its own alone, and rank 1 three with two replicas of two of them.
+    uneven = [[0, 1, 2, 3, 4, 5, 6, 7, 5, 6]] * 2
+    counts = one.other[0].tolist()
+    assert redundant.repaired(uneven, one) == [repair.repaired(uneven[0], counts, 2, 2)] * 2
+    assert redundant.repaired(uneven, one) != uneven
+
+
+def test_each_placement_of_an_engine_is_asked_for_its_outputs():
+    names = ["spread", "place"]
+    (off,) = modes.engines("decode", ["off"])
+    plans = [off, *modes.with_redundant("decode", names, 2, ["static"], ["auto"])]
+    cells = [
+        Cell("decode", tokens, table, name, 2, placed=True)
+        for table in (0, 1)
+        for name in names
+        for tokens in (4, 8)
+    ]
+    found = list(outputs.asked(SimpleNamespace(cells=cells), plans))
+    # Once each, in the routing of the first table, and off wherever it is.
+    assert [(plan.name, cell, who) for plan, cell, who in found] == [
+        ("off", cells[0], ("off", None)),
+        ("off-static-moved-2", cells[0], ("off-static", ("spread", 2))),
+        ("off-static-moved-2", cells[2], ("off-static", ("place", 2))),
+        ("auto-replicas-moved-2", cells[0], ("auto-replicas", ("spread", 2))),
+        ("auto-replicas-moved-2", cells[2], ("auto-replicas", ("place", 2))),
+    ]
+    # Of rows only what serves a cell is counted, and no more than a minute is kept for them.
+    profiles = schedule.profiles_s(3)
+    assert schedule.after_s(plans, cells[:1]) == profiles + 3 * schedule.ROWS_S
+    assert schedule.after_s(plans, cells * 9) == profiles + schedule.MOST_ROWS_S
 
 
 def test_experts_move_between_rounds(stub, tmp_path):  # noqa: F811
@@ -377,6 +430,7 @@ def test_wrong_redundant_options_are_told(capsys):
         ("--redundant", "16", "--moved", "--placement", "trivial"): "--moved: give another --placement",
         ("--redundant", "16", "--outputs", "--modes", "auto"): "--outputs compares engines with off",
         ("--modes", "off-static"): "give --redundant instead",
+        ("--decode", "8", "--profiled", "9"): "--profiled 9: give a number of tokens that is measured",
     }  # fmt: skip
     for options, text in wrong.items():
         assert main([*base, *options]) == 2

@@ -106,16 +106,17 @@ class Bench:
             "meanwhile": lambda: _model_rows(phases),
         }
 
-    def _placements(self, phases: Sequence[Phase]) -> dict[redundant.Place, Path]:
+    def _placements(self, phases: Sequence[Phase]) -> dict[redundant.Place, redundant.Files]:
         """Files of where experts stand."""
         files = {}
         for phase in phases:
-            for (name, number), mapping in phase.maps.items():
-                path = files[name, number] = self._space.folder / f"placement-{name}-{number}.json"
-                if counts := phase.counts.get((name, number)):
-                    redundant.write_counts(path, counts, phase.layers)
-                else:
-                    redundant.write(path, mapping, phase.layers)
+            for place, mapping in phase.maps.items():
+                path = ours = self._space.folder / f"placement-{place[0]}-{place[1]}.json"
+                redundant.write(path, mapping, phase.layers)
+                if place in phase.repaired:
+                    ours = path.with_suffix(".repaired.json")
+                    redundant.write(ours, phase.repaired[place], phase.layers)
+                files[place] = redundant.Files(ours, path)
         return files
 
 

@@ -49,7 +49,7 @@ class Engines:
         ranks: int,
         folder: Path,
         routing: Mapping[str, Any],
-        placements: Mapping[redundant.Place, Path],
+        placements: Mapping[redundant.Place, redundant.Files],
         more: Mapping[str, Any],
         seconds: float,
         meanwhile: Callable[[], None],

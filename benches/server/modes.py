@@ -60,7 +60,7 @@ REPLICAS_VARIABLE = "WATERFILL_RS_REPLICAS"
 class Placed:
     """Where an engine's experts stand: placements' names in cells, redundant experts, sglang's ``dispatch`` algorithm.
 
-    ``names``: the engine starts with the first, and between rounds its experts move to the one that is measured next.
+    ``names``: the engine starts with the first, and its experts move before the first forward of a round in another.
     ``rebalance``: its EPLB places them anew after so many forwards, or 0.
     """
 
@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def moves(self) -> bool:
-        """Do its experts move between rounds?"""
+        """Do its experts move from round to round?"""
         return self.placed is not None and len(self.placed.names) > 1
 
     def serves(self, placement: str, redundant: int) -> bool:
@@ -172,10 +172,11 @@ def with_redundant(
     where = placement if isinstance(placement, str) else "moved"
 
     def plan(name: str, modes: tuple[str, ...], algorithm: str, switches: bool = False) -> Plan:
-        # Their captured graphs need primary replicas first, which trivial places do not have.
-        own = tuple(one for one in names if not one.endswith("trivial"))
-        ours = where == "moved" and not name.startswith("off")
-        placed = Placed(own if ours else names, redundant, algorithm, rebalance)
+        of = names
+        if where == "moved" and modes == ("auto-replicas",):
+            # It leaves groups out in decode from the start, and trivial places do not have primary replicas first.
+            of = tuple(one for one in names if not one.endswith("trivial"))
+        placed = Placed(of, redundant, algorithm, rebalance)
         return Plan(f"{name}-{where}-{redundant}", modes, switches, placed)
 
     found = [plan(f"off-{one}", (f"off-{one}",), one) for one in dispatch]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +14,38 @@ def move(runner: Any, location: str, rank: int) -> None:
 
     Args:
         runner: sglang's ``ModelRunner``.
-        location: as ``--init-expert-location``: ``trivial``, or a file with a map or with counts.
+        location: as ``--init-expert-location``: ``trivial``, or a file with a map.
         rank: of the EP group, which is the whole world.
+
+    Raises:
+        RuntimeError: a rank has other experts then than the file says.
     """
-    from sglang.srt.eplb.expert_location_updater import ExpertLocationUpdater
-
-    layers = runner.model.routed_experts_weights_of_layer
-    ExpertLocationUpdater().update(
-        layers,
-        _metadata(runner, location, rank),
-        update_layer_ids=sorted(layers),
-        nnodes=1,
-        rank=rank,
+    from sglang.srt.eplb.expert_location import (
+        ExpertLocationMetadata,
+        get_global_expert_location_metadata,
     )
-
-
-def _metadata(runner: Any, location: str, rank: int) -> Any:
-    """sglang's, as it makes them at start of the same."""
-    from sglang.srt.eplb.expert_location import ExpertLocationMetadata
 
     known = {
         "server_args": runner.server_args,
         "model_config": runner.model_config,
         "moe_ep_rank": rank,
     }
+    asked = None
     if location == "trivial":
-        return _called(ExpertLocationMetadata.init_trivial, known)
-    given = json.loads(Path(location).read_text())
-    by_counts = "logical_count" in given
-    make = (
-        ExpertLocationMetadata.init_by_eplb if by_counts else ExpertLocationMetadata.init_by_mapping
+        made = _called(ExpertLocationMetadata.init_trivial, known)
+    else:
+        asked = json.loads(Path(location).read_text())["physical_to_logical_map"]
+        known["physical_to_logical_map"] = asked
+        made = _called(ExpertLocationMetadata.init_by_mapping, known)
+    weights = runner.model.routed_experts_weights_of_layer
+    layers = sorted(weights)
+    # sglang's own: one that is new empties torch's cache.
+    runner.expert_location_updater.update(
+        weights, made, update_layer_ids=layers, nnodes=1, rank=rank
     )
-    return _called(make, known | given)
+    if asked is not None:
+        there = get_global_expert_location_metadata()
+        _check(there.physical_to_logical_map.tolist(), asked, layers, there.ep_size)
 
 
 def _called(make: Callable[..., Any], known: Mapping[str, Any]) -> Any:
@@ -53,3 +53,22 @@ def _called(make: Callable[..., Any], known: Mapping[str, Any]) -> Any:
     return make(
         **{name: known[name] for name in inspect.signature(make).parameters if name in known}
     )
+
+
+def _check(
+    there: Sequence[Sequence[int]],
+    asked: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    ranks: int,
+) -> None:
+    """The order within a rank is free."""
+    for layer in layers:
+        if _of_ranks(there[layer], ranks) != _of_ranks(asked[layer], ranks):
+            raise RuntimeError(
+                f"layer {layer} has the map {there[layer]}, and was to have {asked[layer]}"
+            )
+
+
+def _of_ranks(row: Sequence[int], ranks: int) -> list[list[int]]:
+    each = len(row) // ranks
+    return [sorted(row[first : first + each]) for first in range(0, len(row), each)]

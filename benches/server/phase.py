@@ -25,8 +25,8 @@ class Phase:
     """``recordings``, ``placements``: one of each for each table of the cells; a mixed cell has two, for prefill and decode.
 
     ``requests``: of a mixed round. ``first_table``: the place of the phase's tables among those that its engines read.
-    ``maps``: by placement of engines whose experts are placed, the map. ``counts``: of those that sglang's EPLB makes, rows by
-    layer and expert. ``profiled``: tokens of the forwards that are profiled, by default the most.
+    ``maps``: by placement of engines whose experts are placed, the map. ``repaired``: that of engines where waterfill-rs chooses
+    replicas, where it is another. ``profiled``: tokens of the forwards that are profiled, by default the most.
     ``outputs``: are answers compared? ``output_prompts``: of each rank, for that. ``answers``: by who gave them, see ``output_figures``.
     ``compares_layers``, ``layer_prompts``, ``layers_found``: the same of outputs of layers, see ``layer_outputs``. ``off_layers``: off's.
     """
@@ -41,7 +41,7 @@ class Phase:
     requests: int = 0
     first_table: int = 0
     maps: dict[Place, Map] = field(default_factory=dict)
-    counts: dict[Place, list[list[int]]] = field(default_factory=dict)
+    repaired: dict[Place, Map] = field(default_factory=dict)
     profiled: int | None = None
     outputs: bool = False
     compares_layers: bool = False

@@ -31,6 +31,8 @@ def of_options(options: argparse.Namespace) -> list[Phase]:
     if not 1 <= ranks <= 8:
         raise ValueError(f"{ranks} GPUs: 1 to 8 are needed, or --ranks")
     tokens = _tokens(options, ranks)
+    if options.profiled and not any(options.profiled in of for of in tokens.values()):
+        raise ValueError(f"--profiled {options.profiled}: give a number of tokens that is measured")
     asked = redundant.of_options(options)
     plans = {name: _plans(options, name, list(tokens)) for name in tokens}
     if asked:
@@ -240,13 +242,13 @@ def _placed(
 ) -> list[Phase]:
     """Phases whose engines place experts: ids stay logical, and a recording has one table for all placements."""
     maps: dict[redundant.Place, redundant.Map] = {}
-    counts: dict[redundant.Place, list[list[int]]] = {}
+    repaired: dict[redundant.Place, redundant.Map] = {}
     places: list[tuple[int, str, int]] = []
     for i, one in enumerate(recordings):
         for cell_name, made_by, number in asked.places(f"{one.name}-" if one.placed else ""):
             maps[cell_name, number] = redundant.mapping(made_by, one, number)
             if made_by == "eplb":
-                counts[cell_name, number] = one.other.tolist()
+                repaired[cell_name, number] = redundant.repaired(maps[cell_name, number], one)
             places.append((i, cell_name, number))
     found = []
     for name, of in tokens.items():
@@ -270,7 +272,7 @@ def _placed(
             options.engine,
             layers,
             maps=maps,
-            counts=counts,
+            repaired=repaired,
             profiled=options.profiled,
             outputs=options.outputs and has_off,
             compares_layers=options.layer_outputs and has_off,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from server import model
 from server.modes import REPLICAS_VARIABLE, Plan, with_redundant
@@ -20,7 +20,8 @@ from server.recording import Recording
 
 PLACEMENTS = ("place", "eplb", "spread", "trivial")
 """``place``: ``waterfill-rs place``. ``eplb``: sglang's own EPLB. Two know no traffic: ``spread``, what a server has with
-waterfill-rs and without a placement, and ``trivial``, sglang's default. Each is the same map in all of its engines."""
+waterfill-rs and without a placement, and ``trivial``, sglang's default. Each is the same map in all of its engines, but for
+``eplb``: where waterfill-rs chooses replicas it is repaired, as the package repairs what sglang makes of counts."""
 _BY_THEMSELVES = ("spread", "trivial")
 CHOICES = {
     "placement": PLACEMENTS,
@@ -31,6 +32,13 @@ Map = list[list[int]]
 """``[L, P]``, the logical expert of each physical one."""
 Place = tuple[str, int]
 """A cell's placement: its name and the number of redundant experts."""
+
+
+class Files(NamedTuple):
+    """Of a placement: for engines where waterfill-rs chooses replicas, and for the others. Most often they are one."""
+
+    ours: Path
+    theirs: Path
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,8 @@ class Asked:
         places = [(name, n) for before in recorded for name, _, n in self.places(before)]
         if not self.moved:
             return [*places]
-        return [([name for name, of in places if of == number], number) for number in self.numbers]
+        by_number = {n: [name for name, of in places if of == n] for n in self.numbers}
+        return [(names, number) for number, names in by_number.items() if names]
 
 
 def of_options(options: argparse.Namespace) -> Asked | None:
@@ -151,6 +160,17 @@ def mapping(name: str, recording: Recording, redundant: int) -> Map:
     return [made[rows] for rows in map(tuple, other.tolist())]
 
 
+def repaired(of_eplb: Map, recording: Recording) -> Map:
+    """With as many primary replicas on each rank, where swaps make it so; all ranks are on one host."""
+    from waterfill_rs.placement import repair
+
+    ranks = recording.ranks
+    return [
+        repair.repaired(row, rows, ranks, ranks)
+        for row, rows in zip(of_eplb, recording.other.tolist(), strict=True)
+    ]
+
+
 def write(path: Path, of_recording: Map, layers: int) -> None:
     """For sglang's ``init_expert_location``: dense layers first, in trivial places, then as many MoE layers as the model has.
 
@@ -158,24 +178,12 @@ def write(path: Path, of_recording: Map, layers: int) -> None:
     """
     experts = max(of_recording[0]) + 1
     dense = [place % experts for place in range(len(of_recording[0]))]
-    _write(path, "physical_to_logical_map", dense, of_recording, layers)
+    moe = [of_recording[layer % len(of_recording)] for layer in range(layers)]
+    path.write_text(json.dumps({"physical_to_logical_map": [dense] * model.DENSE_LAYERS + moe}))
 
 
-def write_counts(path: Path, of_recording: Sequence[list[int]], layers: int) -> None:
-    """The same of counts ``[L, E]``: sglang's EPLB makes the map of them."""
-    _write(path, "logical_count", [1] * len(of_recording[0]), of_recording, layers)
-
-
-def _write(path: Path, key: str, dense: list[int], moe: Sequence[list[int]], layers: int) -> None:
-    of_model = [moe[layer % len(moe)] for layer in range(layers)]
-    path.write_text(json.dumps({key: [dense] * model.DENSE_LAYERS + of_model}))
-
-
-def arguments(plan: Plan, files: Mapping[Place, Path]) -> dict[str, Any]:
-    """sglang's, for an engine whose experts stand so; none for one without.
-
-    ``files``: what ``write`` and ``write_counts`` wrote.
-    """
+def arguments(plan: Plan, files: Mapping[Place, Files]) -> dict[str, Any]:
+    """sglang's, for an engine whose experts stand so; none for one without. ``files``: what ``write`` wrote."""
     placed = plan.placed
     if placed is None:
         return {}
@@ -188,7 +196,7 @@ def arguments(plan: Plan, files: Mapping[Place, Path]) -> dict[str, Any]:
     }
 
 
-def locations(plan: Plan, files: Mapping[Place, Path]) -> list[str]:
+def locations(plan: Plan, files: Mapping[Place, Files]) -> list[str]:
     """sglang's ``init_expert_location`` for each of the engine's placements.
 
     An engine gets no file for the places that it has by itself: spread ones where waterfill-rs chooses replicas, and trivial
@@ -199,10 +207,11 @@ def locations(plan: Plan, files: Mapping[Place, Path]) -> list[str]:
         return []
     ours = plan.waterfill and plan.settings.get(REPLICAS_VARIABLE) != "sglang"
     own = "spread" if ours else "trivial"
-    return [
-        "trivial" if name.endswith(own) else str(files[name, placed.redundant])
-        for name in placed.names
-    ]
+    found = []
+    for name in placed.names:
+        of = files[name, placed.redundant]
+        found.append("trivial" if name.endswith(own) else str(of.ours if ours else of.theirs))
+    return found
 
 
 def _rebalances(every: int) -> dict[str, Any]:

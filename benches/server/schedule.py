@@ -21,7 +21,7 @@ SHORT_DECODE = 4
 ROWS_S = 2.0
 """About what it takes one engine to count the rows of one cell of decode."""
 MOST_ROWS_S = 60.0
-"""Where there are more cells, the first have their rows counted."""
+"""Where all take longer, rows of the first cells are counted, and of more if there is time."""
 PROFILE_S = 4.0
 """About what a profile of one engine takes."""
 STOPPING_S = 8.0
@@ -200,10 +200,15 @@ class Clock:
         return Clock(self._now, self._now() + self.left() * share)
 
 
-def after_s(engines: int, cells: Sequence[Cell]) -> float:
+def after_s(plans: Sequence[Plan], cells: Sequence[Cell]) -> float:
     """What is kept for the end: a profile of each engine, and rows of decode, of all cells or of the first."""
-    rows = sum(cell.placed and cell.phase == "decode" for cell in cells)
-    return profiles_s(engines) + min(engines * ROWS_S * rows, MOST_ROWS_S)
+    rows = sum(
+        plan.serves(cell.name, cell.redundant)
+        for cell in cells
+        if cell.placed and cell.phase == "decode"
+        for plan in plans
+    )
+    return profiles_s(len(plans)) + min(ROWS_S * rows, MOST_ROWS_S)
 
 
 def profiles_s(engines: int) -> float:

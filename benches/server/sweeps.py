@@ -64,14 +64,21 @@ class Sweeps(Turns):
         return [plan for plan in plans if plan.serves(cell.name, cell.redundant)]
 
     def _count_rows(self, group: Sequence[Plan], clock: Clock, kept: float = 0.0) -> None:
+        left_out = 0
         for cell in self._phase.cells:
             for plan in self._of(cell, self._there(group)):
-                if (plan.waterfill or cell.placed) and clock.left() > kept:
+                if not (plan.waterfill or cell.placed):
+                    continue
+                if clock.left() > kept:
                     self._round(plan, cell, 0, ROWS, clock, short=True)
+                else:
+                    left_out += 1
+        if left_out:
+            print(f"{self._phase.name}: no time to count the rows of {left_out} engines' cells")
 
     def _timed(self, group: Sequence[Plan], clock: Clock, sweep: int) -> int:
         phase = self._phase
-        kept = after_s(len(group), phase.cells)
+        kept = after_s(group, phase.cells)
         took: dict[Cell, float] = {}
         first = sweep
         said = time.monotonic()
