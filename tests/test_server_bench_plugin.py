@@ -144,7 +144,7 @@ def test_experts_move_before_the_first_forward_of_a_round(control, tmp_path):
 
 def test_a_location_is_made_as_sglang_makes_it_at_start(tmp_path, monkeypatch):
     """With a stand-in for its module: each of its ways gets what this version takes."""
-    calls, there = [], SimpleNamespace(ep_size=2)
+    calls, there = [], SimpleNamespace()
 
     class Metadata:
         @staticmethod
@@ -177,7 +177,7 @@ def test_a_location_is_made_as_sglang_makes_it_at_start(tmp_path, monkeypatch):
     # Within a rank the order may be another; a dense layer has no experts to move.
     there.physical_to_logical_map = torch.tensor([[0] * 6, [2, 1, 0, 0, 1, 2], [0, 0, 2, 2, 1, 1]])
     for location in ("trivial", str(tmp_path / "map.json")):
-        moving.move(runner, location, 1)
+        moving.move(runner, location, 1, 2)
     made = [[0, 1, 2, 0, 1, 2], *asked[1:]]
     assert [one for _, one, _ in calls] == [
         ("trivial", "args", "config", 1),
@@ -187,8 +187,8 @@ def test_a_location_is_made_as_sglang_makes_it_at_start(tmp_path, monkeypatch):
     assert all(layers is weights_of and of == given for layers, _, of in calls)
     there.physical_to_logical_map[2, 0] = 1
     with pytest.raises(RuntimeError, match=r"layer 2 has the map \[1, 0, 2, 2, 1, 1\], and was to"):
-        moving.move(runner, str(tmp_path / "map.json"), 1)
-    moving.move(runner, "trivial", 1)
+        moving.move(runner, str(tmp_path / "map.json"), 1, 2)
+    moving.move(runner, "trivial", 1, 2)
 
 
 def test_rows_and_calls_are_those_of_the_round(control, tmp_path):
@@ -535,7 +535,6 @@ def test_the_hooks_fit_the_installed_sglang(tmp_path):
 
     assert "self.expert_location_updater = " in inspect.getsource(ModelRunner)
     assert "physical_to_logical_map" in inspect.signature(Metadata.init_by_mapping).parameters
-    assert {"physical_to_logical_map", "ep_size"} <= set(Metadata.__annotations__)
     space = workspace.Workspace(tmp_path)
     (plan,) = modes.engines("prefill", ["live", "home"])
     routing = {"routing": "r", "placements": 1, "longest": 8, "experts": 8}

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 
-def move(runner: Any, location: str, rank: int) -> None:
+def move(runner: Any, location: str, rank: int, ranks: int) -> None:
     """Weights and maps; all ranks call it in step, between two forwards.
 
     Args:
         runner: sglang's ``ModelRunner``.
         location: as ``--init-expert-location``: ``trivial``, or a file with a map.
-        rank: of the EP group, which is the whole world.
+        rank: of the EP group, which has ``ranks`` and is the whole world.
 
     Raises:
         RuntimeError: a rank has other experts then than the file says.
@@ -45,7 +45,7 @@ def move(runner: Any, location: str, rank: int) -> None:
     )
     if asked is not None:
         there = get_global_expert_location_metadata()
-        _check(there.physical_to_logical_map.tolist(), asked, layers, there.ep_size)
+        _check(there.physical_to_logical_map.tolist(), asked, layers, ranks)
 
 
 def _called(make: Callable[..., Any], known: Mapping[str, Any]) -> Any:

@@ -145,7 +145,7 @@ class Bench:
         return result
 
     def _move(self, runner: Any, location: int) -> None:
-        moving.move(runner, self.told["locations"][location], self.rank.number)
+        moving.move(runner, self.told["locations"][location], self.rank.number, self.told["ranks"])
 
     def turn(self, original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """Around each turn of the scheduler."""
