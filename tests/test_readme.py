@@ -79,6 +79,8 @@ def test_the_figures_with_redundant_experts_are_those_of_their_page():
     nothing_else = decode_of("With redundant experts, and nothing else")
     faster = sorted(round(100 * (1 - float(row[-1]))) for row in nothing_else)
     assert f"[{faster[0]} to {faster[-1]}% faster](docs/performance.md#" in README
+    beside_none = sorted(round(100 * (1 - float(row[-2].split()[0]))) for row in nothing_else)
+    assert f"from {beside_none[-1]}% faster to {-beside_none[0]}% slower." in README
     decode = decode_of("With redundant experts and a placement")
     spans = [sorted(float(row[column].split()[0]) for row in decode) for column in (5, 6)]
     said = re.findall(r"(0\.\d{3}) to (\d\.\d{3}) of", README)

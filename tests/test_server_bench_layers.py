@@ -113,7 +113,7 @@ def test_rows_are_compared_by_the_norm_of_what_differs():
 def test_engines_are_held_to_off_and_off_to_itself(tmp_path):
     plans = [
         *modes.engines("decode", ["off"]),
-        *modes.with_redundant("decode", "place", 2, ["static"], ["live"]),
+        *modes.with_redundant("decode", ["place"], 2, ["static"], ["live"]),
     ]
     cell = schedule.Cell("decode", 4, 0, "place", 2, placed=True)
     asked = []

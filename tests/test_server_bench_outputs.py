@@ -221,7 +221,7 @@ def test_all_engines_that_are_compared_have_the_same_routing():
         *(
             plan
             for name in names
-            for plan in modes.with_redundant("decode", name, 16, ["static"], ["live"])
+            for plan in modes.with_redundant("decode", [name], 16, ["static"], ["live"])
         ),
     ]
     asked = []

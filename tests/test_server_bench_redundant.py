@@ -121,7 +121,7 @@ def test_sglang_is_told_where_experts_stand(tmp_path):
 
 def test_engines_of_a_placement():
     both = (["static", "dynamic"], ["live", "sglang"])
-    decode = modes.with_redundant("decode", "place", 16, *both)
+    decode = modes.with_redundant("decode", ["place"], 16, *both)
     assert [plan.modes for plan in decode] == [
         ("off-static",), ("off-dynamic",), ("live-replicas",), ("sglang-replicas",),
     ]  # fmt: skip
@@ -132,21 +132,21 @@ def test_engines_of_a_placement():
     ]  # fmt: skip
     assert all(plan.as_shipped == plan.waterfill for plan in decode)
     # In prefill one engine takes turns with both.
-    *_, switched = modes.with_redundant("prefill", "place", 16, *both)
+    *_, switched = modes.with_redundant("prefill", ["place"], 16, *both)
     assert switched.modes == ("live-replicas", "sglang-replicas") and switched.switches
     expected = {"WATERFILL_RS_SHARED": "fused", "WATERFILL_RS_REPLICAS": "live"}
     assert switched.settings == expected
     # As an operator has it, by itself and beside the others.
-    _, auto = modes.with_redundant("decode", "place", 16, ["static"], ["auto"])
+    _, auto = modes.with_redundant("decode", ["place"], 16, ["static"], ["auto"])
     assert auto.modes == ("auto-replicas",) and auto.settings == {"WATERFILL_RS_REPLICAS": "auto"}
     assert auto.waterfill and auto.as_shipped
     *_, all_three = modes.with_redundant(
-        "prefill", "place", 16, *both[:1], ["auto", "live", "sglang"]
+        "prefill", ["place"], 16, *both[:1], ["auto", "live", "sglang"]
     )
     assert all_three.modes == ("auto-replicas", "live-replicas", "sglang-replicas")
     assert all_three.settings == expected
     # Without redundant experts nobody chooses.
-    (alone,) = modes.with_redundant("prefill", "place", 0, ["static"], ["live"])
+    (alone,) = modes.with_redundant("prefill", ["place"], 0, ["static"], ["live"])
     assert alone.modes == ("off-static",)
     (off,) = modes.engines("decode", ["off"])
     assert off.serves("place", 16) and off.serves("eplb", 0)
@@ -164,7 +164,6 @@ def test_one_engine_has_several_placements_in_turn(tmp_path):
     # Its graphs leave groups out, which trivial places do not allow.
     assert auto.placed.names == ("spread", "place", "eplb") and not auto.serves("trivial", 16)
     assert auto.serves("eplb", 16) and not auto.serves("eplb", 32)
-    assert auto.place("eplb", 16) == ("eplb", 16)
     files = {
         (name, 16): redundant.Files(tmp_path / f"our-{name}", tmp_path / name) for name in names
     }

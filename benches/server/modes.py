@@ -96,10 +96,6 @@ class Plan:
         placed = self.placed
         return placed is None or (placement in placed.names and redundant == placed.redundant)
 
-    def place(self, placement: str, redundant: int) -> tuple[str, int] | None:
-        """That of its results in those cells; None where experts are not placed."""
-        return (placement, redundant) if self.placed else None
-
     @property
     def upstream(self) -> bool:
         """Is it sglang's own Waterfill, without any of ours? It is where nothing else is asked of the engine."""
@@ -157,7 +153,7 @@ def engines(phase: str, modes: Sequence[str]) -> list[Plan]:
 
 def with_redundant(
     phase: str,
-    placement: str | Sequence[str],
+    placements: Sequence[str],
     redundant: int,
     dispatch: Sequence[str],
     replicas: Sequence[str],
@@ -166,17 +162,17 @@ def with_redundant(
     """The engines whose experts are placed so: one without Waterfill for each of ``dispatch``, and those with it.
 
     In prefill one engine takes turns with ``replicas``, forward by forward. A graph holds one choice, so there it is an
-    engine each. Without redundant experts there is no choice. Of several placements each engine moves from one to the other.
+    engine each. Without redundant experts there is no choice. Each engine moves between several ``placements``.
     """
-    names = (placement,) if isinstance(placement, str) else tuple(placement)
-    where = placement if isinstance(placement, str) else "moved"
+    moves = len(placements) > 1
 
     def plan(name: str, modes: tuple[str, ...], algorithm: str, switches: bool = False) -> Plan:
-        of = names
-        if where == "moved" and modes == ("auto-replicas",):
+        names = tuple(placements)
+        if moves and modes == ("auto-replicas",):
             # It leaves groups out in decode from the start, and trivial places do not have primary replicas first.
-            of = tuple(one for one in names if not one.endswith("trivial"))
-        placed = Placed(of, redundant, algorithm, rebalance)
+            names = tuple(one for one in names if not one.endswith("trivial"))
+        placed = Placed(names, redundant, algorithm, rebalance)
+        where = "moved" if moves else placements[0]
         return Plan(f"{name}-{where}-{redundant}", modes, switches, placed)
 
     found = [plan(f"off-{one}", (f"off-{one}",), one) for one in dispatch]

@@ -52,7 +52,7 @@ def asked(phase: Phase, plans: Sequence[Plan]) -> Iterator[tuple[Plan, Cell, Who
         for cell in phase.cells:
             first = cell.placement == phase.cells[0].placement
             if first and plan.serves(cell.name, cell.redundant):
-                cells.setdefault(plan.place(cell.name, cell.redundant), cell)
+                cells.setdefault((cell.name, cell.redundant) if plan.placed else None, cell)
         for place, cell in cells.items():
             for mode in _modes(plan):
                 yield plan, cell, (mode, place)

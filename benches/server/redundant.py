@@ -75,11 +75,11 @@ class Asked:
             )
         ]
 
-    def _together(self, recorded: Sequence[str]) -> list[tuple[str | list[str], int]]:
+    def _together(self, recorded: Sequence[str]) -> list[tuple[list[str], int]]:
         """Placements that an engine has in turn, or the one that it has, and the number of redundant experts."""
         places = [(name, n) for before in recorded for name, _, n in self.places(before)]
         if not self.moved:
-            return [*places]
+            return [([name], number) for name, number in places]
         by_number = {n: [name for name, of in places if of == n] for n in self.numbers}
         return [(names, number) for number, names in by_number.items() if names]
 

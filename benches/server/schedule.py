@@ -216,7 +216,7 @@ def profiles_s(engines: int) -> float:
     return STOPPING_S + engines * PROFILE_S
 
 
-def profiled_cells(cells: Sequence[Cell], tokens: int | None = None) -> list[Cell]:
+def profiled_cell(cells: Sequence[Cell], tokens: int | None = None) -> Cell:
     """The largest number of tokens, or this one if it is among them, in its last placement."""
     of = [cell for cell in cells if cell.tokens == tokens] or cells
-    return [max(of, key=lambda cell: (cell.tokens, cell.placement))]
+    return max(of, key=lambda cell: (cell.tokens, cell.placement))

@@ -10,7 +10,7 @@ from typing import Any
 from server import figures, kernels, layer_outputs, outputs
 from server.control import PROFILED, ROWS, TIMED
 from server.modes import LIVE, Plan
-from server.schedule import Cell, Clock, after_s, message, profiled_cells, profiles_s
+from server.schedule import Cell, Clock, after_s, message, profiled_cell, profiles_s
 from server.turns import SAYS_S, Turns
 
 ROUND_S, PROFILE_ROUND_S = 240.0, 45.0
@@ -38,10 +38,10 @@ class Sweeps(Turns):
         if phase.name == "decode" and phase.maps:
             # Last, because a step without its graph is nothing that a server of the bench did before.
             self._count_rows(group, clock, profiles_s(len(group)))
-        for cell in profiled_cells(phase.cells, phase.profiled):
-            for plan in self._of(cell, self._there(group)):
-                if clock.left() > 2:
-                    self._round(plan, cell, 0, PROFILED, clock, short=True)
+        profiled = profiled_cell(phase.cells, phase.profiled)
+        for plan in self._of(profiled, self._there(group)):
+            if clock.left() > 2:
+                self._round(plan, profiled, 0, PROFILED, clock, short=True)
         self._save()
         return sweep
 
